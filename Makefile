@@ -1,0 +1,44 @@
+# Needs Python 3.11 to 3.13 and make; the rest is installed into .venv.  Or: make PYTHON=python3.12 demo
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+PIP := $(PY) -m pip --disable-pip-version-check install -qq
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test bars check clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+env: $(STAMP)  ## the environment: .venv with pinned versions and retrofit in it
+
+# torch comes first and on its own, so that a CPU build is taken where pip has been offered one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else \
+	'Python 3.11 to 3.13 is needed, this is %d.%d; choose another with make PYTHON=...' % v)"
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo "installing torch (the longest step)"
+	@$(PIP) -c constraints.txt torch==2.13.0
+	@echo "installing retrofit and what it needs"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: env  ## convert the embedded base, decode held-out prompts in three modes, compare
+	@$(PY) -m benchmarks.demo
+
+test: env  ## all tests
+	@$(PY) -m pytest
+
+bars: env  ## measure the figures the project promises
+	@$(PY) -m benchmarks.bars
+
+check: env  ## ruff, ruff format, mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+clean:  ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""One command each; figures go to `results/` as JSON with hardware and commit."""

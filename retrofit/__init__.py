@@ -1,0 +1,36 @@
+"""Give an open-weight language model two more ways of decoding, and leave the first as it was, bit for bit.
+
+`convert` makes the artifact, `Engine` runs it in the modes `ar`, `diffusion` and `self_spec`, `certify`
+proves it lossless.  Importing this package imports neither torch nor anything else that is slow: these names
+are looked up on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrofit.eval.certify import certify
+    from retrofit.recipes.convert import convert
+    from retrofit.runtime.engine import Engine
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "__version__", "certify", "convert"]
+
+_HOMES = {
+    "Engine": "retrofit.runtime.engine",
+    "certify": "retrofit.eval.certify",
+    "convert": "retrofit.recipes.convert",
+}
+
+if not TYPE_CHECKING:  # a type checker that saw this would let every misspelled attribute pass
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

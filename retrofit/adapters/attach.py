@@ -1,0 +1,179 @@
+"""Put the adapter on a model, and take its tensors off again.
+
+Roles (`q, k, v, o, gate, up, down`) are resolved to the model's own projection names; the LoRA itself is PEFT's, with
+`GatedLoraLinear` as its layer, so what is saved is a plain PEFT folder.  A plain PEFT reload of that folder is ungated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from retrofit.adapters.gated_lora import GatedLoraLinear, Gate
+from retrofit.adapters.heads import Heads
+from retrofit.adapters.layout import DraftLayout
+from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
+
+ATTENTION_ROLES = ("q", "k", "v", "o")
+MLP_ROLES = ("gate", "up", "down")
+ROLES = ATTENTION_ROLES + MLP_ROLES
+
+# MLA never adapts kv_b_proj: absorbed implementations fold it into the query and the output.
+PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "q": ("q_proj", "qkv_proj", "q_a_proj", "q_b_proj"),
+    "k": ("k_proj", "qkv_proj", "kv_a_proj_with_mqa"),
+    "v": ("v_proj", "qkv_proj", "kv_a_proj_with_mqa"),
+    "o": ("o_proj",),
+    "gate": ("gate_proj", "gate_up_proj"),
+    "up": ("up_proj", "gate_up_proj"),
+    "down": ("down_proj",),
+}
+
+
+@dataclass
+class Attached:
+    """A model with its adapter on.  `peft_model` wraps `model`, whose projections are now gated."""
+
+    model: PreTrainedModel
+    peft_model: PeftModel
+    gate: Gate
+    heads: Heads
+    layout: DraftLayout
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained: LoRA and heads."""
+        lora = [p for n, p in self.peft_model.named_parameters() if "lora_" in n]
+        return lora + list(self.heads.parameters())
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Tensors of `adapter_model.safetensors`, as PEFT names them."""
+        state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def adapter_config(self) -> dict[str, Any]:
+        """`adapter_config.json` of a plain PEFT folder."""
+        config = self.peft_model.peft_config["default"]
+        inference = config.inference_mode
+        config.inference_mode = True
+        plain = config.to_dict()
+        config.inference_mode = inference
+        return {key: _jsonable(value) for key, value in plain.items()}
+
+    def heads_state(self) -> dict[str, Tensor]:
+        """Tensors of `heads.safetensors`."""
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.heads.state_dict().items()}
+
+    def load(self, adapter: dict[str, Tensor], heads: dict[str, Tensor]) -> None:
+        """Raises ArtifactError when names or shapes do not fit this model."""
+        want = {name: tuple(t.shape) for name, t in self.adapter_state().items()}
+        have = {name: tuple(t.shape) for name, t in adapter.items()}
+        if want != have:
+            wrong = sorted(set(want.items()) ^ set(have.items()))[0][0]
+            raise ArtifactError(
+                f"adapter_model.safetensors does not fit the base model: tensor {wrong}",
+                "the artifact belongs to another base; check `retrofit inspect`",
+            )
+        set_peft_model_state_dict(self.peft_model, adapter)
+        try:
+            self.heads.load_state_dict(heads)
+        except RuntimeError as error:
+            raise ArtifactError(f"heads.safetensors does not fit the base model: {error}") from error
+
+    def detach(self) -> None:
+        """Give the live model back without the adapter."""
+        self.peft_model.unload()
+
+
+def attach(
+    model: PreTrainedModel,
+    layout: DraftLayout,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    markov_rank: int,
+    confidence: bool,
+    seed: int = 0,
+) -> Attached:
+    """Add gated LoRA, mask vector and heads to `model`, in place.  New weights are the identity, drawn from `seed`.
+
+    Raises UsageError for roles that match nothing, UnsupportedModelError where PEFT cannot go.
+    """
+    names = resolve_targets(model, targets)
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=names, bias="none", task_type="CAUSAL_LM"
+        )
+        config._register_custom_module({nn.Linear: GatedLoraLinear})
+        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+        text = model.config.get_text_config()
+        heads = Heads(
+            text.hidden_size,
+            model.get_output_embeddings().weight.shape[0],
+            layout.drafts,
+            markov_rank,
+            confidence,
+        )
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        heads.mask_vector.copy_(embedding.float().mean(0))
+    gate = Gate()
+    wrong = []
+    for name, module in peft_model.named_modules():
+        if isinstance(module, GatedLoraLinear):
+            module.gate = gate
+        elif hasattr(module, "lora_A"):
+            wrong.append(name)
+    if wrong:
+        raise UnsupportedModelError(
+            f"PEFT put an ungated LoRA on {wrong[0]} ({len(wrong)} modules); choose other targets"
+        )
+    heads.to(embedding.device)
+    return Attached(model, peft_model, gate, heads, layout)  # type: ignore[arg-type]
+
+
+def resolve_targets(model: nn.Module, roles: Sequence[str]) -> list[str]:
+    """Projection names for the roles, e.g. ["q_proj", "v_proj"]; on MoE models attention roles only.
+
+    PEFT turns MLP names of MoE models into LoRA on the routed experts, so those roles are left out there.
+    Raises UsageError when a role is unknown or matches nothing, listing what the model has.
+    """
+    unknown = [role for role in roles if role not in PROJECTIONS]
+    if unknown:
+        raise UsageError(f"adapter.targets: unknown role {unknown[0]!r}", f"roles are {', '.join(ROLES)}")
+    linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {
+        "lm_head"
+    }
+    has_experts = any(n.rsplit(".", 1)[-1] == "experts" for n, _ in model.named_modules())
+    usable = [role for role in roles if not (has_experts and role in MLP_ROLES)]
+    found: list[str] = []
+    for role in usable:
+        names = [name for name in PROJECTIONS[role] if name in linears]
+        if not names:
+            raise UsageError(
+                f"adapter.targets: role {role!r} matches no module of {type(model).__name__}",
+                f"this model has {', '.join(sorted(linears))}",
+            )
+        found.extend(name for name in names if name not in found)
+    if not found:
+        raise UsageError(
+            f"adapter.targets: {list(roles)} leaves nothing to adapt",
+            "on mixture-of-experts models the roles are q, k, v, o"
+            if has_experts
+            else f"roles are {', '.join(ROLES)}",
+        )
+    return found
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value if isinstance(value, str | int | float | bool | list | dict | type(None)) else str(value)

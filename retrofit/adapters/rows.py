@@ -1,0 +1,246 @@
+"""The rows of one forward: where each stands, and what it sees.
+
+A forward is a list of `SequenceRows`.  Its rows are laid out as [all base rows | all draft rows], so that the adapter
+and the draft rows' own attention work on slices and nothing of a draft row can reach a base row:
+
+    sequence 0: base 5 6 7 | block at 6: M M M     sequence 1: base 9 | block at 10: M M M
+    row         0  1  2   3   4  5  6   7  8  9
+    sequence    0  0  0   1   0  0  0   1  1  1
+    position    5  6  7   9   6  7  8   10 11 12
+    kind        b  b  b   b   d  d  d   d  d  d
+
+Visibility is two ranges per row: base K/V below a limit, and (draft rows) the row's own block.
+Used by training and decoding alike.  Not here: choosing which rows to run (`runtime/plan.py`), and the attention call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MASK = -1
+"""Input of a draft row that has no token: the mask vector stands in."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Draft rows at positions start, start + 1, ...; they see base K/V of positions < start and each other."""
+
+    start: int
+    inputs: Sequence[int]
+    """Token id of each row, or `MASK`."""
+
+
+@dataclass(frozen=True)
+class SequenceRows:
+    """What one sequence runs in one forward."""
+
+    slot: int
+    """Which cache slot holds its base K/V."""
+    start: int
+    """Position of its first base row, i.e. how many positions are committed."""
+    tokens: Sequence[int] = ()
+    blocks: Sequence[Block] = ()
+    last_logits_only: bool = False
+    """Prefill: only the last base row's logits are wanted."""
+
+
+@dataclass
+class Group:
+    """One kind's rows of all sequences as a rectangle [S, T] for one attention call.
+
+    gather is None when the rows are a rectangle already (row = s * T + t); otherwise padding repeats row 0 of the
+    kind, and `scatter` picks the real ones back out of the flattened rectangle.
+    """
+
+    slots: list[int]
+    width: int
+    gather: Tensor | None
+    scatter: Tensor | None
+    query: np.ndarray
+    """[S, T] position of each row; padding -1."""
+    limit: np.ndarray
+    """[S, T] base K/V of positions below this are visible; padding 1 (anything finite: nobody reads it)."""
+    block: np.ndarray
+    """[S, T] number of the row's block within its sequence; padding -1."""
+    keys: int
+    """How many base positions the call has to read: max of limit."""
+    plain_causal: bool = False
+    """All sequences start at 0, so the lower triangle is the mask."""
+    masks: dict[tuple[int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
+
+    def rectangle(self, rows_NHD: Tensor) -> Tensor:
+        """[N, H, D] rows of this kind to [S, H, T, D]."""
+        if self.gather is not None:
+            rows_NHD = rows_NHD[self.gather]
+        return rows_NHD.view(len(self.slots), self.width, *rows_NHD.shape[1:]).transpose(1, 2)
+
+    def flatten(self, out_SHTD: Tensor) -> Tensor:
+        """[S, H, T, D] back to [N, H, D]."""
+        flat = out_SHTD.transpose(1, 2).reshape(-1, out_SHTD.shape[1], out_SHTD.shape[3])
+        return flat if self.scatter is None else flat[self.scatter]
+
+
+class RowPlan:
+    """The rows of one forward as tensors.
+
+    Attributes: `ids` [N] token ids (0 where the mask vector goes), `masked` [M] row numbers of those, `positions`
+    [1, N], `num_base`, `base` and `draft` groups (None when there are no such rows), `logit_rows` [R] base rows whose
+    logits are wanted, `base_slots` and `base_positions` [num_base] where base K/V goes.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[SequenceRows],
+        device: torch.device | str = "cpu",
+        causal_blocks: bool = False,
+    ):
+        self.sequences = list(sequences)
+        self.device = torch.device(device)
+        self.causal_blocks = causal_blocks
+        ids, positions = self._flat_rows()
+        self.num_rows = len(ids)
+        ids_array = np.asarray(ids, dtype=np.int64)
+        masked = np.flatnonzero(ids_array == MASK)
+        self.ids = self._tensor(np.maximum(ids_array, 0))
+        self.masked = self._tensor(masked) if len(masked) else None
+        self.max_position = max(positions)
+        self.positions = self._tensor(np.asarray(positions, dtype=np.int64))[None]
+        self.base = self._base_group()
+        self.draft = self._draft_group()
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def _flat_rows(self) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        positions: list[int] = []
+        logit_rows: list[int] = []
+        slots: list[int] = []
+        for seq in self.sequences:
+            first = len(ids)
+            ids.extend(seq.tokens)
+            positions.extend(range(seq.start, seq.start + len(seq.tokens)))
+            slots.extend([seq.slot] * len(seq.tokens))
+            if seq.last_logits_only:
+                logit_rows.append(len(ids) - 1)
+            else:
+                logit_rows.extend(range(first, len(ids)))
+        self.num_base = len(ids)
+        self.logit_rows = None if len(logit_rows) == len(ids) else self._tensor(np.asarray(logit_rows))
+        self.base_slots = self._tensor(np.asarray(slots, dtype=np.int64))
+        self.base_positions = self._tensor(np.asarray(positions, dtype=np.int64))
+        for seq in self.sequences:
+            for block in seq.blocks:
+                ids.extend(block.inputs)
+                positions.extend(range(block.start, block.start + len(block.inputs)))
+        return ids, positions
+
+    def _base_group(self) -> Group | None:
+        seqs = [s for s in self.sequences if s.tokens]
+        if not seqs:
+            return None
+        counts = [len(s.tokens) for s in seqs]
+        query = [range(s.start, s.start + n) for s, n in zip(seqs, counts, strict=True)]
+        group = self._group(
+            seqs, query, [range(q.start + 1, q.stop + 1) for q in query], [[0] * n for n in counts], 0
+        )
+        group.plain_causal = all(s.start == 0 for s in seqs)
+        return group
+
+    def _draft_group(self) -> Group | None:
+        seqs = [s for s in self.sequences if s.blocks]
+        if not seqs:
+            return None
+        query, limit, number = [], [], []
+        for s in seqs:
+            query.append([b.start + i for b in s.blocks for i in range(len(b.inputs))])
+            limit.append([b.start for b in s.blocks for _ in b.inputs])
+            number.append([n for n, b in enumerate(s.blocks) for _ in b.inputs])
+        return self._group(seqs, query, limit, number, self.num_base)
+
+    def _group(
+        self,
+        seqs: list[SequenceRows],
+        query: Sequence[Sequence[int]],
+        limit: Sequence[Sequence[int]],
+        block: Sequence[Sequence[int]],
+        first_row: int,
+    ) -> Group:
+        counts = [len(q) for q in query]
+        width = max(counts)
+        ragged = any(n != width for n in counts)
+        shape = (len(seqs), width)
+        arrays = {"query": np.full(shape, -1), "limit": np.full(shape, 1), "block": np.full(shape, -1)}
+        gather = np.zeros(shape, dtype=np.int64)
+        row = 0
+        for s, n in enumerate(counts):
+            arrays["query"][s, :n] = query[s]
+            arrays["limit"][s, :n] = limit[s]
+            arrays["block"][s, :n] = block[s]
+            gather[s, :n] = np.arange(row, row + n)
+            row += n
+        scatter = np.flatnonzero(arrays["block"].ravel() >= 0)
+        return Group(
+            slots=[s.slot for s in seqs],
+            width=width,
+            gather=self._tensor(gather.ravel()) if ragged else None,
+            scatter=self._tensor(scatter) if ragged else None,
+            keys=int(max(1 if first_row else 0, arrays["limit"].max())),
+            **arrays,
+        )
+
+    def base_mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
+        """(additive mask [S, 1, T, keys] or None, whether plain causal attention does instead)."""
+        group = self.base
+        assert group is not None
+        reach = group.keys if window is None else window
+        if group.plain_causal and group.keys <= reach:
+            return None, group.width > 1
+        key = (None if group.keys <= reach else window, dtype)
+        if key not in group.masks:
+            group.masks[key] = self._additive(base_visibility(group, key[0]), dtype)
+        return group.masks[key], False
+
+    def draft_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask [S, 1, T, keys + T]: base positions first, then the draft rows of the same sequence."""
+        group = self.draft
+        assert group is not None
+        key = (window if window is not None and window < group.query.max() + 1 else None, dtype)
+        if key not in group.masks:
+            seen = np.concatenate(
+                [base_visibility(group, key[0]), block_visibility(group, self.causal_blocks, key[0])], axis=2
+            )
+            group.masks[key] = self._additive(seen, dtype)
+        return group.masks[key]
+
+    def _additive(self, seen_STK: np.ndarray, dtype: torch.dtype) -> Tensor | None:
+        if seen_STK.all():
+            return None
+        mask = torch.zeros(seen_STK.shape, dtype=dtype)
+        mask.masked_fill_(torch.from_numpy(~seen_STK), float("-inf"))
+        return mask[:, None].to(self.device)
+
+
+def base_visibility(group: Group, window: int | None) -> np.ndarray:
+    """[S, T, keys] whether a row sees base position k: k < limit, and within the sliding window query - k < window."""
+    k = np.arange(group.keys)
+    seen = k < group.limit[:, :, None]
+    if window is not None:
+        seen &= group.query[:, :, None] - k < window
+    return seen
+
+
+def block_visibility(group: Group, causal: bool, window: int | None) -> np.ndarray:
+    """[S, T, T] whether a draft row sees another of its sequence: same block, not later if causal, |q - k| < window."""
+    query, other = group.query[:, :, None], group.query[:, None, :]
+    seen = group.block[:, :, None] == group.block[:, None, :]
+    if causal:
+        seen &= other <= query
+    if window is not None:
+        seen &= np.abs(query - other) < window
+    return seen

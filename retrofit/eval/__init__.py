@@ -1,0 +1,1 @@
+"""Numbers that people can check: certificate, acceptance, speed."""

@@ -1,0 +1,198 @@
+"""Find and load base models: the embedded one, a local folder, or a Hugging Face Hub id.
+
+Every failure is one clear error with the fix in it.  Not here: adapters, artifacts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.errors import ResourceError, UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "tiny"
+"""Name of the base model shipped inside the package."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model.  folder: the local files it came from, None for a live model."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    revision: str | None
+    folder: Path | None
+    fingerprint: dict[str, str | None]
+
+
+def embedded_folder() -> Path:
+    return Path(__file__).parent / "recipes" / "tiny"
+
+
+def locate(name: str, revision: str | None = None, offline: bool = False, *, weights: bool = True) -> Path:
+    """The local folder of a model: the embedded one, an existing folder, or the Hub id's snapshot (downloaded if need be).
+
+    Raises UsageError for a name that is neither, ResourceError for missing network or credentials.
+    """
+    if name == EMBEDDED:
+        return embedded_folder()
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise UsageError(f"{name} is a file; a model is a folder or a Hub id")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise UsageError(f"no folder {name}", "give an existing folder or a Hub id such as Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline)
+        )
+    except GatedRepoError as error:
+        raise ResourceError(
+            f"{name} is gated on the Hub",
+            f"accept its licence at https://huggingface.co/{name}, then `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UsageError(f"{name} has no revision {revision!r} on the Hub", "check base.revision") from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"no model {name!r}: not a local folder, and not a Hub id you can see",
+            "check the spelling; for a private model `hf auth login` first",
+        ) from error
+    except HFValidationError as error:
+        raise UsageError(f"{name!r} is neither a local folder nor a valid Hub id") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ResourceError(
+            f"{name}: not in the local cache and the Hub cannot be reached",
+            "give a local folder, or go online once to download it",
+        ) from error
+
+
+def load_base(
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    offline: bool = False,
+    need_tokenizer: bool = True,
+) -> Base:
+    """Load model and tokenizer.  Raises UsageError, ResourceError or UnsupportedModelError; never half-loads."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    check_device(device)
+    folder = locate(name, revision, offline)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{name} holds no config.json, so it is no transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise UsageError(f"{name} holds no safetensors weights", "retrofit reads safetensors only")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+        ).to(device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{name} does not fit into the memory of {device}", "use --dtype bfloat16 or a larger GPU"
+        ) from error
+    except Exception as error:
+        raise UnsupportedModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if need_tokenizer:
+            raise UsageError(
+                f"{name} has no tokenizer that loads: {_first_line(error)}",
+                "add its tokenizer files to the folder",
+            ) from error
+        tokenizer = None
+    model.eval()
+    return Base(model, tokenizer, name, revision, folder, file_fingerprint(folder, config.to_dict()))
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError for a device that does not exist by name, ResourceError for one this machine lacks."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}", "use cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("no CUDA GPU is available here", "use --device cpu")
+
+
+def file_fingerprint(folder: Path, config: dict[str, Any]) -> dict[str, str | None]:
+    """What tells one base from another at load, cheaply: hashes of config, safetensors headers and 1-D tensors.
+
+    Fine-tunes of one architecture share config and headers, but not their norm weights.
+    """
+    from safetensors import safe_open
+
+    headers, norms = [], hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                part = tensors.get_slice(name)
+                headers.append((name, str(part.get_dtype()), tuple(part.get_shape())))
+                if len(part.get_shape()) == 1:
+                    norms.update(name.encode() + tensors.get_tensor(name).float().numpy().tobytes())
+    return {
+        "config": config_hash(config),
+        "headers": hashlib.sha256(json.dumps(sorted(headers)).encode()).hexdigest(),
+        "norms": norms.hexdigest(),
+    }
+
+
+def live_fingerprint(model: PreTrainedModel) -> dict[str, str | None]:
+    """Fingerprint of a model that came from no known files: its config only."""
+    return {"config": config_hash(model.config.to_dict()), "headers": None, "norms": None}
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Shape-giving keys only: what every loader and version writes differently is left out."""
+    keys = (
+        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings",
+    )  # fmt: skip
+    text = config.get("text_config") or config
+    return hashlib.sha256(json.dumps({k: text.get(k) for k in keys}, sort_keys=True).encode()).hexdigest()
+
+
+def same_base(a: dict[str, str | None], b: dict[str, str | None]) -> str | None:
+    """The first field in which two fingerprints differ, None when they agree wherever both know."""
+    return next((k for k in ("config", "headers", "norms") if a.get(k) and b.get(k) and a[k] != b[k]), None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,333 @@
+"""`retrofit convert`: load the base, attach the adapter, train it, measure it, write the artifact.
+
+The base is only read.  The artifact appears whole at the end, or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import retrofit
+from retrofit import artifact
+from retrofit.adapters.attach import Attached, attach
+from retrofit.adapters.layout import DraftLayout
+from retrofit.errors import GateError, UsageError
+from retrofit.hub import Base, live_fingerprint, load_base
+from retrofit.recipes.data import Document, documents, windows
+from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
+from retrofit.recipes.regenerate import regenerate
+from retrofit.recipes.schema import Recipe, dump_recipe, load_recipe
+from retrofit.recipes.train import Trainer, batches, clean_forward, train
+from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.engine import Engine
+
+CARD = """---
+library_name: peft
+base_model: {model}
+tags: [retrofit, speculative-decoding, diffusion]
+---
+# {model}, retrofitted
+
+Adapter for self-speculative decoding of `{model}`, made with [retrofit](https://pypi.org/project/retrofit-lm/) {version}.
+The base weights are untouched: mode `ar` is the original model, mode `self_spec` gives its output with fewer forwards.
+
+```python
+import retrofit
+engine = retrofit.Engine.load("PATH-OF-THIS-FOLDER")
+print(engine.generate(["Once upon a time"], mode="self_spec")[0].text)
+```
+
+**Do not load `adapter/` with plain PEFT**: ungated, it changes the output of the original model.
+
+| measured on held-out text, teacher-forced | by slot |
+| --- | --- |
+| greedy acceptance | {greedy} |
+| sampled acceptance, 1 - TV | {sampled} |
+
+Draft block {block}; adapter and heads {added:,} parameters, {share:.2%} of the base.
+"""
+
+
+def convert(
+    model: str | PreTrainedModel | None = None,
+    recipe: str | Path | Recipe | None = None,
+    out: str | Path = "retrofit-artifact",
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quiet: bool = False,
+) -> artifact.Artifact:
+    """Convert a model into an artifact folder and return it.
+
+    model: Hub id, local folder or live model; None takes the recipe's.  recipe: name, YAML file or `Recipe`; None is
+    the embedded base's for no model, else the defaults.  A live model gets its adapter taken off again at the end.
+    Raises UsageError, DataError, ResourceError, UnsupportedModelError; nothing is written then.  Raises GateError if
+    the base's own loss moved, which would mean that training touched it.
+    """
+    plan = resolve(model, recipe, overrides)
+    out = Path(out)
+    artifact.check_writable(out, overwrite)
+    started = time.perf_counter()
+    base = _base(model, plan, device, offline, trust_remote_code, tokenizer)
+    layout = DraftLayout(**plan.draft.model_dump())
+    context = int(base.model.config.get_text_config().max_position_embeddings)
+    if layout.block >= context:
+        raise UsageError(f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block")
+    if plan.data.max_length > context:
+        raise UsageError(
+            f"data.max_length is {plan.data.max_length}, the context of {base.name} is {context}",
+            f"add data.max_length={context}",
+        )
+    attached = attach(
+        base.model,
+        layout,
+        rank=plan.adapter.rank,
+        alpha=plan.adapter.alpha,
+        targets=plan.adapter.targets,
+        markov_rank=plan.adapter.markov_rank,
+        confidence=plan.adapter.confidence,
+        seed=plan.train.seed,
+    )
+    backend: HFBackend | None = None
+    try:
+        backend = HFBackend(base.model, attached.gate, attached.heads, layout.causal)
+        return _convert(plan, base, attached, backend, out, overwrite, quiet, started)
+    finally:
+        if backend is not None:
+            backend.close()
+        if isinstance(model, PreTrainedModel):
+            attached.detach()
+
+
+def resolve(
+    model: str | PreTrainedModel | None,
+    recipe: str | Path | Recipe | None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+) -> Recipe:
+    """The recipe of a conversion with everything filled in.  Raises UsageError."""
+    if isinstance(recipe, Recipe):
+        plan = recipe
+    else:
+        name = str(recipe) if recipe is not None else (None if model is None else "default")
+        plan = load_recipe(name, overrides)
+    if isinstance(model, str):
+        plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": model})})
+    if plan.profile == "joint":
+        raise UsageError("profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical")
+    return plan
+
+
+def _base(
+    model: str | PreTrainedModel | None,
+    plan: Recipe,
+    device: str,
+    offline: bool,
+    trust_remote_code: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Base:
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise UsageError("a live model needs tokenizer=")
+        name = model.config._name_or_path or type(model).__name__
+        return Base(model, tokenizer, name, None, None, live_fingerprint(model))
+    dtype = plan.train.precision if plan.base.dtype == "auto" else plan.base.dtype
+    return load_base(
+        plan.base.model,
+        plan.base.revision,
+        dtype=dtype,
+        device=device,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _convert(
+    plan: Recipe,
+    base: Base,
+    attached: Attached,
+    backend: HFBackend,
+    out: Path,
+    overwrite: bool,
+    quiet: bool,
+    started: float,
+) -> artifact.Artifact:
+    seed = plan.train.seed
+    held_out = _held_out(plan, base.tokenizer)
+    source = batches(_epochs(plan, base, attached, backend), plan.train.batch_size, seed)
+    first = next(source)
+    probe = [document for document, _ in first]
+    before = _probe_hash(backend, probe)
+    trainer = Trainer(attached, backend, plan)
+    say = _say(quiet)
+    say(
+        f"base {base.name} ({_count(_base_parameters(attached)):,} parameters), "
+        f"training {_count(trainer.trained):,} ({_share(attached):.2%})"
+    )
+    metrics = _metrics_file(out)
+    try:
+        with tqdm(total=plan.train.steps, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True) as bar:
+            history = train(trainer, _chain(first, source), metrics, _progress(bar, trainer))
+        if _probe_hash(backend, probe) != before:
+            raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
+        measured = held_out_acceptance(backend, attached, held_out, plan.train.anchors, seed)
+        calibrate_confidence(attached, measured)
+        conditional = measured.conditional()
+        config = _config(plan, base, attached, conditional, history, time.perf_counter() - started)
+        card = CARD.format(
+            model=base.name,
+            version=retrofit.__version__,
+            greedy=conditional["greedy"],
+            sampled=conditional["sampled"],
+            block=attached.layout.block,
+            added=_count(trainer.trained),
+            share=_share(attached),
+        )
+        folder = artifact.write(
+            out,
+            adapter_config=attached.adapter_config(),
+            adapter_state=attached.adapter_state(),
+            heads=attached.heads_state(),
+            config=config,
+            recipe_yaml=dump_recipe(plan),
+            card=card,
+            overwrite=overwrite,
+        )
+        artifact.add(folder, "metrics.jsonl", metrics.read_bytes())
+    finally:
+        shutil.rmtree(metrics.parent, ignore_errors=True)
+    say(f"wrote {folder} in {time.perf_counter() - started:.0f} s")
+    return artifact.read(folder)
+
+
+def _epochs(plan: Recipe, base: Base, attached: Attached, backend: HFBackend) -> Callable[[int], Iterator[Document]]:
+    """Training windows of an epoch; with `regenerate` their responses are the base's own."""
+    engine = Engine(backend, attached, base.tokenizer)
+
+    def epoch(number: int) -> Iterator[Document]:
+        read = documents(plan.data, base.tokenizer, part="train", seed=plan.train.seed + number)
+        cut = windows(read, plan.data.max_length)
+        if plan.data.responses == "keep":
+            return cut
+        return regenerate(cut, engine, plan.data.temperature, plan.train.seed, number, plan.data.max_length)
+
+    return epoch
+
+
+def _held_out(plan: Recipe, tokenizer: Any) -> list[Document]:
+    """The first window of each held-out document, up to 32 of them; errors in the data show here, before training."""
+    if plan.data.held_out == 0:
+        return []
+    read = documents(plan.data, tokenizer, part="held_out")
+    return [next(windows([document], plan.data.max_length)) for document in islice(read, 32)]
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _progress(bar: tqdm[Any], trainer: Trainer) -> Callable[[int, dict[str, Any]], None]:
+    begin, rows = time.perf_counter(), [0]
+
+    def show(step: int, record: dict[str, Any]) -> None:
+        rows[0] += record["rows"]["clean"] + record["rows"]["draft"]
+        loss, accept = record["loss"], record["accept"]["sampled"]
+        bar.set_postfix_str(
+            f"loss {loss['total']:.3f} (ar {loss['ar']:.2f} diff {loss['diff']:.2f} draft {loss['draft']:.3f} "
+            f"conf {loss['conf']:.2f}) accept {' '.join(f'{a:.2f}' for a in accept[:4])} tau {record['tau']:.2f} "
+            f"{rows[0] / (time.perf_counter() - begin):,.0f} rows/s",
+            refresh=False,
+        )
+        bar.update()
+
+    return show
+
+
+def _config(
+    plan: Recipe,
+    base: Base,
+    attached: Attached,
+    conditional: dict[str, list[float]],
+    history: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    lora = _count([p for n, p in attached.peft_model.named_parameters() if "lora_" in n])
+    return {
+        "format": artifact.FORMAT,
+        "retrofit": retrofit.__version__,
+        "base": {
+            "model": base.name if base.folder is None or not Path(base.name).is_dir() else str(Path(base.name).resolve()),
+            "revision": base.revision,
+            "fingerprint": base.fingerprint,
+            "architecture": type(attached.model).__name__,
+        },
+        "profile": plan.profile,
+        "draft": attached.layout.to_dict(),
+        "adapter": {
+            "rank": plan.adapter.rank,
+            "alpha": plan.adapter.alpha,
+            "targets": list(plan.adapter.targets),
+            "modules": sorted(attached.adapter_config()["target_modules"]),
+            "markov_rank": plan.adapter.markov_rank,
+            "confidence": plan.adapter.confidence,
+        },
+        "parameters": {
+            "adapter": lora,
+            "heads": _count(attached.heads.parameters()),
+            "base": _count(_base_parameters(attached)),
+        },
+        "acceptance": {"conditional": conditional},
+        "training": {
+            "steps": plan.train.steps,
+            "seconds": round(seconds, 1),
+            "clean_rows": sum(r["rows"]["clean"] for r in history),
+            "draft_rows": sum(r["rows"]["draft"] for r in history),
+            "loss": history[-1]["loss"] if history else {},
+        },
+    }
+
+
+def _metrics_file(out: Path) -> Path:
+    """metrics.jsonl of a running conversion, in a hidden folder beside the artifact to be."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{out.name}-training-", dir=out.parent)) / "metrics.jsonl"
+
+
+def _probe_hash(backend: HFBackend, probe: list[Document]) -> str:
+    """Hash of the base rows' logits on a fixed batch: L_AR must not move in the frozen profile, not by a bit."""
+    _, hidden = clean_forward(backend, probe)
+    with torch.no_grad():
+        logits = backend.head(hidden[:64]).float().cpu().contiguous()
+    return hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+
+
+def _base_parameters(attached: Attached) -> list[torch.nn.Parameter]:
+    return [p for n, p in attached.peft_model.named_parameters() if "lora_" not in n]
+
+
+def _share(attached: Attached) -> float:
+    return _count(attached.parameters()) / _count(_base_parameters(attached))
+
+
+def _count(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    return (lambda message: None) if quiet else (lambda message: print(message, file=sys.stderr))

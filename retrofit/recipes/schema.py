@@ -1,0 +1,335 @@
+"""What a recipe may say, and the only place where its defaults stand.
+
+A recipe is one YAML file of sections and keys.  Unknown keys, wrong types and values out of range are refused
+together, in one `UsageError` that names each key by its dotted path.  A loaded `Recipe` is frozen.  The text
+under each field is its help.
+Not here: reading data, loading models, judging whether a recipe fits a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from retrofit.errors import UsageError
+from retrofit.recipes.problems import did_you_mean, explain, is_section, kind_of, listed, unknown_key
+
+FOLDER = Path(__file__).parent
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class Section(BaseModel):
+    """A frozen group of keys that knows no others, and reads `true` or `"3"` as neither number."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Base(Section):
+    """The original model."""
+
+    model: str = Field("tiny", min_length=1)
+    """Hub id, local folder, or `tiny` for the base that ships with retrofit."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model; null is its default branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the base's weights are held in; `auto` is the checkpoint's own."""
+
+
+class Adapter(Section):
+    """What is added to the base."""
+
+    rank: int = Field(32, ge=1, le=1024)
+    """Rank of the gated LoRA."""
+    alpha: float = Field(64.0, gt=0, le=8192)
+    """LoRA scale: the update is multiplied by alpha / rank."""
+    targets: tuple[Role, ...] = Field(get_args(Role), min_length=1, strict=False)
+    """Roles of the projections that get a LoRA; on models with routed experts only q, k, v and o."""
+    markov_rank: int = Field(128, ge=0, le=1024)
+    """Rank of the Markov head, which tells a draft row the token drafted to its left; 0 leaves it out."""
+    confidence: bool = True
+    """Train the confidence head, which decides how many drafts are worth verifying."""
+
+    @model_validator(mode="after")
+    def _roles_once(self) -> Self:
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError("adapter.targets: names a role twice; name each once")
+        return self
+
+
+class Draft(Section):
+    """The layout of a draft block."""
+
+    block: int = Field(8, ge=1, le=128)
+    """Draft rows per block.  Unit: tokens."""
+    input: Literal["mask", "noise"] = "mask"
+    """What a draft row reads: the learned mask vector, or a random vocabulary id."""
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """What a draft row sees of its own block: all of it, or what is to its left."""
+    shift: Literal[1, 0] = 1
+    """1: a draft row predicts the next position, as base rows do; 0: its own."""
+    seed_row: Literal["base", "draft"] = "base"
+    """How the newest token goes in: as a base row, which yields a true token, or as the first draft row."""
+
+    @model_validator(mode="after")
+    def _slot_one_is_new(self) -> Self:
+        if self.shift == 0 and self.seed_row == "base":
+            raise ValueError(
+                "draft.shift: 0 does not go with draft.seed_row base, whose own row already predicts what "
+                "slot 1 would; set draft.seed_row to draft, or draft.shift to 1"
+            )
+        return self
+
+
+class Objective(Section):
+    """The loss: L_AR + alpha L_diff + beta L_draft + gamma L_conf."""
+
+    alpha: float = Field(0.3, ge=0, le=100)
+    """Weight of L_diff, the cross-entropy of partly masked blocks to the data."""
+    beta: float = Field(1.0, ge=0, le=100)
+    """Weight of L_draft, the distance of all-masked blocks from the base's own distribution."""
+    gamma: float = Field(1.0, ge=0, le=100)
+    """Weight of L_conf, which trains the confidence head alone."""
+    diffusion_share: float = Field(0.25, ge=0, le=1)
+    """Share of the blocks that train L_diff; the others train L_draft."""
+    draft_loss: Literal["tv_ce", "tv", "kl"] = "tv_ce"
+    """`tv_ce` is 0.9 total variation + 0.1 cross-entropy to the base's most likely token."""
+    slot_weights: Literal["dpace", "exponential", "uniform"] = "dpace"
+    """How the slots of a block share L_draft; `dpace` by how likely the drafts before are all accepted."""
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Self:
+        if self.alpha == 0 and self.beta == 0:
+            raise ValueError(
+                "objective: alpha and beta are both 0, so nothing trains the drafts; raise objective.beta"
+            )
+        return self
+
+
+class Data(Section):
+    """The text to train on."""
+
+    source: str = Field("stdlib", min_length=1)
+    """`stdlib` (of the running interpreter), a text or JSONL file, a folder of them, or a `datasets` id."""
+    split: str = Field("train", min_length=1)
+    """Split of a `datasets` source."""
+    field: str | None = None
+    """Column of JSONL or `datasets` rows to read: text or a list of chat messages; null finds it."""
+    responses: Literal["keep", "regenerate"] = "keep"
+    """Train on the responses as they are, or let the base write them anew first: such text drafts better."""
+    temperature: float = Field(0.8, ge=0, le=5)
+    """Sampling temperature of regenerated responses; 0 is greedy."""
+    max_length: int = Field(2048, ge=2, le=1 << 20)
+    """Longer documents are cut into windows of this length.  Unit: tokens."""
+    held_out: int = Field(64, ge=0)
+    """Documents kept out of training, to measure on; `stdlib` brings its own list.  Unit: documents."""
+
+
+class Train(Section):
+    """The training run."""
+
+    steps: int = Field(4000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences per forward."""
+    accumulation: int = Field(1, ge=1)
+    """Forwards per optimizer step."""
+    anchors: int = Field(64, ge=1)
+    """Draft blocks per sequence."""
+    lr: float = Field(2e-4, gt=0, le=1)
+    """Peak learning rate."""
+    warmup: int = Field(100, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm; larger ones are scaled down."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type the forwards compute in; trained weights and losses stay in float32."""
+    seed: int = Field(0, ge=0, le=(1 << 32) - 1)
+    """Keys initial weights, order of documents, anchors, masks and noise."""
+    save_every: int = Field(500, ge=0)
+    """Steps between saved states; 0 saves at the end only."""
+    probe_every: int = Field(200, ge=0)
+    """Steps between measurements on the held-out probe batch; 0 measures at the end only."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup > self.steps:
+            raise ValueError(
+                f"train.warmup: {self.warmup} steps are more than train.steps {self.steps}; lower the warm-up"
+            )
+        return self
+
+
+class Recipe(Section):
+    """Everything `retrofit convert` is told, and nothing it finds out for itself."""
+
+    base: Base = Base()
+    profile: Literal["frozen", "joint"] = "frozen"
+    """`frozen` leaves the base bit-identical; `joint` trains it along."""
+    adapter: Adapter = Adapter()
+    draft: Draft = Draft()
+    objective: Objective = Objective()
+    data: Data = Data()
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        problems = []
+        if self.draft.block >= self.data.max_length:
+            problems.append(
+                f"draft.block: {self.draft.block} does not fit into windows of data.max_length "
+                f"{self.data.max_length} tokens; lower draft.block or raise data.max_length"
+            )
+        if self.draft.block == 1 and self.objective.diffusion_share > 0:
+            problems.append(
+                "objective.diffusion_share: a block of 1 has nothing to mask, as slot 1 is always known; "
+                "set it to 0 or raise draft.block"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Recipe.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+FIELDS: dict[str, Any] = {
+    path: field
+    for name, field in Recipe.model_fields.items()
+    for path, field in (
+        [(f"{name}.{key}", inner) for key, inner in SECTIONS[name].model_fields.items()]
+        if name in SECTIONS
+        else [(name, field)]
+    )
+}
+"""Every key by its dotted path, in file order: annotation, default, limits and help (`description`)."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with retrofit, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe, apply overrides, validate.
+
+    `name_or_path`: a name of `recipe_names()`, a YAML file, or None for `tiny`.
+    `overrides`: `key.path=value` strings whose values are read as YAML, or a mapping from path to value.
+    Raises UsageError that lists every problem found; checks between keys run once those keys are valid.
+    """
+    label, text = _find("tiny" if name_or_path is None else str(name_or_path))
+    try:
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise UsageError(f"recipe `{label}` is not valid YAML: {_yaml_problem(error)}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"recipe `{label}` must hold sections and keys such as `train:`, not {kind_of(content)}"
+        )
+    content = {key: value for key, value in content.items() if value is not None or key not in SECTIONS}
+    problems = _apply(content, overrides)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        problems += [line for detail in error.errors() for line in explain(detail, FIELDS)]
+    if problems:
+        raise UsageError(listed(f"recipe `{label}`", problems), "`retrofit recipes show` prints every key")
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every key written out; `load_recipe` reads it back equal."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _find(name: str) -> tuple[str, str]:
+    """(label for messages, YAML text) of a shipped name or a file."""
+    if name in recipe_names():
+        return name, (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    path = Path(name)
+    if path.is_dir():
+        raise UsageError(f"recipe `{name}` is a folder", "name the YAML file in it, such as its recipe.yaml")
+    try:
+        return name, path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        names = recipe_names()
+        message = f"recipe `{name}` does not exist{did_you_mean(name, names)}"
+        raise UsageError(message, f"name a YAML file or one of {', '.join(names)}") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise UsageError(f"recipe `{name}` cannot be read: {error}") from None
+
+
+def _apply(content: dict[Any, Any], overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Write the overrides into `content`, in place; returns the problems met on the way."""
+    if isinstance(overrides, str):
+        overrides = [overrides]
+    problems = []
+    for item in overrides.items() if isinstance(overrides, Mapping) else overrides:
+        if isinstance(item, str):
+            path, equals, text = item.partition("=")
+            try:
+                value = yaml.load(text, _Loader)
+            except (yaml.YAMLError, ValueError):
+                problems.append(f"{path}: `{text}` is not valid YAML; quote it")
+                continue
+            if not (path and equals):
+                problems.append(f"`{item}` is no override; write key.path=value")
+                continue
+        else:
+            path, value = item
+        section, _, key = path.rpartition(".")
+        if path in SECTIONS:
+            problems.append(is_section(path, FIELDS))
+        elif path not in FIELDS:
+            problems.append(unknown_key(path, FIELDS))
+        elif not section:
+            content[key] = value
+        elif isinstance(
+            inner := content.setdefault(section, {}), dict
+        ):  # else the validation refuses the section
+            inner[key] = value
+    return problems
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} (line {error.problem_mark.line + 1})"
+    return " ".join(str(error).split())
+
+
+# PyYAML follows YAML 1.1, where `1e-5` and `2E3` are text for want of a dot: a learning rate that is none.
+_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads `1e-5` as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"`{key.value}` given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number."""
+
+
+for _kind_of_yaml in (_Loader, _Dumper):
+    _kind_of_yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))

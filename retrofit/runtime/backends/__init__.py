@@ -1,0 +1,1 @@
+"""One interface, `forward(plan) -> logits`, and what implements it."""

@@ -1,0 +1,351 @@
+"""The `hf` backend: a model's own transformers modules, driven by row plans.
+
+All rows of a forward travel as one packed sequence [1, N]; the plan goes along as a keyword argument and arrives in the
+attention function registered here, which keeps base K/V itself (the model runs with `use_cache=False`) and lets every
+row see what the plan says.  Any decoder that calls transformers' AttentionInterface works; the others are refused by
+name.  The model's configuration is set for the forward and restored after it, so a live model keeps working.
+
+Not here: which rows to run, sampling, acceptance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from retrofit.adapters.gated_lora import Gate
+from retrofit.adapters.heads import Heads
+from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.errors import UnsupportedModelError
+from retrofit.runtime.cache import KVCache
+
+ATTENTION = "retrofit"
+FEW_ROWS = 128
+"""Up to here routed experts run `batched_mm`, whose rows' bits do not depend on each other; beyond, it gathers too much."""
+GATHER_BYTES = 1 << 28
+"""Expert weights that one `batched_mm` call may gather; more rows run in several calls, with the same bits."""
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass
+class ForwardContext:
+    """What the attention function needs; travels through the model as `retrofit_rows`."""
+
+    plan: RowPlan
+    cache: KVCache
+    calls: int = 0
+
+
+@dataclass(frozen=True)
+class Output:
+    """base_logits [R, V]: of the base rows whose logits the plan wants.  hidden [N, H]: all rows, after the last norm."""
+
+    base_logits: Tensor
+    base_hidden: Tensor
+    draft_hidden: Tensor
+
+
+def attend(
+    query_SHTD: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """softmax(scaling * q k^T [soft-capped] + mask) v for grouped queries.
+
+    query [S, Hq, T, D], key [S, Hkv, L, D], value [S, Hkv, L, Dv], mask additive [S, 1, T, L] -> [S, Hq, T, Dv].
+    """
+    groups = query_SHTD.shape[1] // key.shape[1]
+    if softcap is None and value.shape[-1] < key.shape[-1]:
+        # MLA: the fast kernels want equal widths; zero columns of V only add zero columns to the output.
+        padded = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
+        return attend(query_SHTD, key, padded, mask, causal, scaling, None)[..., : value.shape[-1]]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query_SHTD, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1
+        )
+    S, H, T, D = query_SHTD.shape
+    scores = query_SHTD.reshape(S, H // groups, groups * T, D) @ key.transpose(2, 3) * scaling
+    scores = (softcap * torch.tanh(scores / softcap)).view(S, H, T, -1)
+    if causal:
+        scores = scores.masked_fill(
+            torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), float("-inf")
+        )
+    if mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_SHTD.dtype)
+    out = weights.view(S, H // groups, groups * T, -1) @ value
+    return out.view(S, H, T, -1)
+
+
+def row_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    retrofit_rows: ForwardContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function behind `attn_implementation="retrofit"`.  query [1, Hq, N, D], key/value [1, Hkv, N, .] -> [1, N, Hq, Dv].
+
+    Base rows write their K/V first and then read base K/V only; draft rows read base K/V and their own block.
+    """
+    if retrofit_rows is None:
+        raise RuntimeError(
+            "attention implementation 'retrofit' needs a row plan; it is set for one forward at a time"
+        )
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has attention sinks, which retrofit does not support yet"
+        )
+    context, plan, cache = retrofit_rows, retrofit_rows.plan, retrofit_rows.cache
+    context.calls += 1
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
+    n = plan.num_base
+    out: list[Tensor] = []
+    if plan.base is not None:
+        cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
+        mask, causal = plan.base_mask(sliding_window, query.dtype)
+        k, v = cache.read(layer, plan.base.slots, plan.base.keys)
+        got = attend(plan.base.rectangle(query_NHD[:n]), k, v, mask, causal, scale, softcap)
+        out.append(plan.base.flatten(got))
+    if plan.draft is not None:
+        k, v = cache.read(layer, plan.draft.slots, plan.draft.keys)
+        k = torch.cat([k, plan.draft.rectangle(key_NHD[n:])], dim=2)
+        v = torch.cat([v, plan.draft.rectangle(value_NHD[n:])], dim=2)
+        mask = plan.draft_mask(sliding_window, query.dtype)
+        got = attend(plan.draft.rectangle(query_NHD[n:]), k, v, mask, False, scale, softcap)
+        out.append(plan.draft.flatten(got))
+    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+AttentionInterface.register(ATTENTION, row_attention)
+
+
+class VocabHead:
+    """The model's own way from last hidden state to logits: projection, then soft-cap or scaling."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.linear: nn.Module = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self.vocab = int(self.linear.weight.shape[0])
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        """[N, H] -> [N, V]."""
+        logits: Tensor = self.linear(hidden_NH)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+class HFBackend:
+    """Runs row plans through a transformers model."""
+
+    name = "hf"
+
+    def __init__(
+        self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False
+    ):
+        """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.gate = gate
+        self.heads = heads
+        self.causal_blocks = causal_blocks
+        refuse_unsupported(model)
+        self.trunk: nn.Module = model.get_decoder()
+        self.embedding = model.get_input_embeddings()
+        self.head = VocabHead(model)
+        self.device = self.embedding.weight.device
+        self.dtype = self.embedding.weight.dtype
+        self.context_length = int(self.config.max_position_embeddings)
+        self.rope_boundary = rope_boundary(self.config)
+        if self.rope_boundary is not None and self.config.model_type != "phi3":
+            # Only Phi-3's own code recomputes its cache at the crossing, so only there is there something to equal.
+            self.context_length, self.rope_boundary = self.rope_boundary, None
+        self._unwrap = separate_experts(model, gate)
+        self._check_model()
+
+    def close(self) -> None:
+        """Give the live model back as it was."""
+        self._unwrap()
+
+    def plan(self, sequences: list[SequenceRows]) -> RowPlan:
+        return RowPlan(sequences, self.device, self.causal_blocks)
+
+    def forward(self, plan: RowPlan, cache: KVCache) -> Output:
+        """One forward.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
+        hidden = self.run_trunk(plan, cache)
+        base = hidden[: plan.num_base]
+        wanted = base if plan.logit_rows is None else base[plan.logit_rows]
+        return Output(self.head(wanted), wanted, hidden[plan.num_base :])
+
+    def run_trunk(self, plan: RowPlan, cache: KVCache) -> Tensor:
+        """[N, H] last hidden states of all rows."""
+        context = ForwardContext(plan, cache)
+        embeds = self.embed(plan)
+        with self._switched(plan):
+            hidden: Tensor = self.trunk(
+                inputs_embeds=embeds[None],
+                position_ids=plan.positions,
+                use_cache=False,
+                retrofit_rows=context,
+            ).last_hidden_state[0]
+        if context.calls != self.config.num_hidden_layers:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: {context.calls} of {self.config.num_hidden_layers} layers call "
+                "transformers' attention interface; retrofit needs all of them"
+            )
+        return hidden
+
+    def embed(self, plan: RowPlan) -> Tensor:
+        """[N, H]: token embeddings, and the mask vector where a draft row has no token."""
+        embeds: Tensor = self.embedding(plan.ids)
+        if plan.masked is None:
+            return embeds
+        if self.heads is None:
+            raise RuntimeError("a masked draft row needs a mask vector")
+        # Gemma-3 scales inside its embedding module; the mask vector meets the same factor.
+        vector = self.heads.mask_vector * float(getattr(self.embedding, "embed_scale", 1.0))
+        return embeds.index_put((plan.masked,), vector.to(embeds.dtype).expand(len(plan.masked), -1))
+
+    @contextmanager
+    def _switched(self, plan: RowPlan) -> Iterator[None]:
+        attention, experts = (
+            self.config._attn_implementation_internal,
+            self.config._experts_implementation_internal,
+        )
+        before = self.gate.base_rows
+        self.config._attn_implementation_internal = ATTENTION
+        if experts is not None and plan.num_rows <= FEW_ROWS:
+            self.config._experts_implementation_internal = "batched_mm"
+        self.gate.base_rows = plan.num_base
+        try:
+            yield
+        finally:
+            self.config._attn_implementation_internal = attention
+            self.config._experts_implementation_internal = experts
+            self.gate.base_rows = before
+
+    @torch.inference_mode()
+    def _check_model(self) -> None:
+        """Our forward must reproduce the model's own logits on a short prompt, soft-caps and multipliers included."""
+        tokens = [(7 * i + 3) % self.head.vocab for i in range(6)]
+        was_training = self.model.training
+        self.model.eval()
+        want = (
+            self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
+            .logits[0]
+            .float()
+        )
+        plan = self.plan([SequenceRows(slot=0, start=0, tokens=tokens)])
+        got = self.forward(plan, KVCache(1, len(tokens))).base_logits.float()
+        self.model.train(was_training)
+        tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(self.dtype, 0.15)
+        error = (got - want).abs().max().item() / max(1.0, want.abs().max().item())
+        if not error <= tolerance:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: logits through row plans differ from the model's own by {error:.2g} "
+                "(relative); it does something after its last norm or in its attention that retrofit does not know"
+            )
+
+
+def rope_boundary(config: Any) -> int | None:
+    """Position at which longrope switches its frequencies for a whole forward; None for every other RoPE."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return None
+    return int(parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError for what retrofit cannot do, by name.
+
+    What slips through here is caught by the first forward: every layer must call our attention function, and the
+    logits must be the model's own.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; retrofit converts decoder-only models")
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if "chunked_attention" in kinds or getattr(config, "attention_chunk_size", None):
+        raise UnsupportedModelError(f"{name} uses chunked attention, which retrofit does not support yet")
+    if kinds - ATTENTION_LAYERS or getattr(model, "_is_stateful", False):
+        other = ", ".join(sorted(kinds - ATTENTION_LAYERS)) or "a recurrent state"
+        raise UnsupportedModelError(
+            f"{name} has recurrent or linear-attention layers ({other}), whose state cannot be rolled back"
+        )
+    if any(hasattr(m, "sinks") for m in model.modules()):
+        raise UnsupportedModelError(f"{name} has attention sinks, which retrofit does not support yet")
+    if not model._can_set_attn_implementation() or not hasattr(config, "max_position_embeddings"):
+        raise UnsupportedModelError(
+            f"{name} does not call transformers' attention interface, which retrofit drives it by"
+        )
+
+
+def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
+    """Make routed experts run base rows and draft rows in calls of their own; returns the undo.
+
+    Grouped kernels change a row's bits with the rows beside it, and a base row's must not depend on a draft row's.
+    """
+    wrapped: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] == "experts" and not isinstance(module, nn.ModuleList):
+            module.forward = _split_rows(module, gate)  # type: ignore[method-assign]
+            wrapped.append(module)
+
+    def undo() -> None:
+        for module in wrapped:
+            module.__dict__.pop("forward", None)
+
+    return undo
+
+
+def _split_rows(experts: nn.Module, gate: Gate) -> Callable[..., Tensor]:
+    forward = experts.forward
+    per_row = _gathered_bytes_per_row(experts)
+
+    def split(hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        n = gate.base_rows
+        if n is None:
+            return forward(hidden_NH, index_NK, weights_NK)
+        parts = [slice(0, n), slice(n, len(hidden_NH))]
+        if experts.config._experts_implementation_internal == "batched_mm":
+            size = max(1, GATHER_BYTES // (per_row * index_NK.shape[1]))
+            parts = [slice(i, min(i + size, p.stop)) for p in parts for i in range(p.start, p.stop, size)]
+        parts = [p for p in parts if p.stop > p.start]
+        out = [forward(hidden_NH[p], index_NK[p], weights_NK[p]) for p in parts]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    return split
+
+
+def _gathered_bytes_per_row(experts: nn.Module) -> int:
+    """Bytes of one expert's weights: what `batched_mm` copies per row and chosen expert."""
+    return sum(p[0].numel() * p.element_size() for p in experts.parameters() if p.dim() == 3) or 1

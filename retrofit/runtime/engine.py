@@ -1,0 +1,534 @@
+"""Requests in, tokens out: load an artifact or wrap a live model, then generate or stream in any mode.
+
+Owns the loop (admit, prefill, step, retire) and the choice of strategy; knows no row, no token rule and no kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from retrofit import artifact as artifacts
+from retrofit.adapters.attach import ROLES, Attached, attach
+from retrofit.adapters.layout import DraftLayout
+from retrofit.errors import ArtifactError, UsageError
+from retrofit.hub import Base, live_fingerprint, load_base, same_base
+from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.cache import KVCache
+from retrofit.runtime.cost import CostModel, Template, calibrate
+from retrofit.runtime.modes import Run, diffusion_step, prefill_step, speculative_step
+from retrofit.runtime.plan import (
+    Choice,
+    Limits,
+    likeliest_lengths,
+    looked_up,
+    max_verify,
+    speculative_choice,
+    useful,
+)
+from retrofit.runtime.request import Request, Stats
+from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.scheduler import Scheduler
+
+MODES = ("ar", "diffusion", "self_spec")
+STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
+CACHE_STEP = 256
+"""The K/V cache grows in steps of so many positions."""
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished request.  tokens include EOS; text has no special tokens and ends before the stop string."""
+
+    index: int
+    prompt: list[int]
+    tokens: list[int]
+    text: str | None
+    finish_reason: str
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Event:
+    """New output of one request: text that can no longer change, and the tokens since the last event."""
+
+    index: int
+    tokens: list[int]
+    text: str
+    result: Result | None
+
+
+class Engine:
+    """Decodes with one model in three modes.  Build with `Engine.load` or `Engine.from_model`."""
+
+    def __init__(
+        self,
+        backend: HFBackend,
+        attached: Attached,
+        tokenizer: PreTrainedTokenizerBase | None,
+        acceptance: Mapping[str, Sequence[float]] | None = None,
+        config: Mapping[str, Any] | None = None,
+        base: Base | None = None,
+    ):
+        self.backend = backend
+        self.attached = attached
+        self.tokenizer = tokenizer
+        self.layout = attached.layout
+        self.config = dict(config or {})
+        self.base = base
+        eos = getattr(attached.model.generation_config, "eos_token_id", None)
+        eos = attached.model.config.get_text_config().eos_token_id if eos is None else eos
+        self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self.limits = Limits(backend.context_length, backend.rope_boundary)
+        self._acceptance = acceptance or {}
+        self._costs: dict[bool, CostModel] = {}
+        self._calibrated: set[tuple[bool, int]] = set()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: str = "auto",
+        exact: str = "off",
+        backend: str = "auto",
+        *,
+        base: str | None = None,
+        offline: bool = False,
+        trust_remote_code: bool = False,
+    ) -> Engine:
+        """Load an artifact folder and the base it belongs to.
+
+        base: folder or Hub id to use in place of the one the artifact names.
+        Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError.
+        """
+        if backend not in ("auto", "hf"):
+            raise UsageError(f"backend {backend!r} does not exist; this version has auto and hf")
+        if exact != "off":
+            raise UsageError(
+                f"exact={exact!r} needs a backend with fixed kernels; the hf backend has exact='off' only"
+            )
+        artifact = artifacts.read(Path(path))
+        named = artifact.config["base"]
+        loaded = load_base(
+            base or named["model"],
+            None if base else named.get("revision"),
+            dtype=dtype,
+            device=device,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            need_tokenizer=False,
+        )
+        return cls._with_artifact(loaded, artifact)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        adapter: str | Path | None = None,
+        *,
+        layout: DraftLayout | None = None,
+    ) -> Engine:
+        """Wrap a live model.  adapter None: `ar` is the model's own, and `self_spec` runs with an untrained draft.
+
+        The model's projections are wrapped in place, gate closed: its own forward and `generate` stay bit-identical.
+        `close()` takes the wrapping off.  Raises as `load` does.
+        """
+        if adapter is not None:
+            artifact = artifacts.read(Path(adapter))
+            base = Base(
+                model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model)
+            )
+            return cls._with_artifact(base, artifact)
+        attached = attach(
+            model,
+            layout or DraftLayout(),
+            rank=8,
+            alpha=8.0,
+            targets=ROLES,
+            markov_rank=8,
+            confidence=True,
+        )
+        backend = HFBackend(model, attached.gate, attached.heads, attached.layout.causal)
+        return cls(backend, attached, tokenizer)
+
+    @classmethod
+    def _with_artifact(cls, base: Base, artifact: artifacts.Artifact) -> Engine:
+        config = artifact.config
+        differs = same_base(config["base"]["fingerprint"], base.fingerprint)
+        if differs:
+            raise ArtifactError(
+                f"{artifact.folder} belongs to another base: {base.name} differs from {config['base']['model']} in its {differs}",
+                "give the base it was made for with --base, or convert this one",
+            )
+        adapter = config["adapter"]
+        attached = attach(
+            base.model,
+            DraftLayout(**config["draft"]),
+            rank=adapter["rank"],
+            alpha=adapter["alpha"],
+            targets=adapter["targets"],
+            markov_rank=adapter["markov_rank"],
+            confidence=adapter["confidence"],
+        )
+        attached.load(artifact.adapter_state, artifact.heads)
+        for parameter in attached.peft_model.parameters():
+            parameter.requires_grad_(False)
+        backend = HFBackend(base.model, attached.gate, attached.heads, attached.layout.causal)
+        return cls(
+            backend, attached, base.tokenizer, config.get("acceptance", {}).get("conditional"), config, base
+        )
+
+    def close(self) -> None:
+        """Give the live model back as it was: no adapter, no wrapping."""
+        self.backend.close()
+        self.attached.detach()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        mode: str = "self_spec",
+        *,
+        strategy: str = "auto",
+        prepare: str | int = "all",
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 8,
+        ignore_eos: bool = False,
+        threshold: float = 0.9,
+    ) -> list[Result]:
+        """Generate for every prompt; results in the order of the prompts.
+
+        prompts: text (raw), token ids, or messages (chat template).  seed: one int (prompt i uses seed + i) or one
+        per prompt.  batch_size: how many requests run together.  threshold: diffusion's confidence.
+        Raises UsageError for wrong options and for prompts that are empty or longer than the context.
+        """
+        events = self.stream(
+            prompts, mode, strategy=strategy, prepare=prepare, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, stop=stop, seed=seed,
+            batch_size=batch_size, ignore_eos=ignore_eos, threshold=threshold, with_text=False,
+        )  # fmt: skip
+        results = [event.result for event in events if event.result is not None]
+        return sorted(results, key=lambda r: r.index)
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        mode: str = "self_spec",
+        *,
+        strategy: str = "auto",
+        prepare: str | int = "all",
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 8,
+        ignore_eos: bool = False,
+        threshold: float = 0.9,
+        with_text: bool = True,
+    ) -> Iterator[Event]:
+        """As `generate`, yielding an event whenever a request has new output; its last event holds the result."""
+        check_options(mode, strategy, prepare, self.layout, max_new_tokens, batch_size, threshold)
+        params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        requests = self._requests(prompts, seed, max_new_tokens, stops, ignore_eos)
+        longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
+        slots = min(batch_size, max(1, len(requests)))
+        run = Run(
+            self.backend,
+            KVCache(slots, -(-longest // CACHE_STEP) * CACHE_STEP),
+            params,
+            self.layout,
+            self.limits,
+            threshold,
+            with_confidence=mode == "self_spec" and (strategy == "auto" or isinstance(prepare, int)),
+        )
+        run.watch(requests)
+        return self._loop(run, requests, slots, mode, strategy, prepare, with_text)
+
+    def _loop(
+        self,
+        run: Run,
+        requests: list[Request],
+        slots: int,
+        mode: str,
+        strategy: str,
+        prepare: str | int,
+        with_text: bool,
+    ) -> Iterator[Event]:
+        scheduler = Scheduler(requests, slots)
+        sent = {r.index: (0, 0) for r in requests}
+        if mode == "self_spec" and strategy == "auto" and requests:
+            self._calibrate(run, min(slots, len(requests)))
+        while scheduler:
+            begin = time.perf_counter()
+            admitted = scheduler.admit()
+            for request in admitted:
+                request.started = begin
+            with torch.inference_mode():
+                self._prefill(run, admitted)
+                running = [r for r in scheduler.running if not r.done and r not in admitted]
+                for group in self._groups(running):
+                    self._step(run, group, mode, strategy, prepare)
+            touched = list(scheduler.running)
+            scheduler.retire()
+            for request in touched:
+                if event := self._event(request, sent, with_text):
+                    yield event
+
+    def _prefill(self, run: Run, admitted: list[Request]) -> None:
+        if not admitted:
+            return
+        begin = time.perf_counter()
+        prefill_step(run, admitted)
+        for request in admitted:
+            request.stats.prefill_seconds = time.perf_counter() - begin
+
+    def _groups(self, running: list[Request]) -> list[list[Request]]:
+        """Requests on either side of a longrope boundary must not share a forward: it picks one set of frequencies."""
+        if self.limits.boundary is None:
+            return [running] if running else []
+        sides = [
+            [r for r in running if (r.position >= self.limits.boundary) == side] for side in (False, True)
+        ]
+        return [side for side in sides if side]
+
+    def _step(self, run: Run, running: list[Request], mode: str, strategy: str, prepare: str | int) -> None:
+        if self.limits.boundary is not None and running[0].position >= self.limits.boundary:
+            crossing = [r for r in running if not r.long_rope]
+            if crossing:
+                for request in crossing:
+                    request.drafts, request.block = [], []
+                prefill_step(run, crossing)
+                running = [r for r in running if r not in crossing]
+                if not running:
+                    return
+        if mode == "diffusion":
+            diffusion_step(run, running)
+            return
+        if mode == "self_spec" and strategy == "auto":
+            self._auto_step(run, running)
+            return
+        if strategy == "prompt_lookup" and mode == "self_spec":
+            for request in running:
+                request.drafts = looked_up(request.tokens, self.layout.drafts)
+        name = "ar" if mode == "ar" else strategy
+        choices = [speculative_choice(r, name, prepare, self.layout, self.limits) for r in running]
+        speculative_step(run, running, choices)
+
+    def _auto_step(self, run: Run, running: list[Request]) -> None:
+        costs = self._costs[run.params.temperature > 0]
+        template = costs.best(len(running))
+        choices = [self._apply(template, request) for request in running]
+        before = [len(r.stats.accepted) for r in running]
+        rows = sum(r.stats.rows for r in running)
+        begin = time.perf_counter()
+        speculative_step(run, running, choices)
+        seconds = time.perf_counter() - begin
+        rows = sum(r.stats.rows for r in running) - rows
+        costs.observe_time(rows, any(c.prepare for c in choices), seconds)
+        for request, count in zip(running, before, strict=True):
+            if len(request.stats.accepted) > count:
+                costs.observe_acceptance(request.stats.accepted[-1], request.stats.verified[-1])
+
+    def _apply(self, template: Template, request: Request) -> Choice:
+        """A template for one request: what it has drafted, and the accept lengths its confidence finds likeliest."""
+        verify = min(template.verify, len(request.drafts), max_verify(request, self.limits))
+        if template.strategy == "ar" or (template.strategy == "two_forward" and verify):
+            return Choice(verify)
+        lengths: tuple[int, ...] = (0,)
+        if verify:
+            confidence = request.confidence or self._costs[False].conditional()
+            lengths = likeliest_lengths(confidence[:verify], verify, template.prepare)
+        return Choice(verify, useful(request, lengths, self.layout, self.limits))
+
+    def _calibrate(self, run: Run, batch: int) -> None:
+        """Time the plans of this batch size once, on a scratch cache, and remember."""
+        sampled = run.params.temperature > 0
+        if sampled not in self._costs:
+            prior = self._acceptance.get("sampled" if sampled else "greedy") or [0.0] * self.layout.drafts
+            self._costs[sampled] = CostModel(self.layout, list(prior))
+        if (sampled, batch) in self._calibrated:
+            return
+        prompt = [1] * 16
+        scratch = Run(
+            run.backend,
+            KVCache(batch, CACHE_STEP),
+            run.params,
+            run.layout,
+            run.limits,
+            with_confidence=run.with_confidence,
+        )
+        room = max(1, self.limits.context - len(prompt) - 2 * self.layout.block - 2)
+
+        def step(verified: int, prepared: int) -> float:
+            requests = [Request(i, list(prompt), 0, min(64, room), frozenset()) for i in range(batch)]
+            for request in requests:
+                request.slot, request.committed = request.index, len(prompt) - 1
+                request.drafts = [2] * verified
+            scratch.watch(requests)
+            choices = [Choice(verified, tuple(range(prepared))) for _ in requests]
+            begin = time.perf_counter()
+            speculative_step(scratch, requests, choices)
+            return time.perf_counter() - begin
+
+        with torch.inference_mode():
+            first = [Request(i, list(prompt), 0, 1, frozenset(), slot=i) for i in range(batch)]
+            scratch.watch(first)
+            prefill_step(scratch, first)
+            calibrate(self._costs[sampled], batch, step)
+        self._calibrated.add((sampled, batch))
+
+    def _event(self, request: Request, sent: dict[int, tuple[int, int]], with_text: bool) -> Event | None:
+        tokens_sent, text_sent = sent[request.index]
+        emitted = request.emitted
+        if len(emitted) == tokens_sent and not request.done:
+            return None
+        if not with_text and not request.done:
+            return None
+        result = self._result(request) if request.done else None
+        text = ""
+        if self.tokenizer is not None and with_text:
+            stable = result.text if result is not None and result.text is not None else stable_text(request)
+            text = stable[text_sent:]
+        sent[request.index] = (len(emitted), text_sent + len(text))
+        return Event(request.index, emitted[tokens_sent:], text, result)
+
+    def _result(self, request: Request) -> Result:
+        text = request.text() if request.decode is not None else None
+        assert request.finish_reason is not None
+        return Result(
+            request.index, request.prompt, request.emitted, text, request.finish_reason, request.stats
+        )
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        assert self.tokenizer is not None
+        return str(
+            self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int | Sequence[int],
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        ignore_eos: bool,
+    ) -> list[Request]:
+        if isinstance(prompts, str):
+            raise UsageError("prompts is a string; give a list of prompts")
+        if stop and (self.tokenizer is None or not all(stop)):
+            raise UsageError(
+                "stop strings need a tokenizer" if self.tokenizer is None else "a stop string is empty"
+            )
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise UsageError(
+                f"{len(seeds)} seeds for {len(prompts)} prompts; give one int or one seed per prompt"
+            )
+        requests = []
+        for i, prompt in enumerate(prompts):
+            tokens = self._encode(prompt, i)
+            room = self.limits.context - len(tokens)
+            if room < 1:
+                raise UsageError(
+                    f"prompt {i} has {len(tokens)} tokens; the model's context is {self.limits.context} and must hold "
+                    "at least one more",
+                    "shorten the prompt",
+                )
+            requests.append(
+                Request(
+                    i,
+                    tokens,
+                    seeds[i],
+                    min(max_new_tokens, room),
+                    frozenset() if ignore_eos else self.eos,
+                    stop,
+                    self._decode if self.tokenizer is not None else None,
+                )  # fmt: skip
+            )
+        return requests
+
+    def _encode(self, prompt: Prompt, number: int) -> list[int]:
+        if len(prompt) == 0:
+            raise UsageError(f"prompt {number} is empty", "a model needs at least one token to continue from")
+        if not isinstance(prompt, str) and isinstance(prompt[0], int):
+            tokens = [int(t) for t in prompt]  # type: ignore[call-overload]
+            wrong = [t for t in tokens if not 0 <= t < self.backend.head.vocab]
+            if wrong:
+                raise UsageError(
+                    f"prompt {number} holds token id {wrong[0]}; the vocabulary has {self.backend.head.vocab}"
+                )
+            return tokens
+        if self.tokenizer is None:
+            raise UsageError(
+                "text prompts need a tokenizer; this engine has none", "give token ids, or pass tokenizer="
+            )
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UsageError(
+                "messages need a chat template; this model's tokenizer has none", "give plain text"
+            )
+        encoded = self.tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+
+def stable_text(request: Request) -> str:
+    """Output text that later tokens cannot change: no half character at the end, no possible start of a stop string."""
+    text = request.text()
+    while text.endswith("\ufffd"):
+        text = text[:-1]
+    for stop in request.stop:
+        for size in range(min(len(stop), len(text)), 0, -1):
+            if text.endswith(stop[:size]):
+                text = text[:-size]
+                break
+    return text
+
+
+def check_options(
+    mode: str,
+    strategy: str,
+    prepare: str | int,
+    layout: DraftLayout,
+    max_new_tokens: int,
+    batch_size: int,
+    threshold: float,
+) -> None:
+    """Raises UsageError naming the option and what it may be."""
+    if mode not in MODES:
+        raise UsageError(f"mode {mode!r} does not exist", f"modes are {', '.join(MODES)}")
+    if strategy not in STRATEGIES:
+        raise UsageError(f"strategy {strategy!r} does not exist", f"strategies are {', '.join(STRATEGIES)}")
+    if prepare not in ("all", "last") and not (isinstance(prepare, int) and prepare >= 1):
+        raise UsageError(f"prepare is {prepare!r}; it may be all, last, or a number of accept lengths >= 1")
+    if strategy == "fused" and not layout.anchored:
+        raise UsageError(
+            "strategy fused needs an artifact with draft.seed_row base", "use two_forward or auto"
+        )
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
+    if not 0 <= threshold <= 1:
+        raise UsageError(f"threshold is {threshold}; it is a probability, 0 to 1")

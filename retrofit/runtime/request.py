@@ -1,0 +1,172 @@
+"""One request: its tokens, how far its base K/V is committed, what was drafted for it, and its statistics.
+
+    tokens      prompt ............ | emitted ........ seed
+    position    0 .. n-1            | n ..             p
+    committed   K/V of positions < p ("the seed is not in the cache yet")
+
+Not here: the model, sampling, which rows to run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+KINDS = ("prefill", "ar", "draft", "verify", "fused", "denoise", "commit")
+
+
+@dataclass
+class Stats:
+    """What one request cost.  TPF = tokens / all forwards after prefill; tau = tokens / verify cycles."""
+
+    forwards: dict[str, int] = field(default_factory=dict)
+    """Forwards that held rows of this request, by kind."""
+    rows: int = 0
+    """Rows run after prefill, base and draft."""
+    tokens: int = 0
+    """Tokens emitted after prefill, up to and including EOS, none after the end."""
+    accepted: list[int] = field(default_factory=list)
+    """Accepted drafts of each verify cycle."""
+    verified: list[int] = field(default_factory=list)
+    """Verified drafts of each verify cycle."""
+    seconds: float = 0.0
+    """From admission to the last token."""
+    prefill_seconds: float = 0.0
+
+    @property
+    def decode_forwards(self) -> int:
+        return sum(n for kind, n in self.forwards.items() if kind != "prefill")
+
+    @property
+    def tpf(self) -> float:
+        return self.tokens / self.decode_forwards if self.decode_forwards else 0.0
+
+    @property
+    def tau(self) -> float:
+        return self.tokens / len(self.accepted) if self.accepted else min(1.0, float(self.tokens))
+
+    @property
+    def rows_per_token(self) -> float:
+        return self.rows / self.tokens if self.tokens else 0.0
+
+    def count(self, kind: str, rows: int) -> None:
+        """One forward of `kind` held so many rows of this request."""
+        self.forwards[kind] = self.forwards.get(kind, 0) + 1
+        if kind != "prefill":
+            self.rows += rows
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "tokens": self.tokens,
+            "forwards": dict(self.forwards),
+            "rows": self.rows,
+            "rows_per_token": round(self.rows_per_token, 4),
+            "tpf": round(self.tpf, 4),
+            "tau": round(self.tau, 4),
+            "accepted": list(self.accepted),
+            "verified": list(self.verified),
+            "seconds": round(self.seconds, 6),
+            "prefill_seconds": round(self.prefill_seconds, 6),
+        }
+
+
+@dataclass
+class Request:
+    """State of one generation.  Engine code calls `emit` with tokens in order; it cuts and ends by itself."""
+
+    index: int
+    prompt: list[int]
+    seed: int
+    max_new_tokens: int
+    """Already clipped to the context."""
+    eos: frozenset[int]
+    stop: tuple[str, ...] = ()
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Text of token ids without special tokens; needed for stop strings."""
+
+    slot: int = -1
+    tokens: list[int] = field(default_factory=list)
+    committed: int = 0
+    long_rope: bool = False
+    """Whether the cached K/V were computed beyond a longrope boundary."""
+    drafts: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    """Per draft: probability that it is accepted, given all before it are.  Empty without a confidence head."""
+    block: list[int] = field(default_factory=list)
+    """Diffusion: the block being filled, `MASK` where unknown; its first token is the seed."""
+    finish_reason: str | None = None
+    stats: Stats = field(default_factory=Stats)
+    seen: Tensor | None = None
+    """[V] tokens of prompt and output, kept only under a repetition penalty."""
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def emitted(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def output_index(self) -> int:
+        """Index of the next token to be emitted; keys its noise."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def remaining(self) -> int:
+        return self.max_new_tokens - self.output_index
+
+    @property
+    def position(self) -> int:
+        """Of the seed, the newest token."""
+        return len(self.tokens) - 1
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None
+
+    def watch(self, vocab: int, device: torch.device) -> None:
+        """Start keeping `seen`."""
+        self.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self.seen[torch.tensor(self.tokens, device=device)] = True
+
+    def emit(self, tokens: Sequence[int], *, prefill: bool = False) -> int:
+        """Append tokens up to the first that ends the request; returns how many were taken.
+
+        Ends at EOS (kept), at the token completing a stop string (kept in `tokens`, cut from the text), at the limit.
+        """
+        taken = 0
+        for token in tokens:
+            self.tokens.append(token)
+            taken += 1
+            if self.seen is not None:
+                self.seen[token] = True
+            if token in self.eos:
+                self.finish_reason = "eos"
+            elif self.stop and self._stopped():
+                self.finish_reason = "stop"
+            elif self.remaining <= 0:
+                self.finish_reason = "length"
+            if self.done:
+                break
+        if not prefill:
+            self.stats.tokens += taken
+        if self.done:
+            self.stats.seconds = time.perf_counter() - self.started
+        return taken
+
+    def _stopped(self) -> bool:
+        assert self.decode is not None
+        text = self.decode(self.emitted)
+        return any(s in text for s in self.stop)
+
+    def text(self) -> str:
+        """Output without special tokens, cut before the stop string."""
+        assert self.decode is not None
+        text = self.decode(self.emitted)
+        cuts = [text.find(s) for s in self.stop if s in text] if self.finish_reason == "stop" else []
+        return text[: min(cuts)] if cuts else text

@@ -1,0 +1,389 @@
+"""Noise against its specification and its law, processors against transformers, choices against exact
+laws."""
+
+import math
+import random
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from retrofit.errors import UsageError
+from retrofit.runtime import sampling
+from retrofit.runtime.accept import accepted_length
+from retrofit.runtime.sampling import (
+    SamplingParams,
+    choose,
+    gumbel_noise,
+    hash_bits,
+    hash_bits_plain,
+    path_seen,
+    process_logits,
+)
+
+Chooser = Callable[[Tensor, SamplingParams, Tensor, Tensor], Tensor]
+SeenRule = Callable[[Tensor, list[int]], Tensor]
+EDGE_SEEDS = [0, 1, -1, 2**31, 2**32 - 1, 2**32, -(2**63), 2**63 - 1]
+
+
+def integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+# parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.5),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", 0),
+        ("top_k", 2.5),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+    ],
+)
+def test_values_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=rf"{name} is {value}; allowed: "):
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+# noise
+
+
+def test_hash_equals_its_specification() -> None:
+    rng = random.Random(0)
+    cases = [(seed, index) for seed in EDGE_SEEDS for index in (0, 1, 2**31)]
+    cases += [(rng.getrandbits(64) - 2**63, rng.getrandbits(32)) for _ in range(100)]
+    seeds, indices = zip(*cases, strict=True)
+    bits = hash_bits(integers(*seeds), integers(*indices), 37).long() & 0xFFFFFFFF
+    assert bits.tolist() == [
+        [hash_bits_plain(seed, index, token) for token in range(37)] for seed, index in cases
+    ]
+
+
+def test_noise_is_the_stated_function_of_the_bits() -> None:
+    noise = gumbel_noise(integers(3, 3), integers(0, 9), 50).double()
+    bits = torch.tensor([[hash_bits_plain(3, index, token) >> 9 for token in range(50)] for index in (0, 9)])
+    expected = -torch.log(-torch.log((bits.double() + 0.5) / 2**23))
+    assert (noise - expected).abs().max() < 2e-6  # fp32: an ulp at 16 is 2e-6
+
+
+def test_extreme_bits_give_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = torch.tensor([[0, -1]], dtype=torch.int32)
+    monkeypatch.setattr(sampling, "hash_bits", lambda *_: ends)
+    low, high = gumbel_noise(integers(0), integers(0), 2)[0].tolist()
+    assert -2.82 < low < -2.81
+    assert 16.63 < high < 16.64
+
+
+@pytest.mark.parametrize("vocab", [3, 64, 2049])
+def test_noise_of_a_row_does_not_depend_on_its_batch(vocab: int) -> None:
+    seeds, indices = integers(5, 5, 8, -1, 5), integers(0, 1, 0, 7, 2)
+    together = gumbel_noise(seeds, indices, vocab)
+    for row in range(len(seeds)):
+        assert torch.equal(
+            gumbel_noise(seeds[row : row + 1], indices[row : row + 1], vocab)[0], together[row]
+        )
+
+
+def kolmogorov_smirnov(noise: Tensor) -> float:
+    """sqrt(n) times the largest distance of the empirical from the Gumbel distribution function."""
+    ordered = noise.flatten().double().sort().values
+    count = len(ordered)
+    law = torch.exp(-torch.exp(-ordered))
+    steps = torch.arange(count + 1, dtype=torch.float64) / count
+    return float(torch.maximum((law - steps[:-1]).abs(), (law - steps[1:]).abs()).max()) * math.sqrt(count)
+
+
+def chi_square_p(observed: Tensor, expected: Tensor) -> float:
+    """p-value of the chi-square goodness of fit; outcomes that cannot happen must not."""
+    if (observed[expected == 0] > 0).any():
+        return 0.0
+    observed, expected = observed[expected > 0].double(), expected[expected > 0]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic / 2))
+
+
+STREAMS = {  # one coordinate of the key moves, the others stand still: [streams, neighbours]
+    "token": lambda: hash_bits(torch.arange(400), torch.full((400,), 3), 600),
+    "index": lambda: hash_bits(torch.full((600,), 11), torch.arange(600), 400).T,
+    "seed": lambda: hash_bits(torch.arange(600), torch.full((600,), 2), 400).T,
+    "seed_high_half": lambda: hash_bits(torch.arange(600) << 32, torch.zeros(600, dtype=torch.int64), 400).T,
+    "index_four_words": lambda: (
+        hash_bits(torch.arange(1000).repeat_interleave(60), torch.arange(60).repeat(1000), 4)
+        .view(1000, 60, 4)
+        .transpose(1, 2)
+        .reshape(4000, 60)
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
+def test_noise_is_gumbel_and_neighbours_are_independent(stream: Callable[[], Tensor]) -> None:
+    bits = stream()
+    uniform = ((bits.long() & 0xFFFFFFFF) >> 9).double().add(0.5) / 2**23
+    assert kolmogorov_smirnov(-torch.log(-torch.log(uniform))) < 1.95  # p = 0.001
+    for shift in (29, 9):  # the highest and the lowest bits that the noise uses
+        eighths = (bits.long() >> shift) & 7
+        triples = (eighths[:, :-2] * 8 + eighths[:, 1:-1]) * 8 + eighths[:, 2:]
+        # disjoint triples, so that the counts are multinomial
+        counts = torch.bincount(triples[:, ::3].flatten(), minlength=512)
+        assert chi_square_p(counts, torch.full((512,), float(counts.sum()) / 512).double()) > 0.001
+
+
+# processors
+
+
+def transformers_scores(logits: Tensor, ids: Tensor, params: SamplingParams) -> Tensor:
+    """What `generate` does with these settings: the same classes on the same conditions, in the same
+    order."""
+    scores = logits.float()
+    if params.repetition_penalty not in (None, 1.0):
+        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
+    if params.temperature > 0:
+        if params.temperature != 1.0:
+            scores = TemperatureLogitsWarper(params.temperature)(ids, scores)
+        if params.top_k is not None:
+            scores = TopKLogitsWarper(params.top_k)(ids, scores)
+        if params.top_p is not None and params.top_p < 1.0:
+            scores = TopPLogitsWarper(params.top_p)(ids, scores)
+    return scores
+
+
+SETTINGS = [
+    SamplingParams(),
+    SamplingParams(repetition_penalty=1.3),
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=1.0, repetition_penalty=0.8),
+    SamplingParams(temperature=0.7, top_k=5),
+    SamplingParams(temperature=1.3, top_k=10_000),
+    SamplingParams(temperature=1.0, top_p=1.0),
+    SamplingParams(temperature=0.9, top_p=0.9),
+    SamplingParams(temperature=0.6, top_p=1e-6),
+    SamplingParams(temperature=0.8, top_k=20, top_p=0.5, repetition_penalty=1.2),
+]
+LOGITS = {  # each catches a different bug
+    "smooth": lambda: 3 * torch.randn(7, 101, generator=torch.Generator().manual_seed(1)),
+    "ties": lambda: torch.randint(-3, 4, (7, 64), generator=torch.Generator().manual_seed(2)).float(),
+    "bfloat16": lambda: (4 * torch.randn(3, 257, generator=torch.Generator().manual_seed(3))).bfloat16(),
+    "masked": lambda: torch.randn(3, 50, generator=torch.Generator().manual_seed(4)).index_fill(
+        1, torch.arange(0, 50, 2), -math.inf
+    ),
+}
+TIED = ("ties", "bfloat16")
+
+
+@pytest.mark.parametrize("params", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", LOGITS)
+def test_processors_are_bitwise_those_of_transformers(
+    name: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = LOGITS[name]()
+    if name in TIED:  # which of the tied tokens top-p keeps is left to an unstable sort
+        monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
+    before = scores.clone()
+    ids = torch.randint(scores.shape[1], (len(scores), 9), generator=torch.Generator().manual_seed(5))
+    seen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, ids, True)
+    result = process_logits(scores, params, seen)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, transformers_scores(scores, ids, params))
+    assert torch.equal(scores, before)
+    for row in range(len(scores)):
+        assert torch.equal(process_logits(scores[row : row + 1], params, seen[row : row + 1])[0], result[row])
+
+
+def test_penalty_without_seen_tokens_is_a_programming_error() -> None:
+    with pytest.raises(ValueError, match="needs `seen`"):
+        process_logits(torch.zeros(1, 3), SamplingParams(repetition_penalty=1.2), None)
+
+
+def test_fixed_point_mass_is_the_cumulative_softmax() -> None:
+    ascending = (4 * torch.randn(20, 3001, generator=torch.Generator().manual_seed(6))).sort(dim=-1).values
+    mass = sampling._mass_in_fixed_point(ascending)
+    assert (mass - ascending.double().softmax(dim=-1).cumsum(dim=-1)).abs().max() < 1e-6
+    assert torch.equal(mass[:, -1], torch.ones(20, dtype=torch.float64))
+
+
+def test_each_row_has_seen_its_own_path() -> None:
+    base = torch.tensor([True, False, False, False, False])
+    rows = path_seen(base, [3, 1, 3])
+    assert [row.nonzero().flatten().tolist() for row in rows] == [[0], [0, 3], [0, 1, 3], [0, 1, 3]]
+    assert torch.equal(path_seen(base, torch.tensor([3, 1, 3])), rows)
+    assert torch.equal(path_seen(base, []), base[None])
+    assert base.tolist() == [True, False, False, False, False]
+
+
+# choices
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    generator = torch.Generator().manual_seed(7)
+    for vocab in (5, 100, 4097):  # tails and several vector widths
+        scores = torch.randint(0, 3, (30, vocab), generator=generator).float()
+        lowest = [row.index(max(row)) for row in scores.tolist()]
+        rows = torch.zeros(30, dtype=torch.int64)
+        assert choose(scores, SamplingParams(), rows, rows).tolist() == lowest
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_chooses_as_the_cpu_does() -> None:
+    scores = torch.randint(0, 3, (30, 40_001), generator=torch.Generator().manual_seed(8)).float()
+    seeds, indices = torch.arange(30), torch.arange(30)
+    assert torch.equal(hash_bits(seeds.cuda(), indices.cuda(), 999).cpu(), hash_bits(seeds, indices, 999))
+    chosen = choose(scores.cuda(), SamplingParams(), seeds.cuda(), indices.cuda())
+    assert torch.equal(chosen.cpu(), choose(scores, SamplingParams(), seeds, indices))
+
+
+WORDS = 4
+TABLE = torch.tensor(
+    [[0.9, 0.0, -0.6, 0.3], [-0.2, 1.1, 0.4, -1.0], [0.5, 0.5, -0.3, 0.8], [-0.8, 0.2, 0.7, 0.1]]
+)
+"""Logits of a Markov chain, a row for each previous token; the first token follows token 0, the prompt."""
+
+
+def sample_texts(params: SamplingParams, count: int, chooser: Chooser) -> Tensor:
+    """Three tokens of the chain for each of `count` request seeds, [count, 3]."""
+    seeds = torch.arange(count) + 10**10
+    seen = torch.zeros(count, WORDS, dtype=torch.bool)
+    previous, texts = torch.zeros(count, dtype=torch.int64), []
+    for index in range(3):
+        seen = seen.scatter(1, previous[:, None], True)
+        scores = process_logits(TABLE[previous], params, seen)
+        previous = chooser(scores, params, seeds, torch.full((count,), index))
+        texts.append(previous)
+    return torch.stack(texts, dim=1)
+
+
+def exact_joint(params: SamplingParams) -> Tensor:
+    """Probability of every text of three tokens, fp64 [64], from transformers' processors."""
+    joint = torch.ones(1, dtype=torch.float64)
+    paths = torch.zeros(1, 1, dtype=torch.int64)
+    for _ in range(3):
+        scores = transformers_scores(TABLE[paths[:, -1]], paths, params)
+        joint = (joint[:, None] * scores.double().softmax(dim=-1)).flatten()
+        paths = torch.cat(
+            [paths.repeat_interleave(WORDS, 0), torch.arange(WORDS).repeat(len(paths))[:, None]], 1
+        )
+    return joint
+
+
+def joint_p_value(params: SamplingParams, chooser: Chooser = choose, count: int = 20_000) -> float:
+    texts = sample_texts(params, count, chooser)
+    cells = torch.bincount((texts * torch.tensor([16, 4, 1])).sum(dim=1), minlength=64)
+    return chi_square_p(cells, exact_joint(params) * count)
+
+
+def holm_rejects(p_values: list[float], level: float = 0.001) -> bool:
+    """Whether Holm's step-down procedure rejects any hypothesis: the first step decides that."""
+    return min(p_values) <= level / len(p_values)
+
+
+SAMPLED = [
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.8),
+    SamplingParams(temperature=1.5),
+    SamplingParams(temperature=1.0, top_k=3),
+    SamplingParams(temperature=1.0, top_p=0.8),
+    SamplingParams(temperature=0.9, repetition_penalty=1.5),
+]
+
+
+def test_joint_of_three_tokens_has_the_processed_distribution() -> None:
+    p_values = [joint_p_value(params) for params in SAMPLED]
+    assert not holm_rejects(p_values), p_values
+
+
+def noise_key_reused(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+    return choose(logits, params, seed, torch.zeros_like(index))
+
+
+def wrong_temperature(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+    return choose(logits / 1.1, params, seed, index)
+
+
+def noise_left_out(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+@pytest.mark.parametrize("mutant", [noise_key_reused, wrong_temperature, noise_left_out])
+def test_planted_fault_moves_the_joint(mutant: Chooser) -> None:
+    assert holm_rejects([joint_p_value(params, mutant) for params in SAMPLED[:3]])
+
+
+# speculative decoding of a larger chain equals plain decoding
+
+# the diagonal makes tokens repeat at once, within one draft
+CHAIN = 1.5 * torch.randn(40, 40, generator=torch.Generator().manual_seed(9)) + 3 * torch.eye(40)
+DRAFTER = CHAIN + 0.5 * torch.randn(40, 40, generator=torch.Generator().manual_seed(10))
+
+
+def decode(params: SamplingParams, seed: int, block: int, seen_rule: SeenRule, count: int = 12) -> list[int]:
+    """Tokens of one request, drafted `block` at a time by a disturbed chain with the same noise."""
+    text = [seed]
+    while len(text) <= count:
+        committed = torch.zeros(len(CHAIN), dtype=torch.bool).index_fill(0, integers(*text), True)
+        path = text[-1:]  # the seed and the drafts after it
+        for slot in range(block):
+            scores = process_logits(DRAFTER[path[-1:]], params, path_seen(committed, path[1:])[-1:])
+            path += choose(scores, params, integers(seed), integers(len(text) + slot)).tolist()
+        scores = process_logits(CHAIN[path], params, seen_rule(committed, path[1:]))
+        indices = len(text) + torch.arange(block + 1)
+        targets = choose(scores, params, torch.full_like(indices, seed), indices)
+        kept = int(accepted_length(integers(*path[1:])[None], targets[None], integers(block)))
+        text += targets[: kept + 1].tolist()
+    return text[1 : count + 1]
+
+
+def committed_prefix_only(committed: Tensor, drafts: list[int]) -> Tensor:
+    return committed.expand(len(drafts) + 1, -1)
+
+
+def same_as_plain(params: SamplingParams, seen_rule: SeenRule) -> bool:
+    return all(
+        decode(params, seed, block, seen_rule) == decode(params, seed, 0, path_seen)
+        for seed in range(8)
+        for block in (1, 3)
+    )
+
+
+PENALISED = [
+    SamplingParams(repetition_penalty=2.0),
+    SamplingParams(temperature=0.8, top_k=12, top_p=0.95, repetition_penalty=2.0),
+]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.8), *PENALISED], ids=str)
+def test_speculative_equals_plain_at_equal_seed(params: SamplingParams) -> None:
+    assert same_as_plain(params, path_seen)
+
+
+@pytest.mark.parametrize("params", PENALISED, ids=str)
+def test_penalty_on_the_committed_prefix_only_is_caught(params: SamplingParams) -> None:
+    assert not same_as_plain(params, committed_prefix_only)
+
+
+@pytest.mark.parametrize("distance", [0.2, 1.0, 3.0])
+def test_coupled_agreement_lies_within_its_bounds(distance: float) -> None:
+    generator = torch.Generator().manual_seed(11)
+    count, vocab = 20_000, 16
+    target = torch.randn(vocab, generator=generator)
+    draft = target + distance * torch.randn(vocab, generator=generator)
+    variation = float((target.softmax(0) - draft.softmax(0)).abs().sum() / 2)
+    noise = gumbel_noise(torch.arange(count), torch.full((count,), 5), vocab)
+    agreement = float(((target + noise).argmax(1) == (draft + noise).argmax(1)).double().mean())
+    slack = 4 * math.sqrt(agreement * (1 - agreement) / count)
+    assert (1 - variation) / (1 + variation) - slack <= agreement <= 1 - variation + slack

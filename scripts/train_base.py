@@ -3,11 +3,10 @@
     python scripts/train_base.py --out FOLDER
     python scripts/train_base.py --eval-only retrofit/recipes/tiny
 
-The model is the Llama of the embedded base's `config.json`, the tokenizer a byte-level BPE trained on the same
-text.  Muon (Jordan et al. 2024) moves the hidden matrices, AdamW embeddings and norms.  Another Python version has
-another standard library, so compare bases under one version only.
-
-`torch.optim.Muon` multiplies in bfloat16: on CPUs without instructions for it, it takes most of a step's time.
+The model is the Llama of the embedded base's `config.json`, the tokenizer a byte-level BPE of its own.
+Muon (Jordan et al. 2024) moves the hidden matrices, AdamW embeddings and norms.  Another Python has another
+standard library, so compare bases under one version only.  `torch.optim.Muon` multiplies in bfloat16: most of
+a step's time on a CPU without instructions for it.
 """
 
 from __future__ import annotations

@@ -373,6 +373,8 @@ def test_other_peoples_files_are_never_overwritten(tmp_path, overwrite):
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("thesis", "file", "link"):
         with pytest.raises(UsageError, match=name):
+            artifact.check_writable(tmp_path / name, overwrite)  # before the work
+        with pytest.raises(UsageError, match=name):
             write(tmp_path / name, overwrite=overwrite)
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "x"
 

@@ -45,6 +45,8 @@ class Attached:
     gate: Gate
     heads: Heads
     layout: DraftLayout
+    trainable: list[nn.Parameter]
+    """Base parameters that required gradients before; PEFT froze them."""
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained: LoRA and heads."""
@@ -88,6 +90,8 @@ class Attached:
     def detach(self) -> None:
         """Give the live model back without the adapter."""
         self.peft_model.unload()
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
 
 
 def attach(
@@ -106,6 +110,7 @@ def attach(
     Raises UsageError for roles that match nothing, UnsupportedModelError where PEFT cannot go.
     """
     names = resolve_targets(model, targets)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -137,7 +142,7 @@ def attach(
             f"PEFT put an ungated LoRA on {wrong[0]} ({len(wrong)} modules); choose other targets"
         )
     heads.to(embedding.device)
-    return Attached(model, peft_model, gate, heads, layout)  # type: ignore[arg-type]
+    return Attached(model, peft_model, gate, heads, layout, trainable)  # type: ignore[arg-type]
 
 
 def resolve_targets(model: nn.Module, roles: Sequence[str]) -> list[str]:

@@ -9,7 +9,9 @@ and the draft rows' own attention work on slices and nothing of a draft row can 
     position    5  6  7   9   6  7  8   10 11 12
     kind        b  b  b   b   d  d  d   d  d  d
 
-Visibility is two ranges per row: base K/V below a limit, and (draft rows) the row's own block.
+Visibility is two ranges per row: base K/V below a limit, and (draft rows) the row's own block.  Only where drafts
+branch it takes a matrix: several base rows then stand at one position, so none of this forward is in the cache yet, a
+row sees the cache below the sequence's start and its own ancestors, and the accepted path is stored afterwards.
 Used by training and decoding alike.  Not here: choosing which rows to run (`runtime/plan.py`), and the attention call.
 """
 
@@ -33,6 +35,8 @@ class Block:
     start: int
     inputs: Sequence[int]
     """Token id of each row, or `MASK`."""
+    anchor: int = -1
+    """Tree: the base row of this forward it hangs on; it sees that row's path."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class SequenceRows:
     blocks: Sequence[Block] = ()
     last_logits_only: bool = False
     """Prefill: only the last base row's logits are wanted."""
+    parents: Sequence[int] | None = None
+    """Tree: which base row of this forward each one follows, -1 for the committed prefix.  None: one after the other."""
 
 
 @dataclass
@@ -69,8 +75,12 @@ class Group:
     """[S, T] number of the row's block within its sequence; padding -1."""
     keys: int
     """How many base positions the call has to read: max of limit."""
+    ancestors: np.ndarray | None = None
+    """Tree: [S, T, R] which base rows of this forward a row sees (of R, padded)."""
     plain_causal: bool = False
     """All sequences start at 0, so the lower triangle is the mask."""
+    last: int = 0
+    """Largest position of its rows."""
     masks: dict[tuple[int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
 
     def rectangle(self, rows_NHD: Tensor) -> Tensor:
@@ -102,6 +112,7 @@ class RowPlan:
         self.sequences = list(sequences)
         self.device = torch.device(device)
         self.causal_blocks = causal_blocks
+        self.tree = any(s.parents is not None for s in self.sequences)
         ids, positions = self._flat_rows()
         self.num_rows = len(ids)
         ids_array = np.asarray(ids, dtype=np.int64)
@@ -124,7 +135,7 @@ class RowPlan:
         for seq in self.sequences:
             first = len(ids)
             ids.extend(seq.tokens)
-            positions.extend(range(seq.start, seq.start + len(seq.tokens)))
+            positions.extend(_base_positions(seq))
             slots.extend([seq.slot] * len(seq.tokens))
             if seq.last_logits_only:
                 logit_rows.append(len(ids) - 1)
@@ -144,24 +155,39 @@ class RowPlan:
         seqs = [s for s in self.sequences if s.tokens]
         if not seqs:
             return None
-        counts = [len(s.tokens) for s in seqs]
-        query = [range(s.start, s.start + n) for s, n in zip(seqs, counts, strict=True)]
-        group = self._group(
-            seqs, query, [range(q.start + 1, q.stop + 1) for q in query], [[0] * n for n in counts], 0
-        )
-        group.plain_causal = all(s.start == 0 for s in seqs)
+        query = [_base_positions(s) for s in seqs]
+        limit = [
+            [s.start] * len(q) if self.tree else [t + 1 for t in q] for s, q in zip(seqs, query, strict=True)
+        ]
+        group = self._group(seqs, query, limit, [[0] * len(q) for q in query])
+        if self.tree:
+            group.ancestors = np.zeros((len(seqs), group.width, group.width), dtype=bool)
+            for n, s in enumerate(seqs):
+                group.ancestors[n, : len(s.tokens), : len(s.tokens)] = _ancestors(s)
+        else:
+            group.plain_causal = all(s.start == 0 for s in seqs)
         return group
 
     def _draft_group(self) -> Group | None:
-        seqs = [s for s in self.sequences if s.blocks]
-        if not seqs:
+        # In a tree forward draft rows also read the base rows' rectangle, so both cover the same sequences.
+        seqs = [s for s in self.sequences if s.blocks or (self.tree and s.tokens)]
+        if not any(s.blocks for s in seqs):
             return None
         query, limit, number = [], [], []
         for s in seqs:
             query.append([b.start + i for b in s.blocks for i in range(len(b.inputs))])
-            limit.append([b.start for b in s.blocks for _ in b.inputs])
+            limit.append([s.start if self.tree else b.start for b in s.blocks for _ in b.inputs])
             number.append([n for n, b in enumerate(s.blocks) for _ in b.inputs])
-        return self._group(seqs, query, limit, number, self.num_base)
+        group = self._group(seqs, query, limit, number)
+        if self.tree:
+            assert self.base is not None
+            group.keys = self.base.keys
+            group.ancestors = np.zeros((len(seqs), group.width, self.base.width), dtype=bool)
+            for n, s in enumerate(seqs):
+                seen = _ancestors(s)
+                anchors = [b.anchor for b in s.blocks for _ in b.inputs]
+                group.ancestors[n, : len(anchors), : len(s.tokens)] = seen[anchors] if anchors else False
+        return group
 
     def _group(
         self,
@@ -169,7 +195,6 @@ class RowPlan:
         query: Sequence[Sequence[int]],
         limit: Sequence[Sequence[int]],
         block: Sequence[Sequence[int]],
-        first_row: int,
     ) -> Group:
         counts = [len(q) for q in query]
         width = max(counts)
@@ -190,7 +215,8 @@ class RowPlan:
             width=width,
             gather=self._tensor(gather.ravel()) if ragged else None,
             scatter=self._tensor(scatter) if ragged else None,
-            keys=int(max(1 if first_row else 0, arrays["limit"].max())),
+            keys=int(max(1, arrays["limit"].max())),
+            last=int(arrays["query"].max()),
             **arrays,
         )
 
@@ -201,20 +227,26 @@ class RowPlan:
         reach = group.keys if window is None else window
         if group.plain_causal and group.keys <= reach:
             return None, group.width > 1
-        key = (None if group.keys <= reach else window, dtype)
+        key = (None if group.last < reach else window, dtype)
         if key not in group.masks:
-            group.masks[key] = self._additive(base_visibility(group, key[0]), dtype)
+            seen = base_visibility(group, key[0])
+            if group.ancestors is not None:
+                seen = np.concatenate([seen, path_visibility(group, group, key[0])], axis=2)
+            group.masks[key] = self._additive(seen, dtype)
         return group.masks[key], False
 
     def draft_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask [S, 1, T, keys + T]: base positions first, then the draft rows of the same sequence."""
+        """Additive mask [S, 1, T, keys (+ R) + T]: base positions, a tree's base rows, the sequence's draft rows."""
         group = self.draft
         assert group is not None
-        key = (window if window is not None and window < group.query.max() + 1 else None, dtype)
+        key = (window if window is not None and group.last >= window else None, dtype)
         if key not in group.masks:
-            seen = np.concatenate(
-                [base_visibility(group, key[0]), block_visibility(group, self.causal_blocks, key[0])], axis=2
-            )
+            parts = [base_visibility(group, key[0])]
+            if self.tree:
+                assert self.base is not None
+                parts.append(path_visibility(group, self.base, key[0]))
+            parts.append(block_visibility(group, self.causal_blocks, key[0]))
+            seen = np.concatenate(parts, axis=2)
             group.masks[key] = self._additive(seen, dtype)
         return group.masks[key]
 
@@ -243,4 +275,32 @@ def block_visibility(group: Group, causal: bool, window: int | None) -> np.ndarr
         seen &= other <= query
     if window is not None:
         seen &= np.abs(query - other) < window
+    return seen
+
+
+def path_visibility(group: Group, base: Group, window: int | None) -> np.ndarray:
+    """[S, T, R] tree: whether a row sees base row r of this forward: an ancestor, and within the window."""
+    assert group.ancestors is not None
+    if window is None:
+        return group.ancestors
+    return group.ancestors & (group.query[:, :, None] - base.query[:, None, :] < window)
+
+
+def _base_positions(seq: SequenceRows) -> list[int]:
+    if seq.parents is None:
+        return list(range(seq.start, seq.start + len(seq.tokens)))
+    positions: list[int] = []
+    for parent in seq.parents:
+        positions.append(seq.start if parent < 0 else positions[parent] + 1)
+    return positions
+
+
+def _ancestors(seq: SequenceRows) -> np.ndarray:
+    """[T, T] whether base row t sees base row r: itself and what it follows."""
+    n = len(seq.tokens)
+    parents = range(-1, n - 1) if seq.parents is None else seq.parents
+    seen = np.eye(n, dtype=bool)
+    for t, parent in enumerate(parents):
+        if parent >= 0:
+            seen[t] |= seen[parent]
     return seen

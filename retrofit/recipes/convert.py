@@ -19,8 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import retrofit
-from retrofit import artifact
+from retrofit import __version__, artifact
 from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import GateError, UsageError
@@ -30,7 +29,7 @@ from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
 from retrofit.recipes.regenerate import regenerate
 from retrofit.recipes.schema import Recipe, dump_recipe, load_recipe
 from retrofit.recipes.train import Trainer, batches, clean_forward, train
-from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
 from retrofit.runtime.engine import Engine
 
 CARD = """---
@@ -86,31 +85,34 @@ def convert(
     started = time.perf_counter()
     base = _base(model, plan, device, offline, trust_remote_code, tokenizer)
     layout = DraftLayout(**plan.draft.model_dump())
+    refuse_unsupported(base.model)
     context = int(base.model.config.get_text_config().max_position_embeddings)
     if layout.block >= context:
-        raise UsageError(f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block")
+        raise UsageError(
+            f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block"
+        )
     if plan.data.max_length > context:
         raise UsageError(
             f"data.max_length is {plan.data.max_length}, the context of {base.name} is {context}",
             f"add data.max_length={context}",
         )
-    attached = attach(
+    attached, backend = wrap(
         base.model,
-        layout,
-        rank=plan.adapter.rank,
-        alpha=plan.adapter.alpha,
-        targets=plan.adapter.targets,
-        markov_rank=plan.adapter.markov_rank,
-        confidence=plan.adapter.confidence,
-        seed=plan.train.seed,
+        lambda: attach(
+            base.model,
+            layout,
+            rank=plan.adapter.rank,
+            alpha=plan.adapter.alpha,
+            targets=plan.adapter.targets,
+            markov_rank=plan.adapter.markov_rank,
+            confidence=plan.adapter.confidence,
+            seed=plan.train.seed,
+        ),
     )
-    backend: HFBackend | None = None
     try:
-        backend = HFBackend(base.model, attached.gate, attached.heads, layout.causal)
         return _convert(plan, base, attached, backend, out, overwrite, quiet, started)
     finally:
-        if backend is not None:
-            backend.close()
+        backend.close()
         if isinstance(model, PreTrainedModel):
             attached.detach()
 
@@ -129,7 +131,9 @@ def resolve(
     if isinstance(model, str):
         plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": model})})
     if plan.profile == "joint":
-        raise UsageError("profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical")
+        raise UsageError(
+            "profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical"
+        )
     return plan
 
 
@@ -181,17 +185,22 @@ def _convert(
     )
     metrics = _metrics_file(out)
     try:
-        with tqdm(total=plan.train.steps, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=plan.train.steps, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True
+        ) as bar:
             history = train(trainer, _chain(first, source), metrics, _progress(bar, trainer))
         if _probe_hash(backend, probe) != before:
-            raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
+            raise GateError(
+                "the base model's own logits moved during training", "this is a bug; please report it"
+            )
         measured = held_out_acceptance(backend, attached, held_out, plan.train.anchors, seed)
         calibrate_confidence(attached, measured)
         conditional = measured.conditional()
-        config = _config(plan, base, attached, conditional, history, time.perf_counter() - started)
+        acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
+        config = _config(plan, base, attached, acceptance, history, time.perf_counter() - started)
         card = CARD.format(
             model=base.name,
-            version=retrofit.__version__,
+            version=__version__,
             greedy=conditional["greedy"],
             sampled=conditional["sampled"],
             block=attached.layout.block,
@@ -215,7 +224,9 @@ def _convert(
     return artifact.read(folder)
 
 
-def _epochs(plan: Recipe, base: Base, attached: Attached, backend: HFBackend) -> Callable[[int], Iterator[Document]]:
+def _epochs(
+    plan: Recipe, base: Base, attached: Attached, backend: HFBackend
+) -> Callable[[int], Iterator[Document]]:
     """Training windows of an epoch; with `regenerate` their responses are the base's own."""
     engine = Engine(backend, attached, base.tokenizer)
 
@@ -263,17 +274,20 @@ def _config(
     plan: Recipe,
     base: Base,
     attached: Attached,
-    conditional: dict[str, list[float]],
+    acceptance: dict[str, Any],
     history: list[dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
     lora = _count([p for n, p in attached.peft_model.named_parameters() if "lora_" in n])
     return {
         "format": artifact.FORMAT,
-        "retrofit": retrofit.__version__,
+        "retrofit": __version__,
         "base": {
-            "model": base.name if base.folder is None or not Path(base.name).is_dir() else str(Path(base.name).resolve()),
+            "model": base.name
+            if base.folder is None or not Path(base.name).is_dir()
+            else str(Path(base.name).resolve()),
             "revision": base.revision,
+            "dtype": str(attached.model.dtype).removeprefix("torch."),
             "fingerprint": base.fingerprint,
             "architecture": type(attached.model).__name__,
         },
@@ -292,7 +306,7 @@ def _config(
             "heads": _count(attached.heads.parameters()),
             "base": _count(_base_parameters(attached)),
         },
-        "acceptance": {"conditional": conditional},
+        "acceptance": acceptance,
         "training": {
             "steps": plan.train.steps,
             "seconds": round(seconds, 1),

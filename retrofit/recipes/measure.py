@@ -18,10 +18,14 @@ from retrofit.recipes.data import Document
 from retrofit.recipes.objective import total_variation
 from retrofit.recipes.train import clean_forward
 from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.sampling import gumbel_noise
 
 TEMPERATURES = torch.logspace(-1, 1, 81)
 """Candidates for the confidence head's temperature per slot."""
 BLOCKS_AT_ONCE = 16
+RANKS = 16
+"""Candidates per slot whose chances are kept."""
+TREE_TEMPERATURE = 0.8
 
 
 @dataclass
@@ -30,6 +34,8 @@ class HeldOut:
 
     confidence: Tensor | None
     accepted: Tensor
+    ranks: Tensor
+    """[N, D, 2] rank of the target among the drafter's candidates: greedy, and at T = 0.8 with coupled noise."""
     eligible: Tensor
 
     def conditional(self) -> dict[str, list[float]]:
@@ -38,6 +44,17 @@ class HeldOut:
         mean = (self.accepted * self.eligible[..., None]).sum(0) / count[:, None]
         return {"greedy": _rounded(mean[:, 0]), "sampled": _rounded(mean[:, 1])}
 
+    def rank_chances(self) -> dict[str, list[list[float]]]:
+        """Per slot the chance that the target is the drafter's candidate of rank 0, 1, .. RANKS - 1: shapes draft trees."""
+        chances: dict[str, list[list[float]]] = {}
+        for kind, name in enumerate(("greedy", "sampled")):
+            chances[name] = []
+            for slot in range(self.eligible.shape[1]):
+                ranks = self.ranks[self.eligible[:, slot], slot, kind]
+                counts = torch.bincount(ranks.clamp(max=RANKS), minlength=RANKS + 1)[:RANKS]
+                chances[name].append(_rounded(counts / max(1, len(ranks))))
+        return chances
+
 
 @torch.no_grad()
 def held_out_acceptance(
@@ -45,7 +62,7 @@ def held_out_acceptance(
 ) -> HeldOut:
     """Draft all-masked blocks on held-out documents and hold them against the base's own distribution."""
     heads, layout = attached.heads, attached.layout
-    confidence, accepted, eligible = [], [], []
+    confidence, accepted, ranks, eligible = [], [], [], []
     for document in documents:
         candidates = eligible_anchors(document.response)
         if not len(candidates):
@@ -63,8 +80,11 @@ def held_out_acceptance(
         for i in range(0, len(group), BLOCKS_AT_ONCE):
             here = slice(i, i + BLOCKS_AT_ONCE)
             h, previous = drafting[here].flatten(0, 1), part["previous"][here].flatten()
-            p = torch.softmax(backend.head(clean_hidden[part["source"][here].flatten()]).float(), -1)
-            q = torch.softmax(heads.draft_logits(backend.head(h), previous), -1)
+            source = part["source"][here].flatten()
+            base_logits = backend.head(clean_hidden[source]).float()
+            draft_logits = heads.draft_logits(backend.head(h), previous)
+            ranks.append(_candidate_ranks(base_logits, draft_logits, source, seed).view(-1, layout.drafts, 2))
+            p, q = torch.softmax(base_logits, -1), torch.softmax(draft_logits, -1)
             hit = (p.argmax(-1) == q.argmax(-1)).float()
             accepted.append(torch.stack([hit, 1 - total_variation(p, q)], -1).view(-1, layout.drafts, 2))
             logits = heads.confidence_logits(h, previous)
@@ -73,10 +93,27 @@ def held_out_acceptance(
         eligible.append(part["eligible"])
     if not accepted:
         empty = torch.zeros(0, layout.drafts)
-        return HeldOut(None, torch.zeros(0, layout.drafts, 2), empty.bool())
+        none = torch.zeros(0, layout.drafts, 2)
+        return HeldOut(None, none, none.long(), empty.bool())
     return HeldOut(
-        torch.cat(confidence).cpu() if confidence else None, torch.cat(accepted).cpu(), torch.cat(eligible).cpu()
+        torch.cat(confidence).cpu() if confidence else None,
+        torch.cat(accepted).cpu(),
+        torch.cat(ranks).cpu(),
+        torch.cat(eligible).cpu(),
     )
+
+
+def _candidate_ranks(base_NV: Tensor, draft_NV: Tensor, positions_N: Tensor, seed: int) -> Tensor:
+    """[N, 2] how many candidates the drafter puts before the base's own token: greedy, and sampled as decoding does."""
+    noise = gumbel_noise(torch.full_like(positions_N, seed), positions_N, base_NV.shape[1])
+    ranks = []
+    for base, draft in (
+        (base_NV, draft_NV),
+        (base_NV / TREE_TEMPERATURE + noise, draft_NV / TREE_TEMPERATURE + noise),
+    ):
+        target = base.argmax(-1, keepdim=True)
+        ranks.append((draft > draft.gather(-1, target)).sum(-1))
+    return torch.stack(ranks, -1)
 
 
 def calibrate_confidence(attached: Attached, held_out: HeldOut) -> None:
@@ -91,7 +128,9 @@ def calibrate_confidence(attached: Attached, held_out: HeldOut) -> None:
             if not len(logits):
                 continue
             scaled = logits[None] / TEMPERATURES[:, None]
-            losses = F.binary_cross_entropy_with_logits(scaled, want.expand_as(scaled), reduction="none").mean(1)
+            losses = F.binary_cross_entropy_with_logits(
+                scaled, want.expand_as(scaled), reduction="none"
+            ).mean(1)
             temperature[kind, slot] = TEMPERATURES[losses.argmin()]
 
 

@@ -40,7 +40,7 @@ class Base(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub model; null is its default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type the base's weights are held in; `auto` is the checkpoint's own."""
+    """Type the base runs in; `auto` is what `train.precision` says."""
 
 
 class Adapter(Section):

@@ -18,6 +18,7 @@ class KVCache:
         self.slots = slots
         self.capacity = capacity
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.staged: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Grow to hold at least so many sequences and positions; what is written stays."""
@@ -41,6 +42,16 @@ class KVCache:
         keys, values = self.layers[layer]
         keys[slots, positions] = key_NHD
         values[slots, positions] = value_NHD
+
+    def stage(self, layer: int, key_NHD: Tensor, value_NHD: Tensor) -> None:
+        """Keep a tree forward's base rows until it is known which of them are accepted."""
+        self.staged[layer] = (key_NHD, value_NHD)
+
+    def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Store staged row rows[n] at (slots[n], positions[n]) in every layer; forget the others."""
+        for layer, (key_NHD, value_NHD) in self.staged.items():
+            self.write(layer, slots, positions, key_NHD[rows], value_NHD[rows])
+        self.staged = {}
 
     def read(self, layer: int, slots: list[int], length: int) -> tuple[Tensor, Tensor]:
         """K and V of positions < length as [S, heads, length, width]; a view where the slots are neighbours."""

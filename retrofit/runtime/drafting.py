@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.heads import Heads
-from retrofit.runtime.sampling import SamplingParams, choose, process_logits
+from retrofit.runtime.sampling import SamplingParams, choose, process_logits, ranked
+from retrofit.runtime.tree import Shape
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """tokens [B, D]; confidence [B, D] that each is accepted given all before it are, None without the head."""
+    """tokens [B, D] (a tree: [B, nodes]); confidence [B, D] that each is accepted given all before it are, None without the head."""
 
     tokens: Tensor
     confidence: Tensor | None
@@ -35,8 +36,9 @@ def draft_tokens(
     heads: Heads,
     params: SamplingParams,
     with_confidence: bool,
+    shape: Shape | None = None,
 ) -> Drafted:
-    """Draft D tokens for each of B blocks.
+    """Draft D tokens for each of B blocks, or the nodes of a tree of that shape.
 
     previous: the token before the first draft (the newest emitted one); indices: output index of the first draft;
     seen_BV: tokens of each request's path so far, needed under a repetition penalty.
@@ -47,6 +49,8 @@ def draft_tokens(
     token = torch.tensor(previous, device=device)
     seed = torch.tensor(seeds, dtype=torch.int64, device=device)
     index = torch.tensor(indices, dtype=torch.int64, device=device)
+    if shape is not None:
+        return Drafted(_draft_tree(trunk_BDV, token, seed, index, seen_BV, heads, params, shape), None)
     seen = seen_BV.clone() if seen_BV is not None else None
     tokens, confidence = [], []
     for slot in range(D):
@@ -61,3 +65,42 @@ def draft_tokens(
         if seen is not None:
             seen[torch.arange(B, device=device), token] = True
     return Drafted(torch.stack(tokens, 1), torch.stack(confidence, 1) if confidence else None)
+
+
+def _draft_tree(
+    trunk_BDV: Tensor,
+    previous_B: Tensor,
+    seed_B: Tensor,
+    index_B: Tensor,
+    seen_BV: Tensor | None,
+    heads: Heads,
+    params: SamplingParams,
+    shape: Shape,
+) -> Tensor:
+    """[B, nodes] tokens of a tree: each row's children are its best candidates by log q + g, level by level."""
+    B, _, V = trunk_BDV.shape
+    tokens = trunk_BDV.new_zeros((B, len(shape.parents)), dtype=torch.long)
+    tokens[:, 0] = previous_B
+    seen = {0: seen_BV}
+    for depth in range(max(shape.depths)):
+        children = [j for j, d in enumerate(shape.depths) if d == depth + 1]
+        parents = sorted({shape.parents[j] for j in children})
+        P, widest = len(parents), 1 + max(shape.ranks[j] for j in children)
+        before = tokens[:, parents].reshape(-1)
+        logits = heads.draft_logits(trunk_BDV[:, depth].repeat_interleave(P, 0), before)
+        paths = None if seen_BV is None else torch.stack([_known(seen[p]) for p in parents], 1).view(B * P, V)
+        step = index_B.repeat_interleave(P) + depth
+        best = ranked(
+            process_logits(logits, params, paths), params, seed_B.repeat_interleave(P), step, widest
+        )
+        best = best.view(B, P, widest)
+        for j in children:
+            tokens[:, j] = best[:, parents.index(shape.parents[j]), shape.ranks[j]]
+            if seen_BV is not None:
+                seen[j] = _known(seen[shape.parents[j]]).scatter(1, tokens[:, j : j + 1], True)
+    return tokens[:, 1:]
+
+
+def _known(seen: Tensor | None) -> Tensor:
+    assert seen is not None
+    return seen

@@ -19,7 +19,7 @@ from retrofit.adapters.attach import ROLES, Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.hub import Base, live_fingerprint, load_base, same_base
-from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.backends.hf import HFBackend, wrap
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.cost import CostModel, Template, calibrate
 from retrofit.runtime.modes import Run, diffusion_step, prefill_step, speculative_step
@@ -35,9 +35,14 @@ from retrofit.runtime.plan import (
 from retrofit.runtime.request import Request, Stats
 from retrofit.runtime.sampling import SamplingParams
 from retrofit.runtime.scheduler import Scheduler
+from retrofit.runtime.tree import Shape, grow
 
 MODES = ("ar", "diffusion", "self_spec")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
+ROWS = 96
+"""Rows of one request and forward that a draft tree is grown to: about what a GPU computes at the price of one."""
+UNKNOWN_CHANCE = ((0.4, 0.15, 0.1, 0.05),)
+"""Chances of the candidates of a slot where none were measured; they shape the tree and change no output."""
 CACHE_STEP = 256
 """The K/V cache grows in steps of so many positions."""
 
@@ -74,7 +79,7 @@ class Engine:
         backend: HFBackend,
         attached: Attached,
         tokenizer: PreTrainedTokenizerBase | None,
-        acceptance: Mapping[str, Sequence[float]] | None = None,
+        acceptance: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
         base: Base | None = None,
     ):
@@ -107,7 +112,7 @@ class Engine:
     ) -> Engine:
         """Load an artifact folder and the base it belongs to.
 
-        base: folder or Hub id to use in place of the one the artifact names.
+        base: folder or Hub id to use in place of the one the artifact names.  dtype auto: what it was trained against.
         Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError.
         """
         if backend not in ("auto", "hf"):
@@ -121,7 +126,7 @@ class Engine:
         loaded = load_base(
             base or named["model"],
             None if base else named.get("revision"),
-            dtype=dtype,
+            dtype=named.get("dtype", "auto") if dtype == "auto" else dtype,
             device=device,
             offline=offline,
             trust_remote_code=trust_remote_code,
@@ -149,16 +154,18 @@ class Engine:
                 model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model)
             )
             return cls._with_artifact(base, artifact)
-        attached = attach(
+        attached, backend = wrap(
             model,
-            layout or DraftLayout(),
-            rank=8,
-            alpha=8.0,
-            targets=ROLES,
-            markov_rank=8,
-            confidence=True,
+            lambda: attach(
+                model,
+                layout or DraftLayout(),
+                rank=8,
+                alpha=8.0,
+                targets=ROLES,
+                markov_rank=8,
+                confidence=True,
+            ),
         )
-        backend = HFBackend(model, attached.gate, attached.heads, attached.layout.causal)
         return cls(backend, attached, tokenizer)
 
     @classmethod
@@ -171,22 +178,28 @@ class Engine:
                 "give the base it was made for with --base, or convert this one",
             )
         adapter = config["adapter"]
-        attached = attach(
-            base.model,
-            DraftLayout(**config["draft"]),
-            rank=adapter["rank"],
-            alpha=adapter["alpha"],
-            targets=adapter["targets"],
-            markov_rank=adapter["markov_rank"],
-            confidence=adapter["confidence"],
-        )
-        attached.load(artifact.adapter_state, artifact.heads)
-        for parameter in attached.peft_model.parameters():
-            parameter.requires_grad_(False)
-        backend = HFBackend(base.model, attached.gate, attached.heads, attached.layout.causal)
-        return cls(
-            backend, attached, base.tokenizer, config.get("acceptance", {}).get("conditional"), config, base
-        )
+
+        def build() -> Attached:
+            attached = attach(
+                base.model,
+                DraftLayout(**config["draft"]),
+                rank=adapter["rank"],
+                alpha=adapter["alpha"],
+                targets=adapter["targets"],
+                markov_rank=adapter["markov_rank"],
+                confidence=adapter["confidence"],
+            )
+            try:
+                attached.load(artifact.adapter_state, artifact.heads)
+            except BaseException:
+                attached.detach()
+                raise
+            for parameter in attached.parameters():
+                parameter.requires_grad_(False)
+            return attached
+
+        attached, backend = wrap(base.model, build)
+        return cls(backend, attached, base.tokenizer, config.get("acceptance"), config, base)
 
     def close(self) -> None:
         """Give the live model back as it was: no adapter, no wrapping."""
@@ -200,6 +213,7 @@ class Engine:
         *,
         strategy: str = "auto",
         prepare: str | int = "all",
+        tree: int | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -215,10 +229,12 @@ class Engine:
 
         prompts: text (raw), token ids, or messages (chat template).  seed: one int (prompt i uses seed + i) or one
         per prompt.  batch_size: how many requests run together.  threshold: diffusion's confidence.
+        tree: with `fused`, how many draft nodes to verify; None: as many as keep a request within ROWS rows a forward,
+        where the artifact knows the chances of its candidates; 0: one chain.
         Raises UsageError for wrong options and for prompts that are empty or longer than the context.
         """
         events = self.stream(
-            prompts, mode, strategy=strategy, prepare=prepare, max_new_tokens=max_new_tokens, temperature=temperature,
+            prompts, mode, strategy=strategy, prepare=prepare, tree=tree, max_new_tokens=max_new_tokens, temperature=temperature,
             top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, stop=stop, seed=seed,
             batch_size=batch_size, ignore_eos=ignore_eos, threshold=threshold, with_text=False,
         )  # fmt: skip
@@ -232,6 +248,7 @@ class Engine:
         *,
         strategy: str = "auto",
         prepare: str | int = "all",
+        tree: int | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -245,7 +262,7 @@ class Engine:
         with_text: bool = True,
     ) -> Iterator[Event]:
         """As `generate`, yielding an event whenever a request has new output; its last event holds the result."""
-        check_options(mode, strategy, prepare, self.layout, max_new_tokens, batch_size, threshold)
+        check_options(mode, strategy, prepare, tree, self.layout, max_new_tokens, batch_size, threshold)
         params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         requests = self._requests(prompts, seed, max_new_tokens, stops, ignore_eos)
@@ -259,9 +276,24 @@ class Engine:
             self.limits,
             threshold,
             with_confidence=mode == "self_spec" and (strategy == "auto" or isinstance(prepare, int)),
+            shape=self._shape(prepare, tree, temperature > 0)
+            if (mode, strategy) == ("self_spec", "fused")
+            else None,
         )
         run.watch(requests)
         return self._loop(run, requests, slots, mode, strategy, prepare, with_text)
+
+    def _shape(self, prepare: str | int, tree: int | None, sampled: bool) -> Shape | None:
+        """The draft tree of strategy `fused`; None for chains: `prepare="last"`, tree=0, or nothing known of candidates."""
+        chance = self._acceptance.get("ranks", {}).get("sampled" if sampled else "greedy")
+        if tree == 0 or prepare == "last" or (tree is None and chance is None):
+            return None
+        if tree is None:
+            each = 1 + self.layout.block
+            tree = ROWS // each - 1 if prepare == "all" else ROWS - 1 - int(prepare) * self.layout.block
+            if tree <= self.layout.drafts:
+                return None
+        return grow(chance or UNKNOWN_CHANCE * self.layout.drafts, tree)
 
     def _loop(
         self,
@@ -336,7 +368,7 @@ class Engine:
     def _auto_step(self, run: Run, running: list[Request]) -> None:
         costs = self._costs[run.params.temperature > 0]
         template = costs.best(len(running))
-        choices = [self._apply(template, request) for request in running]
+        choices = [self._apply(costs, template, request) for request in running]
         before = [len(r.stats.accepted) for r in running]
         rows = sum(r.stats.rows for r in running)
         begin = time.perf_counter()
@@ -348,14 +380,14 @@ class Engine:
             if len(request.stats.accepted) > count:
                 costs.observe_acceptance(request.stats.accepted[-1], request.stats.verified[-1])
 
-    def _apply(self, template: Template, request: Request) -> Choice:
+    def _apply(self, costs: CostModel, template: Template, request: Request) -> Choice:
         """A template for one request: what it has drafted, and the accept lengths its confidence finds likeliest."""
         verify = min(template.verify, len(request.drafts), max_verify(request, self.limits))
         if template.strategy == "ar" or (template.strategy == "two_forward" and verify):
             return Choice(verify)
         lengths: tuple[int, ...] = (0,)
         if verify:
-            confidence = request.confidence or self._costs[False].conditional()
+            confidence = request.confidence or costs.conditional()
             lengths = likeliest_lengths(confidence[:verify], verify, template.prepare)
         return Choice(verify, useful(request, lengths, self.layout, self.limits))
 
@@ -363,8 +395,9 @@ class Engine:
         """Time the plans of this batch size once, on a scratch cache, and remember."""
         sampled = run.params.temperature > 0
         if sampled not in self._costs:
-            prior = self._acceptance.get("sampled" if sampled else "greedy") or [0.0] * self.layout.drafts
-            self._costs[sampled] = CostModel(self.layout, list(prior))
+            measured = self._acceptance.get("conditional", {}).get("sampled" if sampled else "greedy")
+            prior = [*(measured or ()), *[0.0] * self.layout.drafts][: self.layout.drafts]
+            self._costs[sampled] = CostModel(self.layout, prior)
         if (sampled, batch) in self._calibrated:
             return
         prompt = [1] * 16
@@ -482,7 +515,10 @@ class Engine:
                 "text prompts need a tokenizer; this engine has none", "give token ids, or pass tokenizer="
             )
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
+            tokens = list(self.tokenizer(prompt)["input_ids"])
+            if not tokens:
+                raise UsageError(f"prompt {number} holds no token: {prompt!r}")
+            return tokens
         if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(
                 "messages need a chat template; this model's tokenizer has none", "give plain text"
@@ -510,6 +546,7 @@ def check_options(
     mode: str,
     strategy: str,
     prepare: str | int,
+    tree: int | None,
     layout: DraftLayout,
     max_new_tokens: int,
     batch_size: int,
@@ -526,6 +563,8 @@ def check_options(
         raise UsageError(
             "strategy fused needs an artifact with draft.seed_row base", "use two_forward or auto"
         )
+    if tree is not None and not 0 <= tree <= 1024:
+        raise UsageError(f"tree is {tree}; it is a number of draft nodes, 0 to 1024")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if batch_size < 1:

@@ -25,6 +25,7 @@ from retrofit.runtime.drafting import draft_tokens
 from retrofit.runtime.plan import Choice, Limits, diffusion_rows, max_verify, new_block, speculative_rows
 from retrofit.runtime.request import Request
 from retrofit.runtime.sampling import SamplingParams, choose, path_seen, process_logits
+from retrofit.runtime.tree import Shape, accepted_path, depths
 
 PREFILL_ROWS = 2048
 """Prompt rows per forward; bounds activations and attention masks."""
@@ -42,6 +43,8 @@ class Run:
     threshold: float = 0.9
     """Diffusion: confidence from which a position is committed."""
     with_confidence: bool = False
+    shape: Shape | None = None
+    """Shape of the draft trees of this step; None: chains."""
 
     @property
     def vocab(self) -> int:
@@ -81,7 +84,7 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
         if not complete:
             continue
         ready = [finished[i][0] for i in complete]
-        chosen = _targets(run, out.base_logits[complete], ready, [0] * len(ready))
+        chosen = _targets(run, out.base_logits[complete], ready, [0] * len(ready), _stack_seen(ready))
         for r, token in zip(ready, chosen, strict=True):
             del pending[r.index]
             r.emit([token], prefill=r.output_index == 0)
@@ -93,35 +96,81 @@ def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Ch
         speculative_rows(r, c, run.layout, run.limits, run.vocab)
         for r, c in zip(requests, choices, strict=True)
     ]
-    out = run.backend.forward(run.backend.plan(rows), run.cache)
+    plan = run.backend.plan(rows)
+    out = run.backend.forward(plan, run.cache)
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
-    steps = [j for row in rows for j in range(len(row.tokens))]
-    drafts = [list(row.tokens[1:]) for row in rows]
-    targets = _split(
-        _targets(run, out.base_logits, owners, steps, list(zip(requests, drafts, strict=True))), rows
-    )
-    accepted = _accepted(drafts, targets)
+    steps = [step for row in rows for step in _depths(row)]
+    seen = _path_seen(requests, rows)
+    targets = _split(_targets(run, out.base_logits, owners, steps, seen), rows)
+    paths = _paths(rows, targets)
+    if plan.tree:
+        _store(run, requests, rows, paths)
     hangs: list[tuple[Request, Tensor]] = []
     offset = 0
-    for r, c, row, target, kept in zip(requests, choices, rows, targets, accepted, strict=True):
-        size = len(row.tokens) + sum(len(b.inputs) for b in row.blocks)
-        r.stats.count(c.kind, size)
-        r.drafts, r.confidence = [], []
+    for r, c, row, target, path in zip(requests, choices, rows, targets, paths, strict=True):
+        r.stats.count(c.kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
+        r.drafts, r.confidence, r.shape = [], [], None
         if target:
+            taken = r.emit([target[j] for j in path])
+            r.committed += len(path)
             if c.verify:
-                taken = r.emit(target[: kept + 1])
-                r.stats.accepted.append(min(kept, taken))
-                r.stats.verified.append(c.verify)
-            else:
-                r.emit(target[:1])
-            r.committed += kept + 1
-        for length, block in zip(c.prepare, row.blocks, strict=True):
-            if length == kept and not r.done:
+                r.stats.accepted.append(min(len(path) - 1, taken))
+                r.stats.verified.append(max(_depths(row)))
+        end = path[-1] if target else 0
+        for anchor, block in zip(c.prepare, row.blocks, strict=True):
+            if anchor == end and not r.done:
                 first = offset + run.layout.first_drafting_row
                 hangs.append((r, out.draft_hidden[first : offset + len(block.inputs)]))
             offset += len(block.inputs)
     if hangs:
         _draft(run, hangs)
+
+
+def _depths(row: SequenceRows) -> list[int]:
+    """How many tokens after the seed each base row stands."""
+    return list(range(len(row.tokens))) if row.parents is None else depths(row.parents)
+
+
+def _path_seen(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
+    """[R, V] tokens on each base row's own path, where a repetition penalty needs them."""
+    seen = []
+    for r, row in zip(requests, rows, strict=True):
+        if r.seen is None or not row.tokens:
+            continue
+        if row.parents is None:
+            seen.append(path_seen(r.seen, list(row.tokens[1:])))
+            continue
+        paths = r.seen.repeat(len(row.tokens), 1)
+        for j, parent in enumerate(row.parents):
+            if parent >= 0:
+                paths[j] = paths[parent]
+            paths[j, row.tokens[j]] = True
+        seen.append(paths)
+    return torch.cat(seen) if seen else None
+
+
+def _paths(rows: Sequence[SequenceRows], targets: Sequence[list[int]]) -> list[list[int]]:
+    """Base rows of each request whose targets are emitted, in order; empty without base rows."""
+    if all(row.parents is None for row in rows):
+        kept = _accepted([list(row.tokens[1:]) for row in rows], list(targets))
+        return [list(range(n + 1)) if target else [] for n, target in zip(kept, targets, strict=True)]
+    return [
+        accepted_path(row.tokens, row.parents or range(-1, len(row.tokens) - 1), target)
+        for row, target in zip(rows, targets, strict=True)
+    ]
+
+
+def _store(
+    run: Run, requests: Sequence[Request], rows: Sequence[SequenceRows], paths: list[list[int]]
+) -> None:
+    """Write the K/V of the accepted paths of a tree forward to their final places."""
+    index, slots, positions, first = [], [], [], 0
+    for r, row, path in zip(requests, rows, paths, strict=True):
+        index += [first + j for j in path]
+        slots += [r.slot] * len(path)
+        positions += range(r.committed, r.committed + len(path))
+        first += len(row.tokens)
+    run.cache.store(*(torch.tensor(v, device=run.backend.device) for v in (index, slots, positions)))
 
 
 def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
@@ -131,6 +180,7 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
     wanted = [n for n in wanted if n > 0]
     if not hangs:
         return
+    shapes = [None if run.shape is None else run.shape.cut(n) for n in wanted]
     width = max(wanted)
     requests = [r for r, _ in hangs]
     hidden_BDH = torch.stack(
@@ -148,11 +198,16 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
         heads,
         run.params,
         run.with_confidence,
+        None if run.shape is None else run.shape.cut(width),
     )
     tokens = drafted.tokens.tolist()
     confidence = drafted.confidence.tolist() if drafted.confidence is not None else [[]] * len(requests)
-    for r, d, c, n in zip(requests, tokens, confidence, wanted, strict=True):
-        r.drafts, r.confidence = d[:n], c[:n]
+    for r, d, c, n, shape in zip(requests, tokens, confidence, wanted, shapes, strict=True):
+        if run.shape is None or shape is None:
+            r.drafts, r.confidence = d[:n], c[:n]
+            continue
+        deep = run.shape.cut(width).depths[1:]
+        r.drafts, r.shape = [t for t, depth in zip(d, deep, strict=True) if depth <= n], shape
 
 
 def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
@@ -162,18 +217,18 @@ def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
             r.block = new_block(r, run.layout, run.limits)
     planned = [diffusion_rows(r, run.layout, run.limits, run.vocab) for r in requests]
     out = run.backend.forward(run.backend.plan([row for row, _ in planned]), run.cache)
-    base = [(r, row) for r, (row, kind) in zip(requests, planned, strict=True) if kind == "commit"]
-    last = torch.tensor([len(row.tokens) for _, row in base], dtype=torch.long).cumsum(0) - 1
-    owners = [r for r, _ in base]
-    steps = [len(row.tokens) - 1 for _, row in base]
-    paths = [(r, list(row.tokens[1:])) for r, row in base]
-    bonus = dict(
-        zip(
-            [r.index for r in owners],
-            _last_targets(run, out.base_logits[last], owners, steps, paths),
-            strict=True,
-        )
+    commits = [(r, row) for r, (row, kind) in zip(requests, planned, strict=True) if kind == "commit"]
+    owners = [r for r, _ in commits]
+    last = torch.tensor([len(row.tokens) for _, row in commits], dtype=torch.long).cumsum(0) - 1
+    seen = _path_seen(owners, [row for _, row in commits])
+    targets = _targets(
+        run,
+        out.base_logits[last],
+        owners,
+        [len(row.tokens) - 1 for _, row in commits],
+        None if seen is None else seen[last],
     )
+    bonus = {r.index: target for r, target in zip(owners, targets, strict=True)}
     offset = 0
     for r, (row, kind) in zip(requests, planned, strict=True):
         r.stats.count(kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
@@ -224,46 +279,16 @@ def _end_early(r: Request) -> None:
 
 
 def _targets(
-    run: Run,
-    logits_RV: Tensor,
-    owners: Sequence[Request],
-    steps: Sequence[int],
-    paths: list[tuple[Request, list[int]]] | None = None,
+    run: Run, logits_RV: Tensor, owners: Sequence[Request], steps: Sequence[int], seen_RV: Tensor | None
 ) -> list[int]:
     """y of each base row: row n belongs to owners[n] and stands steps[n] tokens after its seed.
 
-    paths: the drafts each request's rows run over, so that the repetition penalty sees every row's own path.
+    seen_RV: tokens on each row's own path, where a repetition penalty needs them.
     """
     if not owners:
         return []
-    seen = None
-    if owners[0].seen is not None:
-        seen = (
-            torch.cat([path_seen(r.seen, drafts) for r, drafts in paths if r.seen is not None])
-            if paths is not None
-            else _stack_seen(owners)
-        )
     device = logits_RV.device
-    scores = process_logits(logits_RV, run.params, seen)
-    seed = torch.tensor([r.seed for r in owners], dtype=torch.int64, device=device)
-    index = torch.tensor([r.output_index + j for r, j in zip(owners, steps, strict=True)], device=device)
-    chosen: list[int] = choose(scores, run.params, seed, index).tolist()
-    return chosen
-
-
-def _last_targets(
-    run: Run,
-    logits_RV: Tensor,
-    owners: Sequence[Request],
-    steps: Sequence[int],
-    paths: list[tuple[Request, list[int]]],
-) -> list[int]:
-    """As `_targets`, for the last base row of each commit only."""
-    seen = [path_seen(r.seen, drafts)[-1:] for r, drafts in paths if r.seen is not None]
-    if not owners:
-        return []
-    device = logits_RV.device
-    scores = process_logits(logits_RV, run.params, torch.cat(seen) if seen else None)
+    scores = process_logits(logits_RV, run.params, seen_RV)
     seed = torch.tensor([r.seed for r in owners], dtype=torch.int64, device=device)
     index = torch.tensor([r.output_index + j for r, j in zip(owners, steps, strict=True)], device=device)
     chosen: list[int] = choose(scores, run.params, seed, index).tolist()

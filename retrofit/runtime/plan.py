@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.runtime.request import Request
-
-_NOISE_MULTIPLIER = 2654435761
-"""Knuth's multiplicative hash; noise inputs only have to be arbitrary and repeatable, they cannot change the output."""
-
+from retrofit.runtime.sampling import hash_bits_plain
 
 @dataclass(frozen=True)
 class Choice:
-    """What a forward does for one request: verify so many drafts, hang a block on these accept lengths."""
+    """What a forward does for one request: verify so many drafts, hang a block on these accept lengths.
+
+    Where drafts branch both count base rows: verify the first nodes of the tree, hang a block on these rows.
+    """
 
     verify: int = 0
     prepare: tuple[int, ...] = ()
@@ -57,6 +57,10 @@ def speculative_choice(
     verify = min(len(request.drafts), max_verify(request, limits))
     if strategy in ("ar", "prompt_lookup"):
         return Choice(verify)
+    if request.shape is not None and strategy == "fused":
+        verify = len(request.drafts)
+        rows = request.shape.likeliest_ends(verify + 1 if prepare in ("all", "last") else int(prepare))
+        return Choice(verify, useful(request, rows, layout, limits))
     if strategy == "two_forward":
         return Choice(verify) if verify else Choice(0, useful(request, (0,), layout, limits))
     if prepare == "all":
@@ -77,8 +81,9 @@ def useful(request: Request, lengths: Sequence[int], layout: DraftLayout, limits
     """Accept lengths whose block could still be verified: two tokens left after it, and room for its first row."""
     kept = []
     for j in lengths:
-        start = request.position + j + 1 if layout.anchored else request.position
-        emitted = j + 1 if layout.anchored else 0
+        depth = j if request.shape is None else request.shape.depths[j]
+        start = request.position + depth + 1 if layout.anchored else request.position
+        emitted = depth + 1 if layout.anchored else 0
         if request.remaining - emitted >= 2 and start + layout.first_drafting_row < limits.end(request):
             kept.append(j)
     return tuple(kept)
@@ -99,19 +104,27 @@ def speculative_rows(
     request: Request, choice: Choice, layout: DraftLayout, limits: Limits, vocab: int
 ) -> SequenceRows:
     """Rows of an `ar`, `draft`, `verify` or `fused` forward."""
-    p = request.position
-    if layout.anchored or not choice.prepare:
-        tokens: list[int] = [request.tokens[-1], *request.drafts[: choice.verify]]
-        starts = [p + j + 1 for j in choice.prepare]
-        first: int | None = None
-    else:
-        tokens, starts, first = [], [p], request.tokens[-1]
-    blocks = [draft_block(request, start, first, layout, limits, vocab) for start in starts]
-    return SequenceRows(slot=request.slot, start=request.committed, tokens=tokens, blocks=blocks)
+    p, shape = request.position, request.shape
+    if not layout.anchored and choice.prepare:
+        block = draft_block(request, p, request.tokens[-1], -1, layout, limits, vocab)
+        return SequenceRows(slot=request.slot, start=request.committed, blocks=[block])
+    tokens = [request.tokens[-1], *request.drafts[: choice.verify]]
+    depth = list(range(len(tokens))) if shape is None else shape.depths
+    blocks = [draft_block(request, p + depth[j] + 1, None, j, layout, limits, vocab) for j in choice.prepare]
+    parents = None if shape is None or not choice.verify else shape.parents[: len(tokens)]
+    return SequenceRows(
+        slot=request.slot, start=request.committed, tokens=tokens, blocks=blocks, parents=parents
+    )
 
 
 def draft_block(
-    request: Request, start: int, first: int | None, layout: DraftLayout, limits: Limits, vocab: int
+    request: Request,
+    start: int,
+    first: int | None,
+    anchor: int,
+    layout: DraftLayout,
+    limits: Limits,
+    vocab: int,
 ) -> Block:
     """An unfilled block at `start`; its first row reads `first` where the layout has the seed as a draft row.
 
@@ -126,13 +139,12 @@ def draft_block(
     ]
     if first is not None:
         inputs[0] = first
-    return Block(start, inputs)
+    return Block(start, inputs, anchor)
 
 
 def noise_token(seed: int, position: int, vocab: int) -> int:
-    """A vocabulary id that is a function of (seed, position) only."""
-    mixed = ((seed & 0xFFFFFFFF) * 40503 + position + 1) * _NOISE_MULTIPLIER & 0xFFFFFFFF
-    return (mixed ^ mixed >> 15) % vocab
+    """A vocabulary id that is a function of (seed, position) only: inputs have to be arbitrary and repeatable."""
+    return hash_bits_plain(seed, position, 0) % vocab
 
 
 def diffusion_rows(

@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from retrofit.runtime.tree import Shape
+
 KINDS = ("prefill", "ar", "draft", "verify", "fused", "denoise", "commit")
+CYCLES = ("ar", "verify", "fused")
+"""Kinds of forward that end a verify cycle; a `draft` forward belongs to the cycle of the drafts it makes."""
 
 
 @dataclass
@@ -47,7 +51,8 @@ class Stats:
 
     @property
     def tau(self) -> float:
-        return self.tokens / len(self.accepted) if self.accepted else min(1.0, float(self.tokens))
+        cycles = sum(self.forwards.get(kind, 0) for kind in CYCLES)
+        return self.tokens / cycles if cycles else 0.0
 
     @property
     def rows_per_token(self) -> float:
@@ -94,6 +99,9 @@ class Request:
     long_rope: bool = False
     """Whether the cached K/V were computed beyond a longrope boundary."""
     drafts: list[int] = field(default_factory=list)
+    """Drafted tokens: a chain, or the nodes of a tree in the order of `shape`."""
+    shape: Shape | None = None
+    """Shape of the drafts where they branch; None: each follows the one before."""
     confidence: list[float] = field(default_factory=list)
     """Per draft: probability that it is accepted, given all before it are.  Empty without a confidence head."""
     block: list[int] = field(default_factory=list)

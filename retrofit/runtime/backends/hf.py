@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from retrofit.adapters.attach import Attached
 from retrofit.adapters.gated_lora import Gate
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import RowPlan, SequenceRows
@@ -121,20 +122,41 @@ def row_attention(
     query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
     n = plan.num_base
     out: list[Tensor] = []
+    tree: list[tuple[Tensor, Tensor]] = []
     if plan.base is not None:
-        cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
+        if plan.tree:
+            cache.stage(layer, key_NHD[:n], value_NHD[:n])
+            tree = [(plan.base.rectangle(key_NHD[:n]), plan.base.rectangle(value_NHD[:n]))]
+        else:
+            cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
         mask, causal = plan.base_mask(sliding_window, query.dtype)
-        k, v = cache.read(layer, plan.base.slots, plan.base.keys)
+        k, v = _joined([cache.read(layer, plan.base.slots, plan.base.keys), *tree])
         got = attend(plan.base.rectangle(query_NHD[:n]), k, v, mask, causal, scale, softcap)
         out.append(plan.base.flatten(got))
     if plan.draft is not None:
-        k, v = cache.read(layer, plan.draft.slots, plan.draft.keys)
-        k = torch.cat([k, plan.draft.rectangle(key_NHD[n:])], dim=2)
-        v = torch.cat([v, plan.draft.rectangle(value_NHD[n:])], dim=2)
+        block = (plan.draft.rectangle(key_NHD[n:]), plan.draft.rectangle(value_NHD[n:]))
+        k, v = _joined([cache.read(layer, plan.draft.slots, plan.draft.keys), *tree, block])
         mask = plan.draft_mask(sliding_window, query.dtype)
         got = attend(plan.draft.rectangle(query_NHD[n:]), k, v, mask, False, scale, softcap)
         out.append(plan.draft.flatten(got))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def wrap(model: PreTrainedModel, build: Callable[[], Attached]) -> tuple[Attached, HFBackend]:
+    """Attach an adapter and a backend to a model, or leave the model as it was.  Raises UnsupportedModelError."""
+    refuse_unsupported(model)
+    attached = build()
+    try:
+        return attached, HFBackend(model, attached.gate, attached.heads, attached.layout.causal)
+    except BaseException:
+        attached.detach()
+        raise
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2)
 
 
 AttentionInterface.register(ATTENTION, row_attention)
@@ -176,7 +198,6 @@ class HFBackend:
         self.gate = gate
         self.heads = heads
         self.causal_blocks = causal_blocks
-        refuse_unsupported(model)
         self.trunk: nn.Module = model.get_decoder()
         self.embedding = model.get_input_embeddings()
         self.head = VocabHead(model)
@@ -188,7 +209,11 @@ class HFBackend:
             # Only Phi-3's own code recomputes its cache at the crossing, so only there is there something to equal.
             self.context_length, self.rope_boundary = self.rope_boundary, None
         self._unwrap = separate_experts(model, gate)
-        self._check_model()
+        try:
+            self._check_model()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give the live model back as it was."""

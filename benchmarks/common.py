@@ -1,0 +1,74 @@
+"""What the demo and the bars share: the embedded base with an artifact, held-out prompts, tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from retrofit import artifact
+from retrofit.hub import EMBEDDED, load_base
+from retrofit.recipes.data import held_out_prompts
+from retrofit.runtime.engine import Engine
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT_TOKENS = 64
+NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The engine of an artifact, the original model apart from it, both fp32 on the CPU, and prompts."""
+
+    folder: Path
+    engine: Engine
+    reference: PreTrainedModel
+    prompts: list[list[int]]
+
+
+def load(folder: Path, prompts: int) -> Setting:
+    """Raises ArtifactError and UsageError as `Engine.load` does."""
+    logging.set_verbosity_error()
+    engine = Engine.load(folder, dtype="float32", offline=True)
+    base = load_base(EMBEDDED, dtype="float32", offline=True)
+    return Setting(folder, engine, base.model, held_out_prompts(base.tokenizer, prompts, PROMPT_TOKENS))
+
+
+def convert_default(folder: Path) -> None:
+    """Convert the embedded base with its own recipe, replacing an artifact that stands there."""
+    from retrofit.recipes.convert import convert
+
+    logging.set_verbosity_error()
+    convert(out=folder, overwrite=True, offline=True)
+
+
+def conversion_seconds(folder: Path) -> float | None:
+    """How long making the artifact took, by its own record."""
+    seconds = artifact.read_config(folder)["training"].get("seconds")
+    return None if seconds is None else float(seconds)
+
+
+def say(message: str) -> None:
+    """Progress goes to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells in columns two spaces apart; the first `left` columns flush left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def number(value: float | None, places: int = 2) -> str:
+    return "-" if value is None else f"{value:.{places}f}"

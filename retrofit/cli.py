@@ -1,0 +1,398 @@
+"""The command `retrofit`.  Each function below is one command; what they share is in `console.py`.
+
+Everything slow is imported inside the bodies, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from retrofit import __version__, artifact
+from retrofit.console import (
+    CONTEXT,
+    Cli,
+    Loading,
+    Totals,
+    base_option,
+    emit_json,
+    generation_options,
+    is_quiet,
+    loading_options,
+    output_options,
+    quieten_libraries,
+    result_json,
+    say,
+    seed_option,
+)
+from retrofit.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from retrofit.recipes.schema import Recipe
+    from retrofit.runtime.engine import Event, Result
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done             3  a check was not met
+  1  failed           4  GPU, memory, disk, network or credentials missing
+  2  wrong usage      130, 143  interrupted"""
+
+
+@click.group(cls=Cli, context_settings=CONTEXT, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="retrofit", message="%(prog)s %(version)s")
+def main() -> None:
+    """Give a language model two more ways of decoding, and leave the first as it was.
+
+    \b
+    Example, offline and on any machine:
+      retrofit convert -o tiny-retrofit
+      retrofit generate tiny-retrofit "def area(radius):"
+      retrofit certify tiny-retrofit
+
+    Any option can be set in the environment: RETROFIT_DEVICE=cuda is --device cuda in every command.
+    Data goes to stdout, everything else to stderr.
+    """
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("items", nargs=-1, metavar="[MODEL] [KEY=VALUE]...")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to write.  [default: MODEL-retrofit in the current folder]",
+)
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help="See `retrofit recipes ls`.  [default: tiny for the embedded base, else default]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
+@loading_options
+@output_options
+def convert(
+    items: tuple[str, ...],
+    out: Path | None,
+    recipe: str | None,
+    overwrite: bool,
+    seed: int | None,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Train an adapter for MODEL and write the artifact.
+
+    MODEL is a Hub id, a local folder, or nothing for the base that ships with retrofit.  KEY=VALUE sets a key
+    of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and --seed.  Prints the
+    artifact's folder.
+
+    \b
+    Examples:
+      retrofit convert
+      retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
+      retrofit convert ./my-model data.source=texts.jsonl draft.block=4
+    """
+    model, overrides = _model_and_overrides(items)
+    flags = [f"base.dtype={loading.dtype}"] if loading.dtype else []
+    flags += [f"train.seed={seed}"] if seed is not None else []
+    resolved = _recipe(model, recipe, [*flags, *overrides])
+    name = Path(resolved.base.model).expanduser().resolve().name
+    out = out or Path(f"{name}-retrofit")
+    artifact.check_writable(out, overwrite)
+    quieten_libraries()
+    from retrofit import convert as run
+
+    made = run(
+        recipe=resolved,
+        out=out,
+        device=loading.device,
+        overwrite=overwrite,
+        offline=loading.offline,
+        trust_remote_code=loading.trust_remote_code,
+        quiet=is_quiet(),
+    )
+    parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
+    if as_json:
+        emit_json({"artifact": str(made.folder), **parts})
+        return
+    from retrofit.inspection import facts
+
+    say(f"measured on held-out text: {facts(parts['acceptance']) or 'nothing'}")
+    say(f"next: retrofit certify {made.folder}")
+    click.echo(made.folder)
+
+
+def _model_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Raises UsageError for more than one model."""
+    overrides = [item for item in items if "=" in item and not Path(item).exists()]
+    models = [item for item in items if item not in overrides]
+    if len(models) > 1:
+        hint = "a recipe key is set as key.path=value"
+        raise UsageError(f"more than one model: {', '.join(models)}", hint)
+    return (models[0] if models else None), overrides
+
+
+def _recipe(model: str | None, name: str | None, overrides: list[str]) -> Recipe:
+    """The resolved recipe of a conversion, and a note where a better one ships.  Raises UsageError."""
+    from retrofit.hub import EMBEDDED
+    from retrofit.recipes.schema import load_recipe, recipe_names
+
+    if model is None:
+        return load_recipe(name, overrides)
+    if any(override.startswith("base.model=") for override in overrides):
+        raise UsageError(f"the model is given twice: {model} and base.model=...", "give one of them")
+    if name is None and model != EMBEDDED:
+        name = "default"
+        for shipped in recipe_names():
+            if load_recipe(shipped).base.model == model:
+                say(f"note: --recipe {shipped} was written for this model")
+    return load_recipe(name, [f"base.model={_quoted(model)}", *overrides])
+
+
+def _quoted(text: str) -> str:
+    """Text as a YAML value, whatever is in it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+artifact_argument = click.argument("folder", metavar="ARTIFACT")
+
+
+@main.command(context_settings=CONTEXT)
+@artifact_argument
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@generation_options
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts decoded together."
+)
+@base_option
+@seed_option
+@loading_options
+@output_options
+def generate(
+    folder: str,
+    prompts: tuple[str, ...],
+    options: dict[str, Any],
+    batch_size: int,
+    base: str | None,
+    seed: int,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Continue each PROMPT, or the text on stdin.
+
+    stdin is read where there is no PROMPT or it is `-`.  Prompts are raw text: no chat template, nothing
+    added.  One prompt is streamed; several are printed in their order, each under a header.  With --json
+    every result is one line.
+
+    \b
+    Examples:
+      retrofit generate tiny-retrofit "def area(radius):"
+      cat prompt.txt | retrofit generate tiny-retrofit --mode ar --temperature 0.8 --seed 7
+      retrofit generate tiny-retrofit --json "import os" "class Stack:" > results.jsonl
+    """
+    texts = [_stdin() if prompt == "-" else prompt for prompt in prompts or ("-",)]
+    engine = loading.engine(folder, base)
+    events = engine.stream(
+        texts, seed=seed, batch_size=batch_size, with_text=len(texts) == 1 and not as_json, **options
+    )
+    totals = Totals()
+    for result in _finished(events, totals):
+        if as_json:
+            emit_json(result_json(result))
+        elif len(texts) == 1:
+            click.echo()
+        else:
+            click.echo(f"==> prompt {result.index + 1} <==\n{result.text}")
+    say(totals.line())
+
+
+def _finished(events: Iterator[Event], totals: Totals) -> Iterator[Result]:
+    """Results in the order of the prompts, each as soon as those before are out; prints streamed text."""
+    waiting: dict[int, Result] = {}
+    due = 0
+    began = float("inf")
+    for event in events:
+        click.echo(event.text, nl=False)
+        if event.result is None:
+            continue
+        now = time.perf_counter()
+        began = min(began, now - event.result.stats.seconds)
+        totals.add(event.result)
+        totals.seconds = now - began  # from the first admission: timing the plans beforehand does not count
+        waiting[event.index] = event.result
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
+
+
+def _stdin() -> str:
+    if sys.stdin.isatty():
+        raise UsageError("no prompt", "give one as an argument, or pipe text in")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin: not UTF-8 text ({error.reason})", "convert it to UTF-8") from None
+
+
+@main.command(context_settings=CONTEXT)
+@artifact_argument
+@generation_options
+@base_option
+@seed_option
+@loading_options
+@output_options
+def chat(
+    folder: str,
+    options: dict[str, Any],
+    base: str | None,
+    seed: int,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Talk with the model, line by line; /help lists the commands.
+
+    Lines go through the model's chat template; a model without one just continues the text.  From a pipe
+    every line is one turn.
+
+    \b
+    Examples:
+      retrofit chat qwen-retrofit --max-new-tokens 512 --temperature 0.7
+      printf '%s\\n' "Hello" "/stats" | retrofit chat qwen-retrofit
+    """
+    from retrofit.chat import Chat, converse
+
+    converse(Chat(loading.engine(folder, base), options, seed, as_json))
+
+
+@main.command(context_settings=CONTEXT)
+@artifact_argument
+@click.option(
+    "--level",
+    type=click.Choice(["quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="How many prompts and tokens to check.",
+)
+@base_option
+@loading_options
+@output_options
+def certify(
+    folder: str,
+    level: Literal["quick", "full"],
+    base: str | None,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Prove that ARTIFACT leaves its base alone.
+
+    Runs the checks on this machine, writes certificate.json into the artifact, and exits with 3 when one of
+    them is not met.
+
+    \b
+    Example:
+      retrofit certify tiny-retrofit --level full
+    """
+    quieten_libraries()
+    from retrofit import certify as run
+
+    certificate = run(
+        folder,
+        level=level,
+        device=loading.device,
+        dtype=loading.dtype or "auto",
+        base=base,
+        offline=loading.offline,
+        trust_remote_code=loading.trust_remote_code,
+        progress=not is_quiet() and sys.stderr.isatty(),
+    )
+    path = certificate.save(folder)
+    if as_json:
+        click.echo(path.read_text(encoding="utf-8"), nl=False)
+    else:
+        width = max(len(check.name) for check in certificate.checks)
+        for check in certificate.checks:
+            click.echo(f"{check.status:<8}  {check.name:<{width}}  {check.detail}")
+    say(f"wrote {path}")
+    certificate.require()
+
+
+@main.command(context_settings=CONTEXT)
+@artifact_argument
+@output_options
+def inspect(folder: str, as_json: bool) -> None:
+    """Show what ARTIFACT holds, without loading any model.
+
+    Base and fingerprint, layout, sizes, measured acceptance, certificate, files.  Hashes are checked.
+
+    \b
+    Example:
+      retrofit inspect tiny-retrofit --json
+    """
+    from retrofit.inspection import describe, table
+
+    described = describe(folder)
+    if as_json:
+        emit_json(described, indent=2)
+    else:
+        click.echo(table(described))
+
+
+@main.group(context_settings=CONTEXT)
+def recipes() -> None:
+    """List the recipes that ship with retrofit, or print one in full.
+
+    \b
+    Example:
+      retrofit recipes show qwen3-8b train.steps=8000 > mine.yaml
+    """
+
+
+@recipes.command("ls", context_settings=CONTEXT)
+@output_options
+def recipes_ls(as_json: bool) -> None:
+    """List the recipes: name, base model.
+
+    \b
+    Example:
+      retrofit recipes ls
+    """
+    from retrofit.recipes.schema import load_recipe, recipe_names
+
+    # `default` is made for no model in particular
+    bases = {n: None if n == "default" else load_recipe(n).base.model for n in recipe_names()}
+    if as_json:
+        emit_json([{"name": name, "base": base} for name, base in bases.items()])
+        return
+    width = max(map(len, bases))
+    for name, base in bases.items():
+        click.echo(f"{name:<{width}}  {base or 'any model'}")
+
+
+@recipes.command("show", context_settings=CONTEXT)
+@click.argument("name", metavar="NAME|FILE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@output_options
+def recipes_show(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print a recipe with every key, as `convert` would use it.
+
+    \b
+    Examples:
+      retrofit recipes show tiny
+      retrofit recipes show qwen3-8b draft.block=16 train.lr=1e-4
+    """
+    from retrofit.recipes.schema import dump_recipe, load_recipe
+
+    recipe = load_recipe(name, overrides)
+    if as_json:
+        emit_json(recipe.model_dump(mode="json"), indent=2)
+    else:
+        click.echo(dump_recipe(recipe), nl=False)
+
+
+if __name__ == "__main__":
+    main()

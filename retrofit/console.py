@@ -1,0 +1,299 @@
+"""What every command shares: common options, how output is split, and how an error ends the program.
+
+Data goes to stdout, talk and progress to stderr.  `Cli.invoke` is the one place that turns an exception into
+a message and an exit code.
+Not here: what the commands do.  This file imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from retrofit.errors import ResourceError, RetrofitError
+
+if TYPE_CHECKING:
+    from retrofit.runtime.engine import Engine, Result
+
+CONTEXT = {"auto_envvar_prefix": "RETROFIT", "help_option_names": ["-h", "--help"], "max_content_width": 110}
+"""Of every command, so that RETROFIT_DEVICE sets --device wherever there is one."""
+
+MODES = ["ar", "diffusion", "self_spec"]
+STRATEGIES = ["auto", "fused", "two_forward", "prompt_lookup"]
+
+VERBOSE = "retrofit.verbose"
+QUIET = "retrofit.quiet"
+
+
+class Cli(click.Group):
+    """A group whose commands may raise anything."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _terminated():
+                return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
+            raise  # click's own business: exit codes, usage errors, a reader that left
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(128 + signal.SIGINT) from None
+        except Exception as error:
+            raise click.exceptions.Exit(_report(error, bool(ctx.meta.get(VERBOSE)))) from None
+
+
+def show(error: RetrofitError) -> None:
+    """What is wrong and what to do, on stderr."""
+    click.echo(f"Error: {error}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+
+
+def _report(error: Exception, verbose: bool) -> int:
+    """Print what went wrong; returns the exit code."""
+    if verbose:
+        traceback.print_exception(error)
+    known = error if isinstance(error, RetrofitError) else _out_of_memory(error)
+    if known is not None:
+        show(known)
+        return known.exit_code
+    first = next(iter(str(error).strip().splitlines()), "")
+    click.echo(f"Error: {type(error).__name__}{': ' if first else ''}{first}", err=True)
+    if not verbose:
+        click.echo("hint: not foreseen, so maybe a bug; run with -v for the traceback", err=True)
+    return 1
+
+
+def _out_of_memory(error: Exception) -> ResourceError | None:
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # torch has no class of its own for the CPU
+    if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        place, hint = ("GPU memory", "or use --device cpu") if on_gpu else ("memory", "or a larger machine")
+        return ResourceError(f"out of {place}", f"lower the batch size, use --dtype bfloat16, {hint}")
+    return None
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that what must be saved or removed is; the exit code is 143."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set signal handlers
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    if value:
+        ctx.meta[f"retrofit.{parameter.name}"] = True
+    return value
+
+
+def is_quiet() -> bool:
+    """Whether the running command was given -q."""
+    return bool(click.get_current_context().meta.get(QUIET))
+
+
+def say(message: str) -> None:
+    """Talk: one line on stderr, unless -q."""
+    if not is_quiet():
+        click.echo(message, err=True)
+
+
+def emit_json(content: Any, indent: int | None = None) -> None:
+    """Data: one JSON document on stdout; without `indent` on one line."""
+    click.echo(json.dumps(content, indent=indent))
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+output_options = _options(
+    click.option("--json", "as_json", is_flag=True, envvar="RETROFIT_JSON", help="Print JSON on stdout."),
+    click.option("-q", "--quiet", is_flag=True, callback=_remember, expose_value=False,
+                 help="No talk and no progress on stderr, errors only."),
+    click.option("-v", "--verbose", is_flag=True, callback=_remember, expose_value=False,
+                 help="Show the traceback of an error, and warnings of libraries."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The options that say how a model is loaded."""
+
+    device_name: str
+    dtype: str | None
+    offline: bool
+    trust_remote_code: bool
+
+    @property
+    def device(self) -> str:
+        """The device by name; `auto` is resolved here.  Imports torch."""
+        if self.device_name != "auto":
+            return self.device_name
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def engine(self, artifact: str, base: str | None) -> Engine:
+        """Load an artifact.  Raises what `Engine.load` raises."""
+        quieten_libraries()
+        from retrofit import Engine
+
+        return Engine.load(
+            artifact,
+            device=self.device,
+            dtype=self.dtype or "auto",
+            base=base,
+            offline=self.offline,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def loading_options(function: Any) -> Any:
+    """Adds --device, --dtype, --offline, --trust-remote-code; the command gets them as `loading`."""
+
+    @wraps(function)
+    def run(
+        *arguments: Any,
+        device: str,
+        dtype: str | None,
+        offline: bool,
+        trust_remote_code: bool,
+        **options: Any,
+    ) -> Any:
+        return function(*arguments, loading=Loading(device, dtype, offline, trust_remote_code), **options)
+
+    return _options(
+        click.option("--device", default="auto", show_default=True,
+                     help="cpu, cuda, cuda:N, or auto: a GPU where there is one."),
+        click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+                     help="Type the base's weights are held in; auto is the checkpoint's own."),
+        click.option("--offline", is_flag=True, help="Use no network, only what is on this machine."),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model."),
+    )(run)  # fmt: skip
+
+
+GENERATION = (
+    *("mode", "strategy", "prepare", "threshold", "max_new_tokens", "stop"),
+    *("temperature", "top_k", "top_p", "repetition_penalty"),
+)
+
+
+def generation_options(function: Any) -> Any:
+    """Adds the options of `Engine.generate` that `chat` takes too; the command gets them as `options`.
+
+    Defaults are those of `Engine.generate`, which cannot be asked without importing torch; a test compares.
+    """
+    declared = (
+        click.option("--mode", type=click.Choice(MODES), default="self_spec", show_default=True,
+                     help="How to decode; self_spec gives the output of ar in fewer forwards."),
+        click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", show_default=True,
+                     help="Of self_spec: which forwards draft and verify; auto takes what is fastest here."),
+        click.option("--prepare", default="all", show_default=True, metavar="all|last|N",
+                     help="Of fused: for which accept lengths to draft ahead."),
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True),
+        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
+                     help="0 is greedy."),
+        click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K likeliest tokens only."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
+                     help="Sample from the likeliest tokens that make up P only."),
+        click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True),
+                     help="Above 1: makes tokens that were there less likely."),
+        click.option("--stop", multiple=True, help="Text to stop before; may be given several times."),
+        click.option("--threshold", type=click.FloatRange(0, 1), default=0.9, show_default=True,
+                     help="Of diffusion: confidence from which a token is kept."),
+    )  # fmt: skip
+
+    @wraps(function)
+    def run(*arguments: Any, **given: Any) -> Any:
+        options = {name: given.pop(name) for name in GENERATION}
+        if options["prepare"].isdecimal():
+            options["prepare"] = int(options["prepare"])
+        return function(*arguments, options=options, **given)
+
+    for option in reversed(declared):
+        run = option(run)
+    return run
+
+
+base_option = click.option("--base", metavar="MODEL", help="Hub id or folder of the base, if it has moved.")
+seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                           help="Of the sampling; equal seeds give equal output.")  # fmt: skip
+
+
+def quieten_libraries() -> None:
+    """Keep warnings of transformers and of Python off stderr, unless -v.  Imports transformers."""
+    if click.get_current_context().meta.get(VERBOSE):
+        return
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+
+
+class Totals:
+    """Statistics over several requests: sums over sums, never means of ratios."""
+
+    def __init__(self) -> None:
+        self.requests = self.tokens = self.decoded = 0
+        self.forwards: Counter[str] = Counter()
+        self.seconds = 0.0
+        """Of the whole run where requests run side by side; the caller's to set."""
+
+    def add(self, result: Result) -> None:
+        """Count one finished request, all but its seconds."""
+        self.requests += 1
+        self.tokens += len(result.tokens)
+        self.decoded += result.stats.tokens
+        self.forwards.update(result.stats.forwards)
+
+    def line(self) -> str:
+        """`64 tokens in 1.20 s (53.3 tokens/s), TPF 1.71, tau 2.05`; what was not measured is left out."""
+        from retrofit.eval.acceptance import CYCLES
+
+        rate = f" ({self.tokens / self.seconds:.1f} tokens/s)" if self.seconds > 0 else ""
+        parts = [f"{self.tokens} tokens in {self.seconds:.2f} s{rate}"]
+        if forwards := self.forwards.total() - self.forwards["prefill"]:
+            parts.append(f"TPF {self.decoded / forwards:.2f}")
+        if cycles := sum(self.forwards[kind] for kind in CYCLES):
+            parts.append(f"tau {self.decoded / cycles:.2f}")
+        return ", ".join(parts)
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """One finished request as plain data."""
+    return {
+        "index": result.index,
+        "text": result.text,
+        "tokens": result.tokens,
+        "finish_reason": result.finish_reason,
+        "stats": result.stats.to_dict(),
+    }

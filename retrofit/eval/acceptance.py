@@ -1,0 +1,301 @@
+"""Acceptance and losslessness of an engine on given prompts: TPF, tau, acceptance by slot, equality.
+
+    tau   tokens emitted per verify cycle, bonus included; sum / sum (`tau`), mean over requests (`tau_macro`)
+    TPF   tokens emitted after prefill / forwards after prefill, sum / sum; read it beside rows per token
+    cond  P(slot k accepted | verified, and all before it accepted);  joint  the running product of cond
+
+A forward of kind `ar` is a cycle without drafts: so tau is 1 for mode `ar`, and a drafter that often has
+nothing to propose, as prompt lookup, is not judged by its good moments alone.
+
+A cycle that verified fewer than k drafts says nothing about slot k, so it is left out of that slot's
+denominator (the product-limit estimator of Kaplan and Meier, 1958).
+Not here: time (`speed.py`), proofs (`certify.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig
+
+from retrofit.adapters.rows import RowPlan, SequenceRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from retrofit.runtime.engine import Engine, Result
+
+Tokens = Sequence[Sequence[int]]
+CYCLES = ("ar", "verify", "fused")
+"""Kinds of forward that end a verify cycle; a `draft` forward belongs to the cycle of the drafts it makes."""
+PAD = 0
+"""Fills the left of shorter prompts in a reference batch; masked, so any id does."""
+
+
+class Difference(NamedTuple):
+    """Where an output first leaves the one it should equal.  A token is None where that output has ended."""
+
+    prompt: int
+    at: int
+    expected: int | None
+    found: int | None
+
+
+class Comparison(NamedTuple):
+    """How many outputs of how many are identical, token for token, and where the others first differ."""
+
+    equal: int
+    total: int
+    differences: list[Difference]
+
+    @property
+    def all_equal(self) -> bool:
+        return self.equal == self.total > 0
+
+
+def measure(
+    engine: Engine,
+    prompts: Tokens,
+    *,
+    mode: str = "self_spec",
+    strategy: str = "fused",
+    prepare: str | int = "all",
+    tree: int | None = None,
+    temperature: float = 0.0,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+    ignore_eos: bool = True,
+) -> dict[str, Any]:
+    """Generate for the prompts and sum up what it cost: `summary` of the results, widest forward included.
+
+    Raises UsageError as `Engine.generate` does.
+    """
+
+    def generate(some: Tokens, tokens: int) -> list[Result]:
+        return engine.generate(
+            some, mode, strategy=strategy, prepare=prepare, tree=tree, temperature=temperature,
+            max_new_tokens=tokens, batch_size=batch_size, seed=seed, ignore_eos=ignore_eos,
+        )  # fmt: skip
+
+    if mode == "self_spec" and strategy == "auto":
+        generate(prompts[:batch_size], 1)  # the cost model's probe forwards are no part of any request
+    with widest_forward(engine) as widest:
+        results = generate(prompts, max_new_tokens)
+    return summary(results, max(widest, default=0))
+
+
+def summary(results: Sequence[Result], most_rows: int | None = None) -> dict[str, Any]:
+    """Sums over finished requests as a JSON-able dict.  most_rows: rows of one request in its widest forward.
+
+    `tau` is None for mode `diffusion`, which has no verify cycles.
+    """
+    stats = [result.stats for result in results]
+    tokens, rows = sum(s.tokens for s in stats), sum(s.rows for s in stats)
+    forwards = sum(s.decode_forwards for s in stats)
+    kinds: Counter[str] = Counter()
+    for s in stats:
+        kinds.update(s.forwards)
+    cycles = [cycle for s in stats for cycle in zip(s.accepted, s.verified, strict=True)]
+    per_request = [s.tokens / count for s in stats if (count := _cycles(s.forwards))]
+    return {
+        "requests": len(results),
+        "tokens": tokens,
+        "forwards": forwards,
+        "forwards_by_kind": dict(kinds),
+        "tpf": ratio(tokens, forwards),
+        "tau": ratio(tokens, _cycles(kinds)),
+        "tau_macro": ratio(sum(per_request), len(per_request)),
+        "rows_per_token": ratio(rows, tokens),
+        "most_rows": most_rows,
+        "accepted_histogram": dict(sorted(Counter(a for a, _ in cycles).items())),
+        **by_slot([a for a, _ in cycles], [v for _, v in cycles]),
+        "looping_share": looping_share([result.tokens for result in results]),
+    }
+
+
+def _cycles(forwards: Mapping[str, int]) -> int:
+    return sum(forwards.get(kind, 0) for kind in CYCLES)
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """Rounded to 4 places; None instead of a division by zero."""
+    return round(numerator / denominator, 4) if denominator else None
+
+
+def by_slot(accepted: Sequence[int], verified: Sequence[int]) -> dict[str, list[float] | list[int]]:
+    """Acceptance of slots 1, 2, ... over verify cycles: `accept_cond`, `accept_joint`, and counts `tried`.
+
+    Ends before the first slot that no cycle ever reached.
+    """
+    cond: list[float] = []
+    joint: list[float] = []
+    tried: list[int] = []
+    alive = 1.0
+    for slot in range(1, max(verified, default=0) + 1):
+        reached = [a for a, v in zip(accepted, verified, strict=True) if v >= slot and a >= slot - 1]
+        if not reached:
+            break
+        share = sum(a >= slot for a in reached) / len(reached)
+        alive *= share
+        tried.append(len(reached))
+        cond.append(round(share, 4))
+        joint.append(round(alive, 4))
+    return {"accept_cond": cond, "accept_joint": joint, "tried": tried}
+
+
+@contextmanager
+def widest_forward(engine: Engine) -> Iterator[list[int]]:
+    """Records the rows of every request in every decoding forward planned meanwhile, prefill left out."""
+    seen: list[int] = []
+    plan = engine.backend.plan
+
+    def recording(sequences: list[SequenceRows]) -> RowPlan:
+        seen.extend(
+            len(s.tokens) + sum(len(block.inputs) for block in s.blocks)
+            for s in sequences
+            if not s.last_logits_only
+        )
+        return plan(sequences)
+
+    engine.backend.plan = recording  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        del engine.backend.plan
+
+
+def looping_share(token_lists: Tokens, n: int = 8, times: int = 3, within: int = 96) -> float:
+    """Share of outputs in which some n-gram occurs `times` times inside a stretch of `within` tokens.
+
+    Occurrences may overlap.  On looping text every drafter looks brilliant, n-gram lookup above all.
+    """
+    return round(sum(loops(t, n, times, within) for t in token_lists) / max(1, len(token_lists)), 4)
+
+
+def loops(tokens: Sequence[int], n: int, times: int, within: int) -> bool:
+    starts: dict[tuple[int, ...], list[int]] = {}
+    for start in range(len(tokens) - n + 1):
+        earlier = starts.setdefault(tuple(tokens[start : start + n]), [])
+        earlier.append(start)
+        if len(earlier) >= times and start + n - earlier[-times] <= within:
+            return True
+    return False
+
+
+def compare(found: Tokens, expected: Tokens) -> Comparison:
+    """Hold outputs against those they should equal, in the order of the prompts."""
+    differences = []
+    for i, (got, want) in enumerate(zip(found, expected, strict=True)):
+        if list(got) == list(want):
+            continue
+        pairs = enumerate(zip_longest(want, got))  # no token is None
+        differences += [next(Difference(i, at, w, g) for at, (w, g) in pairs if w != g)]
+    return Comparison(len(expected) - len(differences), len(expected), differences)
+
+
+def lossless(
+    engine: Engine,
+    reference: PreTrainedModel | Tokens,
+    prompts: Tokens,
+    *,
+    strategy: str = "fused",
+    prepare: str | int = "all",
+    tree: int | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 1,
+    ignore_eos: bool = True,
+) -> Comparison:
+    """Greedy `self_spec` against transformers' greedy `generate`, one prompt at a time.
+
+    reference: the original model, or what `reference_tokens` returned for it, to be reused over strategies.
+    """
+    eos = () if ignore_eos else sorted(engine.eos)
+    expected = (
+        reference
+        if isinstance(reference, Sequence)
+        else reference_tokens(reference, prompts, max_new_tokens=max_new_tokens, eos=eos)
+    )
+    results = engine.generate(
+        prompts, "self_spec", strategy=strategy, prepare=prepare, tree=tree, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, ignore_eos=ignore_eos,
+    )  # fmt: skip
+    return compare([r.tokens for r in results], expected)
+
+
+def same_as_ar(
+    engine: Engine,
+    prompts: Tokens,
+    *,
+    temperature: float,
+    seed: int = 0,
+    strategy: str = "fused",
+    prepare: str | int = "all",
+    tree: int | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 1,
+    ignore_eos: bool = True,
+    expected: Tokens | None = None,
+) -> Comparison:
+    """`self_spec` against `ar` one request at a time, at equal seed.
+
+    expected: `ar`'s tokens where they are known already.
+    """
+    if expected is None:
+        ar = engine.generate(
+            prompts, "ar", max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            batch_size=1, ignore_eos=ignore_eos,
+        )  # fmt: skip
+        expected = [r.tokens for r in ar]
+    results = engine.generate(
+        prompts, "self_spec", strategy=strategy, prepare=prepare, tree=tree, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed, batch_size=batch_size, ignore_eos=ignore_eos,
+    )  # fmt: skip
+    return compare([r.tokens for r in results], expected)
+
+
+def reference_tokens(
+    model: PreTrainedModel,
+    prompts: Tokens,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch_size: int = 1,
+    eos: Sequence[int] = (),
+) -> list[list[int]]:
+    """What transformers' `generate` emits after each prompt, EOS included, processors and all else neutral.
+
+    Prompts of unequal length are padded on the left within a batch.  At a temperature it draws from torch's
+    global generator.  A given GenerationConfig still inherits what it leaves at None from the model's own,
+    EOS too, so the model's own is set aside meanwhile; and without an attention mask the pad id would be
+    masked wherever a prompt holds it.
+    """
+    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    config = GenerationConfig(
+        do_sample=temperature > 0, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos) or None, pad_token_id=PAD, **drawn,
+    )  # fmt: skip
+    outputs: list[list[int]] = []
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        for first in range(0, len(prompts), batch_size):
+            batch = [list(p) for p in prompts[first : first + batch_size]]
+            width = max(map(len, batch))
+            ids = torch.tensor([[PAD] * (width - len(p)) + p for p in batch], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
+            out = model.generate(ids, attention_mask=mask, generation_config=config)
+            outputs += [_until_eos(row, eos) for row in out[:, width:].tolist()]
+    finally:
+        model.generation_config = own
+    return outputs
+
+
+def _until_eos(tokens: list[int], eos: Sequence[int]) -> list[int]:
+    end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+    return tokens[:end]

@@ -1,0 +1,290 @@
+"""The certificate: does this artifact leave its base alone, and is `self_spec` the base's own decoding?
+
+    artifact       the artifact holds no tensor but the adapter's and the heads'
+    base-weights   every tensor of the loaded base is the original checkpoint's, by sha256
+    gate           with NaN for an adapter every base row stays as it was, bit for bit
+    audit          in the run type: targets recomputed from stored logits; differences from `ar` are rounding
+    greedy-fp32    `self_spec` equals transformers `generate`, token for token
+    sampled-fp32   `self_spec` equals `ar` at equal seed, token for token
+    distribution   `ar` draws from the model's distribution
+
+The certificate is `ok` when every check passed; one that could not run is `skipped`, and then it is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+import yaml
+from tqdm import tqdm
+
+from retrofit import __version__
+from retrofit import artifact as artifacts
+from retrofit.errors import GateError, ResourceError, UsageError
+from retrofit.eval import exactness, weights
+from retrofit.eval.distribution import distribution
+from retrofit.eval.exactness import Verdict
+from retrofit.eval.subject import Subject, token_prompts
+from retrofit.hub import locate
+from retrofit.runtime.engine import Engine
+
+CERTIFICATE = "certificate.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much one level runs."""
+
+    prompts: int
+    tokens: int
+    samples: int
+    """Continuations drawn for each case of the distribution check."""
+
+
+LEVELS = {"quick": Size(8, 64, 2000), "full": Size(64, 128, 20000)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: `detail` is a line for people, `details` the figures behind it."""
+
+    name: str
+    status: Literal["passed", "failed", "skipped"]
+    detail: str
+    details: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was checked, on what, and how it went."""
+
+    subject: dict[str, Any]
+    environment: dict[str, Any]
+    level: str
+    checks: list[Check]
+    date: str
+
+    @property
+    def ok(self) -> bool:
+        """Every check passed; a skipped one is not passed."""
+        return bool(self.checks) and all(check.status == "passed" for check in self.checks)
+
+    def check(self, name: str) -> Check:
+        """The check of that name.  Raises KeyError when there is none."""
+        return {check.name: check for check in self.checks}[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "ok": self.ok,
+            "level": self.level,
+            "date": self.date,
+            **self.subject,
+            **self.environment,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write it: into an artifact, beside its hash; into another folder; or to a file name."""
+        path = Path(path)
+        text = json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
+        if (path / artifacts.CONFIG).is_file():
+            return artifacts.add(path, CERTIFICATE, text)
+        path = path / CERTIFICATE if path.is_dir() else path
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ResourceError(f"{path}: cannot be written: {error.strerror or error}") from error
+        return path
+
+    def require(self) -> None:
+        """Raises GateError naming the checks that did not pass."""
+        if not self.ok:
+            names = ", ".join(f"{c.name} {c.status}" for c in self.checks if c.status != "passed")
+            raise GateError(f"not certified: {names or 'nothing was checked'}")
+
+
+def certify(
+    target: str | Path | Engine,
+    level: Literal["quick", "full"] = "quick",
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    base: str | Path | None = None,
+    prompts: Sequence[str | Sequence[int]] | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Certificate:
+    """Check an artifact folder, or a live engine, against its base.  Writes nothing; see `Certificate.save`.
+
+    level: quick = 8 prompts of 64 new tokens, full = 64 of 128.  device, dtype: where and in what type a
+    folder is loaded (an engine stays as it is).  base: folder or Hub id of the original checkpoint; a folder
+    knows its own, a live engine needs it for the check of the base weights.  prompts: texts or token ids in
+    place of held-out text of the recipe's source.  progress: a bar on stderr.
+
+    A check that fails is part of the answer; raises only what loading raises (UsageError, ArtifactError,
+    ResourceError, UnsupportedModelError).
+    """
+    if level not in LEVELS:
+        raise UsageError(f"level {level!r} does not exist", f"levels are {', '.join(LEVELS)}")
+    size = LEVELS[level]
+    folder = None if isinstance(target, Engine) else Path(target)
+    if folder is not None:
+        artifacts.check(folder)
+    names = ("artifact", "base-weights", "gate", "audit", "greedy-fp32", "sampled-fp32", "distribution")
+    checks: list[Check] = []
+    with tqdm(total=len(names), disable=not progress, file=sys.stderr, leave=False, unit="check") as bar:
+
+        def run(name: str, function: Callable[[], Verdict]) -> Check:
+            bar.set_description(name)
+            checks.append(_run(name, function))
+            bar.update()
+            return checks[-1]
+
+        kept = run("artifact", lambda: _artifact(target))
+        if kept.status == "failed" and folder is not None:
+            # Its tensors do not fit, so there is no engine to check.
+            checks += [Check(name, "skipped", "the artifact holds foreign tensors") for name in names[1:]]
+            return Certificate(_subject(folder, None), _environment(device, dtype), level, checks, _now())
+        engine = (
+            target
+            if isinstance(target, Engine)
+            else Engine.load(
+                target,
+                device,
+                dtype,
+                base=None if base is None else str(base),
+                offline=offline,
+                trust_remote_code=trust_remote_code,
+            )
+        )
+        subject = Subject(engine, _checkpoint(engine, base, offline), trust_remote_code)
+        room = max(1, engine.limits.context - size.tokens)
+        texts = token_prompts(engine, prompts, size.prompts, room, _from_stdlib(folder, engine))
+        run("base-weights", lambda: _base_weights(subject))
+        run("gate", lambda: exactness.gate(subject, texts))
+        run("audit", lambda: exactness.audit(subject, texts, size.tokens))
+        run("greedy-fp32", lambda: exactness.greedy(subject, texts, size.tokens))
+        run("sampled-fp32", lambda: exactness.sampled(subject, texts, size.tokens))
+        run("distribution", lambda: distribution(size.samples))
+    environment = _environment(str(subject.device), str(subject.dtype).removeprefix("torch."))
+    return Certificate(_subject(folder, engine), environment, level, checks, _now())
+
+
+def _run(name: str, function: Callable[[], Verdict]) -> Check:
+    begin = time.perf_counter()
+    try:
+        ok, detail, details = function()
+        status: Literal["passed", "failed", "skipped"] = "passed" if ok else "failed"
+    except (ResourceError, torch.cuda.OutOfMemoryError) as error:
+        status, detail, details = "skipped", str(error).splitlines()[0], {}
+    return Check(name, status, detail, details, round(time.perf_counter() - begin, 3))
+
+
+def _artifact(target: str | Path | Engine) -> Verdict:
+    if isinstance(target, Engine):
+        files = weights.engine_shapes(target)
+        markov = target.attached.heads.markov_w1
+        rank = target.attached.peft_model.peft_config["default"].r
+        markov_rank = 0 if markov is None else int(markov.shape[1])
+    else:
+        adapter = artifacts.read_config(target)["adapter"]
+        files = weights.artifact_shapes(Path(target))
+        rank, markov_rank = adapter["rank"], adapter["markov_rank"]
+    foreign = weights.foreign_tensors(files, rank, markov_rank)
+    count = sum(map(len, files.values()))
+    details = {"tensors": count, "foreign": len(foreign), "foreign_names": foreign[: weights.LISTED]}
+    detail = f"{count} tensors, none of the base" if not foreign else f"{len(foreign)} foreign: {foreign[0]}"
+    return Verdict(count > 0 and not foreign, detail, details)
+
+
+def _base_weights(subject: Subject) -> Verdict:
+    if subject.checkpoint is None:
+        raise ResourceError("the original checkpoint is unknown; give its folder or Hub id as base")
+    found = weights.compare_base(subject.run.attached.model, subject.checkpoint)
+    bad = {kind: found[kind] for kind in ("changed", "not_loaded", "not_in_checkpoint") if found[kind]}
+    same = found["compared"] - found["changed"]
+    detail = f"{same} of {found['tensors']} tensors identical to the checkpoint's"
+    detail += "".join(f", {count} {kind.replace('_', ' ')}" for kind, count in bad.items())
+    return Verdict(found["compared"] > 0 and not bad, detail, found)
+
+
+def _checkpoint(engine: Engine, base: str | Path | None, offline: bool) -> Path | None:
+    if base is not None:
+        return locate(str(base), offline=offline)
+    return engine.base.folder if engine.base is not None else None
+
+
+def _from_stdlib(folder: Path | None, engine: Engine) -> bool:
+    """Whether the model was trained on Python sources, so that held-out ones suit it."""
+    if folder is None:
+        return engine.base is not None and engine.base.name == "tiny"
+    recipe = yaml.safe_load((folder / artifacts.RECIPE).read_text(encoding="utf-8")) or {}
+    return isinstance(recipe, dict) and (recipe.get("data") or {}).get("source") == "stdlib"
+
+
+def _subject(folder: Path | None, engine: Engine | None) -> dict[str, Any]:
+    base: dict[str, Any] | None = None
+    manifest = None
+    if folder is not None:
+        base = artifacts.read_config(folder)["base"]
+        manifest = hashlib.sha256((folder / artifacts.MANIFEST).read_bytes()).hexdigest()
+    elif engine is not None and engine.base is not None:
+        base = {
+            "model": engine.base.name,
+            "revision": engine.base.revision,
+            "fingerprint": engine.base.fingerprint,
+        }
+    return {"base": base, "manifest_sha256": manifest}
+
+
+def _environment(device: str, dtype: str) -> dict[str, Any]:
+    cuda = device.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "retrofit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": device,
+        "dtype": dtype,
+        "hardware": {
+            "cpu": _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        },
+    }
+
+
+def _cpu_name() -> str:
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,188 @@
+"""Wall-clock time per token of several ways to decode, measured so that they can be compared.
+
+All ways run in one process over the same prompts, in turn (A B C A B C ...), so that a slow moment of the
+machine hits them alike; a ratio of two ways is the median of the ratios within a turn.  Seconds cover the
+whole call, prefill included, and tokens all that was emitted: `generate` tells no more, and all are treated
+alike.  Not here: tokens per forward (`acceptance.py`), which does not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from retrofit import __version__
+from retrofit.errors import UsageError
+from retrofit.eval.acceptance import reference_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from retrofit.runtime.engine import Engine
+
+REFERENCE = "transformers"
+WAYS: dict[str, dict[str, Any]] = {
+    "ar": {"mode": "ar"},
+    "auto": {"mode": "self_spec", "strategy": "auto"},
+    "fused": {"mode": "self_spec", "strategy": "fused"},
+    "fused_last": {"mode": "self_spec", "strategy": "fused", "prepare": "last"},
+    "two_forward": {"mode": "self_spec", "strategy": "two_forward"},
+    "prompt_lookup": {"mode": "self_spec", "strategy": "prompt_lookup"},
+    "diffusion": {"mode": "diffusion"},
+}
+"""Ways of the engine by name; `transformers` is the original model's own `generate`."""
+
+
+def seconds_per_token(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ways: Sequence[str] = ("ar", "auto", REFERENCE),
+    reference: PreTrainedModel | None = None,
+    temperature: float = 0.0,
+    max_new_tokens: int = 128,
+    batch_size: int = 1,
+    seed: int = 0,
+    repeats: int = 5,
+    per_turn: int | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Time every way `repeats` times in turn after a warm-up batch each.  EOS is ignored: all emit as many.
+
+    reference: the original model for `transformers`, apart from the engine's, whose projections are wrapped.
+    per_turn: prompts of one turn, taken in rotation; None is all of them.
+    notify: told the name of the way about to run.  Returns a JSON-able dict: seconds per token of every
+    repeat and their median by way, and `ratio`, the median over turns of a way's time to that of the first.
+    Raises UsageError for a way that does not exist, and as `Engine.generate` does.
+    """
+    for way in ways:
+        if way not in WAYS and way != REFERENCE:
+            raise UsageError(f"way {way!r} does not exist", f"ways are {', '.join([*WAYS, REFERENCE])}")
+    if REFERENCE in ways and reference is None:
+        raise UsageError(f"the way {REFERENCE!r} needs the original model", "pass reference=")
+
+    size = per_turn or len(prompts)
+
+    def run(way: str, some: Sequence[Sequence[int]]) -> float:
+        if notify is not None:
+            notify(way)
+        begin = time.perf_counter()
+        if way == REFERENCE:
+            assert reference is not None
+            outputs = reference_tokens(
+                reference, some, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size
+            )  # fmt: skip
+        else:
+            results = engine.generate(
+                some, **WAYS[way], max_new_tokens=max_new_tokens, temperature=temperature,
+                batch_size=batch_size, seed=seed, ignore_eos=True,
+            )  # fmt: skip
+            outputs = [result.tokens for result in results]
+        synchronize(engine)
+        return (time.perf_counter() - begin) / sum(map(len, outputs))
+
+    for way in ways:
+        run(way, prompts[:batch_size])
+    turns = []
+    for turn in range(repeats):
+        some = [prompts[(turn * size + i) % len(prompts)] for i in range(size)]
+        turns.append({way: run(way, some) for way in ways})
+    return {
+        "prompts": len(prompts),
+        "prompts_per_turn": size,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "temperature": temperature,
+        "repeats": repeats,
+        "seconds_per_token": {way: [turn[way] for turn in turns] for way in ways},
+        "median": {way: median(turn[way] for turn in turns) for way in ways},
+        "ratio": {way: round(ratio_of(turns, way, ways[0]), 4) for way in ways},
+    }
+
+
+def ratio_of(turns: Sequence[dict[str, float]], way: str, other: str) -> float:
+    """Median over turns of one way's time to another's; a drift of the machine cancels within a turn."""
+    return median(turn[way] / turn[other] for turn in turns)
+
+
+def turns_of(speed: dict[str, Any]) -> list[dict[str, float]]:
+    """The turns behind a result of `seconds_per_token`."""
+    times: dict[str, list[float]] = speed["seconds_per_token"]
+    return [{way: values[i] for way, values in times.items()} for i in range(speed["repeats"])]
+
+
+def synchronize(engine: Engine) -> None:
+    """Wait for the device: a GPU's calls return before its work is done."""
+    if engine.backend.device.type == "cuda":
+        torch.cuda.synchronize(engine.backend.device)
+
+
+def hardware() -> dict[str, Any]:
+    """What a figure was measured on and with: processor, threads, versions, commit, date."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "transformers", "peft")},
+        "retrofit": __version__,
+        "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def commit() -> str | None:
+    """Short commit of the checkout this package runs from, `+` when it holds changes; None outside one."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+            )
+        except OSError:  # no git here
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    # An installed copy may lie inside somebody else's repository, whose commit says nothing about ours.
+    if top is None or Path(top).resolve() != root:
+        return None
+    head = git("rev-parse", "--short=12", "HEAD")
+    # Results are written by the run itself, so they are no change to what was measured.
+    changed = git("status", "--porcelain", "--", ".", ":!results", ":!README.md")
+    return f"{head}+" if head and changed else head
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

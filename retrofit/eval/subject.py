@@ -1,0 +1,184 @@
+"""What is on trial: the engine in its run type, its base in any type, and the same engine in fp32.
+
+Every extra model is built from the checkpoint where there is one, else from the live base's tensors, and only
+when a check asks for it and memory allows.  Not here: the checks.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from retrofit.adapters.attach import ROLES, attach
+from retrofit.errors import DataError, ResourceError, UsageError
+from retrofit.eval.weights import base_state
+from retrofit.hub import load_base
+from retrofit.recipes.data import held_out_prompts
+from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.engine import Engine
+
+PROMPT_TOKENS = 48
+HEADROOM = 1.2
+"""Activations and caches beside the weights."""
+GENERIC_PROMPTS = (
+    "The first thing to know about the sea is that",
+    "def area(radius):\n    return",
+    "Question: why is the sky blue?\nAnswer:",
+    "Once upon a time, in a village by the river, there lived",
+    "The three most important rules of the game are: 1.",
+    "import json\n\nclass Reader:\n    def __init__(self, path):\n",
+    "In 1905 the patent clerk published",
+    "A list of fruits: apple, banana, cherry,",
+)
+
+
+@dataclass
+class Subject:
+    """run: the engine as it is used.  checkpoint: folder of the base's own safetensors, None if unknown."""
+
+    run: Engine
+    checkpoint: Path | None
+    trust_remote_code: bool = False
+    _bases: dict[torch.dtype, PreTrainedModel] = field(default_factory=dict)
+    _fp32: Engine | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.run.backend.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.run.backend.device
+
+    def base(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A separate copy of the base, no adapter, generation defaults neutral.  One is kept at a time.
+
+        Raises ResourceError when it does not fit into free memory.
+        """
+        if dtype not in self._bases:
+            self._bases.clear()
+            gc.collect()
+            self._bases[dtype] = self._fresh(dtype)
+        return self._bases[dtype]
+
+    def fp32(self) -> Engine:
+        """The engine in fp32: the run engine itself, or a second one with the same adapter and heads."""
+        if self.dtype == torch.float32:
+            return self.run
+        if self._fp32 is None:
+            self._fp32 = self._converted(self._fresh(torch.float32))
+        return self._fp32
+
+    def _fresh(self, dtype: torch.dtype) -> PreTrainedModel:
+        own = self.run.attached.model
+        self._require_memory(dtype)
+        if self.checkpoint is not None:
+            model = load_base(
+                str(self.checkpoint),
+                dtype=str(dtype).removeprefix("torch."),
+                device=str(self.device),
+                trust_remote_code=self.trust_remote_code,
+                need_tokenizer=False,
+            ).model
+        else:
+            model = type(own)(copy.deepcopy(own.config))
+            model.load_state_dict(base_state(own))
+            model = model.to(self.device, dtype).eval()
+        model.generation_config = GenerationConfig()
+        if getattr(model.config.get_text_config(), "_experts_implementation", None) is not None:
+            model.set_experts_implementation("eager" if dtype == torch.float64 else "batched_mm")
+        return model
+
+    def _converted(self, model: PreTrainedModel) -> Engine:
+        run = self.run
+        saved = run.config.get("adapter", {})
+        lora = run.attached.peft_model.peft_config["default"]
+        markov = run.attached.heads.markov_w1
+        attached = attach(
+            model,
+            run.layout,
+            rank=lora.r,
+            alpha=lora.lora_alpha,
+            targets=saved.get("targets", ROLES),
+            markov_rank=0 if markov is None else markov.shape[1],
+            confidence=run.attached.heads.confidence_weight is not None,
+        )
+        attached.load(run.attached.adapter_state(), run.attached.heads_state())
+        backend = HFBackend(model, attached.gate, attached.heads, run.layout.causal)
+        return Engine(
+            backend,
+            attached,
+            run.tokenizer,
+            run.config.get("acceptance", {}).get("conditional"),
+            run.config,
+            run.base,
+        )
+
+    def _require_memory(self, dtype: torch.dtype) -> None:
+        count = sum(t.numel() for t in base_state(self.run.attached.model).values())
+        need, free = HEADROOM * count * dtype.itemsize, free_memory(self.device)
+        if free is not None and need > free:
+            name = str(dtype).removeprefix("torch.")
+            raise ResourceError(
+                f"the base in {name} needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} free",
+                "certify on a larger machine, or on the CPU with --device cpu",
+            )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    table = Path("/proc/meminfo")
+    if not table.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in table.read_text().splitlines() if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def token_prompts(
+    engine: Engine, given: Sequence[str | Sequence[int]] | None, count: int, room: int, stdlib: bool
+) -> list[list[int]]:
+    """Prompts as token ids: the given ones, else held-out or generic text, else (no tokenizer) arbitrary ids.
+
+    room: longest prompt that leaves space for the output; longer ones lose their beginning.
+    """
+    length = min(PROMPT_TOKENS, room)
+    tokenizer = engine.tokenizer
+    if given is not None:
+        if not given or isinstance(given, str):
+            raise UsageError("prompts is empty or a string; give a list of texts or token ids")
+        prompts = [_ids(prompt, tokenizer) for prompt in given]
+    elif tokenizer is None:
+        drawn = torch.Generator().manual_seed(0)
+        size = (count, length)
+        prompts = torch.randint(0, engine.backend.head.vocab, size, generator=drawn).tolist()
+    elif stdlib and (held_out := _held_out(tokenizer, count, length)) is not None:
+        prompts = held_out
+    else:
+        texts = [GENERIC_PROMPTS[i % len(GENERIC_PROMPTS)] for i in range(count)]
+        numbered = [f"{i}. {text}" if i >= len(GENERIC_PROMPTS) else text for i, text in enumerate(texts)]
+        prompts = [list(tokenizer(text)["input_ids"]) for text in numbered]
+    return [prompt[-room:] for prompt in prompts]
+
+
+def _held_out(tokenizer: Any, count: int, length: int) -> list[list[int]] | None:
+    try:
+        return held_out_prompts(tokenizer, count, length)
+    except DataError:  # another Python's standard library: generic prompts do as well
+        return None
+
+
+def _ids(prompt: str | Sequence[int], tokenizer: Any) -> list[int]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if tokenizer is None:
+        raise UsageError("text prompts need a tokenizer; this engine has none", "give token ids")
+    return list(tokenizer(prompt)["input_ids"])

@@ -1,0 +1,131 @@
+"""Is the base untouched?  Its tensors against the original checkpoint, and what the artifact holds.
+
+Not here: whether the adapter can reach a base row when it runs (`exactness.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from retrofit.artifact import ADAPTER, HEADS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from retrofit.runtime.engine import Engine
+
+Shapes = Mapping[str, tuple[int, ...]]
+LISTED = 8
+"""So many names of a kind are written into a certificate; the count is always whole."""
+
+
+def base_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The base's own tensors under the names they have without an adapter; no copies."""
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+def compare_base(model: PreTrainedModel, checkpoint: Path) -> dict[str, Any]:
+    """Every tensor of the loaded base against the checkpoint's safetensors, by sha256.
+
+    A base that runs in another type than its file is held against the file's tensor converted to that type,
+    so a changed bit of either shows.  `sha256` in the answer is the hash of all tensor hashes of the
+    checkpoint, in its own type: lines `name sha256`, sorted.  Tensors that transformers splits or fuses while
+    loading (routed experts) are turned back first.
+    """
+    loaded = revert_weight_conversion(model, base_state(model))
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    prefix = f"{model.base_model_prefix}."
+    lines, changed, unknown, found = [], [], [], set()
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                original = tensors.get_tensor(name)
+                lines.append(f"{name} {digest(original)}\n")
+                own = next((n for n in (name, prefix + name) if n in loaded), None)
+                if own is None:
+                    if not any(pattern.search(name) for pattern in ignored):
+                        unknown.append(name)
+                    continue
+                found.add(own)
+                if digest(loaded[own]) != digest(original.to(loaded[own].dtype)):
+                    changed.append(name)
+    places = {loaded[name].data_ptr() for name in found}  # a tied head lies where the embedding lies
+    extra = [name for name in loaded if name not in found and loaded[name].data_ptr() not in places]
+    return {
+        "tensors": len(lines),
+        "compared": len(found),
+        "sha256": hashlib.sha256("".join(sorted(lines)).encode()).hexdigest(),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **_named("changed", changed),
+        **_named("not_loaded", unknown),
+        **_named("not_in_checkpoint", extra),
+    }
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes and shape."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(str(tuple(tensor.shape)).encode() + raw.tobytes()).hexdigest()
+
+
+def artifact_shapes(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """File -> tensor name -> shape, of all safetensors in an artifact folder; headers only are read."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            shapes[file.relative_to(folder).as_posix()] = {
+                name: tuple(tensors.get_slice(name).get_shape())
+                for name in tensors.keys()  # noqa: SIM118
+            }
+    return shapes
+
+
+def engine_shapes(engine: Engine) -> dict[str, dict[str, tuple[int, ...]]]:
+    """As `artifact_shapes`, of what would be saved of a live engine."""
+    parts = {ADAPTER: engine.attached.adapter_state(), HEADS: engine.attached.heads_state()}
+    return {
+        file: {name: tuple(tensor.shape) for name, tensor in state.items()} for file, state in parts.items()
+    }
+
+
+def foreign_tensors(files: Mapping[str, Shapes], rank: int, markov_rank: int) -> list[str]:
+    """`file: tensor` of everything that is neither a LoRA factor of this rank nor a tensor of the heads."""
+    return [
+        f"{file}: {name}"
+        for file, shapes in files.items()
+        for name, shape in shapes.items()
+        if not (
+            (file == ADAPTER and _is_lora(name, shape, rank))
+            or (file == HEADS and _is_head(name, shape, markov_rank))
+        )
+    ]
+
+
+def _is_lora(name: str, shape: tuple[int, ...], rank: int) -> bool:
+    factor = re.search(r"\.lora_(A|B)\.weight$", name)
+    return factor is not None and len(shape) == 2 and shape[0 if factor[1] == "A" else 1] == rank
+
+
+def _is_head(name: str, shape: tuple[int, ...], markov_rank: int) -> bool:
+    if name in ("markov_w1", "markov_w2"):
+        return len(shape) == 2 and shape[1] == markov_rank
+    if name in ("mask_vector", "confidence_bias"):
+        return len(shape) == 1
+    return name in ("confidence_weight", "confidence_temperature") and len(shape) == 2 and shape[0] == 2
+
+
+def _named(kind: str, names: list[str]) -> dict[str, Any]:
+    return {kind: len(names), f"{kind}_names": names[:LISTED]} if names else {kind: 0}

@@ -1,0 +1,111 @@
+"""Drafts that branch: the shape of a draft tree, chosen once from measured chances.
+
+Row 0 of a tree is the seed; node j >= 1 follows `parents[j]` and is the `rank`-th best candidate there.  The chance that
+the target is the candidate of rank r, given that the path before it came true, hardly depends on the tokens but much on
+the slot, so one table chance[slot][rank] gives every node a survival and the best shape of any size:
+
+    grow(2 slots, 5 nodes)      0 ─┬─ 1 (rank 0) ─── 3 (rank 0)
+                                   ├─ 2 (rank 1)
+                                   ├─ 4 (rank 2)
+                                   └─ 5 (rank 3)
+
+Nodes are in order of falling survival, so the first n nodes are themselves the best tree of n nodes, and parents precede
+children.  A chain is the tree whose every node has rank 0.  (Static trees: Cai et al. 2024, Medusa, arXiv 2401.10774.)
+Not here: tokens, masks, acceptance.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Shape:
+    """parents[j], ranks[j] and survival[j] of row j; row 0 is the seed (parent -1, rank 0, survival 1)."""
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+    survival: tuple[float, ...]
+
+    @property
+    def nodes(self) -> int:
+        return len(self.parents) - 1
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(depths(self.parents))
+
+    @property
+    def expected(self) -> float:
+        """Expected accepted length: the sum of the nodes' survivals."""
+        return sum(self.survival[1:])
+
+    def cut(self, depth: int) -> Shape:
+        """Without the nodes deeper than `depth`."""
+        kept = [j for j, d in enumerate(self.depths) if d <= depth]
+        if len(kept) == len(self.parents):
+            return self
+        number = {j: n for n, j in enumerate(kept)} | {-1: -1}
+        return Shape(
+            tuple(number[self.parents[j]] for j in kept),
+            tuple(self.ranks[j] for j in kept),
+            tuple(self.survival[j] for j in kept),
+        )
+
+    def likeliest_ends(self, count: int) -> tuple[int, ...]:
+        """The `count` rows at which the accepted path most likely ends: survival minus that of the children."""
+        ends = list(self.survival)
+        for j in range(1, len(self.parents)):
+            ends[self.parents[j]] -= self.survival[j]
+        best = sorted(range(len(ends)), key=lambda j: (-ends[j], j))[:count]
+        return tuple(sorted(best))
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """Depth of each row; the seed has 0."""
+    found: list[int] = []
+    for parent in parents:
+        found.append(0 if parent < 0 else found[parent] + 1)
+    return found
+
+
+def grow(chance: Sequence[Sequence[float]], nodes: int) -> Shape:
+    """The tree of so many nodes with the largest expected accepted length.
+
+    chance[slot][rank]: probability that the target is that candidate, given that the path before it came true.
+    Greedy is optimal: a child never survives more often than its parent.
+    """
+    parents, ranks, survival, level = [-1], [0], [1.0], [0]
+    heap: list[tuple[float, int, int]] = []
+
+    def offer(parent: int, rank: int) -> None:
+        slot = level[parent]
+        if slot < len(chance) and rank < len(chance[slot]) and chance[slot][rank] > 0:
+            heapq.heappush(heap, (-survival[parent] * chance[slot][rank], parent, rank))
+
+    offer(0, 0)
+    while heap and len(parents) <= nodes:
+        minus, parent, rank = heapq.heappop(heap)
+        parents.append(parent)
+        ranks.append(rank)
+        survival.append(-minus)
+        level.append(level[parent] + 1)
+        offer(parent, rank + 1)
+        offer(len(parents) - 1, 0)
+    return Shape(tuple(parents), tuple(ranks), tuple(survival))
+
+
+def accepted_path(tokens: Sequence[int], parents: Sequence[int], targets: Sequence[int]) -> list[int]:
+    """Rows of the accepted path, from row 0: follow the child that holds the row's target while there is one.
+
+    tokens[j], parents[j], targets[j] of row j; row 0 is the seed.  What is emitted is targets of these rows.  Exact for
+    any drafts, as in `accept.py`: a row's target never looks at its children.
+    """
+    child = {(parents[j], tokens[j]): j for j in range(len(tokens) - 1, 0, -1)}
+    path = [0]
+    while (following := child.get((path[-1], targets[path[-1]]))) is not None:
+        path.append(following)
+    return path

@@ -27,9 +27,7 @@ VERDICTS = {True: "met", False: "MISSED", None: ""}
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--only", multiple=True, type=click.Choice(list(SECTIONS)), help="This section only; repeatable."
-)
+@click.option("--only", multiple=True, type=click.Choice(list(SECTIONS)), help="This section only; repeatable.")
 @click.option("--artifact", type=click.Path(path_type=Path), help="Use this artifact instead of a fresh one.")
 @click.option("--prompts", type=click.IntRange(1), default=PROMPTS, show_default=True, help="How many.")
 @click.option("--out", type=click.Path(path_type=Path), help="[default: results/bars-cpu.json]")

@@ -277,7 +277,7 @@ class Totals:
 
     def line(self) -> str:
         """`64 tokens in 1.20 s (53.3 tokens/s), TPF 1.71, tau 2.05`; what was not measured is left out."""
-        from retrofit.eval.acceptance import CYCLES
+        from retrofit.runtime.request import CYCLES
 
         rate = f" ({self.tokens / self.seconds:.1f} tokens/s)" if self.seconds > 0 else ""
         parts = [f"{self.tokens} tokens in {self.seconds:.2f} s{rate}"]

@@ -38,7 +38,7 @@ def embedded_folder() -> Path:
 
 
 def locate(name: str, revision: str | None = None, offline: bool = False, *, weights: bool = True) -> Path:
-    """The local folder of a model: the embedded one, an existing folder, or the Hub id's snapshot (downloaded if need be).
+    """The local folder of a model: the embedded one, an existing folder, or a Hub id's snapshot, downloaded if need be.
 
     Raises UsageError for a name that is neither, ResourceError for missing network or credentials.
     """
@@ -63,9 +63,7 @@ def locate(name: str, revision: str | None = None, offline: bool = False, *, wei
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except GatedRepoError as error:
         raise ResourceError(
             f"{name} is gated on the Hub",

@@ -52,9 +52,7 @@ CLIP = 1.0  # gradient norm
 @click.option("--steps", type=click.IntRange(1), default=STEPS, show_default=True, help="Optimizer steps.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--eval-only", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Measure this base."
-)
+@click.option("--eval-only", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Measure this base.")
 @click.option("--windows", type=click.IntRange(1), help="Measure on the first so many windows only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(
@@ -171,16 +169,12 @@ def new_model(config: LlamaConfig) -> LlamaForCausalLM:
 def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices and AdamW for the rest; `peak` of a group is its peak learning rate."""
     named = list(model.named_parameters())
-    hidden = [
-        weight for name, weight in named if weight.ndim == 2 and "embed" not in name and "lm_head" not in name
-    ]
+    hidden = [weight for name, weight in named if weight.ndim == 2 and "embed" not in name and "lm_head" not in name]
     rest = [weight for _, weight in named if all(weight is not other for other in hidden)]
     muon = torch.optim.Muon(
         [{"params": hidden, "peak": LR_MUON}], lr=LR_MUON, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
     )
-    adam = torch.optim.AdamW(
-        [{"params": rest, "peak": LR_ADAM}], lr=LR_ADAM, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    adam = torch.optim.AdamW([{"params": rest, "peak": LR_ADAM}], lr=LR_ADAM, betas=(0.9, 0.95), weight_decay=0.0)
     return [muon, adam]
 
 

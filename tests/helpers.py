@@ -112,10 +112,7 @@ class Oracle:
         if shape is not None:
             trees = [self.tree(seed, index, shape) for seed, index in zip(seeds, indices, strict=True)]
             return Drafted(torch.tensor(trees)[:, 1:], None)
-        tokens = [
-            [self.token(seed, index + d) for d in range(D)]
-            for seed, index in zip(seeds, indices, strict=True)
-        ]
+        tokens = [[self.token(seed, index + d) for d in range(D)] for seed, index in zip(seeds, indices, strict=True)]
         self.drafted += B * D
         # Confidence only steers `prepare = h`: something that prefers long accepted prefixes and varies.
         confidence = torch.rand(B, D) if with_confidence else None

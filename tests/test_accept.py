@@ -91,9 +91,7 @@ def joint_distribution(rule: Rule, draft: Path, count: int) -> Counter[Path]:
     """
     generator = torch.Generator().manual_seed(5)
     paths = [path for length in range(count + len(draft)) for path in product(range(WORDS), repeat=length)]
-    table = dict(
-        zip(paths, torch.randint(WORDS, (len(paths), WORDS), generator=generator).tolist(), strict=True)
-    )
+    table = dict(zip(paths, torch.randint(WORDS, (len(paths), WORDS), generator=generator).tolist(), strict=True))
     noise = list(product(range(WORDS), repeat=count))
     texts: list[Path] = [()] * len(noise)
     draft_BK = torch.tensor([draft] * len(noise), dtype=torch.int64)
@@ -105,10 +103,7 @@ def joint_distribution(rule: Rule, draft: Path, count: int) -> Counter[Path]:
             y = [table[text + draft[:row]][omega[len(text) + row]] for row in rows]
             targets.append(y + [0] * (len(draft) + 1 - len(y)))
         accepted = rule(draft_BK, torch.tensor(targets), torch.tensor(lengths)).tolist()
-        texts = [
-            (text + tuple(y[: kept + 1]))[:count]
-            for text, y, kept in zip(texts, targets, accepted, strict=True)
-        ]
+        texts = [(text + tuple(y[: kept + 1]))[:count] for text, y, kept in zip(texts, targets, accepted, strict=True)]
     return Counter(texts)
 
 

@@ -399,9 +399,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=["full", "interrupt"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_failure_at_any_point_leaves_nothing_half_written(
-    tmp_path, monkeypatch, function, after, error, exists
-):
+def test_a_failure_at_any_point_leaves_nothing_half_written(tmp_path, monkeypatch, function, after, error, exists):
     folder = tmp_path / "artifact"
     if exists:
         write(folder)
@@ -429,9 +427,7 @@ def test_a_full_disk_is_named_with_place_and_size(tmp_path, monkeypatch):
 def test_a_failed_swap_puts_the_old_artifact_back(folder, monkeypatch, call):
     before = contents(folder)
     path = type(folder)
-    monkeypatch.setattr(
-        path, "rename", fail_once(path.rename, call, OSError(errno.EIO, "Input/output error"))
-    )
+    monkeypatch.setattr(path, "rename", fail_once(path.rename, call, OSError(errno.EIO, "Input/output error")))
     with pytest.raises(ResourceError, match="Input/output error"):
         write(folder, seed=1, overwrite=True)
     assert contents(folder) == before

@@ -23,7 +23,7 @@ from retrofit.runtime.engine import Engine
 from retrofit.runtime.plan import Choice
 from retrofit.runtime.request import Request
 
-LIMIT = 20
+LIMIT = 16
 PROMPTS = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4, 200, 17, 30, 2, 2, 11], [64, 65, 66, 67]]
 LAYOUT = DraftLayout(block=4)
 
@@ -200,9 +200,7 @@ def test_holm_steps_down():
     assert distribution.holm([0.5, 0.0], 0.05) == [1]
 
 
-@pytest.mark.parametrize(
-    ("ulp", "name"), [(0, "match"), (2, "tie"), (2.1, "near"), (8, "near"), (8.1, "bug")]
-)
+@pytest.mark.parametrize(("ulp", "name"), [(0, "match"), (2, "tie"), (2.1, "near"), (8, "near"), (8.1, "bug")])
 def test_classes(ulp, name):
     assert audit.classify(ulp) == name
 
@@ -386,9 +384,7 @@ def test_mutant_one_bit_of_the_base(base_folder, dtype):
     engine = make_engine(base_folder, dtype=dtype)
     subject = Subject(engine, base_folder)
     assert certify._base_weights(subject).ok
-    weight = dict(engine.attached.model.named_parameters())[
-        "model.layers.1.mlp.up_proj.base_layer.weight"
-    ].data
+    weight = dict(engine.attached.model.named_parameters())["model.layers.1.mlp.up_proj.base_layer.weight"].data
     bits = weight.view(torch.int32 if dtype == "float32" else torch.int16)
     bits[3, 4] ^= 1
     verdict = certify._base_weights(subject)

@@ -168,9 +168,7 @@ def test_defaults_and_choices_are_the_engines(path):
     wanted = {name: p.default for name, p in inspect.signature(engine.Engine.stream).parameters.items()}
     options = {name: value for name, value in given.items() if name in wanted and value != ()}
     assert options == {name: wanted[name] for name in options}
-    assert {"mode", "strategy", "prepare", "max_new_tokens", "temperature", "threshold", "seed"} <= set(
-        options
-    )
+    assert {"mode", "strategy", "prepare", "max_new_tokens", "temperature", "threshold", "seed"} <= set(options)
     assert tuple(console.MODES) == engine.MODES
     assert tuple(console.STRATEGIES) == engine.STRATEGIES
 
@@ -180,13 +178,9 @@ def test_common_options_are_the_same_everywhere():
     for path, command in COMMANDS.items():
         if isinstance(command, click.Group):
             continue
-        options = {
-            o.name: (o.opts, str(o.type), o.help) for o in command.params if isinstance(o, click.Option)
-        }
+        options = {o.name: (o.opts, str(o.type), o.help) for o in command.params if isinstance(o, click.Option)}
         assert {"as_json", "quiet", "verbose"} <= set(options), path
-        for name in {"as_json", "quiet", "verbose", "device", "dtype", "offline", "trust_remote_code"} & set(
-            options
-        ):
+        for name in {"as_json", "quiet", "verbose", "device", "dtype", "offline", "trust_remote_code"} & set(options):
             assert seen.setdefault(name, options[name]) == options[name]
 
 
@@ -252,9 +246,7 @@ def test_several_prompts_are_printed_under_headers(made):
 @pytest.mark.parametrize("arguments", [(), ("-",)], ids=["none", "dash"])
 def test_prompt_from_stdin(made, arguments):
     options = ["--max-new-tokens", 4]
-    assert done("generate", made, *arguments, *options, stdin=PROMPT) == done(
-        "generate", made, PROMPT, *options
-    )
+    assert done("generate", made, *arguments, *options, stdin=PROMPT) == done("generate", made, PROMPT, *options)
 
 
 def test_options_from_the_environment(made):
@@ -272,9 +264,7 @@ def test_chat_from_a_pipe(made):
     assert "no chat template" in result.stderr
     assert result.stderr.count("[ar: 4 tokens in") == 2
     assert "1 answers, 4 tokens" in result.stderr
-    assert result.stdout == "".join(
-        done("generate", made, p, "--max-new-tokens", 4) for p in ("def area", "class")
-    )
+    assert result.stdout == "".join(done("generate", made, p, "--max-new-tokens", 4) for p in ("def area", "class"))
 
 
 def test_chat_without_a_template_continues_the_text(made):
@@ -599,9 +589,7 @@ def not_json(own):
     return path
 
 
-@pytest.mark.parametrize(
-    "command", [["generate", PROMPT], ["inspect"], ["certify"], ["chat"]], ids=lambda c: c[0]
-)
+@pytest.mark.parametrize("command", [["generate", PROMPT], ["inspect"], ["certify"], ["chat"]], ids=lambda c: c[0])
 @pytest.mark.parametrize("damage", [truncate, flip, huge_header, pickled, newer, remove, not_json])
 def test_damaged_artifacts_are_refused_and_the_file_named(own, command, damage):
     path = damage(own)
@@ -653,9 +641,7 @@ def test_verbose_shows_the_traceback(monkeypatch, error):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
 def test_signals_unwind_and_end_with_their_code(number, code):
     program = (
         "import os, retrofit.console as console, retrofit.cli as cli\n"

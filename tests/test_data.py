@@ -193,16 +193,12 @@ def test_a_file_that_is_the_whole_source_is_cut_at_line_ends(tokenizer, tmp_path
     path.write_text(text, encoding="utf-8")
     found = sorted(read(path, tokenizer), key=lambda document: int(document.id.split(":")[1]))
     assert len(found) > 4
-    assert [document.tokens[-1] == tokenizer.eos_token_id for document in found] == [False] * (
-        len(found) - 1
-    ) + [True]
+    assert [document.tokens[-1] == tokenizer.eos_token_id for document in found] == [False] * (len(found) - 1) + [True]
     pieces = [tokenizer.decode(document.tokens) for document in found]
     assert "".join(pieces) == text + tokenizer.eos_token
     assert all(piece.endswith("\n") for piece in pieces[:-1])
     lines = text.split("\n")
-    assert all(
-        piece.startswith(lines[int(d.id.split(":")[1]) - 1]) for piece, d in zip(pieces, found, strict=True)
-    )
+    assert all(piece.startswith(lines[int(d.id.split(":")[1]) - 1]) for piece, d in zip(pieces, found, strict=True))
 
 
 def test_a_byte_order_mark_is_no_text(tokenizer, tmp_path):
@@ -360,9 +356,7 @@ BAD_ROWS = {
 def test_a_bad_row_names_file_and_line_before_anything_is_read(chat_tokenizer, tmp_path, row, problem):
     path = write_lines(tmp_path / "a.jsonl", GOOD, "", row, GOOD)
     with pytest.raises(DataError) as caught:
-        documents(
-            Data(source=str(path), held_out=0), chat_tokenizer, part="train"
-        )  # the call, not the iteration
+        documents(Data(source=str(path), held_out=0), chat_tokenizer, part="train")  # the call, not the iteration
     assert str(caught.value).startswith(f"{path}:3: ") and problem in str(caught.value)
     assert "\n" not in str(caught.value)
 

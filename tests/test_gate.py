@@ -24,10 +24,7 @@ CAUSAL = DraftLayout(block=4, attention="causal")
 
 def prefilled(backend: HFBackend) -> KVCache:
     cache = KVCache(2, 64)
-    rows = [
-        SequenceRows(slot=s, start=0, tokens=p[:n])
-        for s, (p, n) in enumerate(zip(PROMPTS, START, strict=True))
-    ]
+    rows = [SequenceRows(slot=s, start=0, tokens=p[:n]) for s, (p, n) in enumerate(zip(PROMPTS, START, strict=True))]
     backend.forward(backend.plan(rows), cache)
     return cache
 
@@ -120,9 +117,7 @@ def test_a_leaking_gate_is_caught(fault: Callable[..., Tensor], monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_masked_draft_slots_in_a_base_rows_call_are_caught(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masked_draft_slots_in_a_base_rows_call_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What shared attention with a mask computes: a draft row's value, times a weight of 0."""
 
     def shared(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -69,9 +69,7 @@ def test_datasets_is_imported_inside_functions_only():
 def test_kernels_import_nothing_of_ours():
     kernels = [path for path in FILES if "kernels" in path.relative_to(PACKAGE).parts]
     ours = [(name_of(path), name) for path in kernels for name, _ in imports(path)]
-    assert [
-        (path, name) for path, name in ours if name.startswith("retrofit") and ".kernels." not in name
-    ] == []
+    assert [(path, name) for path, name in ours if name.startswith("retrofit") and ".kernels." not in name] == []
 
 
 def heavy_after(code: str) -> str:
@@ -83,9 +81,7 @@ def heavy_after(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    "module", ["retrofit", "retrofit.errors", "retrofit.artifact", "retrofit.recipes.schema"]
-)
+@pytest.mark.parametrize("module", ["retrofit", "retrofit.errors", "retrofit.artifact", "retrofit.recipes.schema"])
 def test_light_modules_import_no_torch(module):
     assert heavy_after(f"import {module}") == ""
 

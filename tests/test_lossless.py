@@ -1,11 +1,10 @@
 """`self_spec` is the original model, token for token: every architecture, strategy, block, batch and temperature."""
 
 import random
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import pytest
-import torch
 from helpers import Oracle, random_prompts, randomise, reference_greedy, tokens_of
 from tiny_models import ARCHITECTURES, CONTEXT, ORIGINAL_CONTEXT, WINDOW, build
 
@@ -26,6 +25,7 @@ STRATEGIES: tuple[dict[str, Any], ...] = (
     {"strategy": "fused", "prepare": "all"},
     {"strategy": "fused", "prepare": "last"},
     {"strategy": "fused", "prepare": 2},
+    {"strategy": "fused", "tree": 9},
     {"strategy": "auto"},
     {"strategy": "prompt_lookup"},
 )
@@ -37,18 +37,16 @@ def prompts() -> list[list[int]]:
     return random_prompts(LENGTHS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def greedy_reference(name: str) -> list[list[int]]:
     return reference_greedy(build(name), prompts(), NEW, context=CONTEXT)
 
 
-@lru_cache(maxsize=None)
+@cache
 def sampled_reference(name: str) -> list[list[int]]:
     """`ar` one request at a time; test_sampling.py shows that its distribution is the model's."""
     engine = Engine.from_model(build(name))
-    return tokens_of(
-        engine, prompts(), "ar", max_new_tokens=NEW, seed=SEEDS, batch_size=1, ignore_eos=True, **SAMPLED
-    )
+    return tokens_of(engine, prompts(), "ar", max_new_tokens=NEW, seed=SEEDS, batch_size=1, ignore_eos=True, **SAMPLED)
 
 
 @pytest.fixture
@@ -143,7 +141,9 @@ class Mutant:
     def accepts_one_too_many(patch: pytest.MonkeyPatch) -> None:
         right = modes.accepted_length
         patch.setattr(
-            modes, "accepted_length", lambda draft, target, lengths: (right(draft, target, lengths) + 1).minimum(lengths)
+            modes,
+            "accepted_length",
+            lambda draft, target, lengths: (right(draft, target, lengths) + 1).minimum(lengths),
         )
 
     @staticmethod
@@ -178,31 +178,41 @@ class Mutant:
         patch.setattr(modes, "path_seen", lambda seen, drafts: seen.repeat(len(drafts) + 1, 1))
 
     @staticmethod
+    def stores_the_first_rows_of_a_tree(patch: pytest.MonkeyPatch) -> None:
+        """K/V of the accepted path must be picked out of the tree, not taken from its front."""
+        right = modes._store
+
+        def store(run: Any, requests: Any, rows: Any, paths: list[list[int]]) -> None:
+            right(run, requests, rows, [list(range(len(path))) for path in paths])
+
+        patch.setattr(modes, "_store", store)
+
+    @staticmethod
     def hangs_blocks_one_too_early(patch: pytest.MonkeyPatch) -> None:
         """Harmless on purpose: a bad draft costs speed, never the output."""
         from retrofit.runtime import plan
 
         right = plan.draft_block
-        patch.setattr(
-            plan, "draft_block", lambda r, start, *rest: right(r, max(start - 1, 0), *rest)
-        )
+        patch.setattr(plan, "draft_block", lambda r, start, *rest: right(r, max(start - 1, 0), *rest))
 
 
 @pytest.mark.parametrize(
-    ("plant", "caught"),
+    ("plant", "tree", "caught"),
     [
-        (Mutant.accepts_one_too_many, True),
-        (Mutant.keeps_a_stale_cache_slot, True),
-        (Mutant.reuses_a_noise_key, True),
-        (Mutant.penalises_the_committed_prefix_only, True),
-        (Mutant.hangs_blocks_one_too_early, False),
+        (Mutant.accepts_one_too_many, 0, True),
+        (Mutant.keeps_a_stale_cache_slot, 0, True),
+        (Mutant.reuses_a_noise_key, 0, True),
+        (Mutant.penalises_the_committed_prefix_only, 0, True),
+        (Mutant.stores_the_first_rows_of_a_tree, 12, True),
+        (Mutant.hangs_blocks_one_too_early, 0, False),
+        (lambda patch: None, 12, False),
     ],
-    ids=lambda x: getattr(x, "__name__", None),
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
-def test_planted_faults(plant: Any, caught: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_faults(plant: Any, tree: int, caught: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sampled = sampled_reference("llama")
     engine = randomise(Engine.from_model(build("llama"), layout=DraftLayout(block=4)))
     monkeypatch.setattr(modes, "draft_tokens", Oracle(dict(zip(SEEDS, sampled, strict=True))))
     plant(monkeypatch)
-    got = decode(engine, strategy="fused", batch_size=3, **SAMPLED)
+    got = decode(engine, strategy="fused", tree=tree, batch_size=3, **SAMPLED)
     assert (got != sampled) is caught

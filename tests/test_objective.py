@@ -164,9 +164,7 @@ class Problem:
             if kind == "diff":
                 gradients.append(backward_diffusion(self.part(where), self.project, self.heads, sums))
             else:
-                got = backward_draft(
-                    self.part(where), self.clean, self.project, self.heads, sums, "tv_ce", "dpace"
-                )
+                got = backward_draft(self.part(where), self.clean, self.project, self.heads, sums, "tv_ce", "dpace")
                 gradients.append(got[0])
         heads = {n: p.grad.clone() for n, p in self.heads.named_parameters() if p.grad is not None}
         return sums, torch.cat(gradients), heads

@@ -97,9 +97,7 @@ def test_diffusion_ends_at_eos(threshold: float) -> None:
     options: dict[str, Any] = {"max_new_tokens": NEW, "threshold": threshold}
     free = tokens_of(random_engine(), prompts(), "diffusion", **options)
     eos = free[0][7]
-    for want, result in zip(
-        free, random_engine(eos=eos).generate(prompts(), "diffusion", **options), strict=True
-    ):
+    for want, result in zip(free, random_engine(eos=eos).generate(prompts(), "diffusion", **options), strict=True):
         end = want.index(eos) + 1 if eos in want else len(want)
         assert result.finish_reason == ("eos" if eos in want else "length")
         assert result.tokens == want[:end]
@@ -111,9 +109,7 @@ def test_diffusion_ends_at_eos(threshold: float) -> None:
 def test_statistics_of_perfect_two_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 by prefill, then twice: a draft forward emits 1, a verify forward 4 + 1."""
     perfect(monkeypatch, free_run())
-    (result,) = random_engine().generate(
-        prompts()[:1], "self_spec", strategy="two_forward", max_new_tokens=13
-    )
+    (result,) = random_engine().generate(prompts()[:1], "self_spec", strategy="two_forward", max_new_tokens=13)
     stats = result.stats
     assert stats.forwards == {"prefill": 1, "draft": 2, "verify": 2}
     assert (stats.tokens, stats.accepted, stats.verified) == (12, [4, 4], [4, 4])
@@ -158,9 +154,7 @@ def test_every_forward_is_counted_and_nothing_committed_runs_again(
     way: dict[str, Any], batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = random_engine()
-    monkeypatch.setattr(
-        modes, "draft_tokens", Oracle(dict(enumerate(free_run())), mistakes=0.3)
-    )
+    monkeypatch.setattr(modes, "draft_tokens", Oracle(dict(enumerate(free_run())), mistakes=0.3))
     plans: list[list[SequenceRows]] = []
     begin_run = engine._loop
 
@@ -282,9 +276,7 @@ def test_stop_strings_across_token_borders(
     assert len(stops) >= 3
     for stop in (stops[0], stops[len(stops) // 2], stops[-1]):
         completes = next(n for n in range(41) if stop in tiny.tokenizer.decode(free.tokens[:n]))
-        (result,) = tiny.generate(
-            TEXTS[:1], max_new_tokens=40, ignore_eos=True, stop=["\x00never", stop], **way
-        )
+        (result,) = tiny.generate(TEXTS[:1], max_new_tokens=40, ignore_eos=True, stop=["\x00never", stop], **way)
         assert result.finish_reason == "stop"
         assert result.tokens == free.tokens[:completes]
         assert result.text == free.text[: free.text.index(stop)]

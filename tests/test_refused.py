@@ -127,9 +127,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
-def test_options(
-    options: dict[str, Any], message: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options(options: dict[str, Any], message: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """`stream` too refuses at the call, not at the first event."""
     no_prompts_run(engine, monkeypatch)
     for call in (engine.generate, engine.stream):

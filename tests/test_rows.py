@@ -41,9 +41,7 @@ class Row(NamedTuple):
 def defined_rows(sequences: Sequence[SequenceRows]) -> list[Row]:
     """[all base rows | all draft rows], sequence by sequence."""
     rows = [
-        Row(s, seq.start + i, token, None, 0)
-        for s, seq in enumerate(sequences)
-        for i, token in enumerate(seq.tokens)
+        Row(s, seq.start + i, token, None, 0) for s, seq in enumerate(sequences) for i, token in enumerate(seq.tokens)
     ]
     for s, seq in enumerate(sequences):
         for number, block in enumerate(seq.blocks):
@@ -79,9 +77,7 @@ def random_sequences(rng: random.Random) -> list[SequenceRows]:
         blocks = []
         for _ in range(rng.choice([0, 1, 1, 3])):
             anchor = start + rng.randint(0, len(tokens))
-            blocks.append(
-                Block(anchor, [rng.choice([MASK, rng.randrange(64)]) for _ in range(rng.randint(1, 5))])
-            )
+            blocks.append(Block(anchor, [rng.choice([MASK, rng.randrange(64)]) for _ in range(rng.randint(1, 5))]))
         if tokens or blocks:
             sequences.append(SequenceRows(slot, start, tokens, blocks, bool(tokens) and rng.random() < 0.3))
     return sequences or [SequenceRows(0, 0, [1])]
@@ -183,6 +179,79 @@ def test_draft_visibility(case: int, window: int | None, causal: bool) -> None:
             assert bool(seen[s, t, keys + u]) is want
 
 
+def random_tree(rng: random.Random) -> list[SequenceRows]:
+    """Sequences whose base rows branch, some with blocks on any of them, beside plain chains."""
+    sequences = []
+    for slot in rng.sample(range(8), rng.randint(1, 3)):
+        start, count = rng.randint(1, 12), rng.randint(1, 9)
+        parents = [-1] + [rng.randrange(j) for j in range(1, count)] if rng.random() < 0.8 else None
+        line = range(-1, count - 1) if parents is None else parents
+        depth: list[int] = []
+        for parent in line:
+            depth.append(0 if parent < 0 else depth[parent] + 1)
+        hung = sorted(rng.sample(range(count), rng.randint(0, min(3, count))))
+        blocks = [Block(start + depth[j] + 1, [MASK] * rng.randint(1, 4), anchor=j) for j in hung]
+        tokens = [rng.randrange(64) for _ in range(count)]
+        sequences.append(SequenceRows(slot, start, tokens, blocks, parents=parents))
+    if all(seq.parents is None for seq in sequences):
+        sequences.append(SequenceRows(9, 3, [1, 2, 3], [], parents=[-1, 0, 0]))
+    return sequences
+
+
+def path_to(seq: SequenceRows, row: int) -> list[int]:
+    """Base rows from the first down to `row`."""
+    line = range(-1, len(seq.tokens) - 1) if seq.parents is None else seq.parents
+    path = [row]
+    while line[path[-1]] >= 0:
+        path.append(line[path[-1]])
+    return path[::-1]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("case", CASES[::3])
+def test_tree_visibility(case: int, window: int | None, causal: bool) -> None:
+    """A row sees the cache below the sequence's start, its own ancestors, and (draft rows) its own block."""
+    sequences = random_tree(random.Random(case))
+    plan = RowPlan(sequences, causal_blocks=causal)
+    positions = plan.positions[0].tolist()
+    assert plan.tree and plan.base is not None
+    mask, lower_triangle = plan.base_mask(window, torch.float32)
+    assert not lower_triangle
+    keys, width = plan.base.keys, plan.base.width
+    seen = additive(mask, (len(sequences), width, keys + width))
+    first = 0
+    for s, seq in enumerate(sequences):
+        for t in range(len(seq.tokens)):
+            path = path_to(seq, t)
+            q = seq.start + len(path) - 1
+            assert positions[first + t] == q
+            near = [window is None or q - k < window for k in range(q + 1)]
+            want = [k < seq.start and k < len(near) and near[k] for k in range(keys)]
+            want += [r in path and near[seq.start + path.index(r)] for r in range(width)]
+            assert seen[s, t].tolist() == want
+        first += len(seq.tokens)
+    if plan.draft is None:
+        return
+    mask = plan.draft_mask(window, torch.float32)
+    rows = plan.draft.width
+    seen = additive(mask, (len(sequences), rows, keys + width + rows))
+    for s, seq in enumerate(sequences):
+        of_row = [(block, i) for block in seq.blocks for i in range(len(block.inputs))]
+        for t, (block, i) in enumerate(of_row):
+            path, q = path_to(seq, block.anchor), block.start + i
+            assert block.start == seq.start + len(path)
+            near = [window is None or q - k < window for k in range(q + 1)]
+            want = [k < seq.start and near[k] for k in range(keys)]
+            want += [r in path and near[seq.start + path.index(r)] for r in range(width)]
+            for other, o in of_row:
+                distance = abs(i - o)
+                visible = other is block and not (causal and o > i)
+                want.append(visible and (window is None or distance < window))
+            want += [False] * (rows - len(of_row))
+            assert seen[s, t].tolist() == want
+
+
 # Which rows a request runs
 
 LAYOUTS = [
@@ -250,6 +319,8 @@ def test_planned_rows_stay_below_context_boundary_and_budget(layout: DraftLayout
             assert block.start == (p + j + 1 if layout.anchored else p)
             # Useful: after the block's anchor has emitted, two tokens are left, one of which it may draft.
             assert request.remaining - (j + 1 if layout.anchored else 0) >= 2
+            # After it the seed stands at its start (the anchor has emitted); a draft needs a verifying row behind that.
+            assert block.start + 1 < end, "drafts that cannot be verified"
             assert layout.first_drafting_row < len(block.inputs) <= layout.block
             inputs = list(block.inputs)
             if not layout.anchored:
@@ -313,7 +384,8 @@ def test_useful_by_hand() -> None:
     request.emit([1, 1])  # 4 tokens remain: j = 0, 1, 2 leave 3, 2, 1
     assert useful(request, range(4), layout, Limits(100)) == (0, 1)
     assert request.position == 11  # a block after j accepted starts at 12 + j
-    assert useful(request, range(4), layout, Limits(13)) == (0,)
+    assert useful(request, range(4), layout, Limits(14)) == (0,)  # of the block at 13 no draft could be verified
+    assert useful(request, range(4), layout, Limits(13)) == ()
     assert useful(request, range(4), layout, Limits(100, boundary=12)) == ()
     assert max_verify(request, Limits(100)) == 3
     assert max_verify(request, Limits(13)) == 1

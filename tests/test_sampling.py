@@ -69,9 +69,7 @@ def test_hash_equals_its_specification() -> None:
     cases += [(rng.getrandbits(64) - 2**63, rng.getrandbits(32)) for _ in range(100)]
     seeds, indices = zip(*cases, strict=True)
     bits = hash_bits(integers(*seeds), integers(*indices), 37).long() & 0xFFFFFFFF
-    assert bits.tolist() == [
-        [hash_bits_plain(seed, index, token) for token in range(37)] for seed, index in cases
-    ]
+    assert bits.tolist() == [[hash_bits_plain(seed, index, token) for token in range(37)] for seed, index in cases]
 
 
 def test_noise_is_the_stated_function_of_the_bits() -> None:
@@ -94,9 +92,7 @@ def test_noise_of_a_row_does_not_depend_on_its_batch(vocab: int) -> None:
     seeds, indices = integers(5, 5, 8, -1, 5), integers(0, 1, 0, 7, 2)
     together = gumbel_noise(seeds, indices, vocab)
     for row in range(len(seeds)):
-        assert torch.equal(
-            gumbel_noise(seeds[row : row + 1], indices[row : row + 1], vocab)[0], together[row]
-        )
+        assert torch.equal(gumbel_noise(seeds[row : row + 1], indices[row : row + 1], vocab)[0], together[row])
 
 
 def kolmogorov_smirnov(noise: Tensor) -> float:
@@ -249,9 +245,7 @@ def test_gpu_chooses_as_the_cpu_does() -> None:
 
 
 WORDS = 4
-TABLE = torch.tensor(
-    [[0.9, 0.0, -0.6, 0.3], [-0.2, 1.1, 0.4, -1.0], [0.5, 0.5, -0.3, 0.8], [-0.8, 0.2, 0.7, 0.1]]
-)
+TABLE = torch.tensor([[0.9, 0.0, -0.6, 0.3], [-0.2, 1.1, 0.4, -1.0], [0.5, 0.5, -0.3, 0.8], [-0.8, 0.2, 0.7, 0.1]])
 """Logits of a Markov chain, a row for each previous token; the first token follows token 0, the prompt."""
 
 
@@ -275,9 +269,7 @@ def exact_joint(params: SamplingParams) -> Tensor:
     for _ in range(3):
         scores = transformers_scores(TABLE[paths[:, -1]], paths, params)
         joint = (joint[:, None] * scores.double().softmax(dim=-1)).flatten()
-        paths = torch.cat(
-            [paths.repeat_interleave(WORDS, 0), torch.arange(WORDS).repeat(len(paths))[:, None]], 1
-        )
+        paths = torch.cat([paths.repeat_interleave(WORDS, 0), torch.arange(WORDS).repeat(len(paths))[:, None]], 1)
     return joint
 
 

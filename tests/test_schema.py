@@ -177,7 +177,10 @@ def test_a_section_is_no_value():
     ("overrides", "message"),
     [
         (["draft.shift=0"], "draft.shift: 0 does not go with draft.seed_row base"),
-        (["data.max_length=8"], "draft.block: 8 does not fit into windows of data.max_length 8 tokens"),
+        (
+            ["draft.block=8", "data.max_length=8"],
+            "draft.block: 8 does not fit into windows of data.max_length 8 tokens",
+        ),
         (["train.steps=10", "train.warmup=11"], "train.warmup: 11 steps are more than train.steps 10"),
         (["draft.block=1"], "objective.diffusion_share: a block of 1 has nothing to mask"),
         (["objective.alpha=0", "objective.beta=0"], "objective: alpha and beta are both 0"),
@@ -203,9 +206,7 @@ def test_all_problems_come_at_once(tmp_path):
 
 
 def test_overrides_are_read_as_yaml_and_the_last_one_wins():
-    train = load_recipe(
-        None, ["train.lr=1", "train.lr=1e-5", "train.steps=2_000", "train.schedule=linear"]
-    ).train
+    train = load_recipe(None, ["train.lr=1", "train.lr=1e-5", "train.steps=2_000", "train.schedule=linear"]).train
     assert (train.lr, train.steps, train.schedule) == (1e-5, 2000, "linear")
     assert load_recipe(None, ["adapter.targets=[q, v]"]).adapter.targets == ("q", "v")
     assert load_recipe(None, ["base.revision="]).base.revision is None

@@ -54,9 +54,7 @@ def engine_for(name: str, layout: DraftLayout) -> Engine:
     return randomise(Engine.from_model(build(name), layout=layout), seed=3)
 
 
-def training_blocks(
-    engine: Engine, diffusion: bool
-) -> tuple[BlockBatch, dict[str, Tensor], Tensor, Tensor, KVCache]:
+def training_blocks(engine: Engine, diffusion: bool) -> tuple[BlockBatch, dict[str, Tensor], Tensor, Tensor, KVCache]:
     """Group, its index tensors, hidden [B, K, H] and logits [B, D, V] of its drafting rows as training computes them."""
     heads, backend = engine.attached.heads, engine.backend
     group = BlockBatch(engine.layout, heads.unknown)
@@ -70,9 +68,9 @@ def training_blocks(
         hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
         drafting = hidden[:, engine.layout.first_drafting_row :]
         tensors = group.tensors(hidden.device)
-        logits = heads.draft_logits(
-            backend.head(drafting.flatten(0, 1)), tensors["previous"].flatten()
-        ).view(*drafting.shape[:2], -1)
+        logits = heads.draft_logits(backend.head(drafting.flatten(0, 1)), tensors["previous"].flatten()).view(
+            *drafting.shape[:2], -1
+        )
     return group, tensors, hidden, logits, cache
 
 
@@ -185,9 +183,7 @@ def test_denoising_gives_the_logits_of_l_diff(layout: DraftLayout, monkeypatch: 
             whole = len(block.inputs) == layout.block
             if whole and masked.any() and live.sum() == masked.sum():
                 request = decoding_request(tokens, block.start, 0)
-                request.block = [
-                    MASK if m else t for m, t in zip(masked, tokens[block.start :], strict=False)
-                ]
+                request.block = [MASK if m else t for m, t in zip(masked, tokens[block.start :], strict=False)]
                 run = Run(
                     engine.backend, committed(engine, tokens, block.start), SamplingParams(), layout, engine.limits
                 )
@@ -385,9 +381,7 @@ def test_gradients_against_autograd_through_the_whole_model(kind: str) -> None:
 
     hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
     tensors = group.tensors(hidden.device)
-    q = torch.log_softmax(
-        heads.draft_logits(backend.head(hidden.flatten(0, 1)), tensors["previous"].flatten()), -1
-    )
+    q = torch.log_softmax(heads.draft_logits(backend.head(hidden.flatten(0, 1)), tensors["previous"].flatten()), -1)
     with torch.no_grad():
         p = torch.softmax(backend.head(clean[tensors["source"].flatten()]), -1)
     tv = 0.5 * (p - q.exp()).abs().sum(-1)
@@ -400,9 +394,7 @@ def test_gradients_against_autograd_through_the_whole_model(kind: str) -> None:
 
     hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
     sums = Sums()
-    gradient, best = backward_draft(
-        Blocks(hidden=hidden, **tensors), clean, backend.head, heads, sums, kind, "uniform"
-    )
+    gradient, best = backward_draft(Blocks(hidden=hidden, **tensors), clean, backend.head, heads, sums, kind, "uniform")
     hidden.backward(gradient)
     assert sums.draft == pytest.approx(float(loss.detach()), rel=1e-5)
     assert sums.draft_weight == int(tensors["eligible"].sum()) == 4 + 4 + 1

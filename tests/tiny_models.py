@@ -85,9 +85,7 @@ def _qwen3(**changes: object) -> PreTrainedConfig:
 
 
 def _qwen3_moe() -> PreTrainedConfig:
-    return Qwen3MoeConfig(
-        **SIZES, **MOE, head_dim=12, num_experts=6, norm_topk_prob=True, mlp_only_layers=[0]
-    )
+    return Qwen3MoeConfig(**SIZES, **MOE, head_dim=12, num_experts=6, norm_topk_prob=True, mlp_only_layers=[0])
 
 
 def _gemma2() -> PreTrainedConfig:
@@ -186,9 +184,7 @@ CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "phi3_window": partial(_phi3, sliding_window=WINDOW),
     "phi3_longrope": _phi3_longrope,
     "olmo2": _olmo2,
-    "deepseek_v2": partial(
-        _deepseek_v2, q_lora_rank=16, topk_method="group_limited_greedy", n_group=3, topk_group=2
-    ),
+    "deepseek_v2": partial(_deepseek_v2, q_lora_rank=16, topk_method="group_limited_greedy", n_group=3, topk_group=2),
     "deepseek_v2_lite": partial(_deepseek_v2, q_lora_rank=None, rope_parameters=MLA_YARN),
     "deepseek_v3": partial(_deepseek_v3, q_lora_rank=16, rope_parameters=MLA_YARN),
     "deepseek_v3_no_q_lora": partial(_deepseek_v3, q_lora_rank=None),
@@ -211,9 +207,7 @@ def _qwen3_next() -> PreTrainedConfig:
 
 
 def _mamba() -> PreTrainedConfig:
-    return MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2, **NO_SPECIAL_TOKENS
-    )
+    return MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2, **NO_SPECIAL_TOKENS)
 
 
 def _gpt_oss() -> PreTrainedConfig:
@@ -282,6 +276,4 @@ def build(name: str, seed: int = 0, eos_token_id: int | None = None) -> PreTrain
 
 
 ARCHITECTURES: Mapping[str, Callable[..., PreTrainedModel]] = {name: partial(build, name) for name in CONFIGS}
-REFUSED: Mapping[str, Callable[..., PreTrainedModel]] = {
-    name: partial(build, name) for name in REFUSED_CONFIGS
-}
+REFUSED: Mapping[str, Callable[..., PreTrainedModel]] = {name: partial(build, name) for name in REFUSED_CONFIGS}

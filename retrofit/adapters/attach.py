@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from retrofit.adapters.gated_lora import GatedLoraLinear, Gate
+from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
@@ -114,11 +114,9 @@ def attach(
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=names, bias="none", task_type="CAUSAL_LM"
-        )
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, bias="none", task_type="CAUSAL_LM")
         config._register_custom_module({nn.Linear: GatedLoraLinear})
-        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+        peft_model = get_peft_model(model, config)
         text = model.config.get_text_config()
         heads = Heads(
             text.hidden_size,
@@ -142,7 +140,7 @@ def attach(
             f"PEFT put an ungated LoRA on {wrong[0]} ({len(wrong)} modules); choose other targets"
         )
     heads.to(embedding.device)
-    return Attached(model, peft_model, gate, heads, layout, trainable)  # type: ignore[arg-type]
+    return Attached(model, peft_model, gate, heads, layout, trainable)
 
 
 def resolve_targets(model: nn.Module, roles: Sequence[str]) -> list[str]:
@@ -154,9 +152,7 @@ def resolve_targets(model: nn.Module, roles: Sequence[str]) -> list[str]:
     unknown = [role for role in roles if role not in PROJECTIONS]
     if unknown:
         raise UsageError(f"adapter.targets: unknown role {unknown[0]!r}", f"roles are {', '.join(ROLES)}")
-    linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {
-        "lm_head"
-    }
+    linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
     has_experts = any(n.rsplit(".", 1)[-1] == "experts" for n, _ in model.named_modules())
     usable = [role for role in roles if not (has_experts and role in MLP_ROLES)]
     found: list[str] = []
@@ -171,9 +167,7 @@ def resolve_targets(model: nn.Module, roles: Sequence[str]) -> list[str]:
     if not found:
         raise UsageError(
             f"adapter.targets: {list(roles)} leaves nothing to adapt",
-            "on mixture-of-experts models the roles are q, k, v, o"
-            if has_experts
-            else f"roles are {', '.join(ROLES)}",
+            "on mixture-of-experts models the roles are q, k, v, o" if has_experts else f"roles are {', '.join(ROLES)}",
         )
     return found
 

@@ -16,21 +16,22 @@ class Heads(nn.Module):
     `markov_w1` has one row more than the vocabulary: the previous token is unknown (its slot is still masked).
     """
 
+    confidence_temperature: Tensor
+
     def __init__(self, hidden: int, vocab: int, drafts: int, markov_rank: int, confidence: bool):
         super().__init__()
         self.vocab = vocab
         self.mask_vector = nn.Parameter(torch.zeros(hidden))
+        self.markov_w1: nn.Parameter | None = None
+        self.markov_w2: nn.Parameter | None = None
+        self.confidence_weight: nn.Parameter | None = None
         if markov_rank:
             self.markov_w1 = nn.Parameter(torch.randn(vocab + 1, markov_rank) * markov_rank**-0.5)
             self.markov_w2 = nn.Parameter(torch.zeros(vocab, markov_rank))
-        else:
-            self.markov_w1 = self.markov_w2 = None
         if confidence:
             self.confidence_weight = nn.Parameter(torch.zeros(2, hidden + markov_rank))
             self.confidence_bias = nn.Parameter(torch.zeros(2))
             self.register_buffer("confidence_temperature", torch.ones(2, drafts))
-        else:
-            self.confidence_weight = None
 
     @property
     def unknown(self) -> int:
@@ -50,7 +51,7 @@ class Heads(nn.Module):
         return logits if bias is None else logits + bias
 
     def confidence_logits(self, hidden_NH: Tensor, previous_N: Tensor) -> Tensor | None:
-        """[N, 2] logits that a draft is accepted, given all before it are: (greedy, sampled).  None without the head."""
+        """[N, 2] logits that a draft is accepted given all before it are: (greedy, sampled).  None without the head."""
         if self.confidence_weight is None:
             return None
         features = hidden_NH.float()

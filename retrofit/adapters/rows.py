@@ -52,7 +52,7 @@ class SequenceRows:
     last_logits_only: bool = False
     """Prefill: only the last base row's logits are wanted."""
     parents: Sequence[int] | None = None
-    """Tree: which base row of this forward each one follows, -1 for the committed prefix.  None: one after the other."""
+    """Tree: which base row of this forward each one follows, -1 for the committed prefix.  None: the one before it."""
 
 
 @dataclass
@@ -156,9 +156,7 @@ class RowPlan:
         if not seqs:
             return None
         query = [_base_positions(s) for s in seqs]
-        limit = [
-            [s.start] * len(q) if self.tree else [t + 1 for t in q] for s, q in zip(seqs, query, strict=True)
-        ]
+        limit = [[s.start] * len(q) if self.tree else [t + 1 for t in q] for s, q in zip(seqs, query, strict=True)]
         group = self._group(seqs, query, limit, [[0] * len(q) for q in query])
         if self.tree:
             group.ancestors = np.zeros((len(seqs), group.width, group.width), dtype=bool)
@@ -217,7 +215,9 @@ class RowPlan:
             scatter=self._tensor(scatter) if ragged else None,
             keys=int(max(1, arrays["limit"].max())),
             last=int(arrays["query"].max()),
-            **arrays,
+            query=arrays["query"],
+            limit=arrays["limit"],
+            block=arrays["block"],
         )
 
     def base_mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, bool]:

@@ -15,15 +15,14 @@ Not here: time (`speed.py`), proofs (`certify.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
 
-from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.runtime.request import CYCLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine, Result
 
 Tokens = Sequence[Sequence[int]]
-CYCLES = ("ar", "verify", "fused")
-"""Kinds of forward that end a verify cycle; a `draft` forward belongs to the cycle of the drafts it makes."""
 PAD = 0
 """Fills the left of shorter prompts in a reference batch; masked, so any id does."""
 
@@ -85,15 +82,14 @@ def measure(
 
     if mode == "self_spec" and strategy == "auto":
         generate(prompts[:batch_size], 1)  # the cost model's probe forwards are no part of any request
-    with widest_forward(engine) as widest:
-        results = generate(prompts, max_new_tokens)
-    return summary(results, max(widest, default=0))
+    return summary(generate(prompts, max_new_tokens))
 
 
-def summary(results: Sequence[Result], most_rows: int | None = None) -> dict[str, Any]:
-    """Sums over finished requests as a JSON-able dict.  most_rows: rows of one request in its widest forward.
+def summary(results: Sequence[Result]) -> dict[str, Any]:
+    """Sums over finished requests as a JSON-able dict.
 
-    `tau` is None for mode `diffusion`, which has no verify cycles.
+    `most_rows`: rows of one request in its widest forward after prefill.  `tau` is None for mode
+    `diffusion`, which has no verify cycles.
     """
     stats = [result.stats for result in results]
     tokens, rows = sum(s.tokens for s in stats), sum(s.rows for s in stats)
@@ -112,7 +108,7 @@ def summary(results: Sequence[Result], most_rows: int | None = None) -> dict[str
         "tau": ratio(tokens, _cycles(kinds)),
         "tau_macro": ratio(sum(per_request), len(per_request)),
         "rows_per_token": ratio(rows, tokens),
-        "most_rows": most_rows,
+        "most_rows": max((s.widest for s in stats), default=0),
         "accepted_histogram": dict(sorted(Counter(a for a, _ in cycles).items())),
         **by_slot([a for a, _ in cycles], [v for _, v in cycles]),
         "looping_share": looping_share([result.tokens for result in results]),
@@ -147,27 +143,6 @@ def by_slot(accepted: Sequence[int], verified: Sequence[int]) -> dict[str, list[
         cond.append(round(share, 4))
         joint.append(round(alive, 4))
     return {"accept_cond": cond, "accept_joint": joint, "tried": tried}
-
-
-@contextmanager
-def widest_forward(engine: Engine) -> Iterator[list[int]]:
-    """Records the rows of every request in every decoding forward planned meanwhile, prefill left out."""
-    seen: list[int] = []
-    plan = engine.backend.plan
-
-    def recording(sequences: list[SequenceRows]) -> RowPlan:
-        seen.extend(
-            len(s.tokens) + sum(len(block.inputs) for block in s.blocks)
-            for s in sequences
-            if not s.last_logits_only
-        )
-        return plan(sequences)
-
-    engine.backend.plan = recording  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        del engine.backend.plan
 
 
 def looping_share(token_lists: Tokens, n: int = 8, times: int = 3, within: int = 96) -> float:

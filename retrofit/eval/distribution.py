@@ -57,9 +57,7 @@ def distribution(samples: int) -> Verdict:
             batch_size=64,
             **sampling.options(),
         )
-        statistic, freedom, p_value = chi_square(
-            Counter(tuple(r.tokens) for r in results), probability, samples
-        )
+        statistic, freedom, p_value = chi_square(Counter(tuple(r.tokens) for r in results), probability, samples)
         values.append(p_value)
         cases.append(
             {
@@ -76,9 +74,7 @@ def distribution(samples: int) -> Verdict:
 
 
 @torch.inference_mode()
-def continuations(
-    model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling
-) -> dict[tuple[int, ...], float]:
+def continuations(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> dict[tuple[int, ...], float]:
     """Probability of every three-token continuation, the chain rule over exact fp64 distributions."""
     texts = list(itertools.product(range(VOCABULARY), repeat=TOKENS))
     ids = torch.tensor([[*prompt, *text] for text in texts])

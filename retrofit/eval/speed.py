@@ -164,9 +164,7 @@ def commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         except OSError:  # no git here
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -31,9 +31,7 @@ LISTED = 8
 def base_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The base's own tensors under the names they have without an adapter; no copies."""
     return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
+        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
     }
 
 
@@ -96,9 +94,7 @@ def artifact_shapes(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 def engine_shapes(engine: Engine) -> dict[str, dict[str, tuple[int, ...]]]:
     """As `artifact_shapes`, of what would be saved of a live engine."""
     parts = {ADAPTER: engine.attached.adapter_state(), HEADS: engine.attached.heads_state()}
-    return {
-        file: {name: tuple(tensor.shape) for name, tensor in state.items()} for file, state in parts.items()
-    }
+    return {file: {name: tuple(tensor.shape) for name, tensor in state.items()} for file, state in parts.items()}
 
 
 def foreign_tensors(files: Mapping[str, Shapes], rank: int, markov_rank: int) -> list[str]:
@@ -108,8 +104,7 @@ def foreign_tensors(files: Mapping[str, Shapes], rank: int, markov_rank: int) ->
         for file, shapes in files.items()
         for name, shape in shapes.items()
         if not (
-            (file == ADAPTER and _is_lora(name, shape, rank))
-            or (file == HEADS and _is_head(name, shape, markov_rank))
+            (file == ADAPTER and _is_lora(name, shape, rank)) or (file == HEADS and _is_head(name, shape, markov_rank))
         )
     ]
 

@@ -44,9 +44,7 @@ class BlockBatch:
         return len(self.source)
 
     def rows(self) -> list[SequenceRows]:
-        return [
-            SequenceRows(slot=s, start=0, blocks=blocks) for s, blocks in enumerate(self.sequences) if blocks
-        ]
+        return [SequenceRows(slot=s, start=0, blocks=blocks) for s, blocks in enumerate(self.sequences) if blocks]
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         names = ("source", "previous", "target", "eligible", "weight")

@@ -39,7 +39,7 @@ tags: [retrofit, speculative-decoding, diffusion]
 ---
 # {model}, retrofitted
 
-Adapter for self-speculative decoding of `{model}`, made with [retrofit](https://pypi.org/project/retrofit-lm/) {version}.
+Adapter for self-speculative decoding of `{model}`, made with retrofit {version} (`pip install retrofit-lm`).
 The base weights are untouched: mode `ar` is the original model, mode `self_spec` gives its output with fewer forwards.
 
 ```python
@@ -88,9 +88,7 @@ def convert(
     refuse_unsupported(base.model)
     context = int(base.model.config.get_text_config().max_position_embeddings)
     if layout.block >= context:
-        raise UsageError(
-            f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block"
-        )
+        raise UsageError(f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block")
     if plan.data.max_length > context:
         raise UsageError(
             f"data.max_length is {plan.data.max_length}, the context of {base.name} is {context}",
@@ -131,9 +129,10 @@ def resolve(
     if isinstance(model, str):
         plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": model})})
     if plan.profile == "joint":
-        raise UsageError(
-            "profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical"
-        )
+        raise UsageError("profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical")
+    for key in ("save_every", "probe_every"):
+        if getattr(plan.train, key):
+            raise UsageError(f"train.{key}: checkpoints and live probes are not built yet", f"leave train.{key} at 0")
     return plan
 
 
@@ -185,14 +184,10 @@ def _convert(
     )
     metrics = _metrics_file(out)
     try:
-        with tqdm(
-            total=plan.train.steps, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True
-        ) as bar:
+        with tqdm(total=plan.train.steps, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True) as bar:
             history = train(trainer, _chain(first, source), metrics, _progress(bar, trainer))
         if _probe_hash(backend, probe) != before:
-            raise GateError(
-                "the base model's own logits moved during training", "this is a bug; please report it"
-            )
+            raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
         measured = held_out_acceptance(backend, attached, held_out, plan.train.anchors, seed)
         calibrate_confidence(attached, measured)
         conditional = measured.conditional()
@@ -224,9 +219,7 @@ def _convert(
     return artifact.read(folder)
 
 
-def _epochs(
-    plan: Recipe, base: Base, attached: Attached, backend: HFBackend
-) -> Callable[[int], Iterator[Document]]:
+def _epochs(plan: Recipe, base: Base, attached: Attached, backend: HFBackend) -> Callable[[int], Iterator[Document]]:
     """Training windows of an epoch; with `regenerate` their responses are the base's own."""
     engine = Engine(backend, attached, base.tokenizer)
 

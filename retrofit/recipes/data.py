@@ -218,9 +218,7 @@ def _stdlib_names(root: Path) -> tuple[str, ...]:
     for folder, subfolders, files in os.walk(root):
         at = Path(folder).relative_to(root)
         # pruned in place: third-party packages can hold many times more files than the library
-        subfolders[:] = [
-            s for s in subfolders if s not in STDLIB_SKIPPED and (at / s).as_posix() not in STDLIB_SKIPPED
-        ]
+        subfolders[:] = [s for s in subfolders if s not in STDLIB_SKIPPED and (at / s).as_posix() not in STDLIB_SKIPPED]
         names += [(at / file).as_posix() for file in files if file.endswith(".py")]
     return tuple(sorted(names))
 

@@ -133,9 +133,7 @@ def _chat(messages: Any, where: str, key: str) -> Chat:
         problem = "has no assistant message, so there is no response token"
         raise DataError(f"{where}: `{key}` {problem}", "remove the record")
     if roles[0] == "assistant":
-        raise DataError(
-            f"{where}: `{key}` begins with an assistant message, which answers nothing", "remove it"
-        )
+        raise DataError(f"{where}: `{key}` begins with an assistant message, which answers nothing", "remove it")
     return Chat(messages)
 
 
@@ -144,9 +142,7 @@ def _ended(tokenizer: Any, tokens: list[int]) -> list[int]:
     return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
 
-def _chat_tokens(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str
-) -> tuple[list[int], list[bool]]:
+def _chat_tokens(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
     if not tokenizer.chat_template:
         hint = "give records of `text`, or of `prompt` and `response`"
         raise DataError(f"{where}: the tokenizer has no chat template", hint)
@@ -165,9 +161,7 @@ def _chat_tokens(
 ANSWER = "RETROFIT-ANSWER"  # stands in for a message's content, to see what the template writes around it
 
 
-def _render(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str
-) -> tuple[str, list[tuple[int, int]]]:
+def _render(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
     """The conversation as the chat template writes it, and the character span of every assistant turn.
 
     A span runs from the end of the generation prompt (of the turn's header, where the prompt has more than

@@ -30,7 +30,7 @@ TREE_TEMPERATURE = 0.8
 
 @dataclass
 class HeldOut:
-    """Per drafting slot over held-out blocks: confidence logits [N, D, 2], greedy hit and 1 - TV as [N, D, 2], mask [N, D]."""
+    """Held-out blocks: confidence logits [N, D, 2], greedy hit and 1 - TV [N, D, 2], eligible [N, D]."""
 
     confidence: Tensor | None
     accepted: Tensor
@@ -45,7 +45,7 @@ class HeldOut:
         return {"greedy": _rounded(mean[:, 0]), "sampled": _rounded(mean[:, 1])}
 
     def rank_chances(self) -> dict[str, list[list[float]]]:
-        """Per slot the chance that the target is the drafter's candidate of rank 0, 1, .. RANKS - 1: shapes draft trees."""
+        """Per slot the chance that the target is the candidate of rank 0, 1, .. RANKS - 1; shapes draft trees."""
         chances: dict[str, list[list[float]]] = {}
         for kind, name in enumerate(("greedy", "sampled")):
             chances[name] = []
@@ -128,9 +128,7 @@ def calibrate_confidence(attached: Attached, held_out: HeldOut) -> None:
             if not len(logits):
                 continue
             scaled = logits[None] / TEMPERATURES[:, None]
-            losses = F.binary_cross_entropy_with_logits(
-                scaled, want.expand_as(scaled), reduction="none"
-            ).mean(1)
+            losses = F.binary_cross_entropy_with_logits(scaled, want.expand_as(scaled), reduction="none").mean(1)
             temperature[kind, slot] = TEMPERATURES[losses.argmin()]
 
 

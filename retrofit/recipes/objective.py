@@ -194,15 +194,13 @@ def backward_draft(
     return gradient, best
 
 
-def backward_diffusion(
-    blocks: Blocks, project: Callable[[Tensor], Tensor], heads: Heads, sums: Sums
-) -> Tensor:
+def backward_diffusion(blocks: Blocks, project: Callable[[Tensor], Tensor], heads: Heads, sums: Sums) -> Tensor:
     """L_diff over all blocks: fills the Markov head's gradients, adds to `sums`, returns the gradient of blocks.hidden.
 
     Rows with weight 0 (their token is not masked) carry no loss; the denominator counts all eligible slots.
     """
     assert blocks.weight is not None
-    B, D, H = blocks.hidden.shape
+    B, D = blocks.hidden.shape[:2]
     gradient = torch.zeros_like(blocks.hidden)
     for part in _chunks(B, D, heads.vocab, gradient.device):
         weight = torch.where(blocks.eligible[part], blocks.weight[part], 0.0)

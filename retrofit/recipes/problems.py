@@ -47,9 +47,7 @@ def explain(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
         return [is_section(path, fields)]
     if kind == "literal_error":
         options = _options(fields[path].annotation)
-        return [
-            f"{path}: {kind_of(value)} is not one of {', '.join(options)}{did_you_mean(str(value), options)}"
-        ]
+        return [f"{path}: {kind_of(value)} is not one of {', '.join(options)}{did_you_mean(str(value), options)}"]
     if kind in OUT_OF_RANGE:
         return [f"{path}: {_shown(value)} is out of range; must be {_wanted(fields[path])}"]
     is_text = fields[path].annotation in (str, str | None)
@@ -64,11 +62,7 @@ def unknown_key(path: str, fields: Mapping[str, Any]) -> str:
     elsewhere = [known for known in fields if known.rpartition(".")[2] == key or path.startswith(f"{known}.")]
     top = list(dict.fromkeys(known.partition(".")[0] for known in fields))
     # Whole paths share their section's name, so they have to look more alike than bare keys.
-    meant = (
-        [own[name] for name in _close(key, list(own))]
-        or elsewhere
-        or _close(path, [*fields, *top], cutoff=0.8)
-    )
+    meant = [own[name] for name in _close(key, list(own))] or elsewhere or _close(path, [*fields, *top], cutoff=0.8)
     if meant:
         return f"{path}: unknown key; did you mean `{meant[0]}`?"
     if section in top and own:

@@ -107,9 +107,7 @@ class Objective(Section):
     @model_validator(mode="after")
     def _something_to_train(self) -> Self:
         if self.alpha == 0 and self.beta == 0:
-            raise ValueError(
-                "objective: alpha and beta are both 0, so nothing trains the drafts; raise objective.beta"
-            )
+            raise ValueError("objective: alpha and beta are both 0, so nothing trains the drafts; raise objective.beta")
         return self
 
 
@@ -155,9 +153,9 @@ class Train(Section):
     """Type the forwards compute in; trained weights and losses stay in float32."""
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
     """Keys initial weights, order of documents, anchors, masks and noise."""
-    save_every: int = Field(500, ge=0)
+    save_every: int = Field(0, ge=0)
     """Steps between saved states; 0 saves at the end only."""
-    probe_every: int = Field(200, ge=0)
+    probe_every: int = Field(0, ge=0)
     """Steps between measurements on the held-out probe batch; 0 measures at the end only."""
 
     @model_validator(mode="after")
@@ -235,9 +233,7 @@ def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] | Mapp
         raise UsageError(f"recipe `{label}` is not valid YAML: {_yaml_problem(error)}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise UsageError(
-            f"recipe `{label}` must hold sections and keys such as `train:`, not {kind_of(content)}"
-        )
+        raise UsageError(f"recipe `{label}` must hold sections and keys such as `train:`, not {kind_of(content)}")
     content = {key: value for key, value in content.items() if value is not None or key not in SECTIONS}
     problems = _apply(content, overrides)
     try:
@@ -296,9 +292,7 @@ def _apply(content: dict[Any, Any], overrides: Sequence[str] | Mapping[str, Any]
             problems.append(unknown_key(path, FIELDS))
         elif not section:
             content[key] = value
-        elif isinstance(
-            inner := content.setdefault(section, {}), dict
-        ):  # else the validation refuses the section
+        elif isinstance(inner := content.setdefault(section, {}), dict):  # else the validation refuses the section
             inner[key] = value
     return problems
 

@@ -67,9 +67,7 @@ class Trainer:
         }
         self.is_confidence = [id(p) in confidence for p in self.trained]
         # Vectors and head tables are not matrices acting on activations: no weight decay anywhere, plain AdamW.
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=recipe.train.lr, betas=(0.9, 0.95), weight_decay=0.0
-        )
+        self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.train.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.steps_done = 0
 
     def step(self, batches: list[list[tuple[Document, int]]]) -> StepResult:
@@ -89,9 +87,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         objective = self.recipe.objective
-        return StepResult(
-            sums.loss(objective.alpha, objective.beta, objective.gamma), sums, clean_rows, draft_rows
-        )
+        return StepResult(sums.loss(objective.alpha, objective.beta, objective.gamma), sums, clean_rows, draft_rows)
 
     def _accumulate(
         self,
@@ -113,11 +109,7 @@ class Trainer:
             group = BlockBatch(layout, self.attached.heads.unknown)
             first = 0
             for s, document in enumerate(documents):
-                pool = (
-                    candidates[s]
-                    if wanted is None or not wanted[s]
-                    else np.intersect1d(wanted[s], candidates[s])
-                )
+                pool = candidates[s] if wanted is None or not wanted[s] else np.intersect1d(wanted[s], candidates[s])
                 anchors = choose_anchors(pool if len(pool) else candidates[s], count, rngs[s])
                 add_sequence(
                     group,

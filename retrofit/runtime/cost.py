@@ -9,17 +9,21 @@ measured.  With survival s_i = c_1 .. c_i and S_k = sum_{i<=k} s_i, K rows a blo
     fused, all     (1 + S_k)                  / (T(B (1 + k + (k+1) K)) + D)
     fused, h       (1 + S_k + (1 - m_h))      / (T_h + D + (1 - m_h) (T(B (1 + K)) + D))
 
-where m_h is the chance that the accept length was among the h prepared; if not, the next step only drafts.
+    fused tree     (1 + r S)                  / (T(B (1 + n) (1 + K)) + D)
+
+where m_h is the chance that the accept length was among the h prepared; if not, the next step only drafts.  A tree of n
+nodes has S = the sum of their survivals as measured at conversion, and r, how much of that came true here so far.
 D is part of a drafting step's measured time.  Not here: running anything but the probe forwards it is given.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from retrofit.adapters.layout import DraftLayout
+from retrofit.runtime.tree import Shape
 
 PRIOR_WEIGHT = 32.0
 """Observations the prior acceptance counts for."""
@@ -29,11 +33,12 @@ MARGIN = 1.02
 
 @dataclass(frozen=True)
 class Template:
-    """One kind of plan: strategy `ar | two_forward | fused`, drafts verified, accept lengths prepared."""
+    """One kind of plan: strategy `ar | two_forward | fused`, drafts verified, accept lengths prepared, draft tree."""
 
     strategy: str
     verify: int = 0
     prepare: int = 0
+    shape: Shape | None = None
 
 
 @dataclass
@@ -43,10 +48,14 @@ class CostModel:
     layout: DraftLayout
     acceptance: list[float]
     """Prior chance that draft i is accepted, given those before it were."""
+    shapes: list[Shape] = field(default_factory=list)
+    """Draft trees worth comparing."""
     times: dict[bool, dict[int, float]] = field(default_factory=lambda: {False: {}, True: {}})
     """drafts? -> rows -> fastest seconds."""
     tried: list[float] = field(default_factory=list)
     hits: list[float] = field(default_factory=list)
+    branched: list[float] = field(default_factory=lambda: [PRIOR_WEIGHT, PRIOR_WEIGHT])
+    """Accepted and expected drafts of trees so far; begins at a ratio of 1."""
 
     def __post_init__(self) -> None:
         self.tried = [PRIOR_WEIGHT] * len(self.acceptance)
@@ -61,6 +70,10 @@ class CostModel:
         for i in range(min(verified, accepted + 1, len(self.tried))):
             self.tried[i] += 1
             self.hits[i] += i < accepted
+
+    def observe_tree(self, accepted: int, expected: float) -> None:
+        self.branched[0] += accepted
+        self.branched[1] += expected
 
     def conditional(self) -> list[float]:
         return [h / t for h, t in zip(self.hits, self.tried, strict=True)]
@@ -84,6 +97,10 @@ class CostModel:
     def rate(self, template: Template, batch: int) -> float:
         """Expected tokens per second and request."""
         c, K = self.conditional(), self.layout.block
+        if template.shape is not None:
+            realised = self.branched[0] / self.branched[1]
+            rows = batch * (1 + template.shape.nodes) * (1 + K)
+            return (1 + realised * template.shape.expected) / self.time(rows, True)
         k, h = template.verify, template.prepare
         survival, alive = [], 1.0
         for i in range(k):
@@ -108,6 +125,7 @@ class CostModel:
         plans = [Template("two_forward", k) for k in range(1, D + 1)]
         if self.layout.anchored:
             plans += [Template("fused", k, h) for k in range(1, D + 1) for h in range(1, k + 2)]
+            plans += [Template("fused", shape.nodes, shape.nodes + 1, shape) for shape in self.shapes]
         return plans
 
     def best(self, batch: int) -> Template:
@@ -117,18 +135,20 @@ class CostModel:
         return top if self.rate(top, batch) > MARGIN * self.rate(ar, batch) else ar
 
 
-def probe_rows(layout: DraftLayout, batch: int) -> list[tuple[int, int]]:
+def probe_rows(model: CostModel) -> list[tuple[int, int]]:
     """(verified, prepared) pairs per request to time once for a batch size: the corners and the middle of all plans."""
+    layout = model.layout
     D = layout.drafts
     pairs = [(0, 0), (max(1, D // 2), 0), (D, 0), (0, 1)]
     if layout.anchored:
         pairs += [(1, 2), (max(1, D // 2), max(1, D // 2)), (D, D + 1)]
+        pairs += [(shape.nodes, shape.nodes + 1) for shape in model.shapes]
     return list(dict.fromkeys(pairs))
 
 
-def calibrate(model: CostModel, batch: int, step: Callable[[int, int], float], repeats: int = 5) -> None:
-    """Time the probe plans: `step(verified, prepared)` runs one and returns its seconds."""
-    pairs: Sequence[tuple[int, int]] = probe_rows(model.layout, batch)
+def calibrate(model: CostModel, batch: int, step: Callable[[int, int], float], room: int, repeats: int = 5) -> None:
+    """Time the probe plans that fit into `room` positions: `step(verified, prepared)` runs one, returns its seconds."""
+    pairs = [(verified, prepared) for verified, prepared in probe_rows(model) if verified <= room]
     for _ in range(repeats):
         for verified, prepared in pairs:
             base = 1 if (model.layout.anchored or not prepared) else 0

@@ -20,7 +20,7 @@ from retrofit.runtime.tree import Shape
 
 @dataclass(frozen=True)
 class Drafted:
-    """tokens [B, D] (a tree: [B, nodes]); confidence [B, D] that each is accepted given all before it are, None without the head."""
+    """tokens [B, D] (a tree: [B, nodes]); confidence [B, D] that each is accepted given all before it are, or None."""
 
     tokens: Tensor
     confidence: Tensor | None
@@ -90,9 +90,7 @@ def _draft_tree(
         logits = heads.draft_logits(trunk_BDV[:, depth].repeat_interleave(P, 0), before)
         paths = None if seen_BV is None else torch.stack([_known(seen[p]) for p in parents], 1).view(B * P, V)
         step = index_B.repeat_interleave(P) + depth
-        best = ranked(
-            process_logits(logits, params, paths), params, seed_B.repeat_interleave(P), step, widest
-        )
+        best = ranked(process_logits(logits, params, paths), params, seed_B.repeat_interleave(P), step, widest)
         best = best.view(B, P, widest)
         for j in children:
             tokens[:, j] = best[:, parents.index(shape.parents[j]), shape.ranks[j]]

@@ -21,28 +21,15 @@ from retrofit.errors import ArtifactError, UsageError
 from retrofit.hub import Base, live_fingerprint, load_base, same_base
 from retrofit.runtime.backends.hf import HFBackend, wrap
 from retrofit.runtime.cache import KVCache
-from retrofit.runtime.cost import CostModel, Template, calibrate
 from retrofit.runtime.modes import Run, diffusion_step, prefill_step, speculative_step
-from retrofit.runtime.plan import (
-    Choice,
-    Limits,
-    likeliest_lengths,
-    looked_up,
-    max_verify,
-    speculative_choice,
-    useful,
-)
+from retrofit.runtime.plan import Limits, looked_up, speculative_choice
+from retrofit.runtime.policy import AutoPolicy, tree_shape
 from retrofit.runtime.request import Request, Stats
 from retrofit.runtime.sampling import SamplingParams
 from retrofit.runtime.scheduler import Scheduler
-from retrofit.runtime.tree import Shape, grow
 
 MODES = ("ar", "diffusion", "self_spec")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
-ROWS = 96
-"""Rows of one request and forward that a draft tree is grown to: about what a GPU computes at the price of one."""
-UNKNOWN_CHANCE = ((0.4, 0.15, 0.1, 0.05),)
-"""Chances of the candidates of a slot where none were measured; they shape the tree and change no output."""
 CACHE_STEP = 256
 """The K/V cache grows in steps of so many positions."""
 
@@ -94,8 +81,7 @@ class Engine:
         self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
         self.limits = Limits(backend.context_length, backend.rope_boundary)
         self._acceptance = acceptance or {}
-        self._costs: dict[bool, CostModel] = {}
-        self._calibrated: set[tuple[bool, int]] = set()
+        self.policy = AutoPolicy(self.layout, self.limits, self._acceptance)
 
     @classmethod
     def load(
@@ -118,9 +104,7 @@ class Engine:
         if backend not in ("auto", "hf"):
             raise UsageError(f"backend {backend!r} does not exist; this version has auto and hf")
         if exact != "off":
-            raise UsageError(
-                f"exact={exact!r} needs a backend with fixed kernels; the hf backend has exact='off' only"
-            )
+            raise UsageError(f"exact={exact!r} needs a backend with fixed kernels; the hf backend has exact='off' only")
         artifact = artifacts.read(Path(path))
         named = artifact.config["base"]
         loaded = load_base(
@@ -150,9 +134,7 @@ class Engine:
         """
         if adapter is not None:
             artifact = artifacts.read(Path(adapter))
-            base = Base(
-                model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model)
-            )
+            base = Base(model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model))
             return cls._with_artifact(base, artifact)
         attached, backend = wrap(
             model,
@@ -174,7 +156,8 @@ class Engine:
         differs = same_base(config["base"]["fingerprint"], base.fingerprint)
         if differs:
             raise ArtifactError(
-                f"{artifact.folder} belongs to another base: {base.name} differs from {config['base']['model']} in its {differs}",
+                f"{artifact.folder} belongs to another base: {base.name} differs from {config['base']['model']} "
+                f"in its {differs}",
                 "give the base it was made for with --base, or convert this one",
             )
         adapter = config["adapter"]
@@ -234,9 +217,9 @@ class Engine:
         Raises UsageError for wrong options and for prompts that are empty or longer than the context.
         """
         events = self.stream(
-            prompts, mode, strategy=strategy, prepare=prepare, tree=tree, max_new_tokens=max_new_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, stop=stop, seed=seed,
-            batch_size=batch_size, ignore_eos=ignore_eos, threshold=threshold, with_text=False,
+            prompts, mode, strategy=strategy, prepare=prepare, tree=tree, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, stop=stop,
+            seed=seed, batch_size=batch_size, ignore_eos=ignore_eos, threshold=threshold, with_text=False,
         )  # fmt: skip
         results = [event.result for event in events if event.result is not None]
         return sorted(results, key=lambda r: r.index)
@@ -276,24 +259,12 @@ class Engine:
             self.limits,
             threshold,
             with_confidence=mode == "self_spec" and (strategy == "auto" or isinstance(prepare, int)),
-            shape=self._shape(prepare, tree, temperature > 0)
+            shape=tree_shape(self.layout, self._acceptance, prepare, tree, temperature > 0)
             if (mode, strategy) == ("self_spec", "fused")
             else None,
         )
         run.watch(requests)
         return self._loop(run, requests, slots, mode, strategy, prepare, with_text)
-
-    def _shape(self, prepare: str | int, tree: int | None, sampled: bool) -> Shape | None:
-        """The draft tree of strategy `fused`; None for chains: `prepare="last"`, tree=0, or nothing known of candidates."""
-        chance = self._acceptance.get("ranks", {}).get("sampled" if sampled else "greedy")
-        if tree == 0 or prepare == "last" or (tree is None and chance is None):
-            return None
-        if tree is None:
-            each = 1 + self.layout.block
-            tree = ROWS // each - 1 if prepare == "all" else ROWS - 1 - int(prepare) * self.layout.block
-            if tree <= self.layout.drafts:
-                return None
-        return grow(chance or UNKNOWN_CHANCE * self.layout.drafts, tree)
 
     def _loop(
         self,
@@ -308,7 +279,7 @@ class Engine:
         scheduler = Scheduler(requests, slots)
         sent = {r.index: (0, 0) for r in requests}
         if mode == "self_spec" and strategy == "auto" and requests:
-            self._calibrate(run, min(slots, len(requests)))
+            self.policy.calibrate(run, min(slots, len(requests)))
         while scheduler:
             begin = time.perf_counter()
             admitted = scheduler.admit()
@@ -337,9 +308,7 @@ class Engine:
         """Requests on either side of a longrope boundary must not share a forward: it picks one set of frequencies."""
         if self.limits.boundary is None:
             return [running] if running else []
-        sides = [
-            [r for r in running if (r.position >= self.limits.boundary) == side] for side in (False, True)
-        ]
+        sides = [[r for r in running if (r.position >= self.limits.boundary) == side] for side in (False, True)]
         return [side for side in sides if side]
 
     def _step(self, run: Run, running: list[Request], mode: str, strategy: str, prepare: str | int) -> None:
@@ -356,7 +325,7 @@ class Engine:
             diffusion_step(run, running)
             return
         if mode == "self_spec" and strategy == "auto":
-            self._auto_step(run, running)
+            self.policy.step(run, running)
             return
         if strategy == "prompt_lookup" and mode == "self_spec":
             for request in running:
@@ -364,70 +333,6 @@ class Engine:
         name = "ar" if mode == "ar" else strategy
         choices = [speculative_choice(r, name, prepare, self.layout, self.limits) for r in running]
         speculative_step(run, running, choices)
-
-    def _auto_step(self, run: Run, running: list[Request]) -> None:
-        costs = self._costs[run.params.temperature > 0]
-        template = costs.best(len(running))
-        choices = [self._apply(costs, template, request) for request in running]
-        before = [len(r.stats.accepted) for r in running]
-        rows = sum(r.stats.rows for r in running)
-        begin = time.perf_counter()
-        speculative_step(run, running, choices)
-        seconds = time.perf_counter() - begin
-        rows = sum(r.stats.rows for r in running) - rows
-        costs.observe_time(rows, any(c.prepare for c in choices), seconds)
-        for request, count in zip(running, before, strict=True):
-            if len(request.stats.accepted) > count:
-                costs.observe_acceptance(request.stats.accepted[-1], request.stats.verified[-1])
-
-    def _apply(self, costs: CostModel, template: Template, request: Request) -> Choice:
-        """A template for one request: what it has drafted, and the accept lengths its confidence finds likeliest."""
-        verify = min(template.verify, len(request.drafts), max_verify(request, self.limits))
-        if template.strategy == "ar" or (template.strategy == "two_forward" and verify):
-            return Choice(verify)
-        lengths: tuple[int, ...] = (0,)
-        if verify:
-            confidence = request.confidence or costs.conditional()
-            lengths = likeliest_lengths(confidence[:verify], verify, template.prepare)
-        return Choice(verify, useful(request, lengths, self.layout, self.limits))
-
-    def _calibrate(self, run: Run, batch: int) -> None:
-        """Time the plans of this batch size once, on a scratch cache, and remember."""
-        sampled = run.params.temperature > 0
-        if sampled not in self._costs:
-            measured = self._acceptance.get("conditional", {}).get("sampled" if sampled else "greedy")
-            prior = [*(measured or ()), *[0.0] * self.layout.drafts][: self.layout.drafts]
-            self._costs[sampled] = CostModel(self.layout, prior)
-        if (sampled, batch) in self._calibrated:
-            return
-        prompt = [1] * 16
-        scratch = Run(
-            run.backend,
-            KVCache(batch, CACHE_STEP),
-            run.params,
-            run.layout,
-            run.limits,
-            with_confidence=run.with_confidence,
-        )
-        room = max(1, self.limits.context - len(prompt) - 2 * self.layout.block - 2)
-
-        def step(verified: int, prepared: int) -> float:
-            requests = [Request(i, list(prompt), 0, min(64, room), frozenset()) for i in range(batch)]
-            for request in requests:
-                request.slot, request.committed = request.index, len(prompt) - 1
-                request.drafts = [2] * verified
-            scratch.watch(requests)
-            choices = [Choice(verified, tuple(range(prepared))) for _ in requests]
-            begin = time.perf_counter()
-            speculative_step(scratch, requests, choices)
-            return time.perf_counter() - begin
-
-        with torch.inference_mode():
-            first = [Request(i, list(prompt), 0, 1, frozenset(), slot=i) for i in range(batch)]
-            scratch.watch(first)
-            prefill_step(scratch, first)
-            calibrate(self._costs[sampled], batch, step)
-        self._calibrated.add((sampled, batch))
 
     def _event(self, request: Request, sent: dict[int, tuple[int, int]], with_text: bool) -> Event | None:
         tokens_sent, text_sent = sent[request.index]
@@ -447,15 +352,11 @@ class Engine:
     def _result(self, request: Request) -> Result:
         text = request.text() if request.decode is not None else None
         assert request.finish_reason is not None
-        return Result(
-            request.index, request.prompt, request.emitted, text, request.finish_reason, request.stats
-        )
+        return Result(request.index, request.prompt, request.emitted, text, request.finish_reason, request.stats)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         assert self.tokenizer is not None
-        return str(
-            self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _requests(
         self,
@@ -468,14 +369,10 @@ class Engine:
         if isinstance(prompts, str):
             raise UsageError("prompts is a string; give a list of prompts")
         if stop and (self.tokenizer is None or not all(stop)):
-            raise UsageError(
-                "stop strings need a tokenizer" if self.tokenizer is None else "a stop string is empty"
-            )
+            raise UsageError("stop strings need a tokenizer" if self.tokenizer is None else "a stop string is empty")
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
-            raise UsageError(
-                f"{len(seeds)} seeds for {len(prompts)} prompts; give one int or one seed per prompt"
-            )
+            raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one int or one seed per prompt")
         requests = []
         for i, prompt in enumerate(prompts):
             tokens = self._encode(prompt, i)
@@ -486,24 +383,18 @@ class Engine:
                     "at least one more",
                     "shorten the prompt",
                 )
-            requests.append(
-                Request(
-                    i,
-                    tokens,
-                    seeds[i],
-                    min(max_new_tokens, room),
-                    frozenset() if ignore_eos else self.eos,
-                    stop,
-                    self._decode if self.tokenizer is not None else None,
-                )  # fmt: skip
+            request = Request(
+                i, tokens, seeds[i], min(max_new_tokens, room), frozenset() if ignore_eos else self.eos, stop
             )
+            request.decode = self._decode if self.tokenizer is not None else None
+            requests.append(request)
         return requests
 
     def _encode(self, prompt: Prompt, number: int) -> list[int]:
         if len(prompt) == 0:
             raise UsageError(f"prompt {number} is empty", "a model needs at least one token to continue from")
         if not isinstance(prompt, str) and isinstance(prompt[0], int):
-            tokens = [int(t) for t in prompt]  # type: ignore[call-overload]
+            tokens = [int(t) for t in prompt]  # type: ignore[arg-type]
             wrong = [t for t in tokens if not 0 <= t < self.backend.head.vocab]
             if wrong:
                 raise UsageError(
@@ -520,12 +411,8 @@ class Engine:
                 raise UsageError(f"prompt {number} holds no token: {prompt!r}")
             return tokens
         if not getattr(self.tokenizer, "chat_template", None):
-            raise UsageError(
-                "messages need a chat template; this model's tokenizer has none", "give plain text"
-            )
-        encoded = self.tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, return_dict=True
-        )
+            raise UsageError("messages need a chat template; this model's tokenizer has none", "give plain text")
+        encoded = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
 
@@ -560,9 +447,7 @@ def check_options(
     if prepare not in ("all", "last") and not (isinstance(prepare, int) and prepare >= 1):
         raise UsageError(f"prepare is {prepare!r}; it may be all, last, or a number of accept lengths >= 1")
     if strategy == "fused" and not layout.anchored:
-        raise UsageError(
-            "strategy fused needs an artifact with draft.seed_row base", "use two_forward or auto"
-        )
+        raise UsageError("strategy fused needs an artifact with draft.seed_row base", "use two_forward or auto")
     if tree is not None and not 0 <= tree <= 1024:
         raise UsageError(f"tree is {tree}; it is a number of draft nodes, 0 to 1024")
     if max_new_tokens < 1:

@@ -64,7 +64,9 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
         r.committed = 0
         r.long_rope = run.limits.boundary is not None and r.position >= run.limits.boundary
     while pending:
-        rows, finished, room = [], [], PREFILL_ROWS
+        rows: list[SequenceRows] = []
+        finished: list[tuple[Request, bool]] = []
+        room = PREFILL_ROWS
         for r in list(pending.values()):
             # Long RoPE factors are chosen by the largest position of a forward, so such a sequence goes in one piece.
             count = len(r.tokens) - r.committed if r.long_rope else min(len(r.tokens) - r.committed, room)
@@ -92,10 +94,7 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
 
 def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
     """One forward of `ar` or `self_spec`: verify, emit, and draft from the block that came true."""
-    rows = [
-        speculative_rows(r, c, run.layout, run.limits, run.vocab)
-        for r, c in zip(requests, choices, strict=True)
-    ]
+    rows = [speculative_rows(r, c, run.layout, run.limits, run.vocab) for r, c in zip(requests, choices, strict=True)]
     plan = run.backend.plan(rows)
     out = run.backend.forward(plan, run.cache)
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
@@ -160,11 +159,12 @@ def _paths(rows: Sequence[SequenceRows], targets: Sequence[list[int]]) -> list[l
     ]
 
 
-def _store(
-    run: Run, requests: Sequence[Request], rows: Sequence[SequenceRows], paths: list[list[int]]
-) -> None:
+def _store(run: Run, requests: Sequence[Request], rows: Sequence[SequenceRows], paths: list[list[int]]) -> None:
     """Write the K/V of the accepted paths of a tree forward to their final places."""
-    index, slots, positions, first = [], [], [], 0
+    index: list[int] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    first = 0
     for r, row, path in zip(requests, rows, paths, strict=True):
         index += [first + j for j in path]
         slots += [r.slot] * len(path)
@@ -183,9 +183,7 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
     shapes = [None if run.shape is None else run.shape.cut(n) for n in wanted]
     width = max(wanted)
     requests = [r for r, _ in hangs]
-    hidden_BDH = torch.stack(
-        [torch.nn.functional.pad(h[:width], (0, 0, 0, max(0, width - len(h)))) for _, h in hangs]
-    )
+    hidden_BDH = torch.stack([torch.nn.functional.pad(h[:width], (0, 0, 0, max(0, width - len(h)))) for _, h in hangs])
     heads = run.backend.heads
     assert heads is not None
     drafted = draft_tokens(
@@ -261,9 +259,7 @@ def _fill(run: Run, r: Request, hidden_KH: Tensor) -> None:
     tokens = choose(process_logits(logits, run.params, seen), run.params, seed, index)
     sure = torch.softmax(logits, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
     best = int(sure.argmax())
-    for n, (slot, token, confidence) in enumerate(
-        zip(open_slots, tokens.tolist(), sure.tolist(), strict=True)
-    ):
+    for n, (slot, token, confidence) in enumerate(zip(open_slots, tokens.tolist(), sure.tolist(), strict=True)):
         if n == best or confidence >= run.threshold:
             r.block[slot] = token
 
@@ -302,9 +298,7 @@ def _accepted(drafts: list[list[int]], targets: list[list[int]]) -> list[int]:
         return [0] * len(drafts)
     draft_BK = torch.tensor([d + [0] * (width - len(d)) for d in drafts])
     target_BK1 = torch.tensor([t + [0] * (width + 1 - len(t)) for t in targets])
-    accepted: list[int] = accepted_length(
-        draft_BK, target_BK1, torch.tensor([len(d) for d in drafts])
-    ).tolist()
+    accepted: list[int] = accepted_length(draft_BK, target_BK1, torch.tensor([len(d) for d in drafts])).tolist()
     return accepted
 
 

@@ -19,6 +19,7 @@ from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.runtime.request import Request
 from retrofit.runtime.sampling import hash_bits_plain
 
+
 @dataclass(frozen=True)
 class Choice:
     """What a forward does for one request: verify so many drafts, hang a block on these accept lengths.
@@ -78,13 +79,13 @@ def max_verify(request: Request, limits: Limits) -> int:
 
 
 def useful(request: Request, lengths: Sequence[int], layout: DraftLayout, limits: Limits) -> tuple[int, ...]:
-    """Accept lengths whose block could still be verified: two tokens left after it, and room for its first row."""
+    """Accept lengths whose block could still be verified: two tokens left after it, and room for a first draft."""
     kept = []
     for j in lengths:
         depth = j if request.shape is None else request.shape.depths[j]
         start = request.position + depth + 1 if layout.anchored else request.position
         emitted = depth + 1 if layout.anchored else 0
-        if request.remaining - emitted >= 2 and start + layout.first_drafting_row < limits.end(request):
+        if request.remaining - emitted >= 2 and start + 1 < limits.end(request):
             kept.append(j)
     return tuple(kept)
 
@@ -100,9 +101,7 @@ def likeliest_lengths(confidence: Sequence[float], verify: int, count: int) -> t
     return tuple(sorted(best))
 
 
-def speculative_rows(
-    request: Request, choice: Choice, layout: DraftLayout, limits: Limits, vocab: int
-) -> SequenceRows:
+def speculative_rows(request: Request, choice: Choice, layout: DraftLayout, limits: Limits, vocab: int) -> SequenceRows:
     """Rows of an `ar`, `draft`, `verify` or `fused` forward."""
     p, shape = request.position, request.shape
     if not layout.anchored and choice.prepare:
@@ -112,9 +111,7 @@ def speculative_rows(
     depth = list(range(len(tokens))) if shape is None else shape.depths
     blocks = [draft_block(request, p + depth[j] + 1, None, j, layout, limits, vocab) for j in choice.prepare]
     parents = None if shape is None or not choice.verify else shape.parents[: len(tokens)]
-    return SequenceRows(
-        slot=request.slot, start=request.committed, tokens=tokens, blocks=blocks, parents=parents
-    )
+    return SequenceRows(slot=request.slot, start=request.committed, tokens=tokens, blocks=blocks, parents=parents)
 
 
 def draft_block(
@@ -134,9 +131,7 @@ def draft_block(
     if layout.causal:
         left = request.max_new_tokens + len(request.prompt) - start
         rows = max(1, min(rows, left - 1 + layout.first_drafting_row))
-    inputs = [
-        noise_token(request.seed, start + i, vocab) if layout.input == "noise" else MASK for i in range(rows)
-    ]
+    inputs = [noise_token(request.seed, start + i, vocab) if layout.input == "noise" else MASK for i in range(rows)]
     if first is not None:
         inputs[0] = first
     return Block(start, inputs, anchor)
@@ -147,9 +142,7 @@ def noise_token(seed: int, position: int, vocab: int) -> int:
     return hash_bits_plain(seed, position, 0) % vocab
 
 
-def diffusion_rows(
-    request: Request, layout: DraftLayout, limits: Limits, vocab: int
-) -> tuple[SequenceRows, str]:
+def diffusion_rows(request: Request, layout: DraftLayout, limits: Limits, vocab: int) -> tuple[SequenceRows, str]:
     """A `denoise` forward while the block has masks, then a `commit` forward of base rows over the full block.
 
     Gate 1 on all rows of the block, known ones too; the block begins with the seed.

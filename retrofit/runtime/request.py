@@ -31,6 +31,8 @@ class Stats:
     """Forwards that held rows of this request, by kind."""
     rows: int = 0
     """Rows run after prefill, base and draft."""
+    widest: int = 0
+    """Most rows of this request in one forward after prefill."""
     tokens: int = 0
     """Tokens emitted after prefill, up to and including EOS, none after the end."""
     accepted: list[int] = field(default_factory=list)
@@ -63,12 +65,14 @@ class Stats:
         self.forwards[kind] = self.forwards.get(kind, 0) + 1
         if kind != "prefill":
             self.rows += rows
+            self.widest = max(self.widest, rows)
 
     def to_dict(self) -> dict[str, object]:
         return {
             "tokens": self.tokens,
             "forwards": dict(self.forwards),
             "rows": self.rows,
+            "widest": self.widest,
             "rows_per_token": round(self.rows_per_token, 4),
             "tpf": round(self.tpf, 4),
             "tau": round(self.tau, 4),
@@ -79,7 +83,7 @@ class Stats:
         }
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """State of one generation.  Engine code calls `emit` with tokens in order; it cuts and ends by itself."""
 

@@ -45,9 +45,7 @@ class SamplingParams:
             raise UsageError(f"top_p is {self.top_p}; allowed: a number > 0 and <= 1, or none for all tokens")
         penalty = self.repetition_penalty
         if penalty is not None and not 0 < penalty < math.inf:
-            raise UsageError(
-                f"repetition_penalty is {penalty}; allowed: a finite number > 0, or none for no penalty"
-            )
+            raise UsageError(f"repetition_penalty is {penalty}; allowed: a finite number > 0, or none for no penalty")
 
 
 # Two multiply-xorshift rounds, [16 21f0aaad 15 d35a2d97 15] in the notation of skeeto/hash-prospector: a
@@ -212,7 +210,7 @@ def choose(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) 
 
 
 def ranked(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor, count: int) -> Tensor:
-    """The `count` best tokens of each row by log p + g, best first, int64 [R, count]: the candidates of a branching draft.
+    """The `count` best tokens of each row by log p + g, best first, int64 [R, count]: candidates of a branching draft.
 
     Arguments as `choose`.  Among equal scores the order is torch's; drafts need no rule for ties.
     """

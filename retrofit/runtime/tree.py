@@ -1,6 +1,6 @@
 """Drafts that branch: the shape of a draft tree, chosen once from measured chances.
 
-Row 0 of a tree is the seed; node j >= 1 follows `parents[j]` and is the `rank`-th best candidate there.  The chance that
+Row 0 of a tree is the seed; node j >= 1 follows `parents[j]` and is its `rank`-th best candidate.  The chance that
 the target is the candidate of rank r, given that the path before it came true, hardly depends on the tokens but much on
 the slot, so one table chance[slot][rank] gives every node a survival and the best shape of any size:
 
@@ -9,8 +9,8 @@ the slot, so one table chance[slot][rank] gives every node a survival and the be
                                    ├─ 4 (rank 2)
                                    └─ 5 (rank 3)
 
-Nodes are in order of falling survival, so the first n nodes are themselves the best tree of n nodes, and parents precede
-children.  A chain is the tree whose every node has rank 0.  (Static trees: Cai et al. 2024, Medusa, arXiv 2401.10774.)
+Nodes are in order of falling survival, so the first n are the best tree of n nodes, and parents precede children.
+A chain is the tree whose every node has rank 0.  (Static trees: Cai et al. 2024, Medusa, arXiv 2401.10774.)
 Not here: tokens, masks, acceptance.
 """
 

@@ -29,7 +29,7 @@ from retrofit.runtime.cache import KVCache
 
 ATTENTION = "retrofit"
 FEW_ROWS = 128
-"""Up to here routed experts run `batched_mm`, whose rows' bits do not depend on each other; beyond, it gathers too much."""
+"""Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
 GATHER_BYTES = 1 << 28
 """Expert weights that one `batched_mm` call may gather; more rows run in several calls, with the same bits."""
 
@@ -47,7 +47,7 @@ class ForwardContext:
 
 @dataclass(frozen=True)
 class Output:
-    """base_logits [R, V]: of the base rows whose logits the plan wants.  hidden [N, H]: all rows, after the last norm."""
+    """base_logits [R, V], base_hidden [R, H]: base rows the plan wants logits of; draft_hidden [N, H]: draft rows."""
 
     base_logits: Tensor
     base_hidden: Tensor
@@ -80,9 +80,7 @@ def attend(
     scores = query_SHTD.reshape(S, H // groups, groups * T, D) @ key.transpose(2, 3) * scaling
     scores = (softcap * torch.tanh(scores / softcap)).view(S, H, T, -1)
     if causal:
-        scores = scores.masked_fill(
-            torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), float("-inf")
-        )
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), float("-inf"))
     if mask is not None:
         scores = scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_SHTD.dtype)
@@ -103,18 +101,14 @@ def row_attention(
     retrofit_rows: ForwardContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function behind `attn_implementation="retrofit"`.  query [1, Hq, N, D], key/value [1, Hkv, N, .] -> [1, N, Hq, Dv].
+    """The attention function "retrofit": query [1, Hq, N, D], key/value [1, Hkv, N, .] -> [1, N, Hq, Dv].
 
     Base rows write their K/V first and then read base K/V only; draft rows read base K/V and their own block.
     """
     if retrofit_rows is None:
-        raise RuntimeError(
-            "attention implementation 'retrofit' needs a row plan; it is set for one forward at a time"
-        )
+        raise RuntimeError("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
     if kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has attention sinks, which retrofit does not support yet"
-        )
+        raise UnsupportedModelError(f"{type(module).__name__} has attention sinks, which retrofit does not support yet")
     context, plan, cache = retrofit_rows, retrofit_rows.plan, retrofit_rows.cache
     context.calls += 1
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -189,9 +183,7 @@ class HFBackend:
 
     name = "hf"
 
-    def __init__(
-        self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False
-    ):
+    def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
         """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""
         self.model = model
         self.config = model.config.get_text_config()
@@ -282,11 +274,7 @@ class HFBackend:
         tokens = [(7 * i + 3) % self.head.vocab for i in range(6)]
         was_training = self.model.training
         self.model.eval()
-        want = (
-            self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
-            .logits[0]
-            .float()
-        )
+        want = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False).logits[0].float()
         plan = self.plan([SequenceRows(slot=0, start=0, tokens=tokens)])
         got = self.forward(plan, KVCache(1, len(tokens))).base_logits.float()
         self.model.train(was_training)
@@ -342,7 +330,7 @@ def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
     wrapped: list[nn.Module] = []
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] == "experts" and not isinstance(module, nn.ModuleList):
-            module.forward = _split_rows(module, gate)  # type: ignore[method-assign]
+            module.forward = _split_rows(module, gate, model.config.get_text_config())
             wrapped.append(module)
 
     def undo() -> None:
@@ -352,7 +340,7 @@ def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
     return undo
 
 
-def _split_rows(experts: nn.Module, gate: Gate) -> Callable[..., Tensor]:
+def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Tensor]:
     forward = experts.forward
     per_row = _gathered_bytes_per_row(experts)
 
@@ -361,7 +349,7 @@ def _split_rows(experts: nn.Module, gate: Gate) -> Callable[..., Tensor]:
         if n is None:
             return forward(hidden_NH, index_NK, weights_NK)
         parts = [slice(0, n), slice(n, len(hidden_NH))]
-        if experts.config._experts_implementation_internal == "batched_mm":
+        if config._experts_implementation_internal == "batched_mm":
             size = max(1, GATHER_BYTES // (per_row * index_NK.shape[1]))
             parts = [slice(i, min(i + size, p.stop)) for p in parts for i in range(p.start, p.stop, size)]
         parts = [p for p in parts if p.stop > p.start]

@@ -1,0 +1,142 @@
+"""Choose the plan of each step by measured cost: what stands behind `strategy="auto"`, and the trees of `fused`.
+
+Not here: the cost model itself (`cost.py`), running rows (`modes.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from retrofit.adapters.layout import DraftLayout
+from retrofit.runtime.cache import KVCache
+from retrofit.runtime.cost import CostModel, Template, calibrate
+from retrofit.runtime.modes import Run, prefill_step, speculative_step
+from retrofit.runtime.plan import Choice, Limits, likeliest_lengths, max_verify, useful
+from retrofit.runtime.request import Request
+from retrofit.runtime.tree import Shape, grow
+
+ROWS = 96
+"""Rows of one request and forward that a draft tree is grown to: about what a GPU computes at the price of one."""
+UNKNOWN_CHANCE = ((0.4, 0.15, 0.1, 0.05),)
+"""Chances of the candidates of a slot where none were measured; they shape the tree and change no output."""
+PROBE_PROMPT = 16
+"""Tokens that stand in for a context while plans are timed."""
+
+
+def tree_shape(
+    layout: DraftLayout, acceptance: Mapping[str, Any], prepare: str | int, tree: int | None, sampled: bool
+) -> Shape | None:
+    """The draft tree of strategy `fused`; None for chains: `prepare="last"`, tree=0, or candidates not measured."""
+    chance = acceptance.get("ranks", {}).get("sampled" if sampled else "greedy")
+    if tree == 0 or prepare == "last" or (tree is None and chance is None):
+        return None
+    if tree is None:
+        tree = largest_tree(layout) if prepare == "all" else ROWS - 1 - int(prepare) * layout.block
+        if tree <= layout.drafts:
+            return None
+    return grow(chance or UNKNOWN_CHANCE * layout.drafts, tree)
+
+
+def largest_tree(layout: DraftLayout) -> int:
+    """Draft nodes that fit into ROWS with a block on the seed and on each of them."""
+    return ROWS // (1 + layout.block) - 1
+
+
+class AutoPolicy:
+    """Cost models of one engine, greedy and sampled apart, and the step that obeys them."""
+
+    def __init__(self, layout: DraftLayout, limits: Limits, acceptance: Mapping[str, Any]):
+        self.layout = layout
+        self.limits = limits
+        self.acceptance = acceptance
+        self.costs: dict[bool, CostModel] = {}
+        self.calibrated: set[tuple[bool, int]] = set()
+
+    def step(self, run: Run, running: Sequence[Request]) -> None:
+        """Run the plan that promises most tokens per second now, and learn from what it did."""
+        costs = self.costs[run.params.temperature > 0]
+        template = costs.best(len(running))
+        run.shape = template.shape
+        choices = [self._choice(costs, template, request) for request in running]
+        hoped = [
+            r.shape.expected if r.shape is not None and c.verify else None
+            for r, c in zip(running, choices, strict=True)
+        ]
+        cycles = [len(r.stats.accepted) for r in running]
+        rows = sum(r.stats.rows for r in running)
+        begin = time.perf_counter()
+        speculative_step(run, running, choices)
+        seconds = time.perf_counter() - begin
+        rows = sum(r.stats.rows for r in running) - rows
+        costs.observe_time(rows, any(c.prepare for c in choices), seconds)
+        for request, count, expected in zip(running, cycles, hoped, strict=True):
+            if len(request.stats.accepted) == count:
+                continue
+            if expected is not None:
+                costs.observe_tree(request.stats.accepted[-1], expected)
+            else:
+                costs.observe_acceptance(request.stats.accepted[-1], request.stats.verified[-1])
+
+    def _choice(self, costs: CostModel, template: Template, request: Request) -> Choice:
+        """A template for one request: what it has drafted, and the accept lengths its confidence finds likeliest."""
+        if request.shape is not None:
+            rows = tuple(range(len(request.drafts) + 1)) if template.shape is not None else ()
+            return Choice(len(request.drafts), useful(request, rows, self.layout, self.limits))
+        verify = min(template.verify, len(request.drafts), max_verify(request, self.limits))
+        if template.strategy == "ar" or (template.strategy == "two_forward" and verify):
+            return Choice(verify)
+        lengths: tuple[int, ...] = (0,)
+        if verify:
+            confidence = request.confidence or costs.conditional()
+            lengths = likeliest_lengths(confidence[:verify], verify, template.prepare)
+        return Choice(verify, useful(request, lengths, self.layout, self.limits))
+
+    def calibrate(self, run: Run, batch: int) -> None:
+        """Time the plans of this batch size once, on a scratch cache, and remember."""
+        sampled = run.params.temperature > 0
+        if sampled not in self.costs:
+            self.costs[sampled] = self._cost_model("sampled" if sampled else "greedy")
+        if (sampled, batch) in self.calibrated:
+            return
+        prompt = [1] * min(PROBE_PROMPT, self.limits.context // 4)
+        scratch = Run(
+            run.backend,
+            KVCache(batch, self.limits.context if self.limits.context < 512 else 512),
+            run.params,
+            run.layout,
+            run.limits,
+            with_confidence=run.with_confidence,
+        )
+
+        def fresh() -> list[Request]:
+            requests = [Request(i, list(prompt), 0, self.limits.context, frozenset(), slot=i) for i in range(batch)]
+            scratch.watch(requests)
+            return requests
+
+        def step(verified: int, prepared: int) -> float:
+            requests = fresh()
+            for request in requests:
+                request.committed = len(prompt) - 1
+                request.drafts = [2] * verified
+            choices = [Choice(verified, tuple(range(prepared))) for _ in requests]
+            begin = time.perf_counter()
+            speculative_step(scratch, requests, choices)
+            return time.perf_counter() - begin
+
+        room = self.limits.context - len(prompt) - self.layout.block - 1
+        with torch.inference_mode():
+            prefill_step(scratch, fresh())
+            calibrate(self.costs[sampled], batch, step, room)
+        self.calibrated.add((sampled, batch))
+
+    def _cost_model(self, kind: str) -> CostModel:
+        measured = self.acceptance.get("conditional", {}).get(kind, [])
+        prior = [*measured, *[0.0] * self.layout.drafts][: self.layout.drafts]
+        chance = self.acceptance.get("ranks", {}).get(kind)
+        largest = largest_tree(self.layout)
+        sizes = sorted({largest // 4, largest // 2, largest} - {0}) if chance and self.layout.anchored else []
+        return CostModel(self.layout, prior, [grow(chance, n) for n in sizes])

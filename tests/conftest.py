@@ -1,7 +1,5 @@
 """Settings every test runs under: one thread (the models are tiny) and a fixed random state."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -9,6 +7,5 @@ torch.set_num_threads(1)  # hand-over between threads costs more than a tiny mod
 
 
 @pytest.fixture(autouse=True)
-def fixed_random_state() -> Iterator[None]:
+def fixed_random_state() -> None:
     torch.manual_seed(0)
-    yield

@@ -1,4 +1,4 @@
-"""The adapter acts on draft rows and on nothing else: identity at the start, base bits with the gate shut or NaN inside."""
+"""The adapter acts on draft rows only: identity at the start, base bits with the gate shut or NaN inside."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
+from retrofit.runtime.backends import hf
 from retrofit.runtime.backends.hf import ATTENTION, HFBackend, Output, row_attention
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.engine import Engine
@@ -87,6 +88,30 @@ def test_nan_adapter_leaves_base_rows_bitwise_unchanged(name: str) -> None:
     assert fresh.base_logits.isfinite().all()
     assert nan.draft_hidden.isnan().all()
     assert not torch.equal(random.draft_hidden, fresh.draft_hidden)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_grouped_experts_too_run_base_rows_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In forwards of many rows experts are grouped, and a group's size may change the bits of each of its rows."""
+    monkeypatch.setattr(hf, "FEW_ROWS", 0)
+    engine = Engine.from_model(build(name), layout=CAUSAL)
+    fresh, _ = mixed_forward(engine)
+    for change in (randomise, poison):
+        out, _ = mixed_forward(change(engine))
+        assert torch.equal(out.base_logits, fresh.base_logits)
+        assert out.base_logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_mask_vector_meets_the_embedding_multiplier(name: str) -> None:
+    """A mask vector that equals a token's embedding is that token."""
+    engine = Engine.from_model(build(name))
+    with torch.no_grad():
+        engine.attached.heads.mask_vector.copy_(engine.backend.embedding.weight[9])
+        rows = SequenceRows(0, 3, [], [Block(3, [9, MASK, 4])])
+        embedded = engine.backend.embed(engine.backend.plan([rows]))
+    torch.testing.assert_close(embedded[1], embedded[0])
+    assert not torch.equal(embedded[2], embedded[0])
 
 
 def multiplied_gate(self: GatedLoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,8 +9,7 @@ from helpers import Oracle, random_prompts, randomise, reference_greedy, tokens_
 from tiny_models import ARCHITECTURES, CONTEXT, ORIGINAL_CONTEXT, WINDOW, build
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime import engine as engine_module
-from retrofit.runtime import modes
+from retrofit.runtime import modes, policy
 from retrofit.runtime.cost import CostModel, Template
 from retrofit.runtime.engine import Engine
 
@@ -58,7 +57,7 @@ def restless_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         return rng.choice([Template("ar"), *model.templates()])
 
     monkeypatch.setattr(CostModel, "best", best)
-    monkeypatch.setattr(engine_module, "calibrate", lambda *_: None)
+    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
 
 
 def decode(engine: Engine, which: slice = slice(None), **options: Any) -> list[list[int]]:

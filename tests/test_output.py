@@ -14,7 +14,8 @@ import retrofit
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime import modes
-from retrofit.runtime.engine import Engine, Result
+from retrofit.runtime.engine import Engine, Result, stable_text
+from retrofit.runtime.request import Request
 
 TINY = Path(retrofit.__file__).parent / "recipes" / "tiny"
 WAYS: list[dict[str, Any]] = [
@@ -136,7 +137,7 @@ def test_statistics_of_ar() -> None:
 
 
 def test_statistics_of_diffusion_count_denoise_and_commit_forwards() -> None:
-    """Threshold 0 fills a block at once: seed + 3 tokens by one denoise forward, committed by one, which emits the next."""
+    """Threshold 0 fills a block (seed + 3 tokens) by one denoise forward; its commit forward emits the next."""
     (result,) = random_engine().generate(prompts()[:1], "diffusion", max_new_tokens=9, threshold=0.0)
     assert result.stats.forwards == {"prefill": 1, "denoise": 2, "commit": 2}
     assert (result.stats.tokens, result.stats.rows) == (8, 4 * 4)
@@ -160,7 +161,7 @@ def test_every_forward_is_counted_and_nothing_committed_runs_again(
 
     def loop(run: modes.Run, *rest: Any) -> Any:
         if way.get("strategy") == "auto":  # its probe forwards belong to nobody
-            engine._calibrate(run, batch)
+            engine.policy.calibrate(run, batch)
         plan = engine.backend.plan
 
         def recorded(sequences: list[SequenceRows]) -> Any:
@@ -295,3 +296,20 @@ def test_a_stop_string_that_does_not_come_changes_nothing(tiny: Engine, tiny_fre
     )
     events = tiny.stream(TEXTS[:1], "ar", max_new_tokens=40, ignore_eos=True, stop=half)
     assert "".join(e.text for e in events) == tiny_free[0].text
+
+
+@pytest.mark.parametrize("stop", [(), ("漢!",), ("zz", "é漢?")])
+def test_streamed_text_is_never_taken_back(stop: tuple[str, ...]) -> None:
+    """One byte a token: no half character goes out, and no beginning of what may become a stop string."""
+    text = "aé漢zé漢\U0001f40dz"
+    request = Request(0, [0], 0, 99, frozenset(), stop, decode=lambda tokens: bytes(tokens).decode(errors="replace"))
+    sent = ""
+    for byte in text.encode():
+        request.emit([byte])
+        stable = stable_text(request)
+        assert text.startswith(stable) and stable.startswith(sent)
+        whole = request.text()
+        open_ends = [n for s in stop for n in range(1, len(s)) if whole.endswith(s[:n])]
+        assert len(stable) <= len(whole) - max(open_ends, default=0)
+        sent = stable
+    assert request.text() == text

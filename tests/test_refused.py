@@ -138,7 +138,7 @@ def test_options(options: dict[str, Any], message: str, engine: Engine, monkeypa
 
 def test_fused_needs_an_anchored_layout() -> None:
     engine = Engine.from_model(build("llama"), layout=DraftLayout(block=4, seed_row="draft"))
-    with pytest.raises(UsageError, match="fused needs an artifact with draft.seed_row base"):
+    with pytest.raises(UsageError, match="fused needs an artifact with draft"):
         engine.generate([[1]], "self_spec", strategy="fused")
 
 

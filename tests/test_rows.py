@@ -1,4 +1,4 @@
-"""Row plans against loops written from the definitions: order, positions, visibility; and which rows are planned at all."""
+"""Row plans against loops written from the definitions: order, positions, visibility; and which rows are planned."""
 
 import random
 from collections.abc import Iterator, Sequence

@@ -26,7 +26,7 @@ from retrofit.recipes.data import Document
 from retrofit.recipes.objective import Blocks, Sums, backward_draft
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.train import Trainer, clean_forward
-from retrofit.runtime import modes
+from retrofit.runtime import modes, plan
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.modes import Run
@@ -55,7 +55,7 @@ def engine_for(name: str, layout: DraftLayout) -> Engine:
 
 
 def training_blocks(engine: Engine, diffusion: bool) -> tuple[BlockBatch, dict[str, Tensor], Tensor, Tensor, KVCache]:
-    """Group, its index tensors, hidden [B, K, H] and logits [B, D, V] of its drafting rows as training computes them."""
+    """Group, its index tensors, hidden [B, K, H], logits [B, D, V] of drafting rows as training has them; the K/V."""
     heads, backend = engine.attached.heads, engine.backend
     group = BlockBatch(engine.layout, heads.unknown)
     first = 0
@@ -63,7 +63,7 @@ def training_blocks(engine: Engine, diffusion: bool) -> tuple[BlockBatch, dict[s
         rng = document_rng(0, 0, str(first))
         add_sequence(group, tokens, [True] * len(tokens), anchors, first, rng, 64, diffusion)
         first += len(tokens)
-    cache, clean = clean_forward(backend, [document(tokens) for tokens in TEXTS])
+    cache, _ = clean_forward(backend, [document(tokens) for tokens in TEXTS])
     with torch.inference_mode():
         hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
         drafting = hidden[:, engine.layout.first_drafting_row :]
@@ -158,7 +158,7 @@ def test_a_fused_forward_runs_the_blocks_of_training(name: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
 def test_denoising_gives_the_logits_of_l_diff(layout: DraftLayout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows that fill masked slots in diffusion decoding are those that carry L_diff's weight, with the same logits."""
+    """The rows that fill masked slots in diffusion decoding are those under L_diff's weight, with the same logits."""
     engine = engine_for("llama", layout)
     heads = engine.attached.heads
     group, tensors, _, trained, _ = training_blocks(engine, diffusion=True)
@@ -187,10 +187,9 @@ def test_denoising_gives_the_logits_of_l_diff(layout: DraftLayout, monkeypatch: 
                 run = Run(
                     engine.backend, committed(engine, tokens, block.start), SamplingParams(), layout, engine.limits
                 )
-                planned = modes.diffusion_rows
 
                 def same_noise(*args: Any, block: Block = block) -> tuple[SequenceRows, str]:
-                    rows, kind = planned(*args)
+                    rows, kind = plan.diffusion_rows(*args)
                     return as_in_training(rows, [block]), kind
 
                 with monkeypatch.context() as patch, torch.inference_mode():
@@ -252,7 +251,7 @@ def test_only_response_tokens_are_targets() -> None:
 
 @pytest.mark.parametrize("layout", [DraftLayout(6), DraftLayout(6, shift=0, seed_row="draft")], ids=["1", "0"])
 def test_l_diff_weights(layout: DraftLayout) -> None:
-    """m of K - 1 tokens masked, m uniform; (K - 1) / m on the row that predicts each; a masked left neighbour is unknown."""
+    """m of K - 1 tokens masked, m uniform; (K - 1) / m on each predicting row; a masked left neighbour is unknown."""
     counts: dict[int, int] = {}
     tokens = list(range(40))
     rng = document_rng(0, 0, "a")

@@ -132,7 +132,7 @@ def attach(
     wrong = []
     for name, module in peft_model.named_modules():
         if isinstance(module, GatedLoraLinear):
-            module.gate = gate
+            module.close_over(gate)
         elif hasattr(module, "lora_A"):
             wrong.append(name)
     if wrong:

@@ -113,6 +113,14 @@ class RowPlan:
         self.device = torch.device(device)
         self.causal_blocks = causal_blocks
         self.tree = any(s.parents is not None for s in self.sequences)
+        self.logit_rows: Tensor | None
+        self.masked: Tensor | None
+        self.draft: Group | None
+        self.alone = len(self.sequences) == 1 and not self.tree and not self.sequences[0].blocks
+        """Base rows of one sequence, nothing else: plain decoding and prefill."""
+        if self.alone and len(self.sequences[0].tokens) == 1:
+            self._one_row(self.sequences[0])
+            return
         ids, positions = self._flat_rows()
         self.num_rows = len(ids)
         ids_array = np.asarray(ids, dtype=np.int64)
@@ -123,6 +131,20 @@ class RowPlan:
         self.positions = self._tensor(np.asarray(positions, dtype=np.int64))[None]
         self.base = self._base_group()
         self.draft = self._draft_group()
+
+    def _one_row(self, seq: SequenceRows) -> None:
+        """What `__init__` would make of a single base row, without the detours: the step of plain decoding."""
+        p = seq.start
+        self.num_rows = self.num_base = 1
+        self.max_position = p
+        self.ids = torch.tensor([seq.tokens[0]], device=self.device)
+        self.positions = torch.tensor([[p]], device=self.device)
+        self.base_slots = torch.tensor([seq.slot], device=self.device)
+        self.base_positions = self.positions[0]
+        self.logit_rows = self.masked = None
+        self.draft = None
+        one = np.ones((1, 1), dtype=np.int64)
+        self.base = Group([seq.slot], 1, None, None, one * p, one * (p + 1), one * 0, keys=p + 1, last=p)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -199,20 +221,20 @@ class RowPlan:
         ragged = any(n != width for n in counts)
         shape = (len(seqs), width)
         arrays = {"query": np.full(shape, -1), "limit": np.full(shape, 1), "block": np.full(shape, -1)}
-        gather = np.zeros(shape, dtype=np.int64)
+        gather = np.zeros(shape, dtype=np.int64) if ragged else None
         row = 0
         for s, n in enumerate(counts):
             arrays["query"][s, :n] = query[s]
             arrays["limit"][s, :n] = limit[s]
             arrays["block"][s, :n] = block[s]
-            gather[s, :n] = np.arange(row, row + n)
-            row += n
-        scatter = np.flatnonzero(arrays["block"].ravel() >= 0)
+            if gather is not None:
+                gather[s, :n] = np.arange(row, row + n)
+                row += n
         return Group(
             slots=[s.slot for s in seqs],
             width=width,
-            gather=self._tensor(gather.ravel()) if ragged else None,
-            scatter=self._tensor(scatter) if ragged else None,
+            gather=None if gather is None else self._tensor(gather.ravel()),
+            scatter=self._tensor(np.flatnonzero(arrays["block"].ravel() >= 0)) if ragged else None,
             keys=int(max(1, arrays["limit"].max())),
             last=int(arrays["query"].max()),
             query=arrays["query"],
@@ -224,6 +246,8 @@ class RowPlan:
         """(additive mask [S, 1, T, keys] or None, whether plain causal attention does instead)."""
         group = self.base
         assert group is not None
+        if group.width == 1 and len(group.slots) == 1 and not self.tree and (window is None or group.last < window):
+            return None, False
         reach = group.keys if window is None else window
         if group.plain_causal and group.keys <= reach:
             return None, group.width > 1

@@ -19,29 +19,38 @@ class KVCache:
         self.capacity = capacity
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.staged: dict[int, tuple[Tensor, Tensor]] = {}
+        self.views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """(layer, slot) -> that sequence's K and V as [1, heads, capacity, width]."""
 
-    def reserve(self, slots: int, capacity: int) -> None:
-        """Grow to hold at least so many sequences and positions; what is written stays."""
-        slots, capacity = max(slots, self.slots), max(capacity, self.capacity)
-        if (slots, capacity) == (self.slots, self.capacity):
-            return
-        for layer, pair in self.layers.items():
-            grown = tuple(t.new_zeros(slots, capacity, *t.shape[2:]) for t in pair)
-            for new, old in zip(grown, pair, strict=True):
-                new[: self.slots, : self.capacity] = old
-            self.layers[layer] = (grown[0], grown[1])
-        self.slots, self.capacity = slots, capacity
-
-    def write(self, layer: int, slots: Tensor, positions: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
+    def write(self, layer: int, where: tuple[Tensor, Tensor], key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Store row n at (slots[n], positions[n])."""
         if layer not in self.layers:
-            self.layers[layer] = (
-                key_NHD.new_zeros(self.slots, self.capacity, *key_NHD.shape[1:]),
-                value_NHD.new_zeros(self.slots, self.capacity, *value_NHD.shape[1:]),
-            )
+            self._allocate(layer, key_NHD, value_NHD)
         keys, values = self.layers[layer]
-        keys[slots, positions] = key_NHD
-        values[slots, positions] = value_NHD
+        keys[where] = key_NHD
+        values[where] = value_NHD
+
+    def append(self, layer: int, slot: int, start: int, key_1HND: Tensor, value_1HND: Tensor) -> tuple[Tensor, Tensor]:
+        """Store neighbouring rows of one sequence from `start` on; returns its K and V up to them, as `read` does.
+
+        The common case of plain decoding, in as few operations as it takes.
+        """
+        if layer not in self.layers:
+            self._allocate(layer, key_1HND[0].transpose(0, 1), value_1HND[0].transpose(0, 1))
+        if (layer, slot) not in self.views:
+            keys, values = (t[slot : slot + 1].transpose(1, 2) for t in self.layers[layer])
+            self.views[layer, slot] = (keys, values)
+        keys, values = self.views[layer, slot]
+        count = key_1HND.shape[2]
+        keys.narrow(2, start, count).copy_(key_1HND)
+        values.narrow(2, start, count).copy_(value_1HND)
+        return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
+
+    def _allocate(self, layer: int, key_NHD: Tensor, value_NHD: Tensor) -> None:
+        self.layers[layer] = (
+            key_NHD.new_zeros(self.slots, self.capacity, *key_NHD.shape[1:]),
+            value_NHD.new_zeros(self.slots, self.capacity, *value_NHD.shape[1:]),
+        )
 
     def stage(self, layer: int, key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Keep a tree forward's base rows until it is known which of them are accepted."""
@@ -50,7 +59,7 @@ class KVCache:
     def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Store staged row rows[n] at (slots[n], positions[n]) in every layer; forget the others."""
         for layer, (key_NHD, value_NHD) in self.staged.items():
-            self.write(layer, slots, positions, key_NHD[rows], value_NHD[rows])
+            self.write(layer, (slots, positions), key_NHD[rows], value_NHD[rows])
         self.staged = {}
 
     def read(self, layer: int, slots: list[int], length: int) -> tuple[Tensor, Tensor]:
@@ -63,6 +72,3 @@ class KVCache:
             index = torch.tensor(slots, device=keys.device)
             key, value = keys[index, :length], values[index, :length]
         return key.transpose(1, 2), value.transpose(1, 2)
-
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self.layers.values() for t in pair)

@@ -27,6 +27,7 @@ from retrofit.runtime.policy import AutoPolicy, tree_shape
 from retrofit.runtime.request import Request, Stats
 from retrofit.runtime.sampling import SamplingParams
 from retrofit.runtime.scheduler import Scheduler
+from retrofit.runtime.threads import thread_limit
 
 MODES = ("ar", "diffusion", "self_spec")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
@@ -321,6 +322,13 @@ class Engine:
                 running = [r for r in running if r not in crossing]
                 if not running:
                     return
+        rows = len(running) if mode == "ar" else len(running) * (1 + self.layout.block)
+        if mode == "self_spec" and strategy == "auto":
+            rows = self.policy.rows(run, len(running))
+        with thread_limit(self.backend.device, rows * self.backend.work_per_row):
+            self._step_group(run, running, mode, strategy, prepare)
+
+    def _step_group(self, run: Run, running: list[Request], mode: str, strategy: str, prepare: str | int) -> None:
         if mode == "diffusion":
             diffusion_step(run, running)
             return
@@ -335,11 +343,11 @@ class Engine:
         speculative_step(run, running, choices)
 
     def _event(self, request: Request, sent: dict[int, tuple[int, int]], with_text: bool) -> Event | None:
+        if not with_text and not request.done:
+            return None
         tokens_sent, text_sent = sent[request.index]
         emitted = request.emitted
         if len(emitted) == tokens_sent and not request.done:
-            return None
-        if not with_text and not request.done:
             return None
         result = self._result(request) if request.done else None
         text = ""

@@ -283,10 +283,13 @@ def _targets(
     """
     if not owners:
         return []
-    device = logits_RV.device
     scores = process_logits(logits_RV, run.params, seen_RV)
-    seed = torch.tensor([r.seed for r in owners], dtype=torch.int64, device=device)
-    index = torch.tensor([r.output_index + j for r, j in zip(owners, steps, strict=True)], device=device)
+    device = logits_RV.device
+    if run.params.temperature == 0:
+        seed = index = torch.empty(0, dtype=torch.int64, device=device)  # a greedy choice draws no noise
+    else:
+        seed = torch.tensor([r.seed for r in owners], dtype=torch.int64, device=device)
+        index = torch.tensor([r.output_index + j for r, j in zip(owners, steps, strict=True)], device=device)
     chosen: list[int] = choose(scores, run.params, seed, index).tolist()
     return chosen
 

@@ -23,6 +23,8 @@ ROWS = 96
 """Rows of one request and forward that a draft tree is grown to: about what a GPU computes at the price of one."""
 UNKNOWN_CHANCE = ((0.4, 0.15, 0.1, 0.05),)
 """Chances of the candidates of a slot where none were measured; they shape the tree and change no output."""
+RETHINK = 32
+"""Steps between two comparisons of all plans: comparing costs as much as a small model's layer."""
 PROBE_PROMPT = 16
 """Tokens that stand in for a context while plans are timed."""
 
@@ -55,11 +57,13 @@ class AutoPolicy:
         self.acceptance = acceptance
         self.costs: dict[bool, CostModel] = {}
         self.calibrated: set[tuple[bool, int]] = set()
+        self.decided: dict[tuple[bool, int], tuple[Template, int]] = {}
+        """(sampled, batch) -> current plan, and for how many more looks it holds."""
 
     def step(self, run: Run, running: Sequence[Request]) -> None:
         """Run the plan that promises most tokens per second now, and learn from what it did."""
         costs = self.costs[run.params.temperature > 0]
-        template = costs.best(len(running))
+        template = self._template(run, len(running))
         run.shape = template.shape
         choices = [self._choice(costs, template, request) for request in running]
         hoped = [
@@ -80,6 +84,20 @@ class AutoPolicy:
                 costs.observe_tree(request.stats.accepted[-1], expected)
             else:
                 costs.observe_acceptance(request.stats.accepted[-1], request.stats.verified[-1])
+
+    def rows(self, run: Run, batch: int) -> int:
+        """About how many rows the next step will run."""
+        template = self._template(run, batch)
+        return batch * (1 + template.verify + template.prepare * self.layout.block)
+
+    def _template(self, run: Run, batch: int) -> Template:
+        """The best plan, thought over every RETHINK steps."""
+        sampled = run.params.temperature > 0
+        known = self.decided.get((sampled, batch))
+        if known is None or known[1] <= 0:
+            known = self.decided[sampled, batch] = (self.costs[sampled].best(batch), RETHINK)
+        self.decided[sampled, batch] = (known[0], known[1] - 1)
+        return known[0]
 
     def _choice(self, costs: CostModel, template: Template, request: Request) -> Choice:
         """A template for one request: what it has drafted, and the accept lengths its confidence finds likeliest."""

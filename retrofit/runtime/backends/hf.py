@@ -113,6 +113,11 @@ def row_attention(
     context.calls += 1
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if plan.alone and plan.base is not None:
+        # The rows are a rectangle as they come.
+        k, v = cache.append(layer, plan.base.slots[0], plan.sequences[0].start, key, value)
+        mask, causal = plan.base_mask(sliding_window, query.dtype)
+        return attend(query, k, v, mask, causal, scale, softcap).transpose(1, 2), None
     query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
     n = plan.num_base
     out: list[Tensor] = []
@@ -122,7 +127,7 @@ def row_attention(
             cache.stage(layer, key_NHD[:n], value_NHD[:n])
             tree = [(plan.base.rectangle(key_NHD[:n]), plan.base.rectangle(value_NHD[:n]))]
         else:
-            cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
+            cache.write(layer, (plan.base_slots, plan.base_positions), key_NHD[:n], value_NHD[:n])
         mask, causal = plan.base_mask(sliding_window, query.dtype)
         k, v = _joined([cache.read(layer, plan.base.slots, plan.base.keys), *tree])
         got = attend(plan.base.rectangle(query_NHD[:n]), k, v, mask, causal, scale, softcap)
@@ -195,6 +200,8 @@ class HFBackend:
         self.head = VocabHead(model)
         self.device = self.embedding.weight.device
         self.dtype = self.embedding.weight.dtype
+        self.work_per_row = 2.0 * sum(p.numel() for p in model.parameters())
+        """About how many floating-point operations a row costs."""
         self.context_length = int(self.config.max_position_embeddings)
         self.rope_boundary = rope_boundary(self.config)
         if self.rope_boundary is not None and self.config.model_type != "phi3":
@@ -252,20 +259,18 @@ class HFBackend:
 
     @contextmanager
     def _switched(self, plan: RowPlan) -> Iterator[None]:
-        attention, experts = (
-            self.config._attn_implementation_internal,
-            self.config._experts_implementation_internal,
-        )
+        settings = vars(self.config)  # past the configuration's own __setattr__, which costs more than a small kernel
+        attention, experts = settings["_attn_implementation_internal"], settings["_experts_implementation_internal"]
         before = self.gate.base_rows
-        self.config._attn_implementation_internal = ATTENTION
+        settings["_attn_implementation_internal"] = ATTENTION
         if experts is not None and plan.num_rows <= FEW_ROWS:
-            self.config._experts_implementation_internal = "batched_mm"
+            settings["_experts_implementation_internal"] = "batched_mm"
         self.gate.base_rows = plan.num_base
         try:
             yield
         finally:
-            self.config._attn_implementation_internal = attention
-            self.config._experts_implementation_internal = experts
+            settings["_attn_implementation_internal"] = attention
+            settings["_experts_implementation_internal"] = experts
             self.gate.base_rows = before
 
     @torch.inference_mode()

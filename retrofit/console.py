@@ -200,7 +200,7 @@ def loading_options(function: Any) -> Any:
 
 
 GENERATION = (
-    *("mode", "strategy", "prepare", "threshold", "max_new_tokens", "stop"),
+    *("mode", "strategy", "prepare", "tree", "threshold", "max_new_tokens", "stop"),
     *("temperature", "top_k", "top_p", "repetition_penalty"),
 )
 
@@ -217,6 +217,8 @@ def generation_options(function: Any) -> Any:
                      help="Of self_spec: which forwards draft and verify; auto takes what is fastest here."),
         click.option("--prepare", default="all", show_default=True, metavar="all|last|N",
                      help="Of fused: for which accept lengths to draft ahead."),
+        click.option("--tree", type=click.IntRange(min=0), metavar="N",
+                     help="Of fused: draft tokens to verify as a tree; 0 is one chain.  [default: fills 96 rows]"),
         click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True),
         click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
                      help="0 is greedy."),

@@ -22,13 +22,13 @@ class KVCache:
         self.views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         """(layer, slot) -> that sequence's K and V as [1, heads, capacity, width]."""
 
-    def write(self, layer: int, where: tuple[Tensor, Tensor], key_NHD: Tensor, value_NHD: Tensor) -> None:
+    def write(self, layer: int, slots: Tensor, positions: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Store row n at (slots[n], positions[n])."""
         if layer not in self.layers:
             self._allocate(layer, key_NHD, value_NHD)
         keys, values = self.layers[layer]
-        keys[where] = key_NHD
-        values[where] = value_NHD
+        keys[slots, positions] = key_NHD
+        values[slots, positions] = value_NHD
 
     def append(self, layer: int, slot: int, start: int, key_1HND: Tensor, value_1HND: Tensor) -> tuple[Tensor, Tensor]:
         """Store neighbouring rows of one sequence from `start` on; returns its K and V up to them, as `read` does.
@@ -59,7 +59,7 @@ class KVCache:
     def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Store staged row rows[n] at (slots[n], positions[n]) in every layer; forget the others."""
         for layer, (key_NHD, value_NHD) in self.staged.items():
-            self.write(layer, (slots, positions), key_NHD[rows], value_NHD[rows])
+            self.write(layer, slots, positions, key_NHD[rows], value_NHD[rows])
         self.staged = {}
 
     def read(self, layer: int, slots: list[int], length: int) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ def row_attention(
             cache.stage(layer, key_NHD[:n], value_NHD[:n])
             tree = [(plan.base.rectangle(key_NHD[:n]), plan.base.rectangle(value_NHD[:n]))]
         else:
-            cache.write(layer, (plan.base_slots, plan.base_positions), key_NHD[:n], value_NHD[:n])
+            cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
         mask, causal = plan.base_mask(sliding_window, query.dtype)
         k, v = _joined([cache.read(layer, plan.base.slots, plan.base.keys), *tree])
         got = attend(plan.base.rectangle(query_NHD[:n]), k, v, mask, causal, scale, softcap)

@@ -37,7 +37,9 @@ def embedded_folder() -> Path:
     return Path(__file__).parent / "recipes" / "tiny"
 
 
-def locate(name: str, revision: str | None = None, offline: bool = False, *, weights: bool = True) -> Path:
+def locate(
+    name: str, revision: str | None = None, offline: bool = False, *, weights: bool = True, code: bool = False
+) -> Path:
     """The local folder of a model: the embedded one, an existing folder, or a Hub id's snapshot, downloaded if need be.
 
     Raises UsageError for a name that is neither, ResourceError for missing network or credentials.
@@ -60,7 +62,9 @@ def locate(name: str, revision: str | None = None, offline: bool = False, *, wei
         RevisionNotFoundError,
     )
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
+    patterns = (
+        ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
+    )
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
@@ -101,7 +105,7 @@ def load_base(
     from transformers.utils import logging
 
     check_device(device)
-    folder = locate(name, revision, offline)
+    folder = locate(name, revision, offline, code=trust_remote_code)
     if not (folder / "config.json").is_file():
         raise UsageError(f"{name} holds no config.json, so it is no transformers model")
     if not any(folder.glob("*.safetensors")):
@@ -148,6 +152,8 @@ def check_device(device: str) -> None:
         raise UsageError(f"unknown device {device!r}", "use cpu, cuda or cuda:N") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ResourceError("no CUDA GPU is available here", "use --device cpu")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"no device {device} here, only {torch.cuda.device_count()} GPU(s)", "use cuda:0")
 
 
 def file_fingerprint(folder: Path, config: dict[str, Any]) -> dict[str, str | None]:

@@ -136,6 +136,7 @@ def attach(
         elif hasattr(module, "lora_A"):
             wrong.append(name)
     if wrong:
+        peft_model.unload()
         raise UnsupportedModelError(
             f"PEFT put an ungated LoRA on {wrong[0]} ({len(wrong)} modules); choose other targets"
         )

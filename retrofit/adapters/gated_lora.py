@@ -36,7 +36,8 @@ class GatedLoraLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., N, in] -> [..., N, out]."""
         base, first = self.plain, self.gate.base_rows
-        if base is None or base._forward_hooks or base._forward_pre_hooks:
+        hooked = base is None or base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
+        if base is None or hooked:
             out: Tensor = self.base_layer(x)
         else:
             # What the layer would do, past the module machinery: a tenth of a small model's decode step.

@@ -6,6 +6,7 @@ The base is only read.  The artifact appears whole at the end, or not at all.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
 import tempfile
@@ -22,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retrofit import __version__, artifact
 from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
-from retrofit.errors import GateError, UsageError
-from retrofit.hub import Base, live_fingerprint, load_base
+from retrofit.errors import GateError, ResourceError, UsageError
+from retrofit.hub import EMBEDDED, Base, live_fingerprint, load_base
 from retrofit.recipes.data import Document, documents, windows
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
 from retrofit.recipes.regenerate import regenerate
@@ -31,6 +32,9 @@ from retrofit.recipes.schema import Recipe, dump_recipe, load_recipe
 from retrofit.recipes.train import Trainer, batches, clean_forward, train
 from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
 from retrofit.runtime.engine import Engine
+
+MEASURED = 32
+"""Held-out documents that acceptance is measured on; data.held_out may keep more out of training."""
 
 CARD = """---
 library_name: peft
@@ -60,7 +64,7 @@ Draft block {block}; adapter and heads {added:,} parameters, {share:.2%} of the 
 
 
 def convert(
-    model: str | PreTrainedModel | None = None,
+    model: str | Path | PreTrainedModel | None = None,
     recipe: str | Path | Recipe | None = None,
     out: str | Path = "retrofit-artifact",
     overrides: Mapping[str, Any] | Sequence[str] = (),
@@ -79,11 +83,15 @@ def convert(
     Raises UsageError, DataError, ResourceError, UnsupportedModelError; nothing is written then.  Raises GateError if
     the base's own loss moved, which would mean that training touched it.
     """
+    model = str(model) if isinstance(model, Path) else model
     plan = resolve(model, recipe, overrides)
     out = Path(out)
+    out = out.resolve() if out.name in ("", "..") else out
     artifact.check_writable(out, overwrite)
+    _check_parent(out)
     started = time.perf_counter()
     base = _base(model, plan, device, offline, trust_remote_code, tokenizer)
+    plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
     layout = DraftLayout(**plan.draft.model_dump())
     refuse_unsupported(base.model)
     context = int(base.model.config.get_text_config().max_position_embeddings)
@@ -108,6 +116,11 @@ def convert(
         ),
     )
     try:
+        if plan.data.max_length > (backend.rope_boundary or backend.context_length):
+            raise UsageError(
+                f"data.max_length is {plan.data.max_length}, beyond the position where {base.name} changes its RoPE",
+                f"add data.max_length={backend.rope_boundary or backend.context_length}",
+            )
         return _convert(plan, base, attached, backend, out, overwrite, quiet, started)
     finally:
         backend.close()
@@ -122,6 +135,8 @@ def resolve(
 ) -> Recipe:
     """The recipe of a conversion with everything filled in.  Raises UsageError."""
     if isinstance(recipe, Recipe):
+        if overrides:
+            raise UsageError("a Recipe and overrides were both given", "put the values into the Recipe")
         plan = recipe
     else:
         name = str(recipe) if recipe is not None else (None if model is None else "default")
@@ -191,13 +206,15 @@ def _convert(
         measured = held_out_acceptance(backend, attached, held_out, plan.train.anchors, seed)
         calibrate_confidence(attached, measured)
         conditional = measured.conditional()
-        acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
+        acceptance: dict[str, Any] = {"conditional": history[-1]["accept"]}
+        if len(measured.eligible):
+            acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
         config = _config(plan, base, attached, acceptance, history, time.perf_counter() - started)
         card = CARD.format(
             model=base.name,
             version=__version__,
-            greedy=conditional["greedy"],
-            sampled=conditional["sampled"],
+            greedy=conditional["greedy"] if len(measured.eligible) else "not measured",
+            sampled=conditional["sampled"] if len(measured.eligible) else "not measured",
             block=attached.layout.block,
             added=_count(trainer.trained),
             share=_share(attached),
@@ -234,11 +251,12 @@ def _epochs(plan: Recipe, base: Base, attached: Attached, backend: HFBackend) ->
 
 
 def _held_out(plan: Recipe, tokenizer: Any) -> list[Document]:
-    """The first window of each held-out document, up to 32 of them; errors in the data show here, before training."""
+    """First windows of held-out documents, MEASURED at most; errors in the data show here, before training."""
     if plan.data.held_out == 0:
         return []
     read = documents(plan.data, tokenizer, part="held_out")
-    return [next(windows([document], plan.data.max_length)) for document in islice(read, 32)]
+    first = (next(windows([document], plan.data.max_length), None) for document in read)
+    return list(islice((window for window in first if window is not None), MEASURED))
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -247,15 +265,15 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 
 def _progress(bar: tqdm[Any], trainer: Trainer) -> Callable[[int, dict[str, Any]], None]:
-    begin, rows = time.perf_counter(), [0]
+    begin, tokens = time.perf_counter(), [0]
 
     def show(step: int, record: dict[str, Any]) -> None:
-        rows[0] += record["rows"]["clean"] + record["rows"]["draft"]
+        tokens[0] += record["rows"]["clean"]
         loss, accept = record["loss"], record["accept"]["sampled"]
         bar.set_postfix_str(
             f"loss {loss['total']:.3f} (ar {loss['ar']:.2f} diff {loss['diff']:.2f} draft {loss['draft']:.3f} "
-            f"conf {loss['conf']:.2f}) accept {' '.join(f'{a:.2f}' for a in accept[:4])} tau {record['tau']:.2f} "
-            f"{rows[0] / (time.perf_counter() - begin):,.0f} rows/s",
+            f"conf {loss['conf']:.2f}) accept {' '.join(f'{a:.2f}' for a in accept)} tau {record['tau']:.2f} "
+            f"{tokens[0] / (time.perf_counter() - begin):,.0f} tokens/s",
             refresh=False,
         )
         bar.update()
@@ -276,9 +294,7 @@ def _config(
         "format": artifact.FORMAT,
         "retrofit": __version__,
         "base": {
-            "model": base.name
-            if base.folder is None or not Path(base.name).is_dir()
-            else str(Path(base.name).resolve()),
+            "model": _lasting_name(base),
             "revision": base.revision,
             "dtype": str(attached.model.dtype).removeprefix("torch."),
             "fingerprint": base.fingerprint,
@@ -308,6 +324,26 @@ def _config(
             "loss": history[-1]["loss"] if history else {},
         },
     }
+
+
+def _lasting_name(base: Base) -> str:
+    """The base's name as it will be understood from any folder."""
+    if base.name == EMBEDDED or base.folder is None or not Path(base.name).is_dir():
+        return base.name
+    return str(Path(base.name).resolve())
+
+
+def _check_parent(out: Path) -> None:
+    """Find out before hours of training, not after.  Raises ResourceError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out.parent, os.W_OK)
+    except OSError as error:
+        raise ResourceError(
+            f"{out.parent}: cannot be made ({error.strerror})", "choose another place with -o"
+        ) from error
+    if not writable:
+        raise ResourceError(f"{out.parent}: not writable", "choose another place with -o")
 
 
 def _metrics_file(out: Path) -> Path:

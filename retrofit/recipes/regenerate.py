@@ -38,8 +38,8 @@ def regenerate(
             batch_size=BATCH,
         )
         for (document, n), result in zip(kept, results, strict=True):
-            tokens = (*document.tokens[:n], *result.tokens)
-            yield Document(document.id, tokens, (False,) * n + (True,) * len(result.tokens))
+            response = result.tokens[: min(len(document.tokens), max_length) - n]
+            yield Document(document.id, (*document.tokens[:n], *response), (False,) * n + (True,) * len(response))
 
 
 def _prompt_length(document: Document, seed: int, epoch: int) -> int:

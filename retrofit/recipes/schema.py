@@ -80,6 +80,8 @@ class Draft(Section):
 
     @model_validator(mode="after")
     def _slot_one_is_new(self) -> Self:
+        if self.shift == 0 and self.block == 1:
+            raise ValueError("draft.block: 1 drafts nothing with draft.shift 0; raise draft.block")
         if self.shift == 0 and self.seed_row == "base":
             raise ValueError(
                 "draft.shift: 0 does not go with draft.seed_row base, whose own row already predicts what "

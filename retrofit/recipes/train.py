@@ -41,7 +41,7 @@ from retrofit.recipes.schema import Recipe
 from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.cache import KVCache
 
-SHUFFLE_BUFFER = 1024
+SHUFFLE_BUFFER = 256
 """Windows held for shuffling; documents come in random order already."""
 
 

@@ -31,6 +31,10 @@ MARGIN = 1.02
 """A plan must promise this much more than `ar` to be chosen: near break-even, noise decides and `ar` is safe."""
 
 
+MOST_ROWS = 256
+"""Rows of one request and forward beyond which no plan is considered."""
+
+
 @dataclass(frozen=True)
 class Template:
     """One kind of plan: strategy `ar | two_forward | fused`, drafts verified, accept lengths prepared, draft tree."""
@@ -126,11 +130,13 @@ class CostModel:
         if self.layout.anchored:
             plans += [Template("fused", k, h) for k in range(1, D + 1) for h in range(1, k + 2)]
             plans += [Template("fused", shape.nodes, shape.nodes + 1, shape) for shape in self.shapes]
-        return plans
+        return [p for p in plans if 1 + p.verify + p.prepare * self.layout.block <= MOST_ROWS]
 
     def best(self, batch: int) -> Template:
         """The plan with the highest expected rate; `ar` unless another beats it by MARGIN."""
         ar = Template("ar")
+        if not self.times[True]:
+            return ar
         top = max(self.templates(), key=lambda t: self.rate(t, batch), default=ar)
         return top if self.rate(top, batch) > MARGIN * self.rate(ar, batch) else ar
 
@@ -148,7 +154,12 @@ def probe_rows(model: CostModel) -> list[tuple[int, int]]:
 
 def calibrate(model: CostModel, batch: int, step: Callable[[int, int], float], room: int, repeats: int = 5) -> None:
     """Time the probe plans that fit into `room` positions: `step(verified, prepared)` runs one, returns its seconds."""
-    pairs = [(verified, prepared) for verified, prepared in probe_rows(model) if verified <= room]
+    K = model.layout.block
+    pairs = [
+        (verified, prepared)
+        for verified, prepared in probe_rows(model)
+        if max(verified, prepared - 1) + (K if prepared else 0) < room and 1 + verified + prepared * K <= MOST_ROWS
+    ]
     for _ in range(repeats):
         for verified, prepared in pairs:
             base = 1 if (model.layout.anchored or not prepared) else 0

@@ -317,7 +317,7 @@ class Engine:
             crossing = [r for r in running if not r.long_rope]
             if crossing:
                 for request in crossing:
-                    request.drafts, request.block = [], []
+                    request.drafts, request.shape, request.block = [], None, []
                 prefill_step(run, crossing)
                 running = [r for r in running if r not in crossing]
                 if not running:

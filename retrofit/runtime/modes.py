@@ -100,6 +100,13 @@ def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Ch
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
     steps = [step for row in rows for step in _depths(row)]
     seen = _path_seen(requests, rows)
+    if all(c.kind == "ar" for c in choices):
+        for r, token in zip(requests, _targets(run, out.base_logits, owners, steps, seen), strict=True):
+            r.stats.count("ar", 1)
+            r.drafts, r.confidence, r.shape = [], [], None
+            r.emit([token])
+            r.committed += 1
+        return
     targets = _split(_targets(run, out.base_logits, owners, steps, seen), rows)
     paths = _paths(rows, targets)
     if plan.tree:

@@ -17,13 +17,14 @@ from retrofit.runtime.cost import CostModel, Template, calibrate
 from retrofit.runtime.modes import Run, prefill_step, speculative_step
 from retrofit.runtime.plan import Choice, Limits, likeliest_lengths, max_verify, useful
 from retrofit.runtime.request import Request
+from retrofit.runtime.threads import thread_limit
 from retrofit.runtime.tree import Shape, grow
 
 ROWS = 96
 """Rows of one request and forward that a draft tree is grown to: about what a GPU computes at the price of one."""
 UNKNOWN_CHANCE = ((0.4, 0.15, 0.1, 0.05),)
 """Chances of the candidates of a slot where none were measured; they shape the tree and change no output."""
-RETHINK = 32
+RETHINK = 128
 """Steps between two comparisons of all plans: comparing costs as much as a small model's layer."""
 PROBE_PROMPT = 16
 """Tokens that stand in for a context while plans are timed."""
@@ -58,7 +59,7 @@ class AutoPolicy:
         self.costs: dict[bool, CostModel] = {}
         self.calibrated: set[tuple[bool, int]] = set()
         self.decided: dict[tuple[bool, int], tuple[Template, int]] = {}
-        """(sampled, batch) -> current plan, and for how many more looks it holds."""
+        """(sampled, batch) -> current plan, and for how many more steps it holds."""
 
     def step(self, run: Run, running: Sequence[Request]) -> None:
         """Run the plan that promises most tokens per second now, and learn from what it did."""
@@ -87,7 +88,8 @@ class AutoPolicy:
 
     def rows(self, run: Run, batch: int) -> int:
         """About how many rows the next step will run."""
-        template = self._template(run, batch)
+        known = self.decided.get((run.params.temperature > 0, batch))
+        template = known[0] if known else Template("ar")
         return batch * (1 + template.verify + template.prepare * self.layout.block)
 
     def _template(self, run: Run, batch: int) -> Template:
@@ -141,11 +143,13 @@ class AutoPolicy:
                 request.committed = len(prompt) - 1
                 request.drafts = [2] * verified
             choices = [Choice(verified, tuple(range(prepared))) for _ in requests]
-            begin = time.perf_counter()
-            speculative_step(scratch, requests, choices)
-            return time.perf_counter() - begin
+            rows = batch * (1 + verified + prepared * self.layout.block)
+            with thread_limit(run.backend.device, rows * run.backend.work_per_row):
+                begin = time.perf_counter()
+                speculative_step(scratch, requests, choices)
+                return time.perf_counter() - begin
 
-        room = self.limits.context - len(prompt) - self.layout.block - 1
+        room = min(self.limits.context, scratch.cache.capacity) - len(prompt)
         with torch.inference_mode():
             prefill_step(scratch, fresh())
             calibrate(self.costs[sampled], batch, step, room)

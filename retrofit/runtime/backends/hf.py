@@ -43,6 +43,8 @@ class ForwardContext:
     plan: RowPlan
     cache: KVCache
     calls: int = 0
+    windowed: int = 0
+    """Calls that came with a sliding window."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def row_attention(
         raise UnsupportedModelError(f"{type(module).__name__} has attention sinks, which retrofit does not support yet")
     context, plan, cache = retrofit_rows, retrofit_rows.plan, retrofit_rows.cache
     context.calls += 1
+    context.windowed += sliding_window is not None
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if plan.alone and plan.base is not None:
@@ -191,6 +194,8 @@ class HFBackend:
     def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
         """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""
         self.model = model
+        self.was_training = model.training
+        model.eval()  # dropout and router noise have no place in decoding, nor in the teacher of a drafter
         self.config = model.config.get_text_config()
         self.gate = gate
         self.heads = heads
@@ -203,6 +208,7 @@ class HFBackend:
         self.work_per_row = 2.0 * sum(p.numel() for p in model.parameters())
         """About how many floating-point operations a row costs."""
         self.context_length = int(self.config.max_position_embeddings)
+        self.slides = has_sliding_window(self.config)
         self.rope_boundary = rope_boundary(self.config)
         if self.rope_boundary is not None and self.config.model_type != "phi3":
             # Only Phi-3's own code recomputes its cache at the crossing, so only there is there something to equal.
@@ -217,6 +223,7 @@ class HFBackend:
     def close(self) -> None:
         """Give the live model back as it was."""
         self._unwrap()
+        self.model.train(self.was_training)
 
     def plan(self, sequences: list[SequenceRows]) -> RowPlan:
         return RowPlan(sequences, self.device, self.causal_blocks)
@@ -239,6 +246,10 @@ class HFBackend:
                 use_cache=False,
                 retrofit_rows=context,
             ).last_hidden_state[0]
+        if context.windowed == 0 and self.slides:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has a sliding window but does not hand it to its attention function"
+            )
         if context.calls != self.config.num_hidden_layers:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: {context.calls} of {self.config.num_hidden_layers} layers call "
@@ -298,6 +309,14 @@ def rope_boundary(config: Any) -> int | None:
     if parameters.get("rope_type") != "longrope":
         return None
     return int(parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+
+
+def has_sliding_window(config: Any) -> bool:
+    """Whether any layer sees a window only; where layers are not typed, all do."""
+    types = getattr(config, "layer_types", None)
+    if types:
+        return "sliding_attention" in types
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True) is not False
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:

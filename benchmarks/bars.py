@@ -36,6 +36,7 @@ def main(only: tuple[str, ...], artifact: Path | None, prompts: int, out: Path |
     path = out or (RESULTS if prompts == PROMPTS else None)
     command = " ".join(["python -m benchmarks.bars", *(f"--only {name}" for name in only)])
     command += f" --prompts {prompts}" if prompts != PROMPTS else ""
+    command += f" --artifact {artifact.name}" if artifact else ""
     try:
         folder = artifact or ROOT / "out" / "bars"
         if artifact is None and set(wanted) & set(NEED_ARTIFACT):

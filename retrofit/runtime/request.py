@@ -18,7 +18,6 @@ from torch import Tensor
 
 from retrofit.runtime.tree import Shape
 
-KINDS = ("prefill", "ar", "draft", "verify", "fused", "denoise", "commit")
 CYCLES = ("ar", "verify", "fused")
 """Kinds of forward that end a verify cycle; a `draft` forward belongs to the cycle of the drafts it makes."""
 

@@ -1,11 +1,38 @@
-"""Settings every test runs under: one thread (the models are tiny) and a fixed random state."""
+"""Settings every test runs under: one thread (the models are tiny), a fixed random state, kernels without a GPU.
+
+Where there is no GPU, Triton's kernels run in its interpreter; that is decided before the first of them is imported.
+"""
+
+import os
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from retrofit.runtime.kernels import interpreter
+
 torch.set_num_threads(1)  # hand-over between threads costs more than a tiny model's matrix products
+if interpreter.interpreted():
+    interpreter.patch()
 
 
 @pytest.fixture(autouse=True)
 def fixed_random_state() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN, or the largest integer: whoever reads it is found out."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))

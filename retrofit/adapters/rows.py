@@ -157,7 +157,7 @@ class RowPlan:
         for seq in self.sequences:
             first = len(ids)
             ids.extend(seq.tokens)
-            positions.extend(_base_positions(seq))
+            positions.extend(base_positions(seq))
             slots.extend([seq.slot] * len(seq.tokens))
             if seq.last_logits_only:
                 logit_rows.append(len(ids) - 1)
@@ -177,7 +177,7 @@ class RowPlan:
         seqs = [s for s in self.sequences if s.tokens]
         if not seqs:
             return None
-        query = [_base_positions(s) for s in seqs]
+        query = [base_positions(s) for s in seqs]
         limit = [[s.start] * len(q) if self.tree else [t + 1 for t in q] for s, q in zip(seqs, query, strict=True)]
         group = self._group(seqs, query, limit, [[0] * len(q) for q in query])
         if self.tree:
@@ -310,7 +310,7 @@ def path_visibility(group: Group, base: Group, window: int | None) -> np.ndarray
     return group.ancestors & (group.query[:, :, None] - base.query[:, None, :] < window)
 
 
-def _base_positions(seq: SequenceRows) -> list[int]:
+def base_positions(seq: SequenceRows) -> list[int]:
     if seq.parents is None:
         return list(range(seq.start, seq.start + len(seq.tokens)))
     positions: list[int] = []

@@ -190,7 +190,7 @@ def lossless(
 
     reference: the original model, or what `reference_tokens` returned for it, to be reused over strategies.
     """
-    eos = () if ignore_eos else sorted(engine.eos)
+    eos = () if ignore_eos else sorted(engine.backend.eos)
     expected = (
         reference
         if isinstance(reference, Sequence)

@@ -112,14 +112,7 @@ class Subject:
         )
         attached.load(run.attached.adapter_state(), run.attached.heads_state())
         backend = HFBackend(model, attached.gate, attached.heads, run.layout.causal)
-        return Engine(
-            backend,
-            attached,
-            run.tokenizer,
-            run.config.get("acceptance", {}).get("conditional"),
-            run.config,
-            run.base,
-        )
+        return Engine(backend, run.layout, run.tokenizer, run.config.get("acceptance"), run.config, run.base, attached)
 
     def _require_memory(self, dtype: torch.dtype) -> None:
         count = sum(t.numel() for t in base_state(self.run.attached.model).values())

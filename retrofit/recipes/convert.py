@@ -238,7 +238,7 @@ def _convert(
 
 def _epochs(plan: Recipe, base: Base, attached: Attached, backend: HFBackend) -> Callable[[int], Iterator[Document]]:
     """Training windows of an epoch; with `regenerate` their responses are the base's own."""
-    engine = Engine(backend, attached, base.tokenizer)
+    engine = Engine(backend, attached.layout, base.tokenizer, attached=attached)
 
     def epoch(number: int) -> Iterator[Document]:
         read = documents(plan.data, base.tokenizer, part="train", seed=plan.train.seed + number)

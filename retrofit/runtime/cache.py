@@ -22,6 +22,12 @@ class KVCache:
         self.views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         """(layer, slot) -> that sequence's K and V as [1, heads, capacity, width]."""
 
+    def open(self, slot: int, positions: int) -> None:
+        """Every slot has room for `capacity` positions already."""
+
+    def close(self, slot: int) -> None:
+        """What a slot holds is overwritten by its next sequence."""
+
     def write(self, layer: int, slots: Tensor, positions: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Store row n at (slots[n], positions[n])."""
         if layer not in self.layers:

@@ -19,20 +19,18 @@ from retrofit.adapters.attach import ROLES, Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.hub import Base, live_fingerprint, load_base, same_base
-from retrofit.runtime.backends.hf import HFBackend, wrap
-from retrofit.runtime.cache import KVCache
-from retrofit.runtime.modes import Run, diffusion_step, prefill_step, speculative_step
-from retrofit.runtime.plan import Limits, looked_up, speculative_choice
-from retrofit.runtime.policy import AutoPolicy, tree_shape
+from retrofit.runtime.backends.hf import wrap
+from retrofit.runtime.backends.interface import Backend
+from retrofit.runtime.host_steps import HostSteps
+from retrofit.runtime.modes import Run, prefill_step
+from retrofit.runtime.plan import Limits
+from retrofit.runtime.policy import ROWS, AutoPolicy, tree_shape
 from retrofit.runtime.request import Request, Stats
 from retrofit.runtime.sampling import SamplingParams
 from retrofit.runtime.scheduler import Scheduler
-from retrofit.runtime.threads import thread_limit
 
 MODES = ("ar", "diffusion", "self_spec")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
-CACHE_STEP = 256
-"""The K/V cache grows in steps of so many positions."""
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -64,22 +62,20 @@ class Engine:
 
     def __init__(
         self,
-        backend: HFBackend,
-        attached: Attached,
+        backend: Backend,
+        layout: DraftLayout,
         tokenizer: PreTrainedTokenizerBase | None,
         acceptance: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
         base: Base | None = None,
+        attached: Attached | None = None,
     ):
         self.backend = backend
-        self.attached = attached
+        self.layout = layout
         self.tokenizer = tokenizer
-        self.layout = attached.layout
         self.config = dict(config or {})
         self.base = base
-        eos = getattr(attached.model.generation_config, "eos_token_id", None)
-        eos = attached.model.config.get_text_config().eos_token_id if eos is None else eos
-        self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self._attached = attached
         self.limits = Limits(backend.context_length, backend.rope_boundary)
         self._acceptance = acceptance or {}
         self.policy = AutoPolicy(self.layout, self.limits, self._acceptance)
@@ -149,7 +145,7 @@ class Engine:
                 confidence=True,
             ),
         )
-        return cls(backend, attached, tokenizer)
+        return cls(backend, attached.layout, tokenizer, attached=attached)
 
     @classmethod
     def _with_artifact(cls, base: Base, artifact: artifacts.Artifact) -> Engine:
@@ -183,12 +179,20 @@ class Engine:
             return attached
 
         attached, backend = wrap(base.model, build)
-        return cls(backend, attached, base.tokenizer, config.get("acceptance"), config, base)
+        return cls(backend, attached.layout, base.tokenizer, config.get("acceptance"), config, base, attached)
 
     def close(self) -> None:
         """Give the live model back as it was: no adapter, no wrapping."""
         self.backend.close()
-        self.attached.detach()
+        if self._attached is not None:
+            self._attached.detach()
+
+    @property
+    def attached(self) -> Attached:
+        """The transformers model with its adapter.  Raises UsageError: the fused backend has none."""
+        if self._attached is None:
+            raise UsageError(f"this needs the transformers model, which the {self.backend.name} backend does not hold")
+        return self._attached
 
     def generate(
         self,
@@ -251,21 +255,25 @@ class Engine:
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         requests = self._requests(prompts, seed, max_new_tokens, stops, ignore_eos)
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
-        slots = min(batch_size, max(1, len(requests)))
+        slots = min(batch_size, max(1, len(requests)), self.backend.most_rows or batch_size)
         run = Run(
             self.backend,
-            KVCache(slots, -(-longest // CACHE_STEP) * CACHE_STEP),
+            self.backend.new_cache(slots, longest),
             params,
             self.layout,
             self.limits,
             threshold,
             with_confidence=mode == "self_spec" and (strategy == "auto" or isinstance(prepare, int)),
-            shape=tree_shape(self.layout, self._acceptance, prepare, tree, temperature > 0)
+            shape=tree_shape(self.layout, self._acceptance, prepare, tree, temperature > 0, self._rows_each(slots))
             if (mode, strategy) == ("self_spec", "fused")
             else None,
         )
         run.watch(requests)
         return self._loop(run, requests, slots, mode, strategy, prepare, with_text)
+
+    def _rows_each(self, requests: int) -> int:
+        """Rows that a request may have in a forward, if so many run."""
+        return min(ROWS, (self.backend.most_rows or ROWS * requests) // requests)
 
     def _loop(
         self,
@@ -279,6 +287,7 @@ class Engine:
     ) -> Iterator[Event]:
         scheduler = Scheduler(requests, slots)
         sent = {r.index: (0, 0) for r in requests}
+        steps = HostSteps(run, self.policy, mode, strategy, prepare)
         if mode == "self_spec" and strategy == "auto" and requests:
             self.policy.calibrate(run, min(slots, len(requests)))
         while scheduler:
@@ -286,13 +295,17 @@ class Engine:
             admitted = scheduler.admit()
             for request in admitted:
                 request.started = begin
+                run.cache.open(request.slot, len(request.prompt) + request.max_new_tokens)
             with torch.inference_mode():
                 self._prefill(run, admitted)
+                steps.start([r for r in admitted if not r.done])
                 running = [r for r in scheduler.running if not r.done and r not in admitted]
-                for group in self._groups(running):
-                    self._step(run, group, mode, strategy, prepare)
+                if running:
+                    steps.step(running)
             touched = list(scheduler.running)
-            scheduler.retire()
+            for request in scheduler.retire():
+                steps.finish(request)
+                run.cache.close(request.slot)
             for request in touched:
                 if event := self._event(request, sent, with_text):
                     yield event
@@ -304,43 +317,6 @@ class Engine:
         prefill_step(run, admitted)
         for request in admitted:
             request.stats.prefill_seconds = time.perf_counter() - begin
-
-    def _groups(self, running: list[Request]) -> list[list[Request]]:
-        """Requests on either side of a longrope boundary must not share a forward: it picks one set of frequencies."""
-        if self.limits.boundary is None:
-            return [running] if running else []
-        sides = [[r for r in running if (r.position >= self.limits.boundary) == side] for side in (False, True)]
-        return [side for side in sides if side]
-
-    def _step(self, run: Run, running: list[Request], mode: str, strategy: str, prepare: str | int) -> None:
-        if self.limits.boundary is not None and running[0].position >= self.limits.boundary:
-            crossing = [r for r in running if not r.long_rope]
-            if crossing:
-                for request in crossing:
-                    request.drafts, request.shape, request.block = [], None, []
-                prefill_step(run, crossing)
-                running = [r for r in running if r not in crossing]
-                if not running:
-                    return
-        rows = len(running) if mode == "ar" else len(running) * (1 + self.layout.block)
-        if mode == "self_spec" and strategy == "auto":
-            rows = self.policy.rows(run, len(running))
-        with thread_limit(self.backend.device, rows * self.backend.work_per_row):
-            self._step_group(run, running, mode, strategy, prepare)
-
-    def _step_group(self, run: Run, running: list[Request], mode: str, strategy: str, prepare: str | int) -> None:
-        if mode == "diffusion":
-            diffusion_step(run, running)
-            return
-        if mode == "self_spec" and strategy == "auto":
-            self.policy.step(run, running)
-            return
-        if strategy == "prompt_lookup" and mode == "self_spec":
-            for request in running:
-                request.drafts = looked_up(request.tokens, self.layout.drafts)
-        name = "ar" if mode == "ar" else strategy
-        choices = [speculative_choice(r, name, prepare, self.layout, self.limits) for r in running]
-        speculative_step(run, running, choices)
 
     def _event(self, request: Request, sent: dict[int, tuple[int, int]], with_text: bool) -> Event | None:
         if not with_text and not request.done:
@@ -392,7 +368,7 @@ class Engine:
                     "shorten the prompt",
                 )
             request = Request(
-                i, tokens, seeds[i], min(max_new_tokens, room), frozenset() if ignore_eos else self.eos, stop
+                i, tokens, seeds[i], min(max_new_tokens, room), frozenset() if ignore_eos else self.backend.eos, stop
             )
             request.decode = self._decode if self.tokenizer is not None else None
             requests.append(request)

@@ -19,8 +19,7 @@ from torch import Tensor
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, SequenceRows
 from retrofit.runtime.accept import accepted_length
-from retrofit.runtime.backends.hf import HFBackend
-from retrofit.runtime.cache import KVCache
+from retrofit.runtime.backends.interface import Backend, Cache
 from retrofit.runtime.drafting import draft_tokens
 from retrofit.runtime.plan import Choice, Limits, diffusion_rows, max_verify, new_block, speculative_rows
 from retrofit.runtime.request import Request
@@ -35,8 +34,8 @@ PREFILL_ROWS = 2048
 class Run:
     """What all steps of one `generate` call share."""
 
-    backend: HFBackend
-    cache: KVCache
+    backend: Backend
+    cache: Cache
     params: SamplingParams
     layout: DraftLayout
     limits: Limits
@@ -49,6 +48,10 @@ class Run:
     @property
     def vocab(self) -> int:
         return self.backend.head.vocab
+
+    def rows_each(self, requests: int) -> int | None:
+        """Rows that each of so many requests may have in a forward; None: any number."""
+        return None if self.backend.most_rows is None else self.backend.most_rows // requests
 
     def watch(self, requests: Sequence[Request]) -> None:
         """Keep the tokens each request has seen, where a repetition penalty needs them."""
@@ -79,7 +82,7 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
             r.stats.count("prefill" if r.output_index == 0 else "ar", count)
             finished.append((r, r.committed == len(r.tokens)))
             room -= count
-            if r.long_rope:
+            if r.long_rope or run.backend.prefill_alone:
                 break
         out = run.backend.forward(run.backend.plan(rows), run.cache)
         complete = [i for i, (_, done) in enumerate(finished) if done]
@@ -297,7 +300,7 @@ def _targets(
     else:
         seed = torch.tensor([r.seed for r in owners], dtype=torch.int64, device=device)
         index = torch.tensor([r.output_index + j for r, j in zip(owners, steps, strict=True)], device=device)
-    chosen: list[int] = choose(scores, run.params, seed, index).tolist()
+    chosen: list[int] = run.backend.choose(scores, run.params, seed, index).tolist()
     return chosen
 
 

@@ -73,6 +73,18 @@ def speculative_choice(
     return Choice(verify, useful(request, lengths, layout, limits))
 
 
+def fitted(choice: Choice, layout: DraftLayout, rows: int | None) -> Choice:
+    """A choice cut to `rows` rows of a request (None: any number): blocks go first, then drafts; `ar` always fits."""
+    if rows is None or choice.kind == "ar":
+        return choice
+    base = 1 if layout.anchored or not choice.prepare else 0
+    verify, blocks = choice.verify, choice.prepare
+    if blocks and base + layout.block <= rows:
+        verify = min(verify, rows - base - layout.block)
+    verify = min(verify, rows - 1)
+    return Choice(verify, tuple(j for j in blocks if j <= verify)[: max(0, (rows - base - verify) // layout.block)])
+
+
 def max_verify(request: Request, limits: Limits) -> int:
     """How many drafts can still be used: one forward emits one token more than it accepts."""
     return max(0, min(request.remaining - 1, limits.end(request) - 1 - request.position))

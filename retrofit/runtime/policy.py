@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.cache import KVCache
+from retrofit.runtime.backends.interface import Cache
 from retrofit.runtime.cost import CostModel, Template, calibrate
 from retrofit.runtime.modes import Run, prefill_step, speculative_step
-from retrofit.runtime.plan import Choice, Limits, likeliest_lengths, max_verify, useful
+from retrofit.runtime.plan import Choice, Limits, fitted, likeliest_lengths, max_verify, useful
 from retrofit.runtime.request import Request
 from retrofit.runtime.threads import thread_limit
 from retrofit.runtime.tree import Shape, grow
@@ -26,27 +26,37 @@ UNKNOWN_CHANCE = ((0.4, 0.15, 0.1, 0.05),)
 """Chances of the candidates of a slot where none were measured; they shape the tree and change no output."""
 RETHINK = 128
 """Steps between two comparisons of all plans: comparing costs as much as a small model's layer."""
+PROBE_CAPACITY = 512
+"""Positions of the cache they are timed on."""
 PROBE_PROMPT = 16
 """Tokens that stand in for a context while plans are timed."""
 
 
 def tree_shape(
-    layout: DraftLayout, acceptance: Mapping[str, Any], prepare: str | int, tree: int | None, sampled: bool
+    layout: DraftLayout,
+    acceptance: Mapping[str, Any],
+    prepare: str | int,
+    tree: int | None,
+    sampled: bool,
+    rows: int = ROWS,
 ) -> Shape | None:
-    """The draft tree of strategy `fused`; None for chains: `prepare="last"`, tree=0, or candidates not measured."""
+    """The draft tree of strategy `fused`; None for chains: `prepare="last"`, tree=0, or candidates not measured.
+
+    rows: most rows of a request and forward.
+    """
     chance = acceptance.get("ranks", {}).get("sampled" if sampled else "greedy")
     if tree == 0 or prepare == "last" or (tree is None and chance is None):
         return None
     if tree is None:
-        tree = largest_tree(layout) if prepare == "all" else ROWS - 1 - int(prepare) * layout.block
+        tree = largest_tree(layout, rows) if prepare == "all" else rows - 1 - int(prepare) * layout.block
         if tree <= layout.drafts:
             return None
     return grow(chance or UNKNOWN_CHANCE * layout.drafts, tree)
 
 
-def largest_tree(layout: DraftLayout) -> int:
-    """Draft nodes that fit into ROWS with a block on the seed and on each of them."""
-    return ROWS // (1 + layout.block) - 1
+def largest_tree(layout: DraftLayout, rows: int = ROWS) -> int:
+    """Draft nodes that fit into so many rows with a block on the seed and on each of them."""
+    return max(0, rows // (1 + layout.block) - 1)
 
 
 class AutoPolicy:
@@ -66,7 +76,8 @@ class AutoPolicy:
         costs = self.costs[run.params.temperature > 0]
         template = self._template(run, len(running))
         run.shape = template.shape
-        choices = [self._choice(costs, template, request) for request in running]
+        room = run.rows_each(len(running))
+        choices = [fitted(self._choice(costs, template, request), self.layout, room) for request in running]
         hoped = [
             r.shape.expected if r.shape is not None and c.verify else None
             for r, c in zip(running, choices, strict=True)
@@ -125,7 +136,7 @@ class AutoPolicy:
         prompt = [1] * min(PROBE_PROMPT, self.limits.context // 4)
         scratch = Run(
             run.backend,
-            KVCache(batch, self.limits.context if self.limits.context < 512 else 512),
+            self._probe_cache(run, batch),
             run.params,
             run.layout,
             run.limits,
@@ -154,6 +165,13 @@ class AutoPolicy:
             prefill_step(scratch, fresh())
             calibrate(self.costs[sampled], batch, step, room)
         self.calibrated.add((sampled, batch))
+
+    def _probe_cache(self, run: Run, batch: int) -> Cache:
+        capacity = min(self.limits.context, PROBE_CAPACITY)
+        cache = run.backend.new_cache(batch, capacity)
+        for slot in range(batch):
+            cache.open(slot, capacity)
+        return cache
 
     def _cost_model(self, kind: str) -> CostModel:
         measured = self.acceptance.get("conditional", {}).get(kind, [])

@@ -25,11 +25,15 @@ from retrofit.adapters.gated_lora import Gate
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.errors import UnsupportedModelError
+from retrofit.runtime.backends.interface import Output
 from retrofit.runtime.cache import KVCache
+from retrofit.runtime.sampling import SamplingParams, choose
 
 ATTENTION = "retrofit"
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
+CACHE_STEP = 256
+"""The K/V cache grows in steps of so many positions."""
 GATHER_BYTES = 1 << 28
 """Expert weights that one `batched_mm` call may gather; more rows run in several calls, with the same bits."""
 
@@ -45,15 +49,6 @@ class ForwardContext:
     calls: int = 0
     windowed: int = 0
     """Calls that came with a sliding window."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """base_logits [R, V], base_hidden [R, H]: base rows the plan wants logits of; draft_hidden [N, H]: draft rows."""
-
-    base_logits: Tensor
-    base_hidden: Tensor
-    draft_hidden: Tensor
 
 
 def attend(
@@ -190,6 +185,8 @@ class HFBackend:
     """Runs row plans through a transformers model."""
 
     name = "hf"
+    most_rows: int | None = None
+    prefill_alone = False
 
     def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
         """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""
@@ -207,6 +204,9 @@ class HFBackend:
         self.dtype = self.embedding.weight.dtype
         self.work_per_row = 2.0 * sum(p.numel() for p in model.parameters())
         """About how many floating-point operations a row costs."""
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        eos = self.config.eos_token_id if eos is None else eos
+        self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
         self.context_length = int(self.config.max_position_embeddings)
         self.slides = has_sliding_window(self.config)
         self.rope_boundary = rope_boundary(self.config)
@@ -224,6 +224,12 @@ class HFBackend:
         """Give the live model back as it was."""
         self._unwrap()
         self.model.train(self.was_training)
+
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        return KVCache(slots, -(-capacity // CACHE_STEP) * CACHE_STEP)
+
+    def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+        return choose(scores, params, seed, index)
 
     def plan(self, sequences: list[SequenceRows]) -> RowPlan:
         return RowPlan(sequences, self.device, self.causal_blocks)

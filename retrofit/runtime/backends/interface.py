@@ -1,0 +1,80 @@
+"""What the runtime asks of a backend and of its cache: rows in, logits and hidden states out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from retrofit.adapters.heads import Heads
+from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.runtime.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Output:
+    """base_logits [R, V], base_hidden [R, H]: base rows the plan wants logits of; draft_hidden [N, H]: draft rows."""
+
+    base_logits: Tensor
+    base_hidden: Tensor
+    draft_hidden: Tensor
+
+
+class Cache(Protocol):
+    """Base K/V of the sequences that decode together."""
+
+    slots: int
+    capacity: int
+
+    def open(self, slot: int, positions: int) -> None:
+        """Make room for so many positions of a new sequence in this slot."""
+
+    def close(self, slot: int) -> None:
+        """The sequence in this slot is finished."""
+
+    def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """After a tree forward: keep base row rows[n] as (slots[n], positions[n]) in every layer, forget the others."""
+
+
+class VocabProjection(Protocol):
+    """From last hidden states to logits, the model's own way."""
+
+    vocab: int
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        """[N, H] -> [N, V]."""
+
+
+class Backend(Protocol):
+    """Runs row plans through one model."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    heads: Heads | None
+    context_length: int
+    rope_boundary: int | None
+    work_per_row: float
+    """About how many floating-point operations a row costs."""
+    eos: frozenset[int]
+    most_rows: int | None
+    """Rows that fit into one decoding forward; None: any number."""
+    prefill_alone: bool
+    """Whether a prompt runs in forwards of its own, so that its bits do not depend on what else is waiting."""
+
+    @property
+    def head(self) -> VocabProjection: ...
+
+    def new_cache(self, slots: int, capacity: int) -> Cache: ...
+
+    def plan(self, sequences: list[SequenceRows]) -> RowPlan: ...
+
+    def forward(self, plan: RowPlan, cache: Cache) -> Output:
+        """One forward.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
+
+    def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+        """The token of each row, as `sampling.choose`."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,102 @@
+"""The fused backend's K/V cache: pages of one pool, handed to a sequence when it starts, taken back when it ends.
+
+All memory is allocated up front.  Rollback is not advancing: a rejected row's K/V is overwritten by the next row at its
+place.  Rows of a draft tree take a place each behind the seed (row j at position p + j); the accepted ones are then
+moved to their own positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retrofit.errors import ResourceError
+from retrofit.runtime.kernels.rows import PAGE
+
+HEADROOM = 128
+"""Positions a sequence owns beyond its last token: a draft tree's rows stand there until they are accepted."""
+
+
+def pages_for(positions: int) -> int:
+    """Pages that hold so many positions and the headroom of a draft tree."""
+    return -(-(positions + HEADROOM) // PAGE)
+
+
+class PagedCache:
+    """keys, values [layers, pages, K/V heads, PAGE, head width]; block_table int32 [slots, pages per slot]."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        slots: int,
+        capacity: int,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        """shape: (layers, K/V heads, head width).  capacity: positions of the longest sequence.
+
+        Raises ResourceError when the pool does not fit into the device's free memory.
+        """
+        layers, heads, width = shape
+        self.slots, self.capacity, self.pages = slots, capacity, pages
+        need = 2 * layers * pages * heads * PAGE * width * torch.empty(0, dtype=dtype).element_size()
+        if device.type == "cuda" and need > (free := torch.cuda.mem_get_info(device)[0]):
+            raise ResourceError(
+                f"the K/V cache of {slots} requests of up to {capacity} tokens needs {need / 2**30:.1f} GiB, "
+                f"{free / 2**30:.1f} GiB of {device} are free",
+                "run fewer requests at once (--batch-size), shorter ones (--max-new-tokens), or use a larger GPU",
+            )
+        self.keys = torch.zeros(layers, pages, heads, PAGE, width, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.block_table = torch.zeros(slots, pages_for(capacity), dtype=torch.int32, device=device)
+        self.free = list(range(pages - 1, -1, -1))
+        self.owned: dict[int, list[int]] = {}
+        self.table = [[0] * pages_for(capacity) for _ in range(slots)]
+        """The block table as the host knows it."""
+        self.staged: Tensor | None = None
+        """Places of the base rows of the last tree forward."""
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.keys.nbytes
+
+    def open(self, slot: int, positions: int) -> None:
+        """Give `slot` the pages for a sequence of so many positions.
+
+        Raises ResourceError where the pool is too small for it.
+        """
+        self.close(slot)
+        count = pages_for(positions)
+        if count > len(self.free) or count > len(self.table[slot]):
+            raise ResourceError(
+                f"a request of {positions} tokens needs {count} pages of the K/V cache; "
+                f"{min(len(self.free), len(self.table[slot]))} are free",
+                "run fewer requests at once, or shorter ones",
+            )
+        pages = [self.free.pop() for _ in range(count)]
+        self.owned[slot] = pages
+        self.table[slot][:count] = pages
+        self.block_table[slot, :count] = torch.tensor(pages, dtype=torch.int32)
+
+    def close(self, slot: int) -> None:
+        self.free.extend(reversed(self.owned.pop(slot, [])))
+
+    def place(self, slot: int, position: int) -> int:
+        """page * PAGE + offset of a position."""
+        return self.table[slot][position // PAGE] * PAGE + position % PAGE
+
+    def places(self, slot: int, positions: Sequence[int]) -> list[int]:
+        return [self.place(slot, p) for p in positions]
+
+    def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Move base row rows[n] of the last tree forward to (slots[n], positions[n]), in every layer."""
+        assert self.staged is not None
+        source = self.staged[rows]
+        page = self.block_table[slots, positions // PAGE].long()
+        offset = positions % PAGE
+        for kept in (self.keys, self.values):
+            kept[:, page, :, offset] = kept[:, source // PAGE, :, source % PAGE]
+        self.staged = None

@@ -23,14 +23,21 @@ EMBEDDED = "tiny"
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model.  folder: the local files it came from, None for a live model."""
+    """A base model.  folder: the local files it came from, None for a live model; model: None where a backend reads
+    the files itself."""
 
-    model: PreTrainedModel
+    live: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     revision: str | None
     folder: Path | None
     fingerprint: dict[str, str | None]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        if self.live is None:
+            raise RuntimeError(f"{self.name} was opened without its transformers model")
+        return self.live
 
 
 def embedded_folder() -> Path:
@@ -98,8 +105,12 @@ def load_base(
     trust_remote_code: bool = False,
     offline: bool = False,
     need_tokenizer: bool = True,
+    with_model: bool = True,
 ) -> Base:
-    """Load model and tokenizer.  Raises UsageError, ResourceError or UnsupportedModelError; never half-loads."""
+    """Load model and tokenizer.  Raises UsageError, ResourceError or UnsupportedModelError; never half-loads.
+
+    with_model False: files, configuration and tokenizer only, for a backend that reads the weights itself.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -114,12 +125,15 @@ def load_base(
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-        ).to(device)
+        model = None
+        if with_model:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+            ).to(device)
+            model.eval()
     except torch.cuda.OutOfMemoryError as error:
         raise ResourceError(
             f"{name} does not fit into the memory of {device}", "use --dtype bfloat16 or a larger GPU"
@@ -138,7 +152,6 @@ def load_base(
                 "add its tokenizer files to the folder",
             ) from error
         tokenizer = None
-    model.eval()
     return Base(model, tokenizer, name, revision, folder, file_fingerprint(folder, config.to_dict()))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
-from retrofit.adapters.heads import Heads
+from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
 
@@ -82,10 +82,7 @@ class Attached:
                 "the artifact belongs to another base; check `retrofit inspect`",
             )
         set_peft_model_state_dict(self.peft_model, adapter)
-        try:
-            self.heads.load_state_dict(heads)
-        except RuntimeError as error:
-            raise ArtifactError(f"heads.safetensors does not fit the base model: {error}") from error
+        load_heads(self.heads, heads)
 
     def detach(self) -> None:
         """Give the live model back without the adapter."""

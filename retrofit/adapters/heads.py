@@ -6,8 +6,12 @@ r Markov rank, K drafts per block.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+
+from retrofit.errors import ArtifactError
 
 
 class Heads(nn.Module):
@@ -66,3 +70,11 @@ class Heads(nn.Module):
             return None
         kind = int(sampled)
         return torch.sigmoid(logits[:, kind] / self.confidence_temperature[kind, slot])
+
+
+def load_heads(heads: Heads, state: Mapping[str, Tensor]) -> None:
+    """Load the tensors of `heads.safetensors`.  Raises ArtifactError when names or shapes do not fit."""
+    try:
+        heads.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ArtifactError(f"heads.safetensors does not fit the base model: {error}") from error

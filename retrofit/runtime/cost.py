@@ -75,6 +75,13 @@ class CostModel:
             self.tried[i] += 1
             self.hits[i] += i < accepted
 
+    def observe(self, accepted: int, verified: int, expected: float | None) -> None:
+        """What one verification accepted; expected: of a draft tree, None of a chain."""
+        if expected is None:
+            self.observe_acceptance(accepted, verified)
+        else:
+            self.observe_tree(accepted, expected)
+
     def observe_tree(self, accepted: int, expected: float) -> None:
         self.branched[0] += accepted
         self.branched[1] += expected
@@ -123,21 +130,21 @@ class CostModel:
         fused = self.time(batch * (1 + k + h * K), True)
         return (1 + S + missed) / (fused + missed * draft_only)
 
-    def templates(self) -> list[Template]:
-        """All plans worth comparing."""
+    def templates(self, rows: int | None = None) -> list[Template]:
+        """All plans worth comparing, of at most so many rows of a request and forward."""
         D = self.layout.drafts
         plans = [Template("two_forward", k) for k in range(1, D + 1)]
         if self.layout.anchored:
             plans += [Template("fused", k, h) for k in range(1, D + 1) for h in range(1, k + 2)]
             plans += [Template("fused", shape.nodes, shape.nodes + 1, shape) for shape in self.shapes]
-        return [p for p in plans if 1 + p.verify + p.prepare * self.layout.block <= MOST_ROWS]
+        return [p for p in plans if 1 + p.verify + p.prepare * self.layout.block <= min(MOST_ROWS, rows or MOST_ROWS)]
 
-    def best(self, batch: int) -> Template:
-        """The plan with the highest expected rate; `ar` unless another beats it by MARGIN."""
+    def best(self, batch: int, rows: int | None = None) -> Template:
+        """The plan with the highest expected rate; `ar` unless another beats it by MARGIN.  rows: of a request."""
         ar = Template("ar")
         if not self.times[True]:
             return ar
-        top = max(self.templates(), key=lambda t: self.rate(t, batch), default=ar)
+        top = max(self.templates(rows), key=lambda t: self.rate(t, batch), default=ar)
         return top if self.rate(top, batch) > MARGIN * self.rate(ar, batch) else ar
 
 
@@ -152,13 +159,24 @@ def probe_rows(model: CostModel) -> list[tuple[int, int]]:
     return list(dict.fromkeys(pairs))
 
 
-def calibrate(model: CostModel, batch: int, step: Callable[[int, int], float], room: int, repeats: int = 5) -> None:
-    """Time the probe plans that fit into `room` positions: `step(verified, prepared)` runs one, returns its seconds."""
+def calibrate(
+    model: CostModel,
+    batch: int,
+    step: Callable[[int, int], float],
+    room: int,
+    rows: int | None = None,
+    repeats: int = 5,
+) -> None:
+    """Time the probe plans that fit into `room` positions, and into `rows` rows of a request.
+
+    `step(verified, prepared)` runs one and returns its seconds.
+    """
     K = model.layout.block
     pairs = [
         (verified, prepared)
         for verified, prepared in probe_rows(model)
-        if max(verified, prepared - 1) + (K if prepared else 0) < room and 1 + verified + prepared * K <= MOST_ROWS
+        if max(verified, prepared - 1) + (K if prepared else 0) < room
+        and 1 + verified + prepared * K <= min(MOST_ROWS, rows or MOST_ROWS)
     ]
     for _ in range(repeats):
         for verified, prepared in pairs:

@@ -9,18 +9,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit import artifact as artifacts
 from retrofit.adapters.attach import ROLES, Attached, attach
+from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
-from retrofit.errors import ArtifactError, UsageError
-from retrofit.hub import Base, live_fingerprint, load_base, same_base
+from retrofit.errors import ArtifactError, ResourceError, UsageError
+from retrofit.hub import Base, live_fingerprint, load_base, locate, same_base
 from retrofit.runtime.backends.hf import wrap
-from retrofit.runtime.backends.interface import Backend
+from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, Backend
 from retrofit.runtime.host_steps import HostSteps
 from retrofit.runtime.modes import Run, prefill_step
 from retrofit.runtime.plan import Limits
@@ -29,7 +30,12 @@ from retrofit.runtime.request import Request, Stats
 from retrofit.runtime.sampling import SamplingParams
 from retrofit.runtime.scheduler import Scheduler
 
+if TYPE_CHECKING:
+    # These need Triton, which exists on Linux only.
+    from retrofit.runtime.device_loop import DeviceLoop, DeviceSteps
+
 MODES = ("ar", "diffusion", "self_spec")
+BACKENDS = ("auto", "hf", "fused")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -79,6 +85,9 @@ class Engine:
         self.limits = Limits(backend.context_length, backend.rope_boundary)
         self._acceptance = acceptance or {}
         self.policy = AutoPolicy(self.layout, self.limits, self._acceptance)
+        self.device_policy = AutoPolicy(self.layout, self.limits, self._acceptance)
+        """What steps planned on the device cost; they are timed apart from those planned on the host."""
+        self._loops: dict[SamplingParams, DeviceLoop] = {}
 
     @classmethod
     def load(
@@ -86,9 +95,10 @@ class Engine:
         path: str | Path,
         device: str = "cpu",
         dtype: str = "auto",
-        exact: str = "off",
+        exact: str = "auto",
         backend: str = "auto",
         *,
+        rows: int = BUCKET_ROWS,
         base: str | None = None,
         offline: bool = False,
         trust_remote_code: bool = False,
@@ -96,24 +106,70 @@ class Engine:
         """Load an artifact folder and the base it belongs to.
 
         base: folder or Hub id to use in place of the one the artifact names.  dtype auto: what it was trained against.
+        backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused where it can run).  exact: how
+        far rows are guaranteed not to depend on each other's number on the fused backend: off, bucket (every decoding
+        forward has `rows` rows), invariant (own kernels throughout); auto is bucket there, and off on hf.
         Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError.
         """
-        if backend not in ("auto", "hf"):
-            raise UsageError(f"backend {backend!r} does not exist; this version has auto and hf")
-        if exact != "off":
-            raise UsageError(f"exact={exact!r} needs a backend with fixed kernels; the hf backend has exact='off' only")
         artifact = artifacts.read(Path(path))
         named = artifact.config["base"]
-        loaded = load_base(
-            base or named["model"],
-            None if base else named.get("revision"),
-            dtype=named.get("dtype", "auto") if dtype == "auto" else dtype,
-            device=device,
-            offline=offline,
-            trust_remote_code=trust_remote_code,
-            need_tokenizer=False,
+        name, revision = base or named["model"], None if base else named.get("revision")
+        if dtype == "auto":
+            dtype = named.get("dtype", "auto")
+        options = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
+        check_backend(backend, exact)
+        if backend == "auto":
+            backend = "fused" if device.startswith("cuda") and fits_fused(name, revision, offline) else "hf"
+        if backend == "hf":
+            if exact not in ("auto", "off"):
+                raise UsageError(
+                    f"exact={exact!r} needs the fused backend; the hf backend's kernels are the library's own",
+                    "use backend='fused' on a GPU, or exact='off'",
+                )
+            return cls._with_artifact(load_base(name, revision, dtype=dtype, device=device, **options), artifact)
+        files = load_base(name, revision, device=device, with_model=False, **options)
+        return cls._fused(files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows)
+
+    @classmethod
+    def _fused(cls, base: Base, artifact: artifacts.Artifact, device: str, dtype: str, exact: str, rows: int) -> Engine:
+        try:
+            from retrofit.runtime.backends.fused_gqa import FusedGQA
+            from retrofit.runtime.backends.weights import from_folder
+        except ImportError as error:
+            raise ResourceError(f"the fused backend needs Triton: {error}", "pip install triton (Linux)") from error
+
+        config = artifact.config
+        check_same_base(base, artifact)
+        assert base.folder is not None
+        model_config = AutoConfig.from_pretrained(base.folder).get_text_config()
+        if not isinstance(model_config.eos_token_id, list) and (base.folder / "generation_config.json").is_file():
+            model_config.eos_token_id = GenerationConfig.from_pretrained(base.folder).eos_token_id
+        layout, adapter = DraftLayout(**config["draft"]), config["adapter"]
+        heads = Heads(
+            model_config.hidden_size,
+            model_config.vocab_size,
+            layout.drafts,
+            adapter["markov_rank"],
+            adapter["confidence"],
         )
-        return cls._with_artifact(loaded, artifact)
+        load_heads(heads, artifact.heads)
+        for parameter in heads.parameters():
+            parameter.requires_grad_(False)
+        backend = FusedGQA(
+            model_config,
+            from_folder(base.folder, device),
+            layout,
+            heads,
+            artifact.adapter_state,
+            adapter["alpha"] / adapter["rank"],
+            device=device,
+            dtype=getattr(
+                torch, str(model_config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+            ),
+            exact=exact,
+            rows=rows,
+        )
+        return cls(backend, layout, base.tokenizer, config.get("acceptance"), config, base)
 
     @classmethod
     def from_model(
@@ -150,13 +206,7 @@ class Engine:
     @classmethod
     def _with_artifact(cls, base: Base, artifact: artifacts.Artifact) -> Engine:
         config = artifact.config
-        differs = same_base(config["base"]["fingerprint"], base.fingerprint)
-        if differs:
-            raise ArtifactError(
-                f"{artifact.folder} belongs to another base: {base.name} differs from {config['base']['model']} "
-                f"in its {differs}",
-                "give the base it was made for with --base, or convert this one",
-            )
+        check_same_base(base, artifact)
         adapter = config["adapter"]
 
         def build() -> Attached:
@@ -287,9 +337,7 @@ class Engine:
     ) -> Iterator[Event]:
         scheduler = Scheduler(requests, slots)
         sent = {r.index: (0, 0) for r in requests}
-        steps = HostSteps(run, self.policy, mode, strategy, prepare)
-        if mode == "self_spec" and strategy == "auto" and requests:
-            self.policy.calibrate(run, min(slots, len(requests)))
+        steps = self._stepper(run, requests, mode, strategy, prepare)
         while scheduler:
             begin = time.perf_counter()
             admitted = scheduler.admit()
@@ -309,6 +357,42 @@ class Engine:
             for request in touched:
                 if event := self._event(request, sent, with_text):
                     yield event
+
+    def _stepper(
+        self, run: Run, requests: list[Request], mode: str, strategy: str, prepare: str | int
+    ) -> HostSteps | DeviceSteps:
+        """Steps planned on the device where that is built: the fused backend, but for diffusion, n-gram drafts, a
+        repetition penalty, and blocks without an anchor."""
+        name = "ar" if mode == "ar" else strategy
+        if (
+            self.backend.name == "fused"
+            and mode != "diffusion"
+            and name != "prompt_lookup"
+            and run.params.repetition_penalty in (None, 1.0)
+            and (name == "ar" or (self.layout.anchored and self.backend.heads is not None))
+        ):
+            from retrofit.runtime.device_loop import DeviceSteps, fixed_template
+
+            room = run.rows_each(run.cache.slots)
+            template = None if name == "auto" else fixed_template(name, prepare, self.layout, run.shape, room)
+            ignore_eos = all(not r.eos for r in requests)
+            return DeviceSteps(run, self._device_loop(run), self.device_policy, template, ignore_eos)
+        if name == "auto" and requests:
+            self.policy.calibrate(run, min(run.cache.slots, len(requests)))
+        return HostSteps(run, self.policy, mode, strategy, prepare)
+
+    def _device_loop(self, run: Run) -> DeviceLoop:
+        """The recorded steps of these sampling parameters, as long as the cache they were recorded over lives."""
+        from retrofit.runtime.backends.fused_gqa import FusedGQA
+        from retrofit.runtime.device_loop import DeviceLoop
+        from retrofit.runtime.paged import PagedCache
+
+        assert isinstance(self.backend, FusedGQA) and isinstance(run.cache, PagedCache)
+        loop = self._loops.get(run.params)
+        if loop is None or loop.cache is not run.cache:
+            self._loops = {params: old for params, old in self._loops.items() if old.cache is run.cache}
+            loop = self._loops[run.params] = DeviceLoop(self.backend, run.cache, run.params)
+        return loop
 
     def _prefill(self, run: Run, admitted: list[Request]) -> None:
         if not admitted:
@@ -398,6 +482,34 @@ class Engine:
             raise UsageError("messages need a chat template; this model's tokenizer has none", "give plain text")
         encoded = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
+
+
+def check_backend(backend: str, exact: str) -> None:
+    """Raises UsageError for a name that does not exist."""
+    if backend not in BACKENDS:
+        raise UsageError(f"backend {backend!r} does not exist", f"backends are {', '.join(BACKENDS)}")
+    if exact not in ("auto", *EXACT):
+        raise UsageError(f"exact={exact!r} does not exist", f"levels are auto, {', '.join(EXACT)}")
+
+
+def check_same_base(base: Base, artifact: artifacts.Artifact) -> None:
+    """Raises ArtifactError when the artifact was made for another base."""
+    named = artifact.config["base"]
+    differs = same_base(named["fingerprint"], base.fingerprint)
+    if differs:
+        raise ArtifactError(
+            f"{artifact.folder} belongs to another base: {base.name} differs from {named['model']} in its {differs}",
+            "give the base it was made for with --base, or convert this one",
+        )
+
+
+def fits_fused(name: str, revision: str | None, offline: bool) -> bool:
+    """Whether the fused backend can run a base; raises what `locate` raises."""
+    try:
+        from retrofit.runtime.backends.weights import unsupported
+    except ImportError:  # no Triton here
+        return False
+    return unsupported(AutoConfig.from_pretrained(locate(name, revision, offline)).get_text_config()) is None
 
 
 def stable_text(request: Request) -> str:

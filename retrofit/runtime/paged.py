@@ -51,7 +51,8 @@ class PagedCache:
             )
         self.keys = torch.zeros(layers, pages, heads, PAGE, width, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.block_table = torch.zeros(slots, pages_for(capacity), dtype=torch.int32, device=device)
+        # One row more than there are slots: a lane of the device loop that is idle reads it.
+        self.block_table = torch.zeros(slots + 1, pages_for(capacity), dtype=torch.int32, device=device)
         self.free = list(range(pages - 1, -1, -1))
         self.owned: dict[int, list[int]] = {}
         self.table = [[0] * pages_for(capacity) for _ in range(slots)]

@@ -6,7 +6,7 @@ Not here: the cost model itself (`cost.py`), running rows (`modes.py`).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class AutoPolicy:
     def step(self, run: Run, running: Sequence[Request]) -> None:
         """Run the plan that promises most tokens per second now, and learn from what it did."""
         costs = self.costs[run.params.temperature > 0]
-        template = self._template(run, len(running))
+        template = self.template(run, len(running))
         run.shape = template.shape
         room = run.rows_each(len(running))
         choices = [fitted(self._choice(costs, template, request), self.layout, room) for request in running]
@@ -90,12 +90,8 @@ class AutoPolicy:
         rows = sum(r.stats.rows for r in running) - rows
         costs.observe_time(rows, any(c.prepare for c in choices), seconds)
         for request, count, expected in zip(running, cycles, hoped, strict=True):
-            if len(request.stats.accepted) == count:
-                continue
-            if expected is not None:
-                costs.observe_tree(request.stats.accepted[-1], expected)
-            else:
-                costs.observe_acceptance(request.stats.accepted[-1], request.stats.verified[-1])
+            if len(request.stats.accepted) > count:
+                costs.observe(request.stats.accepted[-1], request.stats.verified[-1], expected)
 
     def rows(self, run: Run, batch: int) -> int:
         """About how many rows the next step will run."""
@@ -103,12 +99,12 @@ class AutoPolicy:
         template = known[0] if known else Template("ar")
         return batch * (1 + template.verify + template.prepare * self.layout.block)
 
-    def _template(self, run: Run, batch: int) -> Template:
+    def template(self, run: Run, batch: int) -> Template:
         """The best plan, thought over every RETHINK steps."""
         sampled = run.params.temperature > 0
         known = self.decided.get((sampled, batch))
         if known is None or known[1] <= 0:
-            known = self.decided[sampled, batch] = (self.costs[sampled].best(batch), RETHINK)
+            known = self.decided[sampled, batch] = (self.costs[sampled].best(batch, run.rows_each(batch)), RETHINK)
         self.decided[sampled, batch] = (known[0], known[1] - 1)
         return known[0]
 
@@ -129,8 +125,6 @@ class AutoPolicy:
     def calibrate(self, run: Run, batch: int) -> None:
         """Time the plans of this batch size once, on a scratch cache, and remember."""
         sampled = run.params.temperature > 0
-        if sampled not in self.costs:
-            self.costs[sampled] = self._cost_model("sampled" if sampled else "greedy")
         if (sampled, batch) in self.calibrated:
             return
         prompt = [1] * min(PROBE_PROMPT, self.limits.context // 4)
@@ -163,7 +157,13 @@ class AutoPolicy:
         room = min(self.limits.context, scratch.cache.capacity) - len(prompt)
         with torch.inference_mode():
             prefill_step(scratch, fresh())
-            calibrate(self.costs[sampled], batch, step, room)
+            self.learn(sampled, batch, step, room, run.rows_each(batch))
+
+    def learn(self, sampled: bool, batch: int, step: Callable[[int, int], float], room: int, rows: int | None) -> None:
+        """Time the probe plans of a batch size: `step(verified, prepared)` runs one, returns its seconds."""
+        if sampled not in self.costs:
+            self.costs[sampled] = self._cost_model("sampled" if sampled else "greedy")
+        calibrate(self.costs[sampled], batch, step, room, rows)
         self.calibrated.add((sampled, batch))
 
     def _probe_cache(self, run: Run, batch: int) -> Cache:

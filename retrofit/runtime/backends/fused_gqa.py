@@ -28,7 +28,7 @@ from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows, base_positions
 from retrofit.errors import ResourceError, UsageError
-from retrofit.runtime.backends.interface import Output
+from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, Output
 from retrofit.runtime.backends.weights import Checkpoint, Linear, Weights, head_width, load
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
 from retrofit.runtime.kernels.interpreter import interpreted
@@ -39,10 +39,6 @@ from retrofit.runtime.kernels.sampling import choose
 from retrofit.runtime.kernels.swiglu import swiglu
 from retrofit.runtime.paged import PagedCache, pages_for
 from retrofit.runtime.sampling import SamplingParams
-
-EXACT = ("off", "bucket", "invariant")
-BUCKET_ROWS = 64
-"""Rows of every decoding forward at `exact="bucket"`: about as many as cost no more than one on a datacentre GPU."""
 
 
 class FusedGQA:

@@ -12,6 +12,11 @@ from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.runtime.sampling import SamplingParams
 
+EXACT = ("off", "bucket", "invariant")
+"""How far a row's bits are guaranteed not to depend on the rows beside it (design: one row count, or own kernels)."""
+BUCKET_ROWS = 128
+"""Rows of every decoding forward at `exact="bucket"`: so many a datacentre GPU computes at about the price of one."""
+
 
 @dataclass(frozen=True)
 class Output:

@@ -2,12 +2,14 @@
 
 Stock, it multiplies bf16 as the integers that hold its bits, truncates fp32 to bf16, and hands `tl.dot` to a BLAS
 whose rows depend on the rows beside them.  Here bf16 is widened, rounding is to nearest even, and a dot product adds
-in an order that knows nothing of other rows.  Uses private parts of Triton 3.6 and 3.7.
+in an order that knows nothing of other rows.  It also replaces `tl` by its own functions anew at every call of a
+function, which is most of its time; here it does so once.  Uses private parts of Triton 3.6 and 3.7.
 """
 
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ def interpreted() -> bool:
 def patch() -> None:
     """Correct the interpreter, once."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     if getattr(InterpreterBuilder, "corrected", False):
@@ -42,6 +45,17 @@ def patch() -> None:
         product = np.einsum("...ik,...kj->...ij", left, right, optimize=False)
         return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
+    replace, done = interpreter._patch_lang, set()
+
+    def replace_once(function: Any) -> Any:
+        """Which functions are replaced depends on whether `function` sees `tl`, `tl.core` or both."""
+        seen = frozenset(id(m) for m in (tl, tl.core) if m in function.__globals__.values())
+        if seen not in done:
+            replace(function)
+            done.add(seen)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = replace_once
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_trunc = cast_impl
     InterpreterBuilder.create_fp_ext = cast_impl

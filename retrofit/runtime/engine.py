@@ -116,7 +116,7 @@ class Engine:
         name, revision = base or named["model"], None if base else named.get("revision")
         if dtype == "auto":
             dtype = named.get("dtype", "auto")
-        options = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
+        options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
         check_backend(backend, exact)
         if backend == "auto":
             backend = "fused" if device.startswith("cuda") and fits_fused(name, revision, offline) else "hf"

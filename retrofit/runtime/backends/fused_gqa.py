@@ -69,7 +69,7 @@ class FusedGQA:
         if rows < 1:
             raise UsageError(f"the bucket has {rows} rows; it needs at least 1")
         self.device = torch.device(device)
-        if self.device.type != "cuda" and not interpreted():
+        if self.device.type == "cpu" and not interpreted():
             raise ResourceError(
                 f"the fused backend's kernels run on a CUDA GPU, not on {self.device}",
                 "use backend='hf' here; TRITON_INTERPRET=1 in the environment runs them in Triton's slow interpreter",

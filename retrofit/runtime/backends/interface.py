@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from retrofit.adapters.heads import Heads
-from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.sampling import SamplingParams
 
 EXACT = ("off", "bucket", "invariant")
@@ -74,10 +74,11 @@ class Backend(Protocol):
 
     def new_cache(self, slots: int, capacity: int) -> Cache: ...
 
-    def plan(self, sequences: list[SequenceRows]) -> RowPlan: ...
+    def plan(self, sequences: list[SequenceRows]) -> Any:
+        """What `forward` of this backend takes."""
 
-    def forward(self, plan: RowPlan, cache: Cache) -> Output:
-        """One forward.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
+    def forward(self, plan: Any, cache: Any) -> Output:
+        """One forward over a cache of this backend.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
 
     def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
         """The token of each row, as `sampling.choose`."""

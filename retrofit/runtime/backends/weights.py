@@ -243,9 +243,9 @@ class _Loader:
         some = have[0][0]
         assert some is not None
         rank, inputs = some.shape
+        made: dict[str, Any] = {"device": self.device, "dtype": torch.float32}
         downs, ups = [], []
         for (a, b), width in zip(found, widths, strict=True):
-            downs.append(torch.zeros(rank, inputs) if a is None else a.float().cpu())
-            ups.append(torch.zeros(rank, width) if b is None else (b.float().cpu() * self.scale).T)
-        made = {"device": self.device, "dtype": self.dtype}
-        return torch.cat(downs).to(**made), torch.cat(ups, dim=1).to(**made)
+            downs.append(torch.zeros(rank, inputs, **made) if a is None else a.to(**made))
+            ups.append(torch.zeros(rank, width, **made) if b is None else (b.to(**made) * self.scale).T)
+        return torch.cat(downs).to(self.dtype), torch.cat(ups, dim=1).to(self.dtype)

@@ -15,6 +15,8 @@ reduction, and are gathered and multiplied row by row.  K/V of base rows must be
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -56,7 +58,7 @@ def row_attention(
     parts = splits + (rows.num_draft > 0)
     assert split % PAGE == 0 and all(t.is_contiguous() for t in (query, key_cache, value_cache, block_table))
     assert draft_key.is_contiguous() and draft_value.is_contiguous() and (rows.paths is None or rows.starts is not None)
-    made = {"dtype": torch.float32, "device": query.device}
+    made: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     values = torch.empty(rows.num_rows, Hq, parts, D, **made)
     tops = torch.empty(rows.num_rows, Hq, parts, **made)
     totals = torch.empty(rows.num_rows, Hq, parts, **made)

@@ -52,6 +52,8 @@ def patch() -> None:
         seen = frozenset(id(m) for m in (tl, tl.core) if m in function.__globals__.values())
         if seen not in done:
             replace(function)
+            # Triton 3.6 hands Python's `range` an array of one element, which numpy 2.4 takes for no number.
+            tl.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
             done.add(seen)
         return SimpleNamespace(restore=lambda: None)
 

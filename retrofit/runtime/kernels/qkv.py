@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retrofit.runtime.kernels.linear import ROWS, add_lora, dot_block, linear_tile, row_tile, row_tiles
 from retrofit.runtime.kernels.rows import PAGE, Rows
-from retrofit.runtime.kernels.swiglu import ROWS, add_lora, dot_block, linear_tile, row_tile, row_tiles
 
 WARPS = 4
 """16 elements a thread for heads 128 wide: enough loads in flight, and 48 programs or more a row tile."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -389,7 +390,7 @@ def accept(
     slot i + 1; slots whose row is not in use are -1.
     """
     W, n = shape.base_rows, len(lanes)
-    made = {"dtype": torch.int64, "device": targets.device}
+    made: dict[str, Any] = {"dtype": torch.int64, "device": targets.device}
     record = torch.zeros(n, 3 + shape.deepest + 1, **made)
     path_out = torch.zeros(n, shape.deepest + 1, **made)
     kept = torch.zeros(n, **made)

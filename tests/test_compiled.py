@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 def test_kernels_of_an_8b_model_compile_for_hopper(tmp_path: Path) -> None:
     """In a process of its own: here kernels may be interpreted, and interpreted ones cannot be compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "benchmarks.compiled", "--model", "llama-8b", "--temperature", "0.8", "--lanes", "1"]
+    options = ["--model", "llama-8b", "--temperature", "0.8", "--lanes", "1"]
+    command = [sys.executable, "-m", "benchmarks.compiled", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     counted = done.stdout.splitlines()[-1].split()

@@ -28,6 +28,9 @@ class KVCache:
     def close(self, slot: int) -> None:
         """What a slot holds is overwritten by its next sequence."""
 
+    def release(self) -> None:
+        """Its memory goes with it."""
+
     def write(self, layer: int, slots: Tensor, positions: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Store row n at (slots[n], positions[n])."""
         if layer not in self.layers:

@@ -95,6 +95,8 @@ class Step:
     draft_ranks: Tensor
     draft_depths: Tensor
     draft_depth: int
+    anchors: Tensor | None
+    """Rows that blocks always hang on."""
     record: Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
 
@@ -193,8 +195,11 @@ class DeviceLoop:
         rows = allocate_rows(shape, lanes, self.backend.most_rows, self.backend.groups, device)
         keys = [torch.zeros(rows.num_base, dtype=torch.int64, device=device) for _ in range(2)]
         depth = depths(kind.draft_parents)
-        tables = [torch.tensor(list(v), device=device) for v in (kind.draft_parents, kind.draft_ranks, depth)]
-        step = Step(kind, shape, rows, keys[0], keys[1], tables[0], tables[1], tables[2], max(depth))
+        parents, ranks, deep = (
+            torch.tensor(list(v), device=device) for v in (kind.draft_parents, kind.draft_ranks, depth)
+        )
+        anchors = None if kind.anchors is None else torch.tensor(kind.anchors, device=device)
+        step = Step(kind, shape, rows, keys[0], keys[1], parents, ranks, deep, max(depth), anchors)
         if device.type == "cuda":
             self._capture(step)
         self.steps[kind, lanes] = step
@@ -264,8 +269,8 @@ class DeviceLoop:
 
     def _likeliest(self, step: Step, hidden: Tensor, chosen: Tensor, previous: Tensor, tokens: Tensor) -> Tensor:
         """[lanes, blocks] rows at which the accepted path most likely ends; as `plan.likeliest_lengths`."""
-        if step.kind.anchors is not None:
-            return torch.tensor(step.kind.anchors, device=tokens.device).expand(len(tokens), -1)
+        if step.anchors is not None:
+            return step.anchors.expand(len(tokens), -1)
         heads, k = self.backend.heads, tokens.shape[1]
         assert heads is not None
         before = torch.cat([previous[:, None], tokens[:, :-1]], dim=1).reshape(-1)
@@ -336,9 +341,12 @@ class DeviceSteps:
             self._read(self.flights.popleft())
 
     def _calibrate(self, batch: int) -> None:
-        """Time the plans of this batch size once, without requests: products and launches, which dominate."""
+        """Time the plans once, without requests: products and launches, which dominate.
+
+        Times go by rows, so what was timed for many requests tells about few.
+        """
         lanes, sampled = self.loop.lanes_for(batch), self.run.params.temperature > 0
-        if (sampled, lanes) in self.policy.calibrated:
+        if any(known == sampled and timed >= lanes for known, timed in self.policy.calibrated):
             return
         self.loop.serve([self.loop.idle] * batch)
 

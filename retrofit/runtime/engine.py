@@ -306,20 +306,29 @@ class Engine:
         requests = self._requests(prompts, seed, max_new_tokens, stops, ignore_eos)
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
         slots = min(batch_size, max(1, len(requests)), self.backend.most_rows or batch_size)
-        run = Run(
-            self.backend,
-            self.backend.new_cache(slots, longest),
-            params,
-            self.layout,
-            self.limits,
-            threshold,
-            with_confidence=mode == "self_spec" and (strategy == "auto" or isinstance(prepare, int)),
-            shape=tree_shape(self.layout, self._acceptance, prepare, tree, temperature > 0, self._rows_each(slots))
-            if (mode, strategy) == ("self_spec", "fused")
-            else None,
-        )
-        run.watch(requests)
-        return self._loop(run, requests, slots, mode, strategy, prepare, with_text)
+        shape = None
+        if (mode, strategy) == ("self_spec", "fused"):
+            shape = tree_shape(self.layout, self._acceptance, prepare, tree, temperature > 0, self._rows_each(slots))
+
+        def events() -> Iterator[Event]:
+            run = Run(
+                self.backend,
+                self.backend.new_cache(slots, longest),
+                params,
+                self.layout,
+                self.limits,
+                threshold,
+                with_confidence=mode == "self_spec" and (strategy == "auto" or isinstance(prepare, int)),
+                shape=shape,
+            )
+            try:
+                run.watch(requests)
+                steps = self._stepper(run, slots, requests, mode, strategy, prepare)
+                yield from self._loop(run, steps, requests, slots, with_text)
+            finally:
+                run.cache.release()
+
+        return events()
 
     def _rows_each(self, requests: int) -> int:
         """Rows that a request may have in a forward, if so many run."""
@@ -328,16 +337,13 @@ class Engine:
     def _loop(
         self,
         run: Run,
+        steps: HostSteps | DeviceSteps,
         requests: list[Request],
         slots: int,
-        mode: str,
-        strategy: str,
-        prepare: str | int,
         with_text: bool,
     ) -> Iterator[Event]:
         scheduler = Scheduler(requests, slots)
         sent = {r.index: (0, 0) for r in requests}
-        steps = self._stepper(run, requests, mode, strategy, prepare)
         while scheduler:
             begin = time.perf_counter()
             admitted = scheduler.admit()
@@ -359,7 +365,7 @@ class Engine:
                     yield event
 
     def _stepper(
-        self, run: Run, requests: list[Request], mode: str, strategy: str, prepare: str | int
+        self, run: Run, slots: int, requests: list[Request], mode: str, strategy: str, prepare: str | int
     ) -> HostSteps | DeviceSteps:
         """Steps planned on the device where that is built: the fused backend, but for diffusion, n-gram drafts, a
         repetition penalty, and blocks without an anchor."""
@@ -373,12 +379,12 @@ class Engine:
         ):
             from retrofit.runtime.device_loop import DeviceSteps, fixed_template
 
-            room = run.rows_each(run.cache.slots)
+            room = run.rows_each(slots)
             template = None if name == "auto" else fixed_template(name, prepare, self.layout, run.shape, room)
             ignore_eos = all(not r.eos for r in requests)
             return DeviceSteps(run, self._device_loop(run), self.device_policy, template, ignore_eos)
         if name == "auto" and requests:
-            self.policy.calibrate(run, min(run.cache.slots, len(requests)))
+            self.policy.calibrate(run, slots)
         return HostSteps(run, self.policy, mode, strategy, prepare)
 
     def _device_loop(self, run: Run) -> DeviceLoop:

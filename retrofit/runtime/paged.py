@@ -57,6 +57,8 @@ class PagedCache:
         self.owned: dict[int, list[int]] = {}
         self.table = [[0] * pages_for(capacity) for _ in range(slots)]
         """The block table as the host knows it."""
+        self.leased = False
+        """Whether somebody decodes with it."""
         self.staged: Tensor | None = None
         """Places of the base rows of the last tree forward."""
 
@@ -84,6 +86,12 @@ class PagedCache:
 
     def close(self, slot: int) -> None:
         self.free.extend(reversed(self.owned.pop(slot, [])))
+
+    def release(self) -> None:
+        """All sequences are finished; the next call may use the same memory, and the steps recorded over it."""
+        for slot in list(self.owned):
+            self.close(slot)
+        self.leased = False
 
     def place(self, slot: int, position: int) -> int:
         """page * PAGE + offset of a position."""

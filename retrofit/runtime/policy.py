@@ -154,10 +154,11 @@ class AutoPolicy:
                 speculative_step(scratch, requests, choices)
                 return time.perf_counter() - begin
 
-        room = min(self.limits.context, scratch.cache.capacity) - len(prompt)
+        room = min(self.limits.context, PROBE_CAPACITY) - len(prompt)
         with torch.inference_mode():
             prefill_step(scratch, fresh())
             self.learn(sampled, batch, step, room, run.rows_each(batch))
+        scratch.cache.release()
 
     def learn(self, sampled: bool, batch: int, step: Callable[[int, int], float], room: int, rows: int | None) -> None:
         """Time the probe plans of a batch size: `step(verified, prepared)` runs one, returns its seconds."""

@@ -106,17 +106,18 @@ class FusedGQA:
 
         Raises ResourceError when it does not fit into memory.
         """
-        have = self.cache
-        pages = slots * pages_for(capacity)
-        if have is not None and have.slots >= slots and have.capacity >= capacity and have.pages >= pages:
-            for slot in list(have.owned):
-                have.close(slot)
-            return have
-        self.cache = None
-        del have
+        have, pages = self.cache, slots * pages_for(capacity)
+        if have is not None and not have.leased:
+            if have.slots >= slots and have.capacity >= capacity and have.pages >= pages:
+                have.leased = True
+                return have
+            self.cache = None
+        del have  # its memory may be needed for the next one
         shape = (len(self.weights.layers), self.config.num_key_value_heads, self.width)
-        self.cache = PagedCache(shape, slots, capacity, pages, self.dtype, self.device)
-        return self.cache
+        cache = PagedCache(shape, slots, capacity, pages, self.dtype, self.device)
+        cache.leased = True
+        self.cache = self.cache or cache
+        return cache
 
     def plan(self, sequences: list[SequenceRows]) -> HostPlan:
         return HostPlan(sequences)

@@ -39,6 +39,9 @@ class Cache(Protocol):
     def close(self, slot: int) -> None:
         """The sequence in this slot is finished."""
 
+    def release(self) -> None:
+        """Nobody decodes with this cache any more."""
+
     def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
         """After a tree forward: keep base row rows[n] as (slots[n], positions[n]) in every layer, forget the others."""
 
@@ -72,13 +75,17 @@ class Backend(Protocol):
     @property
     def head(self) -> VocabProjection: ...
 
-    def new_cache(self, slots: int, capacity: int) -> Cache: ...
+    def new_cache(self, slots: int, capacity: int) -> Cache:
+        """A cache for so many sequences of up to `capacity` positions, until it is released."""
 
     def plan(self, sequences: list[SequenceRows]) -> Any:
         """What `forward` of this backend takes."""
 
     def forward(self, plan: Any, cache: Any) -> Output:
-        """One forward over a cache of this backend.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
+        """One forward over a cache of this backend.
+
+        Writes the base rows' K/V to the cache; draft rows leave nothing behind.
+        """
 
     def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
         """The token of each row, as `sampling.choose`."""

@@ -60,7 +60,9 @@ class Linear:
     def __call__(self, x_RK: Tensor) -> Tensor:
         """[R, width] in the dtype of x; for products without LoRA."""
         parts, bias = self.parts(x_RK)
-        out = parts[0] if len(parts) == 1 else parts.sum(0)
+        out = parts[0]
+        for part in parts[1:]:  # in index order, which a sum over the dimension does not promise
+            out = out + part
         return (out if bias is None else out + bias).to(x_RK.dtype)
 
 

@@ -143,6 +143,7 @@ def _attend(
     row = first + of_tile
     position = tl.load(positions + row, mask=in_tile, other=0).to(tl.int32)
     limit = tl.load(limits + row, mask=in_tile, other=0)
+    row_slot = tl.load(slots + row, mask=in_tile, other=0)
     oldest = tl.maximum(position - window + 1, 0)
 
     # Rows that see none of the base K/V (such as those not in use, whose slot is 0) have no say in what is walked.
@@ -162,8 +163,7 @@ def _attend(
     if (begin >= end) & (scratch_begin >= scratch_end):
         return
 
-    slot = tl.max(tl.where(sees_base, tl.load(slots + row, mask=in_tile, other=0), 0)).to(tl.int64)
-    pages = block_table + slot * pages_per_slot
+    pages = block_table + tl.max(tl.where(sees_base, row_slot, 0)).to(tl.int64) * pages_per_slot
     head = kv * GROUPS + m % PADDED_GROUPS
     written = in_tile & (m % PADDED_GROUPS < GROUPS)
     d = tl.arange(0, BLOCK_D)

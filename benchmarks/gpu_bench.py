@@ -1,0 +1,226 @@
+"""What the sections of `benchmarks.gpu` share: sizes, the clock, engines that stay alive, and where figures go."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_bars import BARS
+from benchmarks.gpu_models import config_of, random_adapter, random_checkpoint, random_heads
+from retrofit.adapters.layout import DraftLayout
+from retrofit.runtime.backends.fused_gqa import FusedGQA
+from retrofit.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.  The defaults are for a GPU."""
+
+    block: int = 8
+    rank: int = 32
+    markov_rank: int = 128
+    context: int = 1024
+    room: int = 512
+    """Positions that timed steps may advance by."""
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    row_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    lane_rows: int = 64
+    """Base rows of one request, where there are more rows than that."""
+    step_batches: tuple[int, ...] = (1, 4, 8)
+    tree: int = 18
+    buckets: tuple[int, ...] = (64, 128)
+    repeats: int = 30
+    warm: int = 3
+    prompts: int = 64
+    prompts_alone: int = 16
+    """Of the 8B shape, prompts that also run one at a time."""
+    prompt_tokens: int = 64
+    new_tokens: int = 256
+    lossless_batches: tuple[int, ...] = (8, 1)
+    speed_tokens: int = 256
+    speed_prompts: int = 2
+    slow_tokens: int = 96
+    """Tokens of ways that take tens of milliseconds each."""
+    acceptances: tuple[float, ...] = (0.6, 0.8, 0.9)
+    contexts: tuple[int, ...] = (1024, 8192, 32768)
+    copy_bytes: int = 4 << 30
+    square: int = 8192
+    gemm_rows: tuple[int, ...] = (1, 64, 128, 16)
+    gemm_block_n: tuple[int, ...] = (128, 64)
+    gemm_warps: tuple[int, ...] = (4, 8)
+    gemm_stages: tuple[int, ...] = (6, 4, 3)
+    cold_bytes: int = 256 << 20
+    """Weights that a timed product goes through before it meets the first again: several times an L2 cache."""
+
+
+TINY = Sizes(
+    block=2, rank=4, markov_rank=8, context=5, room=16, batches=(1, 2), row_counts=(1, 2), lane_rows=1,
+    step_batches=(1,), tree=3, buckets=(16, 32), repeats=1, warm=0, prompts=2, prompts_alone=1, prompt_tokens=3,
+    new_tokens=4, lossless_batches=(2, 1), speed_tokens=4, speed_prompts=1, slow_tokens=3, acceptances=(0.8,),
+    contexts=(64,), copy_bytes=1 << 16, square=32, gemm_rows=(1, 16), gemm_block_n=(32,), gemm_warps=(4,),
+    gemm_stages=(2,), cold_bytes=1 << 12,
+)  # fmt: skip
+"""For a dry run in Triton's interpreter: every line of code, no figure of worth."""
+
+
+@dataclass
+class Found:
+    """Bars and figures of one section, kept as they come, so that a section that breaks keeps what it has."""
+
+    bars: list[dict[str, Any]] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def judge(self, name: str, figure: str, met: bool) -> None:
+        """One of `BARS`."""
+        what, bar = BARS[name]
+        self.bars.append({"what": what, "bar": bar, "figure": figure, "met": met})
+
+    def state(self, what: str, figure: str) -> None:
+        """A figure that is not judged."""
+        self.bars.append({"what": what, "bar": "stated", "figure": figure, "met": None})
+
+
+@dataclass
+class Bench:
+    """The device, what is measured on it, and what is left of the time."""
+
+    device: torch.device
+    dtype: torch.dtype
+    sizes: Sizes
+    dry: bool
+    deadline: float
+    """On the clock of time.perf_counter."""
+    copy_rate: float | None = None
+    """Bytes per second, read and written, of a large copy."""
+    engines: dict[tuple[Any, ...], Engine] = field(default_factory=dict)
+    built: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Seconds and GiB that each engine took."""
+
+    @property
+    def layout(self) -> DraftLayout:
+        return DraftLayout(block=self.sizes.block)
+
+    @property
+    def bucket(self) -> int:
+        return self.sizes.buckets[-1]
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.perf_counter()
+
+    def engine(
+        self, shape: str = "llama-3.1-8b", exact: str = "off", rows: int | None = None, adapter: bool = True
+    ) -> Engine:
+        """A fused engine over random weights; the same one whenever it is asked for."""
+        rows = rows or self.bucket
+        key = (shape, exact, rows if exact == "bucket" else None, adapter)
+        if key not in self.engines:
+            begin, before = time.perf_counter(), self.allocated()
+            config = config_of(shape, self.dry)
+            made = {"device": self.device, "dtype": self.dtype}
+            backend = FusedGQA(
+                config,
+                random_checkpoint(shape, **made, tiny=self.dry),
+                self.layout,
+                random_heads(config, self.layout, self.sizes.markov_rank, **made),
+                random_adapter(config, self.sizes.rank, **made) if adapter else {},
+                1.0,
+                **made,
+                exact=exact,
+                rows=rows,
+            )
+            self.engines[key] = Engine(backend, self.layout, None)
+            self.synchronize()
+            name = " ".join(str(part) for part in key)
+            gib = (self.allocated() - before) / 2**30
+            self.built[name] = {"seconds": round(time.perf_counter() - begin, 2), "gib": round(gib, 2)}
+        return self.engines[key]
+
+    def release(self, keep: Callable[[tuple[Any, ...]], bool] = lambda key: True) -> None:
+        """Give memory back: caches and recorded steps of all engines, and engines not to be kept."""
+        self.engines = {key: engine for key, engine in self.engines.items() if keep(key)}
+        for engine in self.engines.values():
+            engine._loops.clear()
+            assert isinstance(engine.backend, FusedGQA)
+            engine.backend.cache = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def prompts(self, count: int, length: int, vocab: int) -> list[list[int]]:
+        """Random token ids, the same at every call."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(0, vocab, (count, length), generator=generator).tolist()
+
+    def seconds(
+        self,
+        run: Callable[[], Any],
+        before: Callable[[], Any] = lambda: None,
+        repeats: int | None = None,
+        warm: int | None = None,
+    ) -> list[float]:
+        """Device seconds of each of `repeats` runs; `before` goes ahead of each and is not counted."""
+        for _ in range(self.sizes.warm if warm is None else warm):
+            before()
+            run()
+        times: list[float] = []
+        events = []
+        for _ in range(repeats or self.sizes.repeats):
+            before()
+            if self.device.type == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                run()
+                end.record()
+                events.append((begin, end))
+            else:
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+        self.synchronize()
+        return times + [begin.elapsed_time(end) / 1e3 for begin, end in events]
+
+    def wall(self, run: Callable[[], Any]) -> tuple[float, Any]:
+        """(seconds by the host's clock until the device is done, what `run` returned)."""
+        self.synchronize()
+        begin = time.perf_counter()
+        result = run()
+        self.synchronize()
+        return time.perf_counter() - begin, result
+
+    def each(self, calls: Sequence[Callable[[], Any]]) -> float:
+        """Seconds of one of these calls, run one after the other without gaps: the median over replays, by count."""
+        if self.device.type != "cuda":
+            return median(self.seconds(lambda: [call() for call in calls])) / len(calls)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            calls[0]()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return median(self.seconds(graph.replay, repeats=7)) / len(calls)
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and minimum in milliseconds, and of how many."""
+    return {
+        "median_ms": round(median(seconds) * 1e3, 4),
+        "min_ms": round(min(seconds) * 1e3, 4),
+        "repeats": len(seconds),
+    }

@@ -28,8 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env  ## convert the embedded base, decode held-out prompts in three modes, compare
 	@$(PY) -m benchmarks.demo
 
-test: env  ## all tests
-	@$(PY) -m pytest
+test: env  ## all tests, on every core
+	@$(PY) -m pytest -n auto --dist loadfile
 
 bars: env  ## measure the figures the project promises
 	@$(PY) -m benchmarks.bars

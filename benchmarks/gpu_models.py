@@ -22,38 +22,38 @@ WEIGHT_STD = 0.02
 ADAPTER_STD = 0.02
 NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
-PUBLISHED: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama-3.1-8b": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, **NO_SPECIAL_TOKENS,
-        rope_parameters={
+_SIZES_8B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+_QWEN3 = {
+    "vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
+PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama-3.1-8b": (LlamaConfig, {
+        **_SIZES_8B, "vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "rope_parameters": {
             "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         },
-    ),
-    "qwen3-8b": lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rms_norm_eps=1e-6,
-        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **NO_SPECIAL_TOKENS,
-    ),
-    "qwen3-0.6b": lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rms_norm_eps=1e-6,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **NO_SPECIAL_TOKENS,
-    ),
+    }),
+    "qwen3-8b": (Qwen3Config, {
+        **_SIZES_8B, **_QWEN3, "intermediate_size": 12288, "num_hidden_layers": 36, "tie_word_embeddings": False,
+    }),
+    "qwen3-0.6b": (Qwen3Config, {
+        **_QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    }),
+}  # fmt: skip
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16384,
 }  # fmt: skip
 
 
 def config_of(shape: str, tiny: bool = False) -> PreTrainedConfig:
     """The configuration of a published shape; tiny: its architecture in the least size."""
-    config = PUBLISHED[shape]()
-    if tiny:
-        config.update({
-            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
-        })  # fmt: skip
-    return config
+    kind, sizes = PUBLISHED[shape]
+    return kind(**{**sizes, **NO_SPECIAL_TOKENS, **(TINY if tiny else {})})
 
 
 @cache

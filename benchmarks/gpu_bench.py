@@ -16,6 +16,7 @@ from benchmarks.gpu_models import config_of, random_adapter, random_checkpoint, 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.backends.fused_gqa import FusedGQA
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.exact import Check, self_test
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,29 @@ TINY = Sizes(
 """For a dry run in Triton's interpreter: every line of code, no figure of worth."""
 
 
+FEWEST_CALLS = 8
+"""Calls that are timed together: starting a recorded graph takes microseconds of its own."""
+
+
 @dataclass
 class Found:
     """Bars and figures of one section, kept as they come, so that a section that breaks keeps what it has."""
 
+    dry: bool = False
     bars: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
     def judge(self, name: str, figure: str, met: bool) -> None:
         """One of `BARS`."""
-        what, bar = BARS[name]
-        self.bars.append({"what": what, "bar": bar, "figure": figure, "met": met})
+        self._add(*BARS[name], figure, met)
 
     def state(self, what: str, figure: str) -> None:
         """A figure that is not judged."""
-        self.bars.append({"what": what, "bar": "stated", "figure": figure, "met": None})
+        self._add(what, "stated", figure, None)
+
+    def _add(self, what: str, bar: str, figure: str, met: bool | None) -> None:
+        shown = f"{figure} (dry run)" if self.dry else figure
+        self.bars.append({"what": what, "bar": bar, "figure": shown, "met": met})
 
 
 @dataclass
@@ -98,7 +107,16 @@ class Bench:
     """On the clock of time.perf_counter."""
     copy_rate: float | None = None
     """Bytes per second, read and written, of a large copy."""
+    ours: float | None = None
+    """Tokens per second that the bars against transformers are judged by."""
     engines: dict[tuple[Any, ...], Engine] = field(default_factory=dict)
+    tests: dict[str, Any] = field(default_factory=dict)
+    """Test runs under way, by name."""
+    tests_begun: bool = False
+    missed: int = 0
+    """Bars missed so far."""
+    checks: dict[tuple[str, str, int], list[Check]] = field(default_factory=dict)
+    """What self-tests found when engines were built, by shape, level and rows of a bucket."""
     built: dict[str, dict[str, float]] = field(default_factory=dict)
     """Seconds and GiB that each engine took."""
 
@@ -135,6 +153,9 @@ class Bench:
                 exact=exact,
                 rows=rows,
             )
+            if exact != "off":
+                # As where an artifact is loaded: at `bucket` it may put our products in place of the library's.
+                self.checks[shape, exact, rows] = self_test(backend, self.layout.drafts)
             self.engines[key] = Engine(backend, self.layout, None)
             self.synchronize()
             name = " ".join(str(part) for part in key)
@@ -205,6 +226,7 @@ class Bench:
         """Seconds of one of these calls, run one after the other without gaps: the median over replays, by count."""
         if self.device.type != "cuda":
             return median(self.seconds(lambda: [call() for call in calls])) / len(calls)
+        calls = list(calls) * -(-FEWEST_CALLS // len(calls))
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -1,7 +1,8 @@
 """Draw the numbers of README.md from results/*.json.
 
-They stand between `<!-- numbers:begin -->` and `<!-- numbers:end -->`; all else is left as it is.  With
---check nothing is written; exits 1 if the block is not what the results say.
+They stand between `<!-- numbers:begin -->` and `<!-- numbers:end -->`; all else is left as it is.  GPU bars that no
+results/gpu-*.json holds are listed as not measured.  With --check nothing is written; exits 1 if the block is not what
+the results say.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from benchmarks.gpu_bars import BARS as GPU_BARS
+from benchmarks.gpu_bars import TITLES as GPU_TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -58,17 +62,32 @@ def redrawn(text: str, results: Path) -> str:
 
 def block(results: Path) -> str:
     """The Markdown between the markers: one table per section of every results file, in order."""
-    files = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    parts = [part(name, section) for file in files for name, section in file.get("sections", {}).items()]
-    return "\n\n".join(parts) if parts else "Not measured yet: run `make bars`."
+    parts, on_gpu = [], set()
+    for path in sorted(results.glob("*.json")):
+        gpu = path.name.startswith("gpu-")
+        for name, section in json.loads(path.read_text()).get("sections", {}).items():
+            if section["bars"]:
+                parts.append(part((GPU_TITLES if gpu else TITLES).get(name, name), section))
+            if gpu:
+                on_gpu |= {bar["what"] for bar in section["bars"]}
+    missing = [(what, bar) for what, bar in GPU_BARS.values() if what not in on_gpu]
+    if missing:
+        rows = [[what, bar, "not measured", ""] for what, bar in missing]
+        parts.append(
+            f"**GPU, not measured**\n\n{table(rows)}\n\n`python -m benchmarks.gpu` on a CUDA GPU measures them."
+        )
+    return "\n\n".join(parts)
 
 
-def part(name: str, section: dict[str, Any]) -> str:
-    lines = [f"**{TITLES.get(name, name)}**", "", "| what | bar | measured | |", "| --- | --- | --- | --- |"]
-    for bar in section["bars"]:
-        cells = [bar["what"].strip(), bar["bar"], bar["figure"], VERDICTS[bar["met"]]]
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join([*lines, "", source(section)])
+def part(title: str, section: dict[str, Any]) -> str:
+    rows = [[bar["what"].strip(), bar["bar"], bar["figure"], VERDICTS[bar["met"]]] for bar in section["bars"]]
+    return f"**{title}**\n\n{table(rows)}\n\n{source(section)}"
+
+
+def table(rows: list[list[str]]) -> str:
+    lines = ["| what | bar | measured | |", "| --- | --- | --- | --- |"]
+    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in rows]
+    return "\n".join(lines)
 
 
 def source(section: dict[str, Any]) -> str:
@@ -77,6 +96,7 @@ def source(section: dict[str, Any]) -> str:
     commit = machine["commit"] or "not committed"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    where += f", driver {machine['driver']}" if machine.get("driver") else ""
     return f"`{section['command']}` on {where}; {versions}; commit {commit}, {machine['date']}."
 
 

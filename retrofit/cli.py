@@ -21,6 +21,7 @@ from retrofit.console import (
     Totals,
     base_option,
     emit_json,
+    engine_options,
     generation_options,
     is_quiet,
     loading_options,
@@ -171,7 +172,7 @@ artifact_argument = click.argument("folder", metavar="ARTIFACT")
 )
 @base_option
 @seed_option
-@loading_options
+@engine_options
 @output_options
 def generate(
     folder: str,
@@ -244,7 +245,7 @@ def _stdin() -> str:
 @generation_options
 @base_option
 @seed_option
-@loading_options
+@engine_options
 @output_options
 def chat(
     folder: str,
@@ -340,6 +341,52 @@ def inspect(folder: str, as_json: bool) -> None:
         emit_json(described, indent=2)
     else:
         click.echo(table(described))
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("folder", metavar="[ARTIFACT]", required=False)
+@base_option
+@engine_options
+@output_options
+def doctor(folder: str | None, base: str | None, loading: Loading, as_json: bool) -> None:
+    """Show what this machine has, and prove on it that rows keep their bits.
+
+    self_spec can emit exactly what ar emits only if a row's result does not depend on the rows beside it. On
+    a GPU that is a property of its kernels, so it is tried out: every matrix product of the model in its
+    shapes, attention, and whole forwards; a row alone, among others and in other places, compared bit for
+    bit. The table says what was compared; DIFFER names the first arrangement that differs.
+
+    \b
+    Levels of --exact, and what each promises:
+      bucket     every decoding forward has one row count (the default on a GPU); a product of the library
+                 that fails is replaced by our kernel
+      invariant  any row count, our kernels only
+      off        nothing; the table then says what would hold
+
+    Without ARTIFACT the test runs the model of --base without an adapter, or the base that ships with
+    retrofit. Where our kernels cannot run it says why, and what does run. Exits with 3 when a level does not
+    hold, and with 4 when the GPU that was asked for is missing.
+
+    \b
+    Examples:
+      retrofit doctor
+      retrofit doctor qwen-retrofit --exact invariant
+      retrofit doctor --base Qwen/Qwen3-8B --json
+    """
+    quieten_libraries()
+    from retrofit.doctor import diagnose, environment, environment_table
+
+    # Printed first: whatever fails below, this is what a report about it needs.
+    facts = environment()
+    if not as_json:
+        click.echo(f"{environment_table(facts)}\n")
+    diagnosis = diagnose(loading, folder, base)
+    if as_json:
+        emit_json({"environment": facts, **diagnosis.to_dict()}, indent=2)
+    else:
+        click.echo(diagnosis.table())
+    if diagnosis.problem is not None:
+        raise diagnosis.problem
 
 
 @main.group(context_settings=CONTEXT)

@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ CONTEXT = {"auto_envvar_prefix": "RETROFIT", "help_option_names": ["-h", "--help
 
 MODES = ["ar", "diffusion", "self_spec"]
 STRATEGIES = ["auto", "fused", "two_forward", "prompt_lookup"]
+BACKENDS = ["auto", "hf", "fused"]
+EXACT = ["auto", "off", "bucket", "invariant"]
 
 VERBOSE = "retrofit.verbose"
 QUIET = "retrofit.quiet"
@@ -150,6 +152,8 @@ class Loading:
     dtype: str | None
     offline: bool
     trust_remote_code: bool
+    backend: str = "auto"
+    exact: str = "auto"
 
     @property
     def device(self) -> str:
@@ -169,6 +173,8 @@ class Loading:
             artifact,
             device=self.device,
             dtype=self.dtype or "auto",
+            exact=self.exact,
+            backend=self.backend,
             base=base,
             offline=self.offline,
             trust_remote_code=self.trust_remote_code,
@@ -197,6 +203,22 @@ def loading_options(function: Any) -> Any:
         click.option("--offline", is_flag=True, help="Use no network, only what is on this machine."),
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model."),
     )(run)  # fmt: skip
+
+
+def engine_options(function: Any) -> Any:
+    """`loading_options` of a command that decodes: --backend and --exact too."""
+
+    @wraps(function)
+    def run(*arguments: Any, loading: Loading, backend: str, exact: str, **options: Any) -> Any:
+        return function(*arguments, loading=replace(loading, backend=backend, exact=exact), **options)
+
+    added = _options(
+        click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
+                     help="hf is transformers' own modules, fused our kernels (GPU); auto is fused where it can run."),
+        click.option("--exact", type=click.Choice(EXACT), default="auto", show_default=True,
+                     help="Of fused: how far a row's bits may depend on the rows beside it; see `retrofit doctor`."),
+    )(run)  # fmt: skip
+    return loading_options(added)
 
 
 GENERATION = (

@@ -369,11 +369,10 @@ class Engine:
     ) -> HostSteps | DeviceSteps:
         """Steps planned on the device where that is built: the fused backend, but for diffusion, n-gram drafts, a
         repetition penalty, and blocks without an anchor."""
-        name = "ar" if mode == "ar" else strategy
+        name = strategy if mode == "self_spec" else mode
         if (
             self.backend.name == "fused"
-            and mode != "diffusion"
-            and name != "prompt_lookup"
+            and name not in ("diffusion", "prompt_lookup")
             and run.params.repetition_penalty in (None, 1.0)
             and (name == "ar" or (self.layout.anchored and self.backend.heads is not None))
         ):

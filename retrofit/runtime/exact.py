@@ -45,7 +45,7 @@ class Check:
     what: str
     shape: str
     kernel: str
-    """`library` or `ours`, as the shape is computed from now on."""
+    """`ours`, or `library` where products of the library take part, as it is from now on."""
     rows: str
     """What was compared; where it is not equal, the first arrangement that differs."""
     equal: bool
@@ -74,9 +74,9 @@ INTERPRETER = Size(counts=(1, 2, 17), context=3 * PAGE // 2, split=PAGE, prompt=
 
 @torch.inference_mode()
 def self_test(backend: FusedGQA, drafts: int) -> list[Check]:
-    """Try out the backend's level; drafts: tokens of a block.  See above for what may be switched to our kernel.
+    """Try out the backend's level, and at `bucket` switch the shapes that need it to our kernel.
 
-    Takes about a second on a GPU once the kernels are compiled, and leaves nothing behind.
+    drafts: tokens of a block.  Takes about a second on a GPU once the kernels are compiled.
     """
     cuda = backend.device.type == "cuda"
     size = GPU if cuda else INTERPRETER
@@ -95,8 +95,8 @@ def demand(checks: Iterable[Check]) -> None:
     for check in checks:
         if not check.equal:
             raise GateError(
-                f"{check.what} {check.shape} ({check.kernel}): on this machine a row's bits depend on the rows beside "
-                f"it, seen with {check.rows}",
+                f"{check.what} {check.shape}: on this machine a row's bits depend on the rows beside it "
+                f"(kernel: {check.kernel}; seen with: {check.rows})",
                 "use exact='invariant', which runs our kernels only; should that fail too, exact='off' decodes "
                 "without the guarantee",
             )
@@ -177,16 +177,15 @@ def _activations(backend: FusedGQA, rows: int, inputs: int, generator: torch.Gen
 
     Those are normed embeddings where they are as wide; elsewhere small values with a few large outliers.
     """
-    made = {"generator": generator, "device": backend.device}
-    x = torch.randn(rows, inputs, dtype=backend.dtype, **made)
+    device = backend.device
+    x = torch.randn(rows, inputs, dtype=backend.dtype, device=device, generator=generator)
     table = backend.weights.embedding
-    count = rows // 2
     if inputs == table.shape[1]:
-        ids = torch.randint(len(table), (count,), **made)
+        ids = torch.randint(len(table), (rows // 2,), device=device, generator=generator)
         x[1::2] = embed_rms_norm(ids, table, backend.mask_vector, backend.weights.layers[0].input_norm, backend.eps)[1]
     else:
         x[1::2] *= 0.1
-        x[1::2, torch.randint(inputs, (4,), **made)] *= OUTLIER / 0.1
+        x[1::2, torch.randint(inputs, (4,), device=device, generator=generator)] *= OUTLIER / 0.1
     return x
 
 
@@ -282,4 +281,11 @@ def decoder(backend: FusedGQA, chain: int, size: Size, generator: torch.Generato
         branched = forward(SequenceRows(0, prompt, [rows[0], sibling, rows[1]], parents=[-1, 0, 0]))
         tried.append("a tree")
         differs = differs or (None if torch.equal(branched[[0, 2]], alone[:2]) else tried[-1])
-    return Check("decoder", f"{shape[0]} layers", "all of the above", differs or ", ".join(tried), differs is None)
+    ours = all(linear.own_kernel for linear in backend.weights.linears())
+    return Check(
+        what="decoder",
+        shape=f"{shape[0]} layers",
+        kernel="ours" if ours else "library",
+        rows=differs or ", ".join(tried),
+        equal=differs is None,
+    )

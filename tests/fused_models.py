@@ -112,7 +112,11 @@ class Planted:
     """
 
     def __init__(
-        self, truth: dict[int, Sequence[int]], mistakes: float = 0.25, vocab: int = VOCABULARY, shape: Shape | None = None
+        self,
+        truth: dict[int, Sequence[int]],
+        mistakes: float = 0.25,
+        vocab: int = VOCABULARY,
+        shape: Shape | None = None,
     ):
         longest = max(map(len, truth.values())) + 64
         self.truth = torch.zeros(max(truth) + 1, longest, dtype=torch.int64)

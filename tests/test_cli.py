@@ -24,7 +24,9 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import GateError, ResourceError
 from retrofit.eval import certify
 from retrofit.hub import file_fingerprint
-from retrofit.runtime import engine
+from retrofit.runtime import engine, exact
+from retrofit.runtime.backends import interface
+from retrofit.runtime.backends.interface import EXACT
 
 PROMPT = "def area(radius):"
 TEXT = "def area(radius): return radius * radius\nclass Stack: pass\nfor item in range(3): print(item)\n"
@@ -171,6 +173,8 @@ def test_defaults_and_choices_are_the_engines(path):
     assert {"mode", "strategy", "prepare", "max_new_tokens", "temperature", "threshold", "seed"} <= set(options)
     assert tuple(console.MODES) == engine.MODES
     assert tuple(console.STRATEGIES) == engine.STRATEGIES
+    assert tuple(console.BACKENDS) == engine.BACKENDS
+    assert tuple(console.EXACT) == ("auto", *EXACT)
 
 
 def test_common_options_are_the_same_everywhere():
@@ -180,7 +184,9 @@ def test_common_options_are_the_same_everywhere():
             continue
         options = {o.name: (o.opts, str(o.type), o.help) for o in command.params if isinstance(o, click.Option)}
         assert {"as_json", "quiet", "verbose"} <= set(options), path
-        for name in {"as_json", "quiet", "verbose", "device", "dtype", "offline", "trust_remote_code"} & set(options):
+        common = {"as_json", "quiet", "verbose", "device", "dtype", "offline", "trust_remote_code", "backend", "exact"}
+        assert ("backend" in options) == (path[0] in ("generate", "chat", "doctor"))
+        for name in common & set(options):
             assert seen.setdefault(name, options[name]) == options[name]
 
 
@@ -254,6 +260,18 @@ def test_options_from_the_environment(made):
     assert len(json.loads(text)["tokens"]) == 3
 
 
+def test_backend_and_exact_reach_the_engine(made, monkeypatch):
+    seen = {}
+
+    def load(folder, **options):
+        seen.update(options)
+        raise ResourceError("seen")
+
+    monkeypatch.setattr(engine.Engine, "load", load)
+    refused(run("generate", made, PROMPT, "--backend", "fused", RETROFIT_EXACT="invariant"), 4)
+    assert (seen["backend"], seen["exact"]) == ("fused", "invariant")
+
+
 # chat
 
 
@@ -295,6 +313,116 @@ def test_chat_sends_the_conversation_through_the_template(tmp_path):
 def test_chat_refuses_wrong_commands(made, line):
     result = run("chat", made, "-q", stdin=f"{line}\n")
     assert line.split()[0] in refused(result, 2)
+
+
+# doctor
+
+
+def test_doctor_where_kernels_cannot_run(monkeypatch):
+    monkeypatch.setattr(exact, "self_test", None)
+    text = done("doctor", TRITON_INTERPRET="0")
+    for fact in (torch.__version__, retrofit.__version__, "Hub cache", "our kernels need a CUDA GPU", "hf backend"):
+        assert fact in text
+    found = json.loads(done("doctor", "--json", TRITON_INTERPRET="0"))
+    assert found["environment"]["torch"] == torch.__version__
+    assert found["environment"]["cpu"]["cores"] >= 1
+    assert found["environment"]["HF_HUB_OFFLINE"] == "1"
+    assert (found["backend"], found["exact"], found["checks"], found["holds"]) == ("hf", "off", [], None)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--backend", "hf"], 0, "the hf backend was asked for"),
+        (["--backend", "fused"], 4, "our kernels need a CUDA GPU"),
+        (["--exact", "bucket"], 3, "exact=bucket was asked for, and our kernels need a CUDA GPU"),
+        (["--backend", "hf", "--exact", "invariant"], 3, "exact=invariant was asked for, and the hf backend"),
+        (["--exact", "off"], 0, "our kernels need a CUDA GPU"),
+        (["--device", "cuda"], 4, "no CUDA GPU"),
+        (["--device", "cuda", "--backend", "hf"], 4, "no CUDA GPU"),
+        (["--device", "gpu"], 2, "unknown device"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_doctor_ends_with_what_is_missing(monkeypatch, options, code, message):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is one")
+    monkeypatch.setattr(exact, "self_test", None)
+    result = run("doctor", *options, TRITON_INTERPRET="0")
+    assert result.exit_code == code, result.output
+    assert f"torch           {torch.__version__}" in result.stdout
+    assert message in (result.stderr if code else result.stdout)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the interpreter")
+def test_doctor_tests_an_artifact(made, monkeypatch):
+    monkeypatch.setattr(interface, "BUCKET_ROWS", 14)
+    found = json.loads(done("doctor", made, "--json"))
+    assert found["holds"] is True
+    assert (found["backend"], found["exact"], found["bucket"]) == ("fused", "bucket", 14)
+    shapes = {check["what"]: check["shape"] for check in found["checks"]}
+    # Two roles of rank 2 beneath q (32) | k (16) | v (16).
+    assert shapes["qkv"] == "[70, 32]"
+    assert {"decoder", "attention"} < set(shapes)
+
+
+DOCTORED = [
+    exact.Check("qkv", "[8, 8]", "ours", "1, 5 of 8", True),
+    exact.Check("o", "[8, 8]", "library", "1, 5 of 8", True),
+    exact.Check("decoder", "2 layers", "library", "a tree", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "checks", "code", "verdict"),
+    [
+        ([], 2, 0, "bucket holds on this machine: every row of a forward of 128 rows keeps its bits"),
+        (["--exact", "invariant"], 2, 0, "invariant holds on this machine"),
+        (["--exact", "off"], 3, 0, "off: nothing is promised; of 3 checks 1 differ"),
+        ([], 3, 3, "bucket does NOT hold on this machine: of 3 checks 1 differ"),
+        (["--exact", "invariant"], 3, 3, "invariant does NOT hold"),
+    ],
+)
+@pytest.mark.parametrize("subject", ["artifact", "base alone"])
+def test_doctor_says_what_holds(made, base, monkeypatch, options, checks, code, verdict, subject):
+    asked = []
+
+    def self_test(backend, drafts):
+        asked.append((backend.exact, drafts, backend.weights.layers[0].qkv.up is not None))
+        return DOCTORED[:checks]
+
+    monkeypatch.setattr(exact, "self_test", self_test)
+    given = [made] if subject == "artifact" else ["--base", base]
+    result = run("doctor", *given, *options, TRITON_INTERPRET="1")
+    assert result.exit_code == code, result.output
+    assert verdict in result.stdout
+    assert asked == [(options[-1] if options else "bucket", 4 if given == [made] else 8, given == [made])]
+    lines = result.stdout.splitlines()
+    assert next(line for line in lines if line.startswith("qkv")).split() == "qkv [8, 8] ours 1, 5 of 8 equal".split()
+    assert sum(line.endswith("DIFFER") for line in lines) == checks - 2
+    assert ("Our kernel stands in for the library's at qkv [8, 8]." in result.stdout) == (not options and code == 0)
+    if code:
+        assert result.stderr.startswith("Error: decoder 2 layers: ")
+    else:
+        assert result.stderr == ""
+
+
+def test_doctor_names_what_our_kernels_cannot_run(tmp_path):
+    build("phi3").save_pretrained(tmp_path / "phi")
+    options = ["--base", tmp_path / "phi"]
+    assert "model type 'phi3' is not one of" in done("doctor", *options, TRITON_INTERPRET="1")
+    result = run("doctor", *options, "--backend", "fused", "-q", TRITON_INTERPRET="1")
+    assert (result.exit_code, "phi3" in result.stderr) == (1, True)
+
+
+def test_doctor_help_needs_no_torch():
+    code = (
+        "import sys; from click.testing import CliRunner; from retrofit.cli import main\n"
+        "assert 'bit for' in CliRunner().invoke(main, ['doctor', '--help']).output\n"
+        "assert not {'torch', 'transformers', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # inspect, recipes
@@ -470,6 +598,7 @@ GENERATE_BAD = {
     "prepare": (["MADE", PROMPT, "--prepare", "some"], 2, "prepare"),
     "no GPU": (["MADE", PROMPT, "--device", "cuda"], 4, "no CUDA GPU"),
     "no base": (["MADE", PROMPT, "--base", "./gone"], 2, "no folder ./gone"),
+    "exact without kernels": (["MADE", PROMPT, "--exact", "bucket"], 2, "exact='bucket' needs the fused backend"),
 }
 
 
@@ -589,7 +718,9 @@ def not_json(own):
     return path
 
 
-@pytest.mark.parametrize("command", [["generate", PROMPT], ["inspect"], ["certify"], ["chat"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [["generate", PROMPT], ["inspect"], ["certify"], ["chat"], ["doctor", "--json"]], ids=lambda c: c[0]
+)
 @pytest.mark.parametrize("damage", [truncate, flip, huge_header, pickled, newer, remove, not_json])
 def test_damaged_artifacts_are_refused_and_the_file_named(own, command, damage):
     path = damage(own)

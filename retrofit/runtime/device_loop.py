@@ -178,7 +178,8 @@ class DeviceLoop:
 
     def lanes_for(self, requests: int) -> int:
         """The next power of two, so that few steps have to be recorded."""
-        return min(1 << (requests - 1).bit_length(), self.cache.slots)
+        lanes = min(1 << (requests - 1).bit_length(), self.cache.slots)
+        return min(lanes, self.backend.most_rows or lanes)
 
     def step(self, kind: Kind, lanes: int) -> Step:
         """Run one step for the lanes; its record is on the device when the stream gets there."""
@@ -193,6 +194,10 @@ class DeviceLoop:
         device, layout = self.backend.device, self.layout
         shape = StepShape.of(kind.parents, kind.blocks, layout.block, kind.hang, device)
         rows = allocate_rows(shape, lanes, self.backend.most_rows, self.backend.groups, device)
+        if self.backend.most_rows is not None and rows.num_rows > self.backend.most_rows:
+            raise RuntimeError(
+                f"{kind.name} of {lanes} lanes has {rows.num_rows} rows, the bucket {self.backend.most_rows}"
+            )
         keys = [torch.zeros(rows.num_base, dtype=torch.int64, device=device) for _ in range(2)]
         depth = depths(kind.draft_parents)
         parents, ranks, deep = (

@@ -142,8 +142,9 @@ class Engine:
         check_same_base(base, artifact)
         assert base.folder is not None
         model_config = AutoConfig.from_pretrained(base.folder).get_text_config()
-        if not isinstance(model_config.eos_token_id, list) and (base.folder / "generation_config.json").is_file():
-            model_config.eos_token_id = GenerationConfig.from_pretrained(base.folder).eos_token_id
+        if (base.folder / "generation_config.json").is_file():
+            eos = GenerationConfig.from_pretrained(base.folder).eos_token_id
+            model_config.eos_token_id = model_config.eos_token_id if eos is None else eos
         layout, adapter = DraftLayout(**config["draft"]), config["adapter"]
         heads = Heads(
             model_config.hidden_size,
@@ -331,8 +332,9 @@ class Engine:
         return events()
 
     def _rows_each(self, requests: int) -> int:
-        """Rows that a request may have in a forward, if so many run."""
-        return min(ROWS, (self.backend.most_rows or ROWS * requests) // requests)
+        """Rows that a request may have in a forward, if so many run: as many as there are lanes for them, at most."""
+        lanes = 1 << (requests - 1).bit_length()
+        return min(ROWS, (self.backend.most_rows or ROWS * lanes) // lanes)
 
     def _loop(
         self,
@@ -378,10 +380,11 @@ class Engine:
         ):
             from retrofit.runtime.device_loop import DeviceSteps, fixed_template
 
-            room = run.rows_each(slots)
+            loop = self._device_loop(run)
+            room = run.rows_each(loop.lanes_for(slots))
             template = None if name == "auto" else fixed_template(name, prepare, self.layout, run.shape, room)
             ignore_eos = all(not r.eos for r in requests)
-            return DeviceSteps(run, self._device_loop(run), self.device_policy, template, ignore_eos)
+            return DeviceSteps(run, loop, self.device_policy, template, ignore_eos)
         if name == "auto" and requests:
             self.policy.calibrate(run, slots)
         return HostSteps(run, self.policy, mode, strategy, prepare)

@@ -72,3 +72,4 @@ def let_oracle_draft(
     cache = backend.new_cache(batch, longest)
     engine._loops.clear()
     engine._loops[params] = DeviceLoop(backend, cache, params, oracle)
+    cache.release()  # `generate` takes the same one, and with it the steps recorded over it

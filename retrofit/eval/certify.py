@@ -168,6 +168,7 @@ def certify(
                 target,
                 device,
                 dtype,
+                backend="hf",  # what is certified is the original model's own modules with the adapter on
                 base=None if base is None else str(base),
                 offline=offline,
                 trust_remote_code=trust_remote_code,

@@ -109,7 +109,8 @@ class Engine:
         backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused where it can run).  exact: how
         far rows are guaranteed not to depend on each other's number on the fused backend: off, bucket (every decoding
         forward has `rows` rows), invariant (own kernels throughout); auto is bucket there, and off on hf.
-        Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError.
+        Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError, and GateError
+        where this machine does not keep what the level promises.
         """
         artifact = artifacts.read(Path(path))
         named = artifact.config["base"]
@@ -135,6 +136,7 @@ class Engine:
         try:
             from retrofit.runtime.backends.fused_gqa import FusedGQA
             from retrofit.runtime.backends.weights import from_folder
+            from retrofit.runtime.exact import demand, self_test
         except ImportError as error:
             raise ResourceError(f"the fused backend needs Triton: {error}", "pip install triton (Linux)") from error
 
@@ -170,6 +172,8 @@ class Engine:
             exact=exact,
             rows=rows,
         )
+        if exact != "off" and backend.device.type == "cuda":
+            demand(self_test(backend, layout.drafts))
         return cls(backend, layout, base.tokenizer, config.get("acceptance"), config, base)
 
     @classmethod
@@ -517,7 +521,9 @@ def fits_fused(name: str, revision: str | None, offline: bool) -> bool:
         from retrofit.runtime.backends.weights import unsupported
     except ImportError:  # no Triton here
         return False
-    return unsupported(AutoConfig.from_pretrained(locate(name, revision, offline)).get_text_config()) is None
+    config = AutoConfig.from_pretrained(locate(name, revision, offline))
+    # Models of several parts, such as vision and text, name their tensors otherwise.
+    return config.get_text_config() is config and unsupported(config) is None
 
 
 def stable_text(request: Request) -> str:

@@ -102,6 +102,8 @@ def unsupported(config: Any) -> str | None:
     """What keeps this model from the fused decoder; None when nothing does."""
     if config.model_type not in FAMILIES:
         return f"model type {config.model_type!r} is not one of {', '.join(FAMILIES)}"
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantised"
     if config.hidden_act != "silu":
         return f"activation {config.hidden_act!r} is not silu"
     rope = getattr(config, "rope_parameters", None) or {}

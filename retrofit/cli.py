@@ -349,7 +349,7 @@ def inspect(folder: str, as_json: bool) -> None:
 @engine_options
 @output_options
 def doctor(folder: str | None, base: str | None, loading: Loading, as_json: bool) -> None:
-    """Show what this machine has, and prove on it that rows keep their bits.
+    """Show what this machine has, and test exactness on it.
 
     self_spec can emit exactly what ar emits only if a row's result does not depend on the rows beside it. On
     a GPU that is a property of its kernels, so it is tried out: every matrix product of the model in its

@@ -129,14 +129,16 @@ class Engine:
                 )
             return cls._with_artifact(load_base(name, revision, dtype=dtype, device=device, **options), artifact)
         files = load_base(name, revision, device=device, with_model=False, **options)
-        return cls._fused(files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows)
+        engine = cls._fused(files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows)
+        if engine.backend.device.type == "cuda":
+            engine._demand_exactness()
+        return engine
 
     @classmethod
     def _fused(cls, base: Base, artifact: artifacts.Artifact, device: str, dtype: str, exact: str, rows: int) -> Engine:
         try:
             from retrofit.runtime.backends.fused_gqa import FusedGQA
             from retrofit.runtime.backends.weights import from_folder
-            from retrofit.runtime.exact import demand, self_test
         except ImportError as error:
             raise ResourceError(f"the fused backend needs Triton: {error}", "pip install triton (Linux)") from error
 
@@ -172,8 +174,6 @@ class Engine:
             exact=exact,
             rows=rows,
         )
-        if exact != "off" and backend.device.type == "cuda":
-            demand(self_test(backend, layout.drafts))
         return cls(backend, layout, base.tokenizer, config.get("acceptance"), config, base)
 
     @classmethod
@@ -235,6 +235,15 @@ class Engine:
 
         attached, backend = wrap(base.model, build)
         return cls(backend, attached.layout, base.tokenizer, config.get("acceptance"), config, base, attached)
+
+    def _demand_exactness(self) -> None:
+        """Try out what the level promises, before a step is recorded: a shape may be switched to our own product."""
+        from retrofit.runtime.backends.fused_gqa import FusedGQA
+        from retrofit.runtime.exact import demand, self_test
+
+        assert isinstance(self.backend, FusedGQA)
+        if self.backend.exact != "off":
+            demand(self_test(self.backend, self.layout.drafts))
 
     def close(self) -> None:
         """Give the live model back as it was: no adapter, no wrapping."""

@@ -153,15 +153,21 @@ def _differing_product(
     arrangements: list[tuple[int, int, float]],
     generator: torch.Generator,
 ) -> str | None:
-    """The first arrangement in which a row has other bits than among all rows; rows stand in random places."""
+    """The first arrangement in which a row has other bits than among all rows."""
     whole = _product(backend, linear, x_RK)
     for n, padded, padding in arrangements:
-        order = torch.randperm(len(x_RK), generator=generator, device=x_RK.device)[:n]
-        x = torch.full((padded, x_RK.shape[1]), padding, dtype=x_RK.dtype, device=x_RK.device)
-        x[:n] = x_RK[order]
-        if not torch.equal(_product(backend, linear, x)[..., :n, :], whole[..., order, :]):
-            return f"{n} of {padded}" if padded != n else str(n)
+        for order in _orders(len(x_RK), n, generator):
+            x = torch.full((padded, x_RK.shape[1]), padding, dtype=x_RK.dtype, device=x_RK.device)
+            x[:n] = x_RK[order]
+            if not torch.equal(_product(backend, linear, x)[..., :n, :], whole[..., order, :]):
+                return f"{n} of {padded}" if padded != n else str(n)
     return None
+
+
+def _orders(rows: int, n: int, generator: torch.Generator) -> list[Tensor]:
+    """Which n rows of `_activations` to take, in random order; for a row alone, one of each kind."""
+    order = torch.randperm(rows, generator=generator, device=generator.device)
+    return [order[:n]] if n > 1 else [order[order % 2 == kind][:1] for kind in range(min(2, rows))]
 
 
 def _product(backend: FusedGQA, linear: Linear, x_RK: Tensor) -> Tensor:
@@ -255,9 +261,10 @@ def decoder(backend: FusedGQA, chain: int, size: Size, generator: torch.Generato
     """Logits of whole forwards: rows decoded one by one, against the same rows in one forward with others."""
     block, bucket = backend.layout.block, backend.most_rows
     prompt = max(1, min(size.prompt, backend.context_length - chain - block - 1))
-    drawn = torch.randint(backend.head.vocab, (prompt + chain + 1,), generator=generator, device=backend.device)
-    *tokens, sibling = drawn.tolist()
+    vocab = backend.head.vocab
+    tokens = torch.randint(vocab, (prompt + chain,), generator=generator, device=backend.device).tolist()
     rows = tokens[prompt:]
+    sibling = (rows[min(1, chain - 1)] + 1) % vocab
     shape = (len(backend.weights.layers), backend.config.num_key_value_heads, backend.width)
     cache = PagedCache(shape, 2, prompt + chain, 2 * pages_for(prompt + chain), backend.dtype, backend.device)
     for slot in range(2):

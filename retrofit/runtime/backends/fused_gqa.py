@@ -31,7 +31,7 @@ from retrofit.errors import ResourceError, UsageError
 from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, Output
 from retrofit.runtime.backends.weights import Checkpoint, Linear, Weights, head_width, load
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
-from retrofit.runtime.kernels.interpreter import interpreted
+from retrofit.runtime.kernels.interpreter import interpreted, patch
 from retrofit.runtime.kernels.norm import add_rms_norm, embed_rms_norm
 from retrofit.runtime.kernels.qkv import qkv
 from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
@@ -74,6 +74,8 @@ class FusedGQA:
                 f"the fused backend's kernels run on a CUDA GPU, not on {self.device}",
                 "use backend='hf' here; TRITON_INTERPRET=1 in the environment runs them in Triton's slow interpreter",
             )
+        if interpreted():
+            patch()
         self.config, self.dtype, self.exact, self.layout, self.heads = config, dtype, exact, layout, heads
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.width = head_width(config)
@@ -260,7 +262,8 @@ class VocabHead:
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> [N, V]."""
-        return self.linear(hidden_NH)
+        with full_precision_reductions(hidden_NH.device):
+            return self.linear(hidden_NH)
 
 
 def row_paths(sequence: SequenceRows) -> list[list[int]]:

@@ -1,0 +1,285 @@
+"""What this machine has, and whether the levels of exactness hold on it: `retrofit doctor`.
+
+    environment     versions, processor, GPU, the Hub's cache               on any machine
+    self-test       the table of `runtime/exact.py` for one model           where our kernels can run
+    verdict         in words: what holds here, or why kernels cannot run
+
+Nothing is written and nothing is downloaded but a base that is not here yet.  Not here: the checks themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit import __version__
+from retrofit import artifact as artifacts
+from retrofit.errors import GateError, ResourceError, RetrofitError, UnsupportedModelError
+from retrofit.hub import EMBEDDED, Base, check_device, load_base
+
+if TYPE_CHECKING:
+    from retrofit.console import Loading
+    from retrofit.runtime.backends.fused_gqa import FusedGQA
+    from retrofit.runtime.exact import Check
+
+PACKAGES = ("torch", "triton", "transformers", "peft")
+COLUMNS = ("what", "shape", "kernel", "rows", "bits")
+INTERPRETED = "This was Triton's interpreter on the CPU: it says nothing about a GPU."
+
+
+@dataclass
+class Diagnosis:
+    """What the self-test found, or why it did not run."""
+
+    backend: str
+    """The one that decodes here."""
+    device: str
+    verdict: str
+    exact: str = "off"
+    model: str | None = None
+    dtype: str | None = None
+    bucket: int | None = None
+    """Rows of every decoding forward, at the level `bucket`."""
+    checks: list[Check] = field(default_factory=list)
+    problem: RetrofitError | None = None
+    """What was asked for and is not to be had."""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether all checks are equal; None: nothing was checked."""
+        return all(check.equal for check in self.checks) if self.checks else None
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = {name: getattr(self, name) for name in ("backend", "model", "device", "dtype", "exact", "bucket")}
+        checks = [asdict(check) for check in self.checks]
+        return {**facts, "checks": checks, "holds": self.holds, "verdict": self.verdict}
+
+    def table(self) -> str:
+        """The checks and the verdict, for people."""
+        if not self.checks:
+            return self.verdict
+        rows = [COLUMNS, *((c.what, c.shape, c.kernel, c.rows, "equal" if c.equal else "DIFFER") for c in self.checks)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        bucket = f" of {self.bucket} rows" if self.bucket else ""
+        title = f"{self.model} in {self.dtype} on {self.device}, exact={self.exact}{bucket}"
+        return "\n".join([title, "", *lines, "", self.verdict])
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, GPUs and the Hub's cache, as plain data.  Imports torch."""
+    import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from retrofit.eval.speed import cores, cpu_name
+
+    return {
+        "retrofit": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        **{name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "cpu": {"name": cpu_name(), "cores": cores(), "memory": _memory()},
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
+        "driver": _driver(),
+        "hub_cache": {"folder": HF_HUB_CACHE, "exists": Path(HF_HUB_CACHE).is_dir()},
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE"),
+        "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET"),
+    }
+
+
+def environment_table(facts: dict[str, Any]) -> str:
+    """`environment` for people: one line per fact."""
+    cpu, cache = facts["cpu"], facts["hub_cache"]
+    memory = f", {_gib(cpu['memory'])} of memory" if cpu["memory"] else ""
+    gpus = [
+        f"{gpu['name']}, {_gib(gpu['free'])} of {_gib(gpu['total'])} free, compute capability {gpu['capability']}"
+        for gpu in facts["gpus"]
+    ]
+    cuda = f" (CUDA {facts['cuda']})" if facts["cuda"] else " (no CUDA)"
+    offline = facts["HF_HUB_OFFLINE"]
+    lines = [
+        ("retrofit", facts["retrofit"]),
+        ("python", f"{facts['python']} on {facts['platform']}"),
+        *((name, (facts[name] or "not installed") + (cuda if name == "torch" else "")) for name in PACKAGES),
+        ("cpu", f"{cpu['name']}, {cpu['cores']} cores{memory}"),
+        *((f"gpu {i}" if i else "gpu", text) for i, text in enumerate(gpus or ["none"])),
+        ("driver", facts["driver"] or "none found"),
+        ("Hub cache", f"{cache['folder']}{'' if cache['exists'] else ' (not there)'}"),
+        ("HF_HUB_OFFLINE", "not set" if offline is None else offline),
+    ]
+    if facts["TRITON_INTERPRET"] is not None:
+        lines.append(("TRITON_INTERPRET", facts["TRITON_INTERPRET"]))
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
+
+
+def diagnose(loading: Loading, folder: str | None = None, base: str | None = None) -> Diagnosis:
+    """Run the self-test for an artifact's model; without an artifact, for a base alone, the embedded one by default.
+
+    What this machine lacks is part of the result.  Raises ArtifactError, UsageError, ResourceError or
+    UnsupportedModelError for an artifact, a base or the name of a device that is no good.
+    """
+    artifact = artifacts.read(Path(folder)) if folder else None
+    try:
+        check_device(loading.device)
+    except ResourceError as error:
+        return _untested(loading, error, asked=True)
+    lacking = _lacking(loading)
+    if lacking is not None:
+        return _untested(loading, lacking, asked=loading.backend == "fused")
+    from retrofit.runtime.backends.weights import unsupported
+    from retrofit.runtime.exact import self_test
+
+    named = artifact.config["base"] if artifact else {"model": EMBEDDED}
+    files = load_base(
+        base or named["model"],
+        None if base else named.get("revision"),
+        device=loading.device,
+        trust_remote_code=loading.trust_remote_code,
+        offline=loading.offline,
+        need_tokenizer=False,
+        with_model=False,
+    )
+    reason = unsupported(_text_config(files))
+    if reason is not None:
+        unfit = UnsupportedModelError(f"our kernels cannot run {files.name}: {reason}")
+        return _untested(loading, unfit, asked=loading.backend == "fused")
+    dtype = named.get("dtype", "auto") if loading.dtype in (None, "auto") else loading.dtype
+    backend = _fused(files, artifact, loading.device, dtype, "bucket" if loading.exact == "auto" else loading.exact)
+    return _judged(backend, files.name, self_test(backend, backend.layout.drafts))
+
+
+def _lacking(loading: Loading) -> RetrofitError | None:
+    """What keeps our kernels from running, whatever the model."""
+    if loading.backend == "hf":
+        return ResourceError("the hf backend was asked for")
+    try:
+        from retrofit.runtime.kernels.interpreter import interpreted
+
+        if not interpreted() and not loading.device.startswith("cuda"):
+            return ResourceError(
+                "our kernels need a CUDA GPU",
+                "TRITON_INTERPRET=1 in the environment runs them in Triton's interpreter: slow, and no proof for a GPU",
+            )
+        import retrofit.runtime.backends.fused_gqa  # noqa: F401
+    except ImportError as error:
+        return ResourceError(f"our kernels need Triton: {error}", "pip install triton (Linux)")
+    return None
+
+
+def _fused(base: Base, artifact: artifacts.Artifact | None, device: str, dtype: str, exact: str) -> FusedGQA:
+    import torch
+
+    from retrofit.adapters.layout import DraftLayout
+    from retrofit.runtime.backends.fused_gqa import FusedGQA
+    from retrofit.runtime.backends.interface import BUCKET_ROWS
+    from retrofit.runtime.backends.weights import from_folder
+    from retrofit.runtime.engine import Engine
+
+    if artifact is not None:
+        backend = Engine._fused(base, artifact, device, dtype, exact, BUCKET_ROWS).backend
+        assert isinstance(backend, FusedGQA)
+        return backend
+    assert base.folder is not None
+    config = _text_config(base)
+    held = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    return FusedGQA(
+        config,
+        from_folder(base.folder, device),
+        DraftLayout(),
+        device=device,
+        dtype=getattr(torch, held),
+        exact=exact,
+    )
+
+
+def _text_config(base: Base) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base.folder).get_text_config()
+
+
+def _untested(loading: Loading, why: RetrofitError, asked: bool) -> Diagnosis:
+    """Only the hf backend runs.  asked: whether what is missing was asked for."""
+    problem: RetrofitError | None = why if asked else None
+    if problem is None and loading.exact not in ("auto", "off"):
+        problem = GateError(f"exact={loading.exact} was asked for, and {why}", why.hint)
+    verdict = f"No self-test: {why}. The hf backend decodes in every mode; it promises no level of exactness (off)."
+    return Diagnosis("hf", loading.device, verdict, problem=problem)
+
+
+def _judged(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
+    from retrofit.runtime.exact import demand
+
+    level, problem = backend.exact, None
+    differ = sum(not check.equal for check in checks)
+    whose = {
+        "bucket": f"every row of a forward of {backend.most_rows} rows keeps its bits, whatever the other rows hold",
+        "invariant": "every row keeps its bits, however many rows there are and whatever they hold",
+    }
+    if level == "off":
+        verdict = f"off: nothing is promised; of {len(checks)} checks {differ} differ with as many rows as there are."
+    elif differ:
+        verdict = f"{level} does NOT hold on this machine: of {len(checks)} checks {differ} differ."
+        try:
+            demand(checks)
+        except GateError as error:
+            problem = error
+    else:
+        verdict = f"{level} holds on this machine: {whose[level]}; so self_spec emits exactly ar's tokens."
+        ours = [f"{c.what} {c.shape}" for c in checks if c.kernel == "ours" and c.shape.startswith("[")]
+        if level == "bucket" and ours:
+            verdict += f" Our kernel stands in for the library's at {'; '.join(ours)}."
+    if backend.device.type != "cuda":
+        verdict += f" {INTERPRETED}"
+    dtype = str(backend.dtype).removeprefix("torch.")
+    device = str(backend.device)
+    return Diagnosis("fused", device, verdict, level, model, dtype, backend.most_rows, checks, problem)
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    name = torch.cuda.get_device_name(index)
+    return {"name": name, "total": total, "free": free, "capability": f"{major}.{minor}"}
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
+
+
+def _memory() -> int | None:
+    """Bytes of main memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -43,7 +43,7 @@ class Sizes:
     """Of the 8B shape, prompts that also run one at a time."""
     prompt_tokens: int = 64
     new_tokens: int = 256
-    lossless_batches: tuple[int, ...] = (8, 1)
+    lossless_batch: int = 8
     speed_tokens: int = 256
     speed_prompts: int = 2
     slow_tokens: int = 96
@@ -63,7 +63,7 @@ class Sizes:
 TINY = Sizes(
     block=2, rank=4, markov_rank=8, context=5, room=16, batches=(1, 2), row_counts=(1, 2), lane_rows=1,
     step_batches=(1,), tree=3, buckets=(16, 32), repeats=1, warm=0, prompts=2, prompts_alone=1, prompt_tokens=3,
-    new_tokens=4, lossless_batches=(2, 1), speed_tokens=4, speed_prompts=1, slow_tokens=3, acceptances=(0.8,),
+    new_tokens=4, lossless_batch=2, speed_tokens=4, speed_prompts=1, slow_tokens=3, acceptances=(0.8,),
     contexts=(64,), copy_bytes=1 << 16, square=32, gemm_rows=(1, 16), gemm_block_n=(32,), gemm_warps=(4,),
     gemm_stages=(2,), cold_bytes=1 << 12,
 )  # fmt: skip
@@ -105,8 +105,8 @@ class Bench:
     dry: bool
     deadline: float
     """On the clock of time.perf_counter."""
-    copy_rate: float | None = None
-    """Bytes per second, read and written, of a large copy."""
+    copies: list[float] = field(default_factory=list)
+    """Seconds of large copies, once `copy_rate` was asked for."""
     ours: float | None = None
     """Tokens per second that the bars against transformers are judged by."""
     engines: dict[tuple[Any, ...], Engine] = field(default_factory=dict)
@@ -128,6 +128,14 @@ class Bench:
     def bucket(self) -> int:
         return self.sizes.buckets[-1]
 
+    def copy_rate(self) -> float:
+        """Bytes per second, read and written, of a large copy."""
+        if not self.copies:
+            source = torch.randn(self.sizes.copy_bytes // 4, device=self.device)
+            target = torch.empty_like(source)
+            self.copies = self.seconds(lambda: target.copy_(source))
+        return 2 * self.sizes.copy_bytes / median(self.copies)
+
     def left(self) -> float:
         """Seconds until the deadline."""
         return self.deadline - time.perf_counter()
@@ -141,7 +149,7 @@ class Bench:
         if key not in self.engines:
             begin, before = time.perf_counter(), self.allocated()
             config = config_of(shape, self.dry)
-            made = {"device": self.device, "dtype": self.dtype}
+            made: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
             backend = FusedGQA(
                 config,
                 random_checkpoint(shape, **made, tiny=self.dry),

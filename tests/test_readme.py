@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme_numbers as numbers
+from benchmarks.gpu_bars import BARS, TITLES
 
 SECTION = {
     "command": "python -m benchmarks.bars",
@@ -49,8 +50,36 @@ def test_only_the_block_is_replaced(tmp_path):
     assert numbers.redrawn(new, tmp_path) == new
 
 
-def test_without_results_it_says_so(tmp_path):
-    assert "Not measured yet" in numbers.redrawn(f"{numbers.BEGIN}{numbers.END}", tmp_path)
+def gpu_results(folder: Path, **bar: object) -> Path:
+    """Two sections of a GPU, one of them skipped."""
+    hardware = {**SECTION["hardware"], "gpu": "NVIDIA Abacus", "driver": "580.1", "commit": "0123456789ab"}
+    ar = {**SECTION, "hardware": hardware, "bars": [{"figure": "91.0%", "met": True, **bar}]}
+    sections = {"ar": ar, "rows": {**ar, "bars": [], "skipped": "0 s were left, it needs 20"}}
+    (folder / "gpu-nvidia-abacus.json").write_text(json.dumps({"sections": sections}))
+    return folder
+
+
+def test_without_results_every_gpu_bar_is_not_measured(tmp_path):
+    text = numbers.redrawn(f"{numbers.BEGIN}{numbers.END}", tmp_path)
+    for what, bar in BARS.values():
+        assert f"| {what} | {bar} | not measured |  |" in text
+    assert text.count("| what |") == 1 and "`python -m benchmarks.gpu`" in text
+
+
+def test_gpu_results_stand_beside_what_is_still_not_measured(tmp_path):
+    what, bar = BARS["ar"]
+    text = numbers.redrawn(f"{numbers.BEGIN}{numbers.END}", gpu_results(results(tmp_path), what=what, bar=bar))
+    assert f"**{TITLES['ar']}**\n" in text and f"| {what} | {bar} | 91.0% | met |" in text
+    assert "on NVIDIA Abacus, driver 580.1; torch 2.13.0; commit 0123456789ab" in text
+    assert TITLES["rows"] not in text  # it has no figure
+    assert text.count("not measured |") == len(BARS) - 1 and f"| {what} | {bar} | not measured" not in text
+    assert text.index("TPF, fused") < text.index(what) < text.index("**GPU, not measured**")
+
+
+def test_all_gpu_bars_measured_leave_no_table_without_figures(tmp_path):
+    rows = [{"what": what, "bar": bar, "figure": "1", "met": True} for what, bar in BARS.values()]
+    (tmp_path / "gpu-a.json").write_text(json.dumps({"sections": {"ar": {**SECTION, "bars": rows}}}))
+    assert "not measured" not in numbers.redrawn(f"{numbers.BEGIN}{numbers.END}", tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", numbers.BEGIN, numbers.END, f"{numbers.END}{numbers.BEGIN}"])

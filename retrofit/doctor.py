@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit import __version__
 from retrofit import artifact as artifacts
 from retrofit.errors import GateError, ResourceError, RetrofitError, UnsupportedModelError
-from retrofit.hub import EMBEDDED, Base, check_device, load_base
+from retrofit.hub import EMBEDDED, check_device, load_base
 
 if TYPE_CHECKING:
     from retrofit.console import Loading
@@ -136,6 +136,7 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
         return _untested(loading, lacking, asked=loading.backend == "fused")
     from retrofit.runtime.backends.weights import unsupported
     from retrofit.runtime.exact import self_test
+    from retrofit.runtime.loading import fused_backend, text_config
 
     named = artifact.config["base"] if artifact else {"model": EMBEDDED}
     files = load_base(
@@ -147,12 +148,14 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
         need_tokenizer=False,
         with_model=False,
     )
-    reason = unsupported(_text_config(files))
+    assert files.folder is not None
+    reason = unsupported(text_config(files.folder))
     if reason is not None:
         unfit = UnsupportedModelError(f"our kernels cannot run {files.name}: {reason}")
         return _untested(loading, unfit, asked=loading.backend == "fused")
     dtype = named.get("dtype", "auto") if loading.dtype in (None, "auto") else loading.dtype
-    backend = _fused(files, artifact, loading.device, dtype, "bucket" if loading.exact == "auto" else loading.exact)
+    exact = "bucket" if loading.exact == "auto" else loading.exact
+    backend = fused_backend(files, artifact, loading.device, dtype, exact)
     return _judged(backend, files.name, self_test(backend, backend.layout.drafts))
 
 
@@ -174,38 +177,6 @@ def _lacking(loading: Loading) -> RetrofitError | None:
     return None
 
 
-def _fused(base: Base, artifact: artifacts.Artifact | None, device: str, dtype: str, exact: str) -> FusedGQA:
-    import torch
-
-    from retrofit.adapters.layout import DraftLayout
-    from retrofit.runtime.backends.fused_gqa import FusedGQA
-    from retrofit.runtime.backends.interface import BUCKET_ROWS
-    from retrofit.runtime.backends.weights import from_folder
-    from retrofit.runtime.engine import Engine
-
-    if artifact is not None:
-        backend = Engine._fused(base, artifact, device, dtype, exact, BUCKET_ROWS).backend
-        assert isinstance(backend, FusedGQA)
-        return backend
-    assert base.folder is not None
-    config = _text_config(base)
-    held = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
-    return FusedGQA(
-        config,
-        from_folder(base.folder, device),
-        DraftLayout(),
-        device=device,
-        dtype=getattr(torch, held),
-        exact=exact,
-    )
-
-
-def _text_config(base: Base) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base.folder).get_text_config()
-
-
 def _untested(loading: Loading, why: RetrofitError, asked: bool) -> Diagnosis:
     """Only the hf backend runs.  asked: whether what is missing was asked for."""
     problem: RetrofitError | None = why if asked else None
@@ -217,6 +188,7 @@ def _untested(loading: Loading, why: RetrofitError, asked: bool) -> Diagnosis:
 
 def _judged(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
     from retrofit.runtime.exact import demand
+    from retrofit.runtime.kernels.interpreter import interpreted
 
     level, problem = backend.exact, None
     differ = sum(not check.equal for check in checks)
@@ -237,7 +209,7 @@ def _judged(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
         ours = [f"{c.what} {c.shape}" for c in checks if c.kernel == "ours" and c.shape.startswith("[")]
         if level == "bucket" and ours:
             verdict += f" Our kernel stands in for the library's at {'; '.join(ours)}."
-    if backend.device.type != "cuda":
+    if interpreted():
         verdict += f" {INTERPRETED}"
     dtype = str(backend.dtype).removeprefix("torch.")
     device = str(backend.device)

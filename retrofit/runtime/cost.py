@@ -37,7 +37,10 @@ MOST_ROWS = 256
 
 @dataclass(frozen=True)
 class Template:
-    """One kind of plan: strategy `ar | two_forward | fused`, drafts verified, accept lengths prepared, draft tree."""
+    """One kind of plan: drafts verified, accept lengths prepared, draft tree.
+
+    strategy: `ar | two_forward | fused`, or `last`, which is `fused` with a block on the last draft only.
+    """
 
     strategy: str
     verify: int = 0
@@ -133,7 +136,8 @@ class CostModel:
     def templates(self, rows: int | None = None) -> list[Template]:
         """All plans worth comparing, of at most so many rows of a request and forward."""
         D = self.layout.drafts
-        plans = [Template("two_forward", k) for k in range(1, D + 1)]
+        drafting = (1 if self.layout.anchored else 0) + self.layout.block
+        plans = [Template("two_forward", k) for k in range(1, D + 1) if drafting <= (rows or MOST_ROWS)]
         if self.layout.anchored:
             plans += [Template("fused", k, h) for k in range(1, D + 1) for h in range(1, k + 2)]
             plans += [Template("fused", shape.nodes, shape.nodes + 1, shape) for shape in self.shapes]

@@ -22,64 +22,28 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout
+from retrofit.errors import ResourceError
 from retrofit.runtime.backends.fused_gqa import FusedGQA
 from retrofit.runtime.cost import Template
 from retrofit.runtime.kernels.drafting import draft
 from retrofit.runtime.kernels.rows import Rows
 from retrofit.runtime.kernels.sampling import candidates
-from retrofit.runtime.kernels.state import ALL, GIVEN, LAST, Outcome, State, StepShape
+from retrofit.runtime.kernels.state import GIVEN, Outcome, State, StepShape
 from retrofit.runtime.kernels.steps import accept, allocate_rows, compact, plan_rows
+from retrofit.runtime.kinds import Kind, chain, kinds_of, name_of
 from retrofit.runtime.modes import Run
 from retrofit.runtime.paged import HEADROOM, PagedCache
 from retrofit.runtime.policy import AutoPolicy
 from retrofit.runtime.request import Request
 from retrofit.runtime.sampling import SamplingParams, process_logits
-from retrofit.runtime.tree import Shape, depths
+from retrofit.runtime.tree import depths
 
 CANDIDATES = 64
 """Tokens per slot among which the Markov head chooses: the trunk's likeliest."""
+LOOPS = 4
+"""Sampling parameters whose recorded steps are kept: each has a state and graphs of its own."""
 LAG = 1
 """Steps in flight beyond the one that is being read."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of step: what is verified, where blocks hang, what is drafted from the block that comes true."""
-
-    name: str
-    parents: tuple[int, ...]
-    blocks: int = 0
-    hang: int = ALL
-    draft_parents: tuple[int, ...] = (-1,)
-    draft_ranks: tuple[int, ...] = (0,)
-    anchors: tuple[int, ...] | None = None
-    """Rows that blocks hang on, where they are always the same; None with GIVEN: where the confidence head says."""
-
-    @property
-    def rows(self) -> int:
-        """Base rows of a request."""
-        return len(self.parents)
-
-
-def chain(nodes: int) -> tuple[int, ...]:
-    return tuple(range(-1, nodes))
-
-
-def kinds_of(template: Template) -> list[Kind]:
-    """The steps that a plan of `auto`, or a fixed strategy, takes in turn."""
-    k, h = template.verify, template.prepare
-    if template.strategy == "ar":
-        return [Kind("ar", chain(0))]
-    if template.strategy == "two_forward":
-        drafts = {"draft_parents": chain(k), "draft_ranks": (0,) * (k + 1)}
-        return [Kind("draft", chain(0), 1, ALL, **drafts), Kind("verify", chain(k))]
-    if template.shape is not None:
-        shape = template.shape
-        every = h == len(shape.parents)
-        anchors = None if every else shape.likeliest_ends(h)
-        return [Kind("fused", shape.parents, h, ALL if every else GIVEN, shape.parents, shape.ranks, anchors)]
-    hang = LAST if template.strategy == "last" else ALL if h == k + 1 else GIVEN
-    return [Kind("fused", chain(k), h, hang, chain(k), (0,) * (k + 1))]
 
 
 @dataclass
@@ -101,23 +65,15 @@ class Step:
     graph: torch.cuda.CUDAGraph | None = None
 
 
-def fixed_template(
-    strategy: str, prepare: str | int, layout: DraftLayout, shape: Shape | None, rows: int | None
-) -> Template:
-    """The plan of a fixed strategy, cut to `rows` rows of a request: blocks go first, then drafts, down to `ar`."""
-    most = rows or 1 << 30
-    if strategy == "ar" or 1 + layout.block > most:
-        return Template("ar")
-    if strategy == "two_forward":
-        return Template("two_forward", min(layout.drafts, most - 1))
-    if shape is not None and strategy == "fused":
-        blocks = len(shape.parents) if prepare == "all" else min(int(prepare), len(shape.parents))
-        return Template("fused", shape.nodes, blocks, shape)
-    verify = min(layout.drafts, most - 1 - layout.block)
-    if prepare == "last":
-        return Template("last", verify, 1)
-    wanted = verify + 1 if prepare == "all" else min(int(prepare), verify + 1)
-    return Template("fused", verify, min(wanted, (most - 1 - verify) // layout.block))
+def loop_over(run: Run) -> DeviceLoop:
+    """The steps recorded over a cache with these sampling parameters, or none yet."""
+    assert isinstance(run.backend, FusedGQA) and isinstance(run.cache, PagedCache)
+    loops = run.cache.loops
+    loop = loops.pop(run.params, None) or DeviceLoop(run.backend, run.cache, run.params)
+    while len(loops) >= LOOPS:
+        del loops[next(iter(loops))]
+    loops[run.params] = loop
+    return loop
 
 
 class DeviceLoop:
@@ -140,9 +96,11 @@ class DeviceLoop:
         self.serving: list[int] = []
         """Slots that the lanes serve now."""
         self.steps: dict[tuple[Kind, int], Step] = {}
+        self.pool = torch.cuda.graph_pool_handle() if backend.device.type == "cuda" else None
 
     def reset(self, ignore_eos: bool) -> None:
         """Forget all requests."""
+        self.serving = []
         self.state.active.zero_()
         eos = [-1] if ignore_eos else sorted(self.backend.eos) or [-1]
         self.state.eos.copy_(torch.tensor(eos + [-1] * (len(self.state.eos) - len(eos))))
@@ -177,9 +135,7 @@ class DeviceLoop:
         return self.lanes_for(len(slots))
 
     def lanes_for(self, requests: int) -> int:
-        """The next power of two, so that few steps have to be recorded."""
-        lanes = min(1 << (requests - 1).bit_length(), self.cache.slots)
-        return min(lanes, self.backend.most_rows or lanes)
+        return min(self.backend.lanes(requests), self.cache.slots)
 
     def step(self, kind: Kind, lanes: int) -> Step:
         """Run one step for the lanes; its record is on the device when the stream gets there."""
@@ -211,19 +167,32 @@ class DeviceLoop:
         return step
 
     def _capture(self, step: Step) -> None:
-        """Compile every kernel in a run without requests, then record the step."""
+        """Compile every kernel in a run without requests, then record the step.
+
+        Raises ResourceError when the memory that the step works in is not there.
+        """
         serving = self.lanes.clone()
         self.lanes.fill_(self.idle)
+        try:
+            step.graph = self._recorded(step)
+        except torch.cuda.OutOfMemoryError as error:
+            raise ResourceError(
+                f"there is no memory left to decode {len(self.lanes)} requests in", "run fewer requests at once"
+            ) from error
+        finally:
+            self.lanes.copy_(serving)
+
+    def _recorded(self, step: Step) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream(self.backend.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._body(step)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # One pool for all: steps never run beside each other, and nothing of one is read after another has run.
+        with torch.cuda.graph(graph, pool=self.pool):
             self._body(step)
-        step.graph = graph
-        self.lanes.copy_(serving)
+        return graph
 
     def _body(self, step: Step) -> None:
         backend, state, cache, rows, shape = self.backend, self.state, self.cache, step.rows, step.shape
@@ -351,7 +320,10 @@ class DeviceSteps:
         Times go by rows, so what was timed for many requests tells about few.
         """
         lanes, sampled = self.loop.lanes_for(batch), self.run.params.temperature > 0
-        if any(known == sampled and timed >= lanes for known, timed in self.policy.calibrated):
+        if (sampled, lanes) in self.policy.calibrated:
+            return
+        known = self.policy.costs[sampled].times[True] if sampled in self.policy.costs else {}
+        if len(known) > 2 and any(was == sampled and timed > lanes for was, timed in self.policy.calibrated):
             return
         self.loop.serve([self.loop.idle] * batch)
 
@@ -361,7 +333,9 @@ class DeviceSteps:
             elif not verified:
                 kind = kinds_of(Template("two_forward", self.run.layout.drafts))[0]
             else:
-                kind = kinds_of(Template("fused", verified, prepared))[0]
+                trees = {shape.nodes: shape for shape in self.policy.costs[sampled].shapes}
+                tree = trees.get(verified) if prepared == verified + 1 else None
+                kind = kinds_of(Template("fused", verified, prepared, tree))[0]
             if (kind, lanes) not in self.loop.steps:
                 self.loop.step(kind, lanes)
             flight = self._launch(kind, Template("ar"), [], lanes)
@@ -415,10 +389,3 @@ class DeviceSteps:
                 costs.observe(accepted, verified, None if tree is None else tree.expected)
         if costs is not None:
             costs.observe_time(flight.rows, flight.kind.blocks > 0, flight.seconds)
-
-
-def name_of(kind: Kind, verified: int) -> str:
-    """The kind of forward that a step was for one request, as the statistics count them."""
-    if kind.blocks:
-        return "fused" if verified else "draft"
-    return "verify" if verified else "ar"

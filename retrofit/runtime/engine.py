@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit import artifact as artifacts
 from retrofit.adapters.attach import ROLES, Attached, attach
-from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
-from retrofit.errors import ArtifactError, ResourceError, UsageError
-from retrofit.hub import Base, live_fingerprint, load_base, locate, same_base
+from retrofit.errors import UsageError
+from retrofit.hub import Base, live_fingerprint, load_base
 from retrofit.runtime.backends.hf import wrap
-from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, Backend
+from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend
 from retrofit.runtime.host_steps import HostSteps
+from retrofit.runtime.loading import check_options as check_loading
+from retrofit.runtime.loading import check_same_base, fits_fused, fused_backend
 from retrofit.runtime.modes import Run, prefill_step
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.policy import ROWS, AutoPolicy, tree_shape
@@ -32,10 +33,9 @@ from retrofit.runtime.scheduler import Scheduler
 
 if TYPE_CHECKING:
     # These need Triton, which exists on Linux only.
-    from retrofit.runtime.device_loop import DeviceLoop, DeviceSteps
+    from retrofit.runtime.device_loop import DeviceSteps
 
 MODES = ("ar", "diffusion", "self_spec")
-BACKENDS = ("auto", "hf", "fused")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -87,7 +87,6 @@ class Engine:
         self.policy = AutoPolicy(self.layout, self.limits, self._acceptance)
         self.device_policy = AutoPolicy(self.layout, self.limits, self._acceptance)
         """What steps planned on the device cost; they are timed apart from those planned on the host."""
-        self._loops: dict[SamplingParams, DeviceLoop] = {}
 
     @classmethod
     def load(
@@ -112,69 +111,26 @@ class Engine:
         Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError, and GateError
         where this machine does not keep what the level promises.
         """
+        check_loading(backend, exact, dtype)
         artifact = artifacts.read(Path(path))
         named = artifact.config["base"]
         name, revision = base or named["model"], None if base else named.get("revision")
         if dtype == "auto":
             dtype = named.get("dtype", "auto")
-        options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
-        check_backend(backend, exact)
         if backend == "auto":
-            backend = "fused" if device.startswith("cuda") and fits_fused(name, revision, offline) else "hf"
+            backend = "fused" if fits_fused(name, revision, device, offline) else "hf"
+            check_loading(backend, exact, dtype)
+        options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
         if backend == "hf":
-            if exact not in ("auto", "off"):
-                raise UsageError(
-                    f"exact={exact!r} needs the fused backend; the hf backend's kernels are the library's own",
-                    "use backend='fused' on a GPU, or exact='off'",
-                )
             return cls._with_artifact(load_base(name, revision, dtype=dtype, device=device, **options), artifact)
         files = load_base(name, revision, device=device, with_model=False, **options)
-        engine = cls._fused(files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows)
-        if engine.backend.device.type == "cuda":
-            engine._demand_exactness()
-        return engine
+        fused = fused_backend(files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows)
+        if fused.device.type == "cuda" and fused.exact != "off":
+            from retrofit.runtime.exact import demand, self_test
 
-    @classmethod
-    def _fused(cls, base: Base, artifact: artifacts.Artifact, device: str, dtype: str, exact: str, rows: int) -> Engine:
-        try:
-            from retrofit.runtime.backends.fused_gqa import FusedGQA
-            from retrofit.runtime.backends.weights import from_folder
-        except ImportError as error:
-            raise ResourceError(f"the fused backend needs Triton: {error}", "pip install triton (Linux)") from error
-
-        config = artifact.config
-        check_same_base(base, artifact)
-        assert base.folder is not None
-        model_config = AutoConfig.from_pretrained(base.folder).get_text_config()
-        if (base.folder / "generation_config.json").is_file():
-            eos = GenerationConfig.from_pretrained(base.folder).eos_token_id
-            model_config.eos_token_id = model_config.eos_token_id if eos is None else eos
-        layout, adapter = DraftLayout(**config["draft"]), config["adapter"]
-        heads = Heads(
-            model_config.hidden_size,
-            model_config.vocab_size,
-            layout.drafts,
-            adapter["markov_rank"],
-            adapter["confidence"],
-        )
-        load_heads(heads, artifact.heads)
-        for parameter in heads.parameters():
-            parameter.requires_grad_(False)
-        backend = FusedGQA(
-            model_config,
-            from_folder(base.folder, device),
-            layout,
-            heads,
-            artifact.adapter_state,
-            adapter["alpha"] / adapter["rank"],
-            device=device,
-            dtype=getattr(
-                torch, str(model_config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
-            ),
-            exact=exact,
-            rows=rows,
-        )
-        return cls(backend, layout, base.tokenizer, config.get("acceptance"), config, base)
+            # Before any step is recorded: a shape may be switched to our own product.
+            demand(self_test(fused, fused.layout.drafts))
+        return cls(fused, fused.layout, files.tokenizer, artifact.config.get("acceptance"), artifact.config, files)
 
     @classmethod
     def from_model(
@@ -235,15 +191,6 @@ class Engine:
 
         attached, backend = wrap(base.model, build)
         return cls(backend, attached.layout, base.tokenizer, config.get("acceptance"), config, base, attached)
-
-    def _demand_exactness(self) -> None:
-        """Try out what the level promises, before a step is recorded: a shape may be switched to our own product."""
-        from retrofit.runtime.backends.fused_gqa import FusedGQA
-        from retrofit.runtime.exact import demand, self_test
-
-        assert isinstance(self.backend, FusedGQA)
-        if self.backend.exact != "off":
-            demand(self_test(self.backend, self.layout.drafts))
 
     def close(self) -> None:
         """Give the live model back as it was: no adapter, no wrapping."""
@@ -324,6 +271,12 @@ class Engine:
         if (mode, strategy) == ("self_spec", "fused"):
             shape = tree_shape(self.layout, self._acceptance, prepare, tree, temperature > 0, self._rows_each(slots))
 
+        nodes = 0 if shape is None else shape.nodes
+        if self.backend.most_nodes is not None and nodes > self.backend.most_nodes:
+            raise UsageError(
+                f"tree is {nodes}; the {self.backend.name} backend verifies up to {self.backend.most_nodes} draft nodes"
+            )
+
         def events() -> Iterator[Event]:
             run = Run(
                 self.backend,
@@ -345,9 +298,9 @@ class Engine:
         return events()
 
     def _rows_each(self, requests: int) -> int:
-        """Rows that a request may have in a forward, if so many run: as many as there are lanes for them, at most."""
-        lanes = 1 << (requests - 1).bit_length()
-        return min(ROWS, (self.backend.most_rows or ROWS * lanes) // lanes)
+        """Rows that a request may have in a forward, if so many run."""
+        most = self.backend.most_rows
+        return ROWS if most is None else min(ROWS, most // self.backend.lanes(requests))
 
     def _loop(
         self,
@@ -391,9 +344,10 @@ class Engine:
             and run.params.repetition_penalty in (None, 1.0)
             and (name == "ar" or (self.layout.anchored and self.backend.heads is not None))
         ):
-            from retrofit.runtime.device_loop import DeviceSteps, fixed_template
+            from retrofit.runtime.device_loop import DeviceSteps, loop_over
+            from retrofit.runtime.kinds import fixed_template
 
-            loop = self._device_loop(run)
+            loop = loop_over(run)
             room = run.rows_each(loop.lanes_for(slots))
             template = None if name == "auto" else fixed_template(name, prepare, self.layout, run.shape, room)
             ignore_eos = all(not r.eos for r in requests)
@@ -401,19 +355,6 @@ class Engine:
         if name == "auto" and requests:
             self.policy.calibrate(run, slots)
         return HostSteps(run, self.policy, mode, strategy, prepare)
-
-    def _device_loop(self, run: Run) -> DeviceLoop:
-        """The recorded steps of these sampling parameters, as long as the cache they were recorded over lives."""
-        from retrofit.runtime.backends.fused_gqa import FusedGQA
-        from retrofit.runtime.device_loop import DeviceLoop
-        from retrofit.runtime.paged import PagedCache
-
-        assert isinstance(self.backend, FusedGQA) and isinstance(run.cache, PagedCache)
-        loop = self._loops.get(run.params)
-        if loop is None or loop.cache is not run.cache:
-            self._loops = {params: old for params, old in self._loops.items() if old.cache is run.cache}
-            loop = self._loops[run.params] = DeviceLoop(self.backend, run.cache, run.params)
-        return loop
 
     def _prefill(self, run: Run, admitted: list[Request]) -> None:
         if not admitted:
@@ -503,36 +444,6 @@ class Engine:
             raise UsageError("messages need a chat template; this model's tokenizer has none", "give plain text")
         encoded = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
-
-
-def check_backend(backend: str, exact: str) -> None:
-    """Raises UsageError for a name that does not exist."""
-    if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r} does not exist", f"backends are {', '.join(BACKENDS)}")
-    if exact not in ("auto", *EXACT):
-        raise UsageError(f"exact={exact!r} does not exist", f"levels are auto, {', '.join(EXACT)}")
-
-
-def check_same_base(base: Base, artifact: artifacts.Artifact) -> None:
-    """Raises ArtifactError when the artifact was made for another base."""
-    named = artifact.config["base"]
-    differs = same_base(named["fingerprint"], base.fingerprint)
-    if differs:
-        raise ArtifactError(
-            f"{artifact.folder} belongs to another base: {base.name} differs from {named['model']} in its {differs}",
-            "give the base it was made for with --base, or convert this one",
-        )
-
-
-def fits_fused(name: str, revision: str | None, offline: bool) -> bool:
-    """Whether the fused backend can run a base; raises what `locate` raises."""
-    try:
-        from retrofit.runtime.backends.weights import unsupported
-    except ImportError:  # no Triton here
-        return False
-    config = AutoConfig.from_pretrained(locate(name, revision, offline))
-    # Models of several parts, such as vision and text, name their tensors otherwise.
-    return config.get_text_config() is config and unsupported(config) is None
 
 
 def stable_text(request: Request) -> str:

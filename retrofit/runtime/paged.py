@@ -8,6 +8,7 @@ moved to their own positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from retrofit.errors import ResourceError
 from retrofit.runtime.kernels.rows import PAGE
 
+UNOWNED = -1
+"""A page that a slot does not have."""
 HEADROOM = 128
 """Positions a sequence owns beyond its last token: a draft tree's rows stand there until they are accepted."""
 
@@ -55,8 +58,10 @@ class PagedCache:
         self.block_table = torch.zeros(slots + 1, pages_for(capacity), dtype=torch.int32, device=device)
         self.free = list(range(pages - 1, -1, -1))
         self.owned: dict[int, list[int]] = {}
-        self.table = [[0] * pages_for(capacity) for _ in range(slots)]
+        self.table = [[UNOWNED] * pages_for(capacity) for _ in range(slots)]
         """The block table as the host knows it."""
+        self.loops: dict[Any, Any] = {}
+        """Sampling parameters -> the steps recorded over this memory (`device_loop.DeviceLoop`), latest last."""
         self.leased = False
         """Whether somebody decodes with it."""
         self.staged: Tensor | None = None
@@ -81,7 +86,7 @@ class PagedCache:
             )
         pages = [self.free.pop() for _ in range(count)]
         self.owned[slot] = pages
-        self.table[slot][:count] = pages
+        self.table[slot] = pages + [UNOWNED] * (len(self.table[slot]) - count)
         self.block_table[slot, :count] = torch.tensor(pages, dtype=torch.int32)
 
     def close(self, slot: int) -> None:
@@ -95,6 +100,7 @@ class PagedCache:
 
     def place(self, slot: int, position: int) -> int:
         """page * PAGE + offset of a position."""
+        assert self.table[slot][position // PAGE] != UNOWNED, f"position {position} is beyond what slot {slot} owns"
         return self.table[slot][position // PAGE] * PAGE + position % PAGE
 
     def places(self, slot: int, positions: Sequence[int]) -> list[int]:

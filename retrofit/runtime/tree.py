@@ -55,6 +55,11 @@ class Shape:
             tuple(self.survival[j] for j in kept),
         )
 
+    def first(self, nodes: int) -> Shape:
+        """The best tree of at most so many of its nodes."""
+        n = nodes + 1
+        return self if n >= len(self.parents) else Shape(self.parents[:n], self.ranks[:n], self.survival[:n])
+
     def likeliest_ends(self, count: int) -> tuple[int, ...]:
         """The `count` rows at which the accepted path most likely ends: survival minus that of the children."""
         ends = list(self.survival)

@@ -1,6 +1,6 @@
 """The `fused` backend: our own decoder for Llama, Mistral, Qwen2 and Qwen3 over Triton kernels.
 
-One layer is ten launches, eleven where nothing is added up yet:
+One layer is ten launches:
 
     qkv product | epilogue: bias, LoRA, q/k norm, RoPE, K/V write | attention, split | combine
     o product   | LoRA, residual, norm
@@ -37,7 +37,7 @@ from retrofit.runtime.kernels.qkv import qkv
 from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
 from retrofit.runtime.kernels.sampling import choose
 from retrofit.runtime.kernels.swiglu import swiglu
-from retrofit.runtime.paged import PagedCache, pages_for
+from retrofit.runtime.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.sampling import SamplingParams
 
 
@@ -69,13 +69,7 @@ class FusedGQA:
         if rows < 1:
             raise UsageError(f"the bucket has {rows} rows; it needs at least 1")
         self.device = torch.device(device)
-        if self.device.type == "cpu" and not interpreted():
-            raise ResourceError(
-                f"the fused backend's kernels run on a CUDA GPU, not on {self.device}",
-                "use backend='hf' here; TRITON_INTERPRET=1 in the environment runs them in Triton's slow interpreter",
-            )
-        if interpreted():
-            patch()
+        check_kernels(self.device)
         self.config, self.dtype, self.exact, self.layout, self.heads = config, dtype, exact, layout, heads
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.width = head_width(config)
@@ -86,6 +80,7 @@ class FusedGQA:
             [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
         )
         self.most_rows = rows if exact == "bucket" else None
+        self.most_nodes: int | None = HEADROOM - 1
         self.prefill_alone = exact != "off"
         self.weights: Weights = load(config, checkpoint, adapter or {}, lora_scale, self.device, dtype)
         for linear in self.weights.linears():
@@ -103,6 +98,11 @@ class FusedGQA:
     def close(self) -> None:
         """Nothing of the user's was changed."""
 
+    def lanes(self, requests: int) -> int:
+        """The next power of two, so that few steps have to be recorded."""
+        lanes = 1 << (requests - 1).bit_length()
+        return min(lanes, self.most_rows or lanes)
+
     def new_cache(self, slots: int, capacity: int) -> PagedCache:
         """A cache for so many sequences of up to `capacity` positions; the last one again where it is large enough.
 
@@ -113,8 +113,12 @@ class FusedGQA:
             if have.slots >= slots and have.capacity >= capacity and have.pages >= pages:
                 have.leased = True
                 return have
+            # Its memory may be needed for the next one, and that of the steps recorded over it.
+            have.loops.clear()
             self.cache = None
-        del have  # its memory may be needed for the next one
+        del have
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         shape = (len(self.weights.layers), self.config.num_key_value_heads, self.width)
         cache = PagedCache(shape, slots, capacity, pages, self.dtype, self.device)
         cache.leased = True
@@ -251,6 +255,28 @@ class HostPlan:
             for s, end in zip(self.sequences, ends, strict=True)
             for row in (range(end - 1, end) if s.last_logits_only else range(end - len(s.tokens), end))
         ]
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises ResourceError where our kernels cannot run: compiled on the current GPU, or interpreted on the CPU.
+
+    On the device `meta` there is nothing to run; `benchmarks/compiled.py` looks at what would be launched.
+    """
+    if interpreted():
+        patch()
+    if device.type == "meta" or (device.type == "cpu" and interpreted()):
+        return
+    if device.type != "cuda" or interpreted():
+        raise ResourceError(
+            f"the fused backend's kernels run on a CUDA GPU, or interpreted on the CPU; not on {device} "
+            f"with TRITON_INTERPRET {'set' if interpreted() else 'not set'}",
+            "use backend='hf' here; TRITON_INTERPRET=1 in the environment interprets them, slowly",
+        )
+    if device.index not in (None, torch.cuda.current_device()):
+        raise ResourceError(
+            f"the fused backend runs on the current GPU, cuda:{torch.cuda.current_device()}, not on {device}",
+            f"choose the GPU with CUDA_VISIBLE_DEVICES={device.index}, or torch.cuda.set_device, and use device='cuda'",
+        )
 
 
 class VocabHead:

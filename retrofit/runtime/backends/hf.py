@@ -186,6 +186,7 @@ class HFBackend:
 
     name = "hf"
     most_rows: int | None = None
+    most_nodes: int | None = None
     prefill_alone = False
 
     def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
@@ -224,6 +225,9 @@ class HFBackend:
         """Give the live model back as it was."""
         self._unwrap()
         self.model.train(self.was_training)
+
+    def lanes(self, requests: int) -> int:
+        return requests
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         return KVCache(slots, -(-capacity // CACHE_STEP) * CACHE_STEP)

@@ -69,11 +69,16 @@ class Backend(Protocol):
     eos: frozenset[int]
     most_rows: int | None
     """Rows that fit into one decoding forward; None: any number."""
+    most_nodes: int | None
+    """Draft nodes that a tree may have; None: any number."""
     prefill_alone: bool
     """Whether a prompt runs in forwards of its own, so that its bits do not depend on what else is waiting."""
 
     @property
     def head(self) -> VocabProjection: ...
+
+    def lanes(self, requests: int) -> int:
+        """As how many requests a step of so many counts, those that stand idle included."""
 
     def new_cache(self, slots: int, capacity: int) -> Cache:
         """A cache for so many sequences of up to `capacity` positions, until it is released."""

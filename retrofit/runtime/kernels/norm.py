@@ -73,15 +73,6 @@ def add_rms_norm(
     return residual, normed
 
 
-def rms_norm(x_RH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """weight * x / rms(x), rounded before the weight is multiplied in."""
-    R, H = x_RH.shape
-    normed = torch.empty(R, H, dtype=x_RH.dtype, device=x_RH.device)
-    block = triton.next_power_of_2(H)
-    _rms_norm[(R,)](x_RH, weight_H, normed, eps, x_RH.stride(0), H=H, BLOCK=block, num_warps=_num_warps(block))
-    return normed
-
-
 def _num_warps(block: int) -> int:
     return min(16, max(1, block // WARP_VALUES))
 
@@ -113,14 +104,6 @@ def _normed(x, weight_ptr, out_ptr, eps, H: tl.constexpr, BLOCK: tl.constexpr):
 def _store(out_ptr, row, x, H: tl.constexpr, BLOCK: tl.constexpr):
     h = tl.arange(0, BLOCK)
     tl.store(out_ptr + row * H + h, x.to(out_ptr.dtype.element_ty), mask=h < H)
-
-
-@triton.jit
-def _rms_norm(x_ptr, weight_ptr, normed_ptr, eps, x_stride, H: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    h = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * x_stride + h, mask=h < H, other=0.0).to(tl.float32)
-    _store(normed_ptr, row, _normed(x, weight_ptr, normed_ptr, eps, H, BLOCK), H, BLOCK)
 
 
 @triton.jit

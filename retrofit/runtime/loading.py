@@ -1,0 +1,135 @@
+"""Which backend an artifact runs on, and the fused one made from files.
+
+Not here: the `hf` backend, which wraps a live model (`backends/hf.py`), and decoding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from retrofit.adapters.heads import Heads, load_heads
+from retrofit.adapters.layout import DraftLayout
+from retrofit.artifact import Artifact
+from retrofit.errors import ArtifactError, ResourceError, UsageError
+from retrofit.hub import Base, locate, same_base
+from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT
+
+if TYPE_CHECKING:
+    # Needs Triton, which exists on Linux only.
+    from retrofit.runtime.backends.fused_gqa import FusedGQA
+
+BACKENDS = ("auto", "hf", "fused")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def check_options(backend: str, exact: str, dtype: str) -> None:
+    """Raises UsageError for a name that does not exist, or a level that the backend does not have."""
+    for what, given, known in (
+        ("backend", backend, BACKENDS),
+        ("exact", exact, ("auto", *EXACT)),
+        ("dtype", dtype, DTYPES),
+    ):
+        if given not in known:
+            raise UsageError(f"{what}={given!r} does not exist", f"it is one of {', '.join(known)}")
+    if backend == "hf" and exact not in ("auto", "off"):
+        raise UsageError(
+            f"exact={exact!r} needs the fused backend; the hf backend's kernels are the library's own",
+            "use backend='fused' on a GPU, or exact='off'",
+        )
+
+
+def check_same_base(base: Base, artifact: Artifact) -> None:
+    """Raises ArtifactError when the artifact was made for another base."""
+    named = artifact.config["base"]
+    differs = same_base(named["fingerprint"], base.fingerprint)
+    if differs:
+        raise ArtifactError(
+            f"{artifact.folder} belongs to another base: {base.name} differs from {named['model']} in its {differs}",
+            "give the base it was made for with --base, or convert this one",
+        )
+
+
+def fits_fused(name: str, revision: str | None, device: str, offline: bool) -> bool:
+    """Whether the fused backend can run this base on this device.  Raises what `locate` raises."""
+    index = torch.device(device).index
+    if not device.startswith("cuda") or (index is not None and index != torch.cuda.current_device()):
+        return False
+    try:
+        from retrofit.runtime.backends.weights import unsupported
+
+        config = AutoConfig.from_pretrained(locate(name, revision, offline))
+    except (ImportError, OSError, ValueError, KeyError):
+        return False  # no Triton, or a model that needs code of its own: hf says what is wrong, if anything is
+    # Models of several parts, such as vision and text, name their tensors otherwise.
+    return config.get_text_config() is config and unsupported(config) is None
+
+
+def fused_backend(
+    base: Base,
+    artifact: Artifact | None,
+    device: str,
+    dtype: str = "auto",
+    exact: str = "bucket",
+    rows: int = BUCKET_ROWS,
+) -> FusedGQA:
+    """The fused backend over a base's files, with an artifact's adapter or with none.
+
+    Raises ArtifactError (another base), UnsupportedModelError, and ResourceError: no Triton, no GPU, no memory.
+    """
+    try:
+        from retrofit.runtime.backends.fused_gqa import FusedGQA
+        from retrofit.runtime.backends.weights import from_folder
+    except ImportError as error:
+        raise ResourceError(f"the fused backend needs Triton: {error}", "pip install triton (Linux)") from error
+    assert base.folder is not None
+    config = text_config(base.folder)
+    held = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    layout, heads, adapter, scale = DraftLayout(), None, None, 1.0
+    if artifact is not None:
+        check_same_base(base, artifact)
+        settings = artifact.config["adapter"]
+        layout = DraftLayout(**artifact.config["draft"])
+        heads = _heads(config, layout, artifact)
+        adapter, scale = artifact.adapter_state, settings["alpha"] / settings["rank"]
+    try:
+        return FusedGQA(
+            config,
+            from_folder(base.folder, device),
+            layout,
+            heads,
+            adapter,
+            scale,
+            device=device,
+            dtype=getattr(torch, held),
+            exact=exact,
+            rows=rows,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{base.name} does not fit into the memory of {device}", "use --dtype bfloat16 or a larger GPU"
+        ) from error
+
+
+def text_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model folder, with the EOS that `generate` would use."""
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+        config.eos_token_id = config.eos_token_id if eos is None else eos
+    return config
+
+
+def _heads(config: PretrainedConfig, layout: DraftLayout, artifact: Artifact) -> Heads:
+    settings = artifact.config["adapter"]
+    with torch.random.fork_rng(devices=[]):  # what a new head draws is overwritten at once
+        heads = Heads(
+            config.hidden_size, config.vocab_size, layout.drafts, settings["markov_rank"], settings["confidence"]
+        )
+    load_heads(heads, artifact.heads)
+    for parameter in heads.parameters():
+        parameter.requires_grad_(False)
+    return heads

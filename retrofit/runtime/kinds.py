@@ -69,12 +69,12 @@ def fixed_template(
     verify = min(layout.drafts, most - 1 - layout.block)
     if verify < 1:  # no room to verify beside a block, only in turn with it
         return Template("two_forward", min(layout.drafts, most - 1))
-    if shape is not None and strategy == "fused":
+    if prepare == "last":
+        return Template("last", verify, 1)
+    if shape is not None:
         shape = shape.first(most - 1 - layout.block)
         wanted = len(shape.parents) if prepare == "all" else min(int(prepare), len(shape.parents))
         return Template("fused", shape.nodes, min(wanted, (most - 1 - shape.nodes) // layout.block), shape)
-    if prepare == "last":
-        return Template("last", verify, 1)
     wanted = verify + 1 if prepare == "all" else min(int(prepare), verify + 1)
     return Template("fused", verify, min(wanted, (most - 1 - verify) // layout.block))
 

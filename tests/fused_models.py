@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomise
-from tiny_models import CONFIGS, _randomize
+from tiny_models import CONFIGS, randomize
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -22,7 +22,7 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime import device_loop
 from retrofit.runtime.backends import fused_gqa
 from retrofit.runtime.backends.fused_gqa import FusedGQA
-from retrofit.runtime.device_loop import DeviceLoop
+from retrofit.runtime.device_loop import DeviceSteps
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.kernels import reference
 from retrofit.runtime.kernels.state import State
@@ -52,7 +52,7 @@ def small(name: str, eos: Sequence[int] = (), **changes: Any) -> PreTrainedModel
     config.eos_token_id = list(eos) or None
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomize(model, 0)
+    randomize(model, 0)
     return model.eval()
 
 
@@ -94,7 +94,12 @@ def poisoned(hf: Engine, checkpoint: dict[str, Tensor], **options: Any) -> Engin
 
 
 def plain_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the decoder on the kernels' plain-torch specification; what happens between forwards stays as it is."""
+    """Run the decoder on the kernels' plain-torch specification; what happens between forwards stays as it is.
+
+    On a GPU the kernels themselves are fast, and the specification could not be recorded.
+    """
+    if DEVICE != "cpu":
+        return
 
     def row_attention(*args: Any, split: int = 0) -> Tensor:
         return reference.row_attention(*args)
@@ -102,6 +107,15 @@ def plain_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("embed_rms_norm", "add_rms_norm", "qkv", "swiglu"):
         monkeypatch.setattr(fused_gqa, name, getattr(reference, name))
     monkeypatch.setattr(fused_gqa, "row_attention", row_attention)
+
+
+def plain_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise targets and drafts: noise costs the interpreter more than all else between two forwards."""
+    if DEVICE != "cpu":
+        return
+    monkeypatch.setattr(fused_gqa, "choose", reference.choose)
+    for name in ("candidates", "draft"):
+        monkeypatch.setattr(device_loop, name, getattr(reference, name))
 
 
 class Planted:
@@ -148,7 +162,15 @@ class Planted:
 
 def planted(engine: Engine, override: Callable[[State], None] | None) -> Engine:
     """The engine, its drafts changed by `override`."""
-    engine._device_loop = lambda run: DeviceLoop(engine.backend, run.cache, run.params, override)  # type: ignore[method-assign]
+    stepper = engine._stepper
+
+    def with_override(*args: Any) -> Any:
+        steps = stepper(*args)
+        if isinstance(steps, DeviceSteps):
+            steps.loop.override = override
+        return steps
+
+    engine._stepper = with_override  # type: ignore[method-assign]
     return engine
 
 
@@ -160,9 +182,3 @@ def cycles(engine_result: Any) -> tuple[int, list[int], list[int]]:
     """
     stats = engine_result.stats
     return stats.decode_forwards, stats.accepted, stats.verified
-
-
-__all__ = [
-    "DEVICE", "LAYOUT", "ROWS", "VOCABULARY", "Planted", "cycles", "device_loop", "fused", "pair", "plain_decoder",
-    "planted", "poisoned", "small",
-]  # fmt: skip

@@ -130,6 +130,14 @@ def test_a_larger_cache_takes_the_place_of_the_old_one_and_of_its_steps() -> Non
     assert len(engine.backend.cache.loops) <= 4
 
 
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+def test_only_auto_times_plans(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default strategy is `auto`, in modes that know no strategy too."""
+    _, hf = engines("off")
+    monkeypatch.setattr(policy, "calibrate", lambda *_: pytest.fail("plans were timed"))
+    decode(hf, PROMPTS[:1], mode)
+
+
 def test_an_engine_takes_weights_of_another_type() -> None:
     hf_model = small("qwen3", num_hidden_layers=1)
     checkpoint = {name: t.clone() for name, t in hf_model.state_dict().items()}

@@ -246,7 +246,7 @@ REFUSED_CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
 
 
 @torch.no_grad()
-def _randomize(model: PreTrainedModel, seed: int) -> None:
+def randomize(model: PreTrainedModel, seed: int) -> None:
     """Give every weight, bias, router and norm a value that matters."""
     generator = torch.Generator().manual_seed(seed)
     embedding = model.get_input_embeddings()
@@ -271,7 +271,7 @@ def build(name: str, seed: int = 0, eos_token_id: int | None = None) -> PreTrain
     config.eos_token_id = eos_token_id
     with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it was
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomize(model, seed)
+    randomize(model, seed)
     return model.eval()
 
 

@@ -376,8 +376,10 @@ class DeviceSteps:
         costs = self.policy.costs[self.run.params.temperature > 0] if self.fixed is None else None
         for request, record in zip(flight.requests, flight.record.tolist(), strict=False):
             taken, accepted, verified, *tokens = record
-            if request.done or not taken:
+            if request.done:
                 continue
+            if not taken:
+                raise RuntimeError(f"request {request.index} has ended on the device, and the host was not told")
             request.stats.count(name_of(flight.kind, verified), flight.rows_each)
             request.emit(tokens[:taken])
             request.committed = request.position

@@ -108,6 +108,8 @@ class FusedGQA:
 
         Raises ResourceError when it does not fit into memory.
         """
+        # Whole pages: a call of a few tokens more runs over the same memory, and the steps recorded over it.
+        capacity = pages_for(capacity) * PAGE - HEADROOM
         have, pages = self.cache, slots * pages_for(capacity)
         if have is not None and not have.leased:
             if have.slots >= slots and have.capacity >= capacity and have.pages >= pages:

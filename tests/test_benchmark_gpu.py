@@ -3,18 +3,20 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_generate, gpu_processes
 from benchmarks.gpu_bars import BARS, TITLES
-from benchmarks.gpu_bench import TINY, Bench, Found
+from benchmarks.gpu_bench import TINY, Bench, Found, Sizes
 from benchmarks.gpu_models import _shapes, random_checkpoint, transformers_model
 from benchmarks.gpu_oracle import Oracle, let_oracle_draft
-from benchmarks.gpu_processes import ROOT, Process
+from benchmarks.gpu_processes import FUSED_TESTS, ROOT, Process
 from benchmarks.gpu_steps import tree_of
 from retrofit.runtime.kernels.state import State
 from retrofit.runtime.sampling import SamplingParams
@@ -115,6 +117,157 @@ def test_the_file_is_named_after_the_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv("OUT")
     assert gpu.file_for({"gpu": "NVIDIA H200"}, None, False) == ROOT / "results" / "gpu-nvidia-h200.json"
     assert gpu.file_for({"gpu": None}, None, True) is None
+
+
+def test_a_section_knows_what_those_after_it_need(monkeypatch):
+    from benchmarks import gpu_machine
+
+    bench = tiny_bench()
+    monkeypatch.setattr(gpu_machine, "machine", lambda bench, found: None)
+    gpu.run("machine", bench, ["machine", "rows", "gemm"], {})
+    assert bench.reserved == gpu.SECTIONS["rows"].needs + gpu.SECTIONS["gemm"].needs
+
+
+def test_whole_files_run_on_the_gpu_and_each_once(monkeypatch):
+    bench = tiny_bench()
+    bench.dry = False
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    environments = []
+
+    def start(cls, command, folder, environment):
+        environments.append(environment)
+        return command
+
+    monkeypatch.setattr(Process, "start", classmethod(start))
+    commands = gpu_processes.start_tests(bench)
+    files = [word for command in commands.values() for word in command if word.endswith(".py")]
+    assert len(files) == len(set(files)) and {*FUSED_TESTS, "test_kernel_gemm.py", "test_sampling.py"} <= set(files)
+    assert all((ROOT / "tests" / name).is_file() for name in files)
+    assert "gpu" not in commands["tests of the fused backend"] and "gpu" in commands["tests marked gpu"]
+    assert not any("TRITON_INTERPRET" in environment for environment in environments)
+
+
+def test_what_a_test_run_lacks_is_counted():
+    output = "3 passed, 2 errors in 1.2s"
+    bench, found = tiny_bench(), Found()
+    bench.tests = {"some": Process.start([sys.executable, "-c", f"print('{output}'); exit(1)"], ROOT, {})}
+    gpu_processes.tests(bench, found)
+    assert found.bars == [
+        {"what": BARS["tests"][0], "bar": "all pass", "figure": "some: 3 passed, 2 error", "met": False}
+    ]
+
+
+class Echo:
+    """Stands for an engine: the tokens of a request are a function of its seed, but for planted mistakes."""
+
+    def __init__(self, wrong=lambda options: False):
+        self.backend, self.limits = SimpleNamespace(head=SimpleNamespace(vocab=64)), None
+        self.layout = SimpleNamespace(drafts=2)
+        self.wrong, self.calls = wrong, []
+
+    def generate(self, prompts, mode="self_spec", **options):
+        self.calls.append({"mode": mode, "prompts": len(prompts), **options})
+        seeds = options.get("seed") or range(len(prompts))
+        return [
+            SimpleNamespace(tokens=[seed, int(self.wrong({**options, "mode": mode, "seed": seed}))]) for seed in seeds
+        ]
+
+
+def with_echo(monkeypatch, echo: Echo, minutes: float = 10) -> Bench:
+    bench = tiny_bench(minutes)
+    bench.dry = False
+    monkeypatch.setattr(bench, "engine", lambda *args, **kwargs: echo)
+    monkeypatch.setattr(gpu_generate, "drop_cache", lambda engine: None)
+    monkeypatch.setattr(gpu_generate, "let_oracle_draft", lambda *args, **kwargs: None)
+    known = dict.fromkeys(("tpf", "tau", "rows_per_token", "most_rows", "forwards_by_kind", "accept_cond"))
+    monkeypatch.setattr(gpu_generate, "summary", lambda results: known)
+    return bench
+
+
+@pytest.mark.parametrize("bar", ["lossless", "small"])
+def test_lossless_says_how_many_prompts_ran(monkeypatch, bar):
+    bench, found = with_echo(monkeypatch, echo := Echo()), Found()
+    bench.release = lambda **_: None
+    gpu_generate.compare_tokens(bench, found, "any", bar, all_alone=bar == "small")
+    assert [(entry["what"], entry["met"]) for entry in found.bars] == [
+        (BARS[f"{bar}_{level}"][0], True) for level in ("bucket", "invariant")
+    ]
+    part = "2 prompts at batch 2: fused 2/2, two_forward 2/2, 1 prompts at batch 1: ar 1/1, tree 1/1, "
+    part += "2 prompts at batch 1: fused 2/2, two_forward 2/2"
+    assert found.bars[0]["figure"] == f"T = 0, {part}; T = 0.8, {part}"
+    ways = {(call["mode"], call.get("strategy"), call.get("tree"), call["batch_size"]) for call in echo.calls}
+    chains = {("self_spec", "fused", 0), ("self_spec", "two_forward", None)}
+    assert ways >= {(*way, batch) for way in chains for batch in (1, 2)}
+    assert {call["temperature"] for call in echo.calls} == {0.0, 0.8}
+
+
+def test_lossless_is_missed_by_one_token_of_one_prompt_at_batch_1(monkeypatch):
+    def wrong(options):
+        batch, strategy = options["batch_size"], options.get("strategy")
+        return (batch, strategy, options["seed"], options["temperature"]) == (1, "two_forward", 1, 0.8)
+
+    bench, found = with_echo(monkeypatch, Echo(wrong)), Found()
+    gpu_generate.compare_tokens(bench, found, "any", "lossless", all_alone=False)
+    assert [entry["met"] for entry in found.bars] == [False, False]
+    assert "fused 2/2, two_forward 1/2" in found.bars[0]["figure"].split("; ")[1]
+    (difference,) = found.figures["bucket, T = 0.8"]["two_forward, batch 1"]["differences"]
+    assert difference == {"prompt": 1, "at": 1, "expected": 0, "found": 1}
+
+
+def test_prompts_at_batch_1_end_with_their_time(monkeypatch):
+    bench, found = with_echo(monkeypatch, Echo()), Found()
+    bench.reserved = 1e6
+    bench.sizes = replace(TINY, alone_seconds=0.0)
+    gpu_generate.compare_tokens(bench, found, "any", "lossless", all_alone=False)
+    assert all(entry["met"] for entry in found.bars)
+    assert found.bars[0]["figure"].endswith("1 prompts at batch 1: ar 1/1, tree 1/1, fused 1/1, two_forward 1/1")
+    found = Found()
+    gpu_generate.compare_tokens(bench, found, "any", "small", all_alone=True)
+    assert "2 prompts at batch 1: fused 2/2" in found.bars[0]["figure"]
+
+
+def test_without_time_nothing_is_claimed_and_a_difference_is_not_hidden(monkeypatch):
+    bench, found = with_echo(monkeypatch, Echo(), minutes=0), Found()
+    gpu_generate.compare_tokens(bench, found, "any", "lossless", all_alone=False)
+    assert [(entry["figure"], entry["met"]) for entry in found.bars] == [("nothing", None)] * 2
+    found = Found()
+    for complete, met in ((True, True), (False, True), (False, False)):
+        gpu_generate.judge(found, "auto", "1", met, complete)
+    assert [entry["met"] for entry in found.bars] == [True, None, False]
+    assert [entry["what"] == BARS["auto"][0] for entry in found.bars] == [True, False, True]
+
+
+@pytest.mark.parametrize(("slower", "met"), [(1.01, True), (1.03, False)])
+def test_auto_is_held_to_ar_in_turn(monkeypatch, slower, met):
+    bench, found = with_echo(monkeypatch, echo := Echo()), Found()
+
+    def wall(run):
+        result = run()
+        call = echo.calls[-1]
+        late = (call["mode"], call["batch_size"]) == ("self_spec", 2)
+        return (0.1 * slower if late else 0.1), result
+
+    monkeypatch.setattr(bench, "wall", wall)
+    gpu_generate.auto_beside_ar(bench, found, "any", "auto")
+    *rates, judged = found.bars
+    assert [entry["met"] for entry in rates] == [None] * 4
+    assert rates[0]["what"] == "tokens/s, batch 1, any shape, bucket"
+    assert rates[0]["figure"] == "ar 20; auto, untrained 20; auto, oracle 0.8 20"
+    assert (judged["what"], judged["met"]) == (BARS["auto"][0], met)
+    batches = [
+        f"{level}, batch {n}: {1 if n == 1 else slower:.3f}" for level in ("bucket", "invariant") for n in (1, 2)
+    ]
+    assert judged["figure"] == "; ".join(batches)
+
+
+def test_titles_name_the_numbers_that_run():
+    sizes = Sizes()
+    for level in ("bucket", "invariant"):
+        assert f"{sizes.prompts} prompts at batch 1 and {sizes.lossless_batch}" in BARS[f"small_{level}"][0]
+        assert f"{sizes.prompts} prompts at batch {sizes.lossless_batch}" in BARS[f"lossless_{level}"][0]
+    for name in ("auto", "auto_small"):
+        assert "batch {} and {}".format(*sizes.auto_batches) in BARS[name][0]
+        assert BARS[name][1] == f"<= {gpu_generate.AUTO_AT_MOST}"
 
 
 def test_a_process_ends_with_its_time():

@@ -257,15 +257,15 @@ def test_which_backend_runs(made: tuple[Path, Path], monkeypatch: pytest.MonkeyP
     with pytest.raises(UsageError, match="'very' does not exist"):
         Engine.load(made[1], backend="fused", exact="very")
     monkeypatch.setattr(fused_gqa, "interpreted", lambda: False)
-    with pytest.raises(ResourceError, match="run on a CUDA GPU, not on cpu") as refused:
+    with pytest.raises(ResourceError, match="not on cpu with TRITON_INTERPRET") as refused:
         Engine.load(made[1], device="cpu", backend="fused")
     assert "TRITON_INTERPRET=1" in str(refused.value) + str(refused.value.hint)
 
 
 def test_auto_on_a_gpu_takes_what_it_can_run(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loading.fits_fused(str(made[0]), None, "cuda", True)
+    assert loading.fits_fused(str(made[0]), None, "cuda", "bfloat16", True)
     monkeypatch.setattr(weights, "FAMILIES", ("llama",))
-    assert not loading.fits_fused(str(made[0]), None, "cuda", True)
+    assert not loading.fits_fused(str(made[0]), None, "cuda", "bfloat16", True)
 
 
 def test_another_base_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ MARGIN = 1.02
 """A plan must promise this much more than `ar` to be chosen: near break-even, noise decides and `ar` is safe."""
 
 
+REAL_STEPS = 3
+"""Timed steps of one kind that outweigh its probes."""
 MOST_ROWS = 256
 """Rows of one request and forward beyond which no plan is considered."""
 
@@ -59,6 +61,8 @@ class CostModel:
     """Draft trees worth comparing."""
     times: dict[bool, dict[int, float]] = field(default_factory=lambda: {False: {}, True: {}})
     """drafts? -> rows -> fastest seconds."""
+    real: dict[tuple[bool, int], tuple[int, float]] = field(default_factory=dict)
+    """(drafts?, rows) -> how many real steps were timed, and the fastest of them."""
     tried: list[float] = field(default_factory=list)
     hits: list[float] = field(default_factory=list)
     branched: list[float] = field(default_factory=lambda: [PRIOR_WEIGHT, PRIOR_WEIGHT])
@@ -68,9 +72,19 @@ class CostModel:
         self.tried = [PRIOR_WEIGHT] * len(self.acceptance)
         self.hits = [PRIOR_WEIGHT * a for a in self.acceptance]
 
-    def observe_time(self, rows: int, drafts: bool, seconds: float) -> None:
+    def observe_time(self, rows: int, drafts: bool, seconds: float, *, probe: bool = False) -> None:
+        """A probe runs over little or no context: the real steps of the same rows take its place, once there are some.
+
+        One would not do: it may be the step that the machine stumbled over.
+        """
         known = self.times[drafts]
-        known[rows] = min(known.get(rows, seconds), seconds)
+        if probe:
+            known[rows] = min(known.get(rows, seconds), seconds)
+            return
+        count, fastest = self.real.get((drafts, rows), (0, seconds))
+        self.real[drafts, rows] = count + 1, min(fastest, seconds)
+        if count + 1 >= REAL_STEPS or rows not in known:
+            known[rows] = min(fastest, seconds)
 
     def observe_acceptance(self, accepted: int, verified: int) -> None:
         """Draft i was tried if all before it were accepted."""
@@ -186,4 +200,4 @@ def calibrate(
         for verified, prepared in pairs:
             base = 1 if (model.layout.anchored or not prepared) else 0
             rows = batch * (base + verified + prepared * model.layout.block)
-            model.observe_time(rows, prepared > 0, step(verified, prepared))
+            model.observe_time(rows, prepared > 0, step(verified, prepared), probe=True)

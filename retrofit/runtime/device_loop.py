@@ -183,14 +183,14 @@ class DeviceLoop:
             self.lanes.copy_(serving)
 
     def _recorded(self, step: Step) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream(self.backend.device)
+        stream = self.backend.recording_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._body(step)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # One pool for all: steps never run beside each other, and nothing of one is read after another has run.
-        with torch.cuda.graph(graph, pool=self.pool):
+        # One pool for all: steps never run beside each other, and a step's record is copied before the next one runs.
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
             self._body(step)
         return graph
 
@@ -205,9 +205,9 @@ class DeviceLoop:
         logits = backend.head(hidden if all_rows else hidden[: rows.num_base])
         scores = process_logits(logits[: rows.num_base], self.params, None) if self.params.temperature else logits
         targets = backend.choose(scores[: rows.num_base], self.params, step.seeds, step.indices)
-        before = state.length[lanes]
+        before = None if shape.chain else state.length[lanes]
         outcome = accept(state, lanes, shape, targets, rows, self.layout.first_drafting_row)
-        if not shape.chain:
+        if before is not None:
             compact(cache.keys, cache.values, cache.block_table, lanes, before, outcome.path, outcome.kept)
         if shape.blocks:
             self._draft(step, logits, hidden, outcome, lanes)

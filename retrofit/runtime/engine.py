@@ -105,7 +105,8 @@ class Engine:
         """Load an artifact folder and the base it belongs to.
 
         base: folder or Hub id to use in place of the one the artifact names.  dtype auto: what it was trained against.
-        backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused where it can run).  exact: how
+        backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused on a GPU in half precision,
+        where it knows the model).  exact: how
         far rows are guaranteed not to depend on each other's number on the fused backend: off, bucket (every decoding
         forward has `rows` rows), invariant (own kernels throughout); auto is bucket there, and off on hf.
         Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError, and GateError
@@ -118,7 +119,7 @@ class Engine:
         if dtype == "auto":
             dtype = named.get("dtype", "auto")
         if backend == "auto":
-            backend = "fused" if fits_fused(name, revision, device, offline) else "hf"
+            backend = "fused" if fits_fused(name, revision, device, dtype, offline) else "hf"
             check_loading(backend, exact, dtype)
         options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
         if backend == "hf":

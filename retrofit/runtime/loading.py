@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from retrofit.runtime.backends.fused_gqa import FusedGQA
 
 BACKENDS = ("auto", "hf", "fused")
+HALF = ("bfloat16", "float16")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -53,8 +54,8 @@ def check_same_base(base: Base, artifact: Artifact) -> None:
         )
 
 
-def fits_fused(name: str, revision: str | None, device: str, offline: bool) -> bool:
-    """Whether the fused backend can run this base on this device.  Raises what `locate` raises."""
+def fits_fused(name: str, revision: str | None, device: str, dtype: str, offline: bool) -> bool:
+    """Whether the fused backend can run this base on this device, and fast.  Raises what `locate` raises."""
     index = torch.device(device).index
     if not device.startswith("cuda") or (index is not None and index != torch.cuda.current_device()):
         return False
@@ -64,8 +65,9 @@ def fits_fused(name: str, revision: str | None, device: str, offline: bool) -> b
         config = AutoConfig.from_pretrained(locate(name, revision, offline))
     except (ImportError, OSError, ValueError, KeyError):
         return False  # no Triton, or a model that needs code of its own: hf says what is wrong, if anything is
+    held = str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype
     # Models of several parts, such as vision and text, name their tensors otherwise.
-    return config.get_text_config() is config and unsupported(config) is None
+    return held in HALF and config.get_text_config() is config and unsupported(config) is None
 
 
 def fused_backend(

@@ -40,6 +40,9 @@ from retrofit.runtime.kernels.swiglu import swiglu
 from retrofit.runtime.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.sampling import SamplingParams
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels are written for.  fp32 is for the interpreter and for comparisons: on a GPU it runs, but slowly."""
+
 
 class FusedGQA:
     """Runs row plans, and the steps of the device loop, through our kernels."""
@@ -64,6 +67,10 @@ class FusedGQA:
 
         Raises UnsupportedModelError, UsageError, or ResourceError where kernels cannot run.
         """
+        if dtype not in DTYPES:
+            raise UsageError(
+                f"the fused backend decodes in float32, bfloat16 or float16, not in {dtype}", "use backend='hf'"
+            )
         if exact not in EXACT:
             raise UsageError(f"exact={exact!r} does not exist", f"levels are {', '.join(EXACT)}")
         if rows < 1:
@@ -94,6 +101,12 @@ class FusedGQA:
         else:
             self.mask_vector = torch.zeros(config.hidden_size, dtype=dtype, device=self.device)
         self.cache: PagedCache | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def recording_stream(self) -> torch.cuda.Stream:
+        """The side stream that steps are recorded on: only one, for the library keeps a workspace for each."""
+        self._stream = self._stream or torch.cuda.Stream(self.device)
+        return self._stream
 
     def close(self) -> None:
         """Nothing of the user's was changed."""
@@ -318,11 +331,12 @@ def full_precision_reductions(device: torch.device) -> Iterator[None]:
         return
     settings = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(settings, name) for name in names]
+    # The second half of each setting, whether sums may be split at all, has a name of its own.
+    before = [(getattr(settings, name), getattr(settings, f"{name}_split_k", True)) for name in names]
     for name in names:
         setattr(settings, name, False)
     try:
         yield
     finally:
         for name, value in zip(names, before, strict=True):
-            setattr(settings, name, value)
+            setattr(settings, name, value if hasattr(settings, f"{name}_split_k") else value[0])

@@ -229,7 +229,12 @@ def _write_paths(
     tl.store(row_paths_ptr + row[:, None] * DEPTHS + d, path, mask=inside[:, None] & (d < DEPTHS))
 
 
-@triton.jit
+# Row counts and widths of the state differ between calls; none is worth code of its own.
+@triton.jit(
+    do_not_specialize=[
+        "tokens_stride", "drafts_stride", "anchors_stride", "table_stride", "context", "num_base", "num_rows", "padded",
+    ]
+)  # fmt: skip
 def _plan_kernel(
     lanes_ptr,
     tokens_ptr,
@@ -341,7 +346,7 @@ def _plan_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_stride", "drafts_stride", "anchors_stride", "num_base"])
 def _accept_kernel(
     lanes_ptr,
     tokens_ptr,

@@ -349,7 +349,7 @@ def test_a_planted_fault_changes_tokens(
 
     monkeypatch.setattr(DeviceLoop, "step", counted)
     got: list[list[int]] = []
-    with suppress(Endless):
+    with suppress(Endless, RuntimeError):  # who is never told that a request has ended finds out
         got = tokens_of(engine, PROMPTS[:2], "self_spec", max_new_tokens=NEW, batch_size=2, **WAYS[way], **options)
     assert got != [t[:NEW] for t in tokens[:2]]
 

@@ -115,7 +115,7 @@ def test_a_backend_gives_its_cache_again_when_it_is_large_enough() -> None:
     assert backend.new_cache(1, 60) is first and not first.owned
     first.release()
     larger = backend.new_cache(2, 1000)
-    assert larger is not first and larger.capacity == 1000
+    assert larger is not first and larger.capacity >= 1000
     larger.release()
     assert backend.new_cache(2, 100) is larger
 

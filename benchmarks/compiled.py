@@ -29,12 +29,13 @@ from triton.runtime import JITFunction
 
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.backends.fused_gqa import FusedGQA
 from retrofit.runtime.backends.weights import head_width
-from retrofit.runtime.cost import Template
-from retrofit.runtime.device_loop import DeviceLoop, kinds_of
+from retrofit.runtime.device_loop import DeviceLoop
+from retrofit.runtime.kinds import fixed_template, kinds_of
 from retrofit.runtime.sampling import SamplingParams
-from retrofit.runtime.tree import grow
+from retrofit.runtime.tree import Shape, grow
 
 META = torch.device("meta")
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -65,8 +66,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }  # fmt: skip
 TREE = grow(((0.6, 0.15, 0.1),) * 8, 18)
-PLANS = [Template("ar"), Template("two_forward", 8), Template("fused", 8, 9), Template("fused", 8, 3)]
-PLANS.append(Template("fused", 18, 19, TREE))
+PLANS: tuple[tuple[str, str | int, Shape | None], ...] = (
+    ("ar", "all", None), ("two_forward", "all", None), ("fused", "all", None), ("fused", 3, None),
+    ("fused", "all", TREE),
+)  # fmt: skip
+"""Strategy, accept lengths prepared, tree."""
+PROMPT, CAPACITY = 300, 2048
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def launch_of(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str,
 def launches_of(
     config: PreTrainedConfig, exact: str, dtype: torch.dtype, temperature: float, lanes: int
 ) -> list[Launch]:
-    """Every distinct launch of a prefill and of one step of each plan."""
+    """Every distinct launch of a prefill and of one step of each plan, cut to the bucket where there is one."""
     layout = DraftLayout(block=8)
     with META:
         heads = Heads(config.hidden_size, config.vocab_size, layout.drafts, 128, True)
@@ -145,12 +150,15 @@ def launches_of(
             dtype=dtype,
             exact=exact,
         )
-        cache = backend.new_cache(lanes, 2048)
+        cache = backend.new_cache(lanes, CAPACITY)
         loop = DeviceLoop(backend, cache, SamplingParams(temperature=temperature))
     found: dict[Launch, None] = {}
+    rows_each = None if backend.most_rows is None else backend.most_rows // lanes
+    cache.open(0, CAPACITY)
     with caught(found), torch.inference_mode():
-        for plan in PLANS:
-            for kind in kinds_of(plan):
+        backend.forward(backend.plan([SequenceRows(0, 0, [0] * PROMPT, last_logits_only=True)]), cache)
+        for strategy, prepare, shape in PLANS:
+            for kind in kinds_of(fixed_template(strategy, prepare, layout, shape, rows_each)):
                 loop.step(kind, lanes)
     return list(found)
 

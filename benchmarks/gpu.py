@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 import traceback
@@ -42,11 +41,11 @@ SECTIONS: dict[str, Section] = {
     "ar": Section("gpu_steps", 15),
     "rows": Section("gpu_steps", 20),
     "steps": Section("gpu_steps", 20),
-    "speed": Section("gpu_generate", 40),
+    "speed": Section("gpu_generate", 70),
     "adapter": Section("gpu_steps", 15),
     "selftest": Section("gpu_machine", 20, True),
     "lossless": Section("gpu_generate", 40, True),
-    "small": Section("gpu_generate", 20, True),
+    "small": Section("gpu_generate", 40, True),
     "tests": Section("gpu_processes", 10, True),
     "exact": Section("gpu_steps", 20),
     "attention": Section("gpu_kernels", 10),
@@ -122,6 +121,7 @@ def run(name: str, bench: Bench, wanted: list[str], about: dict[str, Any]) -> di
     section, found = SECTIONS[name], Found(bench.dry)
     say(f"== {name} ({bench.left():.0f} s left)")
     begin = time.perf_counter()
+    bench.reserved = sum(SECTIONS[later].needs for later in wanted[wanted.index(name) + 1 :])
     result: dict[str, Any] = {**about, "seconds": 0.0, "bars": found.bars, "figures": found.figures}
     if bench.left() < section.needs:
         result["skipped"] = f"{max(0.0, bench.left()):.0f} s were left, it needs {section.needs:.0f}"
@@ -148,6 +148,7 @@ def about_machine(commit: str | None) -> dict[str, Any]:
     """`hardware` of retrofit.eval.speed, with the GPU's driver, memory and multiprocessors, CUDA and Triton."""
     import torch
 
+    from retrofit.doctor import _driver
     from retrofit.eval.speed import hardware
 
     machine = hardware()
@@ -157,18 +158,9 @@ def about_machine(commit: str | None) -> dict[str, Any]:
         device = torch.cuda.get_device_properties(0)
         machine |= {
             "memory_gib": round(device.total_memory / 2**30, 1), "multiprocessors": device.multi_processor_count,
-            "capability": f"{device.major}.{device.minor}", "cuda": torch.version.cuda, "driver": driver(),
+            "capability": f"{device.major}.{device.minor}", "cuda": torch.version.cuda, "driver": _driver(),
         }  # fmt: skip
     return machine
-
-
-def driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0]
 
 
 def file_for(machine: dict[str, Any], out: Path | None, dry: bool) -> Path | None:

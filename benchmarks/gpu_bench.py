@@ -39,8 +39,12 @@ class Sizes:
     repeats: int = 30
     warm: int = 3
     prompts: int = 64
-    prompts_alone: int = 16
-    """Of the 8B shape, prompts that also run one at a time."""
+    chunk: int = 4
+    """Prompts that run one at a time between two looks at the clock."""
+    few: int = 4
+    """Prompts of ways that are only sampled at batch 1."""
+    alone_seconds: float = 12.0
+    """Of the 8B shape, what batch 1 may take at a level and temperature, whatever the sections after it need."""
     prompt_tokens: int = 64
     new_tokens: int = 256
     lossless_batch: int = 8
@@ -49,6 +53,9 @@ class Sizes:
     slow_tokens: int = 96
     """Tokens of ways that take tens of milliseconds each."""
     acceptances: tuple[float, ...] = (0.6, 0.8, 0.9)
+    auto_batches: tuple[int, ...] = (1, 8)
+    auto_tokens: int = 128
+    auto_turns: int = 5
     contexts: tuple[int, ...] = (1024, 8192, 32768)
     copy_bytes: int = 4 << 30
     square: int = 8192
@@ -62,10 +69,10 @@ class Sizes:
 
 TINY = Sizes(
     block=2, rank=4, markov_rank=8, context=5, room=16, batches=(1, 2), row_counts=(1, 2), lane_rows=1,
-    step_batches=(1,), tree=3, buckets=(16, 32), repeats=1, warm=0, prompts=2, prompts_alone=1, prompt_tokens=3,
+    step_batches=(1,), tree=3, buckets=(16, 32), repeats=1, warm=0, prompts=2, chunk=1, few=1, prompt_tokens=3,
     new_tokens=4, lossless_batch=2, speed_tokens=4, speed_prompts=1, slow_tokens=3, acceptances=(0.8,),
-    contexts=(64,), copy_bytes=1 << 16, square=32, gemm_rows=(1, 16), gemm_block_n=(32,), gemm_warps=(4,),
-    gemm_stages=(2,), cold_bytes=1 << 12,
+    auto_batches=(2,), auto_tokens=4, auto_turns=1, contexts=(64,), copy_bytes=1 << 16, square=32, gemm_rows=(1, 16),
+    gemm_block_n=(32,), gemm_warps=(4,), gemm_stages=(2,), cold_bytes=1 << 12,
 )  # fmt: skip
 """For a dry run in Triton's interpreter: every line of code, no figure of worth."""
 
@@ -105,6 +112,8 @@ class Bench:
     dry: bool
     deadline: float
     """On the clock of time.perf_counter."""
+    reserved: float = 0.0
+    """Seconds that the sections after this one need."""
     copies: list[float] = field(default_factory=list)
     """Seconds of large copies, once `copy_rate` was asked for."""
     ours: float | None = None
@@ -175,9 +184,7 @@ class Bench:
         """Give memory back: caches and recorded steps of all engines, and engines not to be kept."""
         self.engines = {key: engine for key, engine in self.engines.items() if keep(key)}
         for engine in self.engines.values():
-            engine._loops.clear()
-            assert isinstance(engine.backend, FusedGQA)
-            engine.backend.cache = None
+            drop_cache(engine)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -245,6 +252,15 @@ class Bench:
             for call in calls:
                 call()
         return median(self.seconds(graph.replay, repeats=7)) / len(calls)
+
+
+def drop_cache(engine: Engine) -> None:
+    """Give back the cache and the steps recorded over it."""
+    backend = engine.backend
+    assert isinstance(backend, FusedGQA)
+    if backend.cache is not None:
+        backend.cache.loops.clear()  # they hold the cache in turn
+        backend.cache = None
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

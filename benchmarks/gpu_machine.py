@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu_bench import Bench, Found, spread
 from benchmarks.gpu_steps import AR, Steps
 from retrofit.runtime.backends.fused_gqa import FusedGQA
+from retrofit.runtime.kernels.rows import PAGE
 
 
 def machine(bench: Bench, found: Found) -> None:
@@ -94,10 +95,10 @@ def memory(bench: Bench, found: Found) -> None:
     peak = torch.cuda.max_memory_allocated(bench.device) - before if cuda else 0
     found.figures |= {
         "built": bench.built, "weights_gib": engine.backend.weights.nbytes / 2**30, "cache_gib": cache.nbytes / 2**30,
-        "cache_positions": cache.pages * 64, "peak_beyond_weights_gib": peak / 2**30, "batch": batch,
+        "cache_positions": cache.pages * PAGE, "peak_beyond_weights_gib": peak / 2**30, "batch": batch,
         "context": bench.sizes.context,
     }  # fmt: skip
     found.state(
-        f"GiB: weights a step reads; cache of {cache.pages * 64} positions; most beyond the engine, batch {batch}",
+        f"GiB: weights a step reads; cache of {cache.pages * PAGE} positions; most beyond the engine, batch {batch}",
         f"{engine.backend.weights.nbytes / 2**30:.2f}; {cache.nbytes / 2**30:.2f}; {peak / 2**30:.2f}",
     )

@@ -70,6 +70,6 @@ def let_oracle_draft(
     known = torch.tensor([list(tokens) for tokens in truth], device=backend.device)
     oracle = Oracle(known, acceptance, backend.head.vocab, depths, ranks)
     cache = backend.new_cache(batch, longest)
-    engine._loops.clear()
-    engine._loops[params] = DeviceLoop(backend, cache, params, oracle)
+    cache.loops.clear()
+    cache.loops[params] = DeviceLoop(backend, cache, params, oracle)
     cache.release()  # `generate` takes the same one, and with it the steps recorded over it

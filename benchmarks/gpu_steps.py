@@ -7,11 +7,12 @@ from statistics import median
 
 import torch
 
-from benchmarks.gpu_bench import Bench, Found, spread
+from benchmarks.gpu_bench import Bench, Found, drop_cache, spread
 from retrofit.runtime.backends.fused_gqa import FusedGQA
 from retrofit.runtime.cost import Template
-from retrofit.runtime.device_loop import DeviceLoop, Kind, chain, fixed_template, kinds_of
+from retrofit.runtime.device_loop import DeviceLoop
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.kinds import Kind, chain, fixed_template, kinds_of
 from retrofit.runtime.policy import UNKNOWN_CHANCE
 from retrofit.runtime.request import Request
 from retrofit.runtime.sampling import SamplingParams
@@ -28,8 +29,7 @@ class Steps:
         self.bench, self.backend = bench, engine.backend
         context = context or bench.sizes.context
         longest = context + bench.sizes.room
-        engine._loops.clear()
-        self.backend.cache = None  # steps walk the whole block table, so its width is part of the measurement
+        drop_cache(engine)  # steps walk the whole block table, so its width is part of the measurement
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
         cache = self.backend.new_cache(batch, longest)

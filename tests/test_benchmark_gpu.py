@@ -187,7 +187,6 @@ def with_echo(monkeypatch, echo: Echo, minutes: float = 10) -> Bench:
 @pytest.mark.parametrize("bar", ["lossless", "small"])
 def test_lossless_says_how_many_prompts_ran(monkeypatch, bar):
     bench, found = with_echo(monkeypatch, echo := Echo()), Found()
-    bench.release = lambda **_: None
     gpu_generate.compare_tokens(bench, found, "any", bar, all_alone=bar == "small")
     assert [(entry["what"], entry["met"]) for entry in found.bars] == [
         (BARS[f"{bar}_{level}"][0], True) for level in ("bucket", "invariant")
@@ -240,6 +239,7 @@ def test_without_time_nothing_is_claimed_and_a_difference_is_not_hidden(monkeypa
 @pytest.mark.parametrize(("slower", "met"), [(1.01, True), (1.03, False)])
 def test_auto_is_held_to_ar_in_turn(monkeypatch, slower, met):
     bench, found = with_echo(monkeypatch, echo := Echo()), Found()
+    bench.sizes = replace(TINY, auto_batches=(1, 2))
 
     def wall(run):
         result = run()

@@ -53,8 +53,8 @@ def restless_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` changes its plan at every step and measures nothing: any mixture of strategies must be lossless."""
     rng = random.Random(0)
 
-    def best(model: CostModel, batch: int) -> Template:
-        return rng.choice([Template("ar"), *model.templates()])
+    def best(model: CostModel, batch: int, rows: int | None = None) -> Template:
+        return rng.choice([Template("ar"), *model.templates(rows)])
 
     monkeypatch.setattr(CostModel, "best", best)
     monkeypatch.setattr(policy, "calibrate", lambda *_: None)

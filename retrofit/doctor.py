@@ -134,6 +134,7 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
     lacking = _lacking(loading)
     if lacking is not None:
         return _untested(loading, lacking, asked=loading.backend == "fused")
+    from retrofit.runtime.backends import interface
     from retrofit.runtime.backends.weights import unsupported
     from retrofit.runtime.exact import self_test
     from retrofit.runtime.loading import fused_backend, text_config
@@ -155,7 +156,7 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
         return _untested(loading, unfit, asked=loading.backend == "fused")
     dtype = named.get("dtype", "auto") if loading.dtype in (None, "auto") else loading.dtype
     exact = "bucket" if loading.exact == "auto" else loading.exact
-    backend = fused_backend(files, artifact, loading.device, dtype, exact)
+    backend = fused_backend(files, artifact, loading.device, dtype, exact, interface.BUCKET_ROWS)
     return _judged(backend, files.name, self_test(backend, backend.layout.drafts))
 
 

@@ -16,8 +16,7 @@ from retrofit.errors import ArtifactError, UsageError
 from retrofit.eval import audit, certify, distribution, exactness, weights
 from retrofit.eval.subject import Subject
 from retrofit.hub import load_base
-from retrofit.runtime import engine as engine_module
-from retrofit.runtime import modes, sampling
+from retrofit.runtime import host_steps, modes, sampling
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.plan import Choice
@@ -276,7 +275,7 @@ def test_mutant_rollback_forgotten(subject, monkeypatch):
             if request.committed > was:
                 request.committed = was + 1 + choice.verify
 
-    monkeypatch.setattr(engine_module, "speculative_step", mutant)
+    monkeypatch.setattr(host_steps, "speculative_step", mutant)
     verdict = exactness.audit(subject, PROMPTS, LIMIT)
     assert not verdict.ok
     assert any("(rows)" in problem for problem in verdict.details["first_problems"])
@@ -352,7 +351,7 @@ def test_mutant_penalty_on_the_committed_prefix_only(monkeypatch):
 
 def test_mutant_verify_length_looks_ahead(subject, monkeypatch):
     """Drafts are dropped unless all will be accepted: the text stays right, but acceptance is a lie."""
-    right = engine_module.speculative_choice
+    right = host_steps.speculative_choice
     peek = subject.base(torch.float32)
 
     def mutant(request: Request, *rest) -> Choice:
@@ -364,7 +363,7 @@ def test_mutant_verify_length_looks_ahead(subject, monkeypatch):
         targets = peek(ids).logits[0, -len(drafts) :].argmax(-1).tolist()
         return choice if targets == drafts else Choice(0, choice.prepare[:1])
 
-    monkeypatch.setattr(engine_module, "speculative_choice", mutant)
+    monkeypatch.setattr(host_steps, "speculative_choice", mutant)
     assert exactness.greedy(subject, PROMPTS, LIMIT).ok
     verdict = exactness.audit(subject, PROMPTS, LIMIT)
     assert not verdict.ok

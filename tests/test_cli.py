@@ -25,7 +25,7 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import GateError, ResourceError
 from retrofit.eval import certify
 from retrofit.hub import file_fingerprint
-from retrofit.runtime import engine, exact
+from retrofit.runtime import engine, exact, loading
 from retrofit.runtime.backends import interface
 from retrofit.runtime.backends.interface import EXACT
 
@@ -174,7 +174,7 @@ def test_defaults_and_choices_are_the_engines(path):
     assert {"mode", "strategy", "prepare", "max_new_tokens", "temperature", "threshold", "seed"} <= set(options)
     assert tuple(console.MODES) == engine.MODES
     assert tuple(console.STRATEGIES) == engine.STRATEGIES
-    assert tuple(console.BACKENDS) == engine.BACKENDS
+    assert tuple(console.BACKENDS) == loading.BACKENDS
     assert tuple(console.EXACT) == ("auto", *EXACT)
 
 

@@ -82,10 +82,10 @@ def write(
 ) -> Path:
     """Write a new artifact, all of it or nothing, and return its folder.
 
-    `added` are files as `add` takes them, there from the start.  A folder that exists is refused unless it is empty, or is an artifact and `overwrite` is set; then it is
-    replaced whole, with what was added to it.  Raises UsageError for a folder that may not be written,
-    ArtifactError for a config that `read` would refuse, ResourceError when the disk is full or not
-    writable; none of them leaves anything behind.
+    `added` are files in the root as `add` takes them, there from the start.  A folder that exists is refused
+    unless it is empty, or is an artifact and `overwrite` is set; then it is replaced whole, with what was added
+    to it.  Raises UsageError for a folder that may not be written, ArtifactError for a config that `read` would
+    refuse, ResourceError when the disk is full or not writable; none of them leaves anything behind.
     """
     from safetensors.torch import save
 

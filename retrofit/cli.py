@@ -74,6 +74,9 @@ def main() -> None:
     help="See `retrofit recipes ls`.  [default: tiny for the embedded base, else default]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@click.option("--force-resume", is_flag=True, help="Go on from a checkpoint though the recipe or the text changed.")
+@click.option("--restart", is_flag=True, help="Remove the checkpoints and start anew.")
+@click.option("--keep-checkpoints", is_flag=True, help="Leave them there when the artifact is complete.")
 @click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
 @loading_options
 @output_options
@@ -82,6 +85,9 @@ def convert(
     out: Path | None,
     recipe: str | None,
     overwrite: bool,
+    force_resume: bool,
+    restart: bool,
+    keep_checkpoints: bool,
     seed: int | None,
     loading: Loading,
     as_json: bool,
@@ -92,12 +98,17 @@ def convert(
     of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and --seed.  Prints the
     artifact's folder.
 
+    Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM: the same command
+    goes on from the newest one that is whole. They are removed when the artifact is complete.
+
     \b
     Examples:
       retrofit convert
       retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
       retrofit convert ./my-model data.source=texts.jsonl draft.block=4
     """
+    if force_resume and restart:
+        raise UsageError("--force-resume and --restart do not go together", "give one of them")
     model, overrides = _model_and_overrides(items)
     flags = [f"base.dtype={loading.dtype}"] if loading.dtype else []
     flags += [f"train.seed={seed}"] if seed is not None else []
@@ -116,6 +127,8 @@ def convert(
         offline=loading.offline,
         trust_remote_code=loading.trust_remote_code,
         quiet=is_quiet(),
+        resume="force" if force_resume else "never" if restart else "auto",
+        keep_checkpoints=keep_checkpoints,
     )
     parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
     if as_json:

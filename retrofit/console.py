@@ -48,8 +48,12 @@ class Cli(click.Group):
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
             raise  # click's own business: exit codes, usage errors, a reader that left
-        except KeyboardInterrupt:
+        except SystemExit as error:  # SIGTERM
+            _notes(error)
+            raise
+        except KeyboardInterrupt as error:
             click.echo("interrupted", err=True)
+            _notes(error)
             raise click.exceptions.Exit(128 + signal.SIGINT) from None
         except Exception as error:
             raise click.exceptions.Exit(_report(error, bool(ctx.meta.get(VERBOSE)))) from None
@@ -60,6 +64,12 @@ def show(error: RetrofitError) -> None:
     click.echo(f"Error: {error}", err=True)
     if error.hint:
         click.echo(f"hint: {error.hint}", err=True)
+
+
+def _notes(error: BaseException) -> None:
+    """What was saved before the program ended, on stderr."""
+    for note in getattr(error, "__notes__", []):
+        click.echo(note, err=True)
 
 
 def _report(error: Exception, verbose: bool) -> int:

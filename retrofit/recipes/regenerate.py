@@ -20,15 +20,29 @@ SHORTEST_PROMPT = 8
 
 
 def regenerate(
-    documents: Iterable[Document], engine: Engine, temperature: float, seed: int, epoch: int, max_length: int
+    documents: Iterable[Document],
+    engine: Engine,
+    temperature: float,
+    seed: int,
+    epoch: int,
+    max_length: int,
+    passed: int = 0,
 ) -> Iterator[Document]:
-    """Each document with its response written anew by `ar` at `temperature`, as long as it was, ids unchanged."""
+    """Each document with its response written anew by `ar` at `temperature`, as long as it was, ids unchanged.
+
+    The first `passed` ones are only counted by the caller; most come as they are, so as not to be generated again.
+    """
     source = iter(documents)
     while chunk := list(islice(source, BATCH)):
         prompts = [_prompt_length(document, seed, epoch) for document in chunk]
         kept = [(d, n) for d, n in zip(chunk, prompts, strict=True) if 0 < n < min(len(d.tokens), max_length)]
         # Requests of one batch end together when they are equally long.
         kept.sort(key=lambda pair: len(pair[0].tokens) - pair[1])
+        if len(kept) <= passed:
+            passed -= len(kept)
+            yield from (document for document, _ in kept)
+            continue
+        passed = 0
         results = engine.generate(
             [list(d.tokens[:n]) for d, n in kept],
             mode="ar",

@@ -155,8 +155,8 @@ class Train(Section):
     """Type the forwards compute in; trained weights and losses stay in float32."""
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
     """Keys initial weights, order of documents, anchors, masks and noise."""
-    save_every: int = Field(0, ge=0)
-    """Steps between saved states; 0 saves at the end only."""
+    save_every: int = Field(250, ge=0)
+    """Steps between checkpoints, of which the newest two are kept; 0 saves on Ctrl-C and SIGTERM only."""
     probe_every: int = Field(0, ge=0)
     """Steps between measurements on the held-out probe batch; 0 measures at the end only."""
 
@@ -214,6 +214,14 @@ FIELDS: dict[str, Any] = {
     )
 }
 """Every key by its dotted path, in file order: annotation, default, limits and help (`description`)."""
+
+
+def by_key(recipe: Recipe) -> dict[str, Any]:
+    """Every value by its dotted path, as JSON has it."""
+    found = {}
+    for name, value in recipe.model_dump(mode="json").items():
+        found.update({f"{name}.{key}": inner for key, inner in value.items()} if name in SECTIONS else {name: value})
+    return found
 
 
 def recipe_names() -> list[str]:

@@ -215,11 +215,11 @@ def _lock(folder: Path, out: Path) -> int:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), (folder / LOCK).stat()):
                     os.ftruncate(handle, 0)
-                    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                     return handle
             os.close(handle)  # locked, but its last owner had removed the name: another may hold the new file
         except OSError as error:
-            owner = os.pread(handle, 200, 0).decode(errors="replace")
+            owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
             os.close(handle)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 hint = "wait for it, end it, or choose another name with -o"
@@ -230,13 +230,14 @@ def _lock(folder: Path, out: Path) -> int:
 
 
 def _sweep(folder: Path, out: Path) -> None:
-    """Remove what killed processes left half-written, of checkpoints and of the artifact."""
+    """Remove what killed processes left half-written or half-removed, of checkpoints and of the artifact."""
     for path in folder.iterdir():
         if _PART.fullmatch(path.name):
             _remove(path)
-    artifact = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.part")
+    artifact = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.(part|old)")
     for path in out.parent.iterdir():
-        if artifact.fullmatch(path.name):
+        # what an artifact replaced is all there is of it until the new one is in its place
+        if (found := artifact.fullmatch(path.name)) and (found[1] == "part" or out.exists()):
             _remove(path)
 
 

@@ -204,18 +204,19 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
     order = Order(epochs, plan.train.batch_size, plan.train.seed, whole=plan.data.responses == "keep")
     trainer = Trainer(attached, job.backend, plan)
     session = Session(trainer, order, job.saved, interrupts, _settings(plan, job.base), job.started)
-    say(
-        f"base {job.base.name} ({count(base_parameters(attached)):,} parameters), "
-        f"training {count(trainer.trained):,} ({share_of(attached):.2%})"
-    )
     if job.resume == "never":
         job.saved.clear()
     elif (newest := job.saved.newest(say)) is not None:
         session.resume(newest, forced=job.resume == "force")
-        say(f"going on from step {newest.step} of {plan.train.steps} ({newest.folder})")
     written = False
     try:
         probe = order.glance()
+        say(
+            f"base {job.base.name} ({count(base_parameters(attached)):,} parameters), "
+            f"training {count(trainer.trained):,} ({share_of(attached):.2%})"
+        )
+        if trainer.steps_done:
+            say(f"going on from step {trainer.steps_done} of {plan.train.steps}, saved in {job.saved.folder}")
         before = _probe_hash(job.backend, probe)
         with tqdm(
             initial=trainer.steps_done,

@@ -18,7 +18,7 @@ from tiny_models import build
 
 from retrofit import cli, files
 from retrofit.errors import ResourceError, TrainingError, UsageError
-from retrofit.recipes import checkpoint
+from retrofit.recipes import checkpoint, session
 from retrofit.recipes.checkpoint import Checkpoints, checkpoints, folder_of
 from retrofit.recipes.data import Document
 from retrofit.recipes.order import SHUFFLE_BUFFER, Order, Place
@@ -379,12 +379,36 @@ def loss(trained: float) -> dict[str, float]:
 
 
 def test_what_counts_as_an_explosion() -> None:
-    sound = [loss(5.0)] * 10 + [loss(0.5)] * 20
-    assert fault(loss(4.9), 1.0, sound, 10) is None, "ten times as much is 5"
-    assert fault(loss(5.1), 1.0, sound, 10) is not None
-    assert fault(loss(50.0), 1.0, sound[:-1], 10) is None, "too few steps since the warm-up to tell"
-    assert fault(loss(4.9), 1.0, [loss(5.0)] * 10 + [loss(0.001)] * 20, 10) is None, "no more than untrained"
-    assert fault(loss(50.0), 1.0, [], 0) is None
+    """Ten times the median of the steps since the warm-up, and worse than no training at all."""
+    untrained, recent = loss(3.0), [loss(0.4)] * 10 + [loss(0.5)] * 11
+    assert fault(loss(4.9), 1.0, untrained, recent) is None
+    assert "exploded: 5.1, its median was 0.5" in str(fault(loss(5.1), 1.0, untrained, recent))
+    assert fault(loss(5.1), 1.0, untrained, recent[-10:]) is None, "too few steps to tell"
+    assert fault(loss(2.9), 1.0, untrained, [loss(0.001)] * 20) is None
+    assert fault(loss(5.1), 1.0, loss(5.1), []) is None
+
+
+def test_an_exploding_loss_stops_the_run(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "MEDIAN_LEAST", 3)
+    with_loss(7, 1e4, 1.0, monkeypatch)
+    with pytest.raises(TrainingError, match=r"the loss exploded: .*, its median was .* at step 7"):
+        run(tmp_path / "out", texts)
+    assert whole(tmp_path / "out") == [4, 6]
+
+
+def test_what_killed_processes_left_is_swept_up(tmp_path: Path) -> None:
+    litter = [".out.0123abcd.part", "out.checkpoints/.step-000004.0123abcd.part"]
+    litter.append("out.checkpoints/.stopped-000004.json.0123abcd.part")
+    kept = [".out.notes.part", ".out2.0123abcd.part", ".out.0123abcd.old", "out.checkpoints/.step-4.part"]
+    for name in [*litter, *kept]:
+        (tmp_path / name).mkdir(parents=True)
+    with checkpoints(tmp_path / "out"):
+        assert [name for name in litter if (tmp_path / name).exists()] == []
+    assert [name for name in kept if not (tmp_path / name).exists()] == []
+    (tmp_path / "out").mkdir()
+    with checkpoints(tmp_path / "out"):
+        pass
+    assert not (tmp_path / ".out.0123abcd.old").exists(), "what it replaced is not needed any more"
 
 
 # Signals

@@ -202,7 +202,7 @@ def _lock(folder: Path, out: Path) -> int:
     """Handle of the lock file, locked.  A file left behind by a killed process is no obstacle."""
     while True:
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # the other process has just removed the folder
             continue

@@ -30,7 +30,9 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only that one may set signal handlers
-            self._previous = {number: signal.signal(number, self._arrived) for number in SIGNALS}
+            # one that is ignored, as Ctrl-C is by jobs in the background, stays so
+            numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._arrived) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

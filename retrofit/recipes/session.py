@@ -140,8 +140,9 @@ class Session:
 
     def _judge(self, result: StepResult, batches: Sequence[Batch]) -> None:
         """Raises TrainingError for a step that must not be taken."""
-        warmup = self.trainer.recipe.train.warmup
-        problem = fault(result.loss, result.gradient_norm, [record["loss"] for record in self.history], warmup)
+        recent = self.history[max(self.trainer.recipe.train.warmup, len(self.history) - MEDIAN_OF) :]
+        untrained = self.history[0]["loss"] if self.history else result.loss
+        problem = fault(result.loss, result.gradient_norm, untrained, [record["loss"] for record in recent])
         if problem is None:
             return
         step = self.trainer.steps_done + 1
@@ -161,21 +162,24 @@ class Session:
 
 
 def fault(
-    loss: Mapping[str, float], gradient_norm: float, earlier: Sequence[Mapping[str, float]], warmup: int
+    loss: Mapping[str, float],
+    gradient_norm: float,
+    untrained: Mapping[str, float],
+    recent: Sequence[Mapping[str, float]],
 ) -> str | None:
-    """What is wrong with the loss of a step, after `earlier` ones; None when it is sound.
+    """What is wrong with the loss of a step; None when it is sound.
 
-    The AR loss, which nothing trains, does not count.
+    untrained: the loss of step 1; recent: of the last steps after the warm-up.  The AR loss, which nothing trains,
+    does not count.
     """
     if not math.isfinite(loss["total"]):
         return "the loss is not finite"
     if not math.isfinite(gradient_norm):
         return "the gradient is not finite"
-    recent = [_trained(one) for one in earlier[warmup:]][-MEDIAN_OF:]
     if len(recent) < MEDIAN_LEAST:
         return None
-    median = statistics.median(recent)
-    if _trained(loss) > max(EXPLODED * median, _trained(earlier[0])):
+    median = statistics.median(_trained(one) for one in recent)
+    if _trained(loss) > max(EXPLODED * median, _trained(untrained)):
         return f"the loss exploded: {_trained(loss):.4g}, its median was {median:.4g},"
     return None
 

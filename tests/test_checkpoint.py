@@ -354,9 +354,12 @@ def test_training_stops_before_it_takes_up_a_bad_step(
 ) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        batches = with_loss(6, loss, norm, patch)
+        batches, updates = with_loss(6, loss, norm, patch), []
+        at_step(5, lambda: updates.append(5), patch)
+        at_step(6, lambda: updates.append(6), patch)
         with pytest.raises(TrainingError, match=f"{problem} at step 6") as caught:
             run(out, texts, train__accumulation=2)
+    assert updates == [5]
     assert (caught.value.exit_code, "lower train.lr" in str(caught.value.hint)) == (1, True)
     path = folder_of(out) / "stopped-000006.json"
     assert str(path) in str(caught.value)
@@ -464,6 +467,17 @@ def test_the_second_signal_waits_for_nothing(tmp_path: Path, texts: Path, monkey
     stop = interrupted(out, texts, 3)
     assert not hasattr(stop, "__notes__")
     assert whole(out) == [2]
+
+
+def test_two_signals_while_the_weights_move(tmp_path: Path, texts: Path, straight: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)], patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, texts)
+    assert whole(out) == [2]
+    run(out, texts)
+    assert learned(out) == learned(straight)
 
 
 def test_stopped_before_the_first_step_nothing_is_left(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from resuming import STEPS, child, curve, interrupted, learned, run, steps, write_texts
+from resuming import STEPS, at_step, child, curve, interrupted, learned, run, steps, write_texts
 
 from retrofit.recipes.checkpoint import folder_of
 
@@ -63,6 +63,17 @@ def test_stopped_at_every_step(tmp_path: Path, texts: Path) -> None:
         assert steps(out)[-1] == step
     run(out, texts, **options)
     assert same(out, whole)
+
+
+def test_metrics_are_cut_back_to_the_step_that_is_gone_on_from(tmp_path: Path, texts: Path, straight: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(6, lambda: 1 / 0, patch, "gradients")
+        with pytest.raises(ZeroDivisionError):
+            run(out, texts)
+    assert (steps(out), len(curve(folder_of(out) / "metrics.jsonl"))) == ([2, 4], 5)
+    interrupted(out, texts, 7)
+    assert curve(folder_of(out) / "metrics.jsonl") == curve(straight / "metrics.jsonl")[:7]
 
 
 def test_responses_written_by_the_base_are_not_written_again(

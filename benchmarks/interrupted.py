@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,20 +58,27 @@ def main(kills: int, seed: int, as_json: bool) -> None:
 
 def trial(out: Path, straight: Path, chance: random.Random, whole: float, in_writing: bool) -> dict[str, Any]:
     """Kill a conversion once, at any moment of it, and let a second one go on."""
-    begin, moment = time.perf_counter(), chance.uniform(0.1, 0.95) * whole
+    latest = 0.95 * whole
+    while (killed := kill(out, chance.uniform(0.1 * whole, latest), in_writing)) is None:
+        shutil.rmtree(out)  # it was faster than the uninterrupted one and had ended
+        latest = 0.8 * latest
+    if started(out).wait() != 0:
+        sys.exit(f"the conversion did not go on after {killed}")
+    return {**killed, "equal": sha256(out) == sha256(straight) and not folder_of(out).exists()}
+
+
+def kill(out: Path, moment: float, in_writing: bool) -> dict[str, Any] | None:
+    """Seconds it ran, and what the killed conversion left; None for one that had ended."""
+    begin = time.perf_counter()
     process = started(out)
     while process.poll() is None and time.perf_counter() - begin < moment:
         time.sleep(0.0005)
     while in_writing and process.poll() is None and not half_written(out):
         pass
     process.kill()
-    ended = process.wait() >= 0
-    seconds, writing, left = time.perf_counter() - begin, half_written(out), newest(out)
-    if not ended and started(out).wait() != 0:
-        sys.exit(f"the conversion did not go on after {seconds:.2f} s")
-    equal = sha256(out) == sha256(straight) and not folder_of(out).exists()
-    left = "none: it had ended" if ended else left
-    return {"seconds": round(seconds, 3), "left": left, "writing": writing, "equal": equal}
+    if process.wait() >= 0:
+        return None
+    return {"seconds": round(time.perf_counter() - begin, 2), "left": newest(out), "writing": half_written(out)}
 
 
 def started(out: Path) -> subprocess.Popen[bytes]:

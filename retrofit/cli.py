@@ -30,7 +30,9 @@ from retrofit.console import (
     result_json,
     say,
     seed_option,
+    skip_bad_option,
 )
+from retrofit.data_commands import data
 from retrofit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ def main() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
 @click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
+@skip_bad_option
 @loading_options
 @output_options
 def convert(
@@ -83,6 +86,7 @@ def convert(
     recipe: str | None,
     overwrite: bool,
     seed: int | None,
+    skip_bad: bool,
     loading: Loading,
     as_json: bool,
 ) -> None:
@@ -116,6 +120,7 @@ def convert(
         offline=loading.offline,
         trust_remote_code=loading.trust_remote_code,
         quiet=is_quiet(),
+        skip_bad=skip_bad,
     )
     parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
     if as_json:
@@ -439,6 +444,9 @@ def recipes_show(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
         emit_json(recipe.model_dump(mode="json"), indent=2)
     else:
         click.echo(dump_recipe(recipe), nl=False)
+
+
+main.add_command(data)
 
 
 if __name__ == "__main__":

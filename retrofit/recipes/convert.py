@@ -11,7 +11,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.hub import EMBEDDED, Base, live_fingerprint, load_base
 from retrofit.recipes.data import Document, documents, windows
+from retrofit.recipes.faults import Skipped
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
-from retrofit.recipes.regenerate import regenerate
+from retrofit.recipes.regenerate import ResponseCache, regenerate, weights_key
 from retrofit.recipes.schema import Recipe, dump_recipe, load_recipe
 from retrofit.recipes.train import Trainer, batches, clean_forward, train
 from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
@@ -75,11 +77,13 @@ def convert(
     trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quiet: bool = False,
+    skip_bad: bool = False,
 ) -> artifact.Artifact:
     """Convert a model into an artifact folder and return it.
 
     model: Hub id, local folder or live model; None takes the recipe's.  recipe: name, YAML file or `Recipe`; None is
     the embedded base's for no model, else the defaults.  A live model gets its adapter taken off again at the end.
+    skip_bad: leave out rows of text that cannot be used, and count them in `config["training"]["skipped"]`.
     Raises UsageError, DataError, ResourceError, UnsupportedModelError; nothing is written then.  Raises GateError if
     the base's own loss moved, which would mean that training touched it.
     """
@@ -121,7 +125,8 @@ def convert(
                 f"data.max_length is {plan.data.max_length}, beyond the position where {base.name} changes its RoPE",
                 f"add data.max_length={backend.rope_boundary or backend.context_length}",
             )
-        return _convert(plan, base, attached, backend, out, overwrite, quiet, started)
+        skipped = Skipped() if skip_bad else None
+        return _convert(plan, base, attached, backend, out, overwrite, quiet, started, skipped)
     finally:
         backend.close()
         if isinstance(model, PreTrainedModel):
@@ -184,10 +189,12 @@ def _convert(
     overwrite: bool,
     quiet: bool,
     started: float,
+    skipped: Skipped | None,
 ) -> artifact.Artifact:
     seed = plan.train.seed
-    held_out = _held_out(plan, base.tokenizer)
-    source = batches(_epochs(plan, base, attached, backend), plan.train.batch_size, seed)
+    rewritten = _rewriter(plan, base, attached, backend, quiet)
+    held_out = _held_out(plan, base, attached, rewritten, skipped)
+    source = batches(_epochs(plan, base, attached, rewritten, skipped), plan.train.batch_size, seed)
     first = next(source)
     probe = [document for document, _ in first]
     before = _probe_hash(backend, probe)
@@ -210,6 +217,8 @@ def _convert(
         if len(measured.eligible):
             acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
         config = _config(plan, base, attached, acceptance, history, time.perf_counter() - started)
+        if skipped is not None:
+            config["training"]["skipped"] = skipped.counts()
         card = CARD.format(
             model=base.name,
             version=__version__,
@@ -232,31 +241,54 @@ def _convert(
         artifact.add(folder, "metrics.jsonl", metrics.read_bytes())
     finally:
         shutil.rmtree(metrics.parent, ignore_errors=True)
+    if skipped is not None:
+        say(skipped.line())
     say(f"wrote {folder} in {time.perf_counter() - started:.0f} s")
     return artifact.read(folder)
 
 
-def _epochs(plan: Recipe, base: Base, attached: Attached, backend: HFBackend) -> Callable[[int], Iterator[Document]]:
-    """Training windows of an epoch; with `regenerate` their responses are the base's own."""
+Rewriter = Callable[[Iterable[Document]], Iterator[Document]]
+
+
+def _rewriter(plan: Recipe, base: Base, attached: Attached, backend: HFBackend, quiet: bool) -> Rewriter:
+    """Documents with the base's own responses, where the recipe wants those; else as they are."""
+    if plan.data.responses == "keep":
+        return iter
     engine = Engine(backend, attached.layout, base.tokenizer, attached=attached)
+    cache = ResponseCache(weights_key(attached), plan.data.temperature, backend.eos)
+    return partial(
+        regenerate,
+        engine=engine,
+        temperature=plan.data.temperature,
+        seed=plan.train.seed,
+        max_length=plan.data.max_length,
+        cache=cache,
+        quiet=quiet,
+    )
+
+
+def _epochs(
+    plan: Recipe, base: Base, attached: Attached, rewritten: Rewriter, skipped: Skipped | None
+) -> Callable[[int], Iterator[Document]]:
+    """Training windows of an epoch."""
 
     def epoch(number: int) -> Iterator[Document]:
-        read = documents(plan.data, base.tokenizer, part="train", seed=plan.train.seed + number)
-        cut = windows(read, plan.data.max_length)
-        if plan.data.responses == "keep":
-            return cut
-        return regenerate(cut, engine, plan.data.temperature, plan.train.seed, number, plan.data.max_length)
+        seed, vocab = plan.train.seed + number, attached.heads.vocab
+        read = documents(plan.data, base.tokenizer, part="train", seed=seed, skipped=skipped, vocab=vocab)
+        return rewritten(windows(read, plan.data.max_length))
 
     return epoch
 
 
-def _held_out(plan: Recipe, tokenizer: Any) -> list[Document]:
+def _held_out(
+    plan: Recipe, base: Base, attached: Attached, rewritten: Rewriter, skipped: Skipped | None
+) -> list[Document]:
     """First windows of held-out documents, MEASURED at most; errors in the data show here, before training."""
     if plan.data.held_out == 0:
         return []
-    read = documents(plan.data, tokenizer, part="held_out")
+    read = documents(plan.data, base.tokenizer, part="held_out", skipped=skipped, vocab=attached.heads.vocab)
     first = (next(windows([document], plan.data.max_length), None) for document in read)
-    return list(islice((window for window in first if window is not None), MEASURED))
+    return list(rewritten(islice((window for window in first if window is not None), MEASURED)))
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -34,6 +34,7 @@ from retrofit.recipes.blocks import (
     document_rng,
     eligible_anchors,
     missed_anchors,
+    shares,
 )
 from retrofit.recipes.data import Document
 from retrofit.recipes.objective import Blocks, Sums, backward_diffusion, backward_draft
@@ -101,9 +102,7 @@ class Trainer:
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
         cache, clean_hidden = clean_forward(backend, documents)
         candidates = [eligible_anchors(document.response) for document in documents]
-        diffusion = round(recipe.objective.diffusion_share * recipe.train.anchors) if layout.block > 1 else 0
-        uniform = math.ceil((recipe.train.anchors - diffusion) / 2)
-        again = recipe.train.anchors - diffusion - uniform
+        uniform, again, diffusion = shares(recipe.train.anchors, recipe.objective.diffusion_share, layout.block)
 
         def run(count: int, wanted: list[list[int]] | None, masked: bool) -> tuple[BlockBatch, Tensor | None]:
             group = BlockBatch(layout, self.attached.heads.unknown)

@@ -84,7 +84,7 @@ def documents(
     malformed local files and records, all from the call itself; DataError later for conversations that cannot be
     rendered, tokens the model does not know, and malformed records of the Hub.
     """
-    wanted = _wanted(data)
+    wanted = [one._replace(held_out=0) if part == "all" else one for one in _wanted(data)]
     total = sum(one.weight for one in wanted)
     opened = [_Opened(one.source, one.weight / total, _open(one, skipped)) for one in wanted]
     if part == "train":

@@ -84,6 +84,8 @@ def _written(
 ) -> list[list[int]]:
     """Responses in the order of the jobs, from the cache where it has them; new ones go there one by one."""
     done = {number: found for number, job in enumerate(jobs) if cache and (found := cache.get(job.key)) is not None}
+    if len(done) == len(jobs):
+        return [done[number] for number in range(len(jobs))]
     # The longest begin first, so that none is left running alone at the end.
     missing = sorted((n for n in range(len(jobs)) if n not in done), key=lambda n: -jobs[n].limit)
     events = engine.stream(
@@ -95,9 +97,8 @@ def _written(
         batch_size=BATCH,
         with_text=False,
     )
-    hidden = quiet or not missing
     with tqdm(
-        total=len(jobs), initial=len(done), desc="regenerating", unit="response", disable=hidden, leave=False,
+        total=len(jobs), initial=len(done), desc="regenerating", unit="response", disable=quiet, leave=False,
         file=sys.stderr, dynamic_ncols=True,
     ) as bar:  # fmt: skip
         for event in events:
@@ -113,9 +114,10 @@ def _written(
 def _prompt_length(document: Document, seed: int) -> int:
     """Tokens before the first response token; of plain text a random part up to one half."""
     first = int(np.argmax(document.response)) if any(document.response) else 0
-    if first or len(document.tokens) <= 2 * SHORTEST_PROMPT:
-        return first or len(document.tokens) // 2
-    return int(document_rng(seed, 0, document.id).integers(SHORTEST_PROMPT, len(document.tokens) // 2))
+    half = len(document.tokens) // 2
+    if first or half <= SHORTEST_PROMPT:
+        return first or half
+    return int(document_rng(seed, 0, document.id).integers(SHORTEST_PROMPT, half))
 
 
 class ResponseCache:

@@ -6,6 +6,8 @@
         missed anchors  -> L_draft, L_conf
         masked blocks   -> L_diff
 
+A batch is packed: its documents run end to end in one forward, without padding, each a sequence of its own whose
+positions begin at 0 and whose rows see nothing of the others; so how they are grouped changes no loss and no gradient.
 Each term keeps gradient buffers of its own until its global denominator is known, so accumulation is exact.
 Not here: where documents come from, checkpoints, the artifact.
 """

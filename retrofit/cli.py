@@ -94,7 +94,8 @@ def convert(
 
     MODEL is a Hub id, a local folder, or nothing for the base that ships with retrofit.  KEY=VALUE sets a key
     of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and --seed.  Prints the
-    artifact's folder.
+    artifact's folder.  `retrofit data validate` finds bad rows of text beforehand; here the first one met ends
+    the run, unless --skip-bad.
 
     \b
     Examples:

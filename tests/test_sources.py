@@ -10,7 +10,7 @@ import pytest
 from test_data import CHATML, MESSAGES, TINY, answers, fake_datasets, write_lines
 from transformers import AutoTokenizer
 
-from retrofit.errors import DataError, ResourceError
+from retrofit.errors import DataError, ResourceError, UsageError
 from retrofit.recipes.data import documents
 from retrofit.recipes.faults import Skipped
 from retrofit.recipes.schema import Data
@@ -200,6 +200,25 @@ def test_a_network_that_fails_midway_is_told(tokenizer, monkeypatch):
     assert next(stream).id == "o/n:0"
     with pytest.raises(ResourceError, match="o/n: reset by peer"):
         list(stream)
+
+
+def test_streams_of_the_real_package(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    load = datasets.load_dataset
+
+    def found(name, configuration, split, streaming):
+        return load("json", data_files=str(path), split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", found)
+    write_lines(path, *({"text": f"t {number}"} for number in range(30)))
+    ids = [document.id for document in read("o/n", tokenizer, held_out=3)]
+    assert sorted(ids) == sorted(f"o/n:{number}" for number in range(3, 30)) and ids != sorted(ids)
+    path.write_bytes(b'{"text": "a"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"o/n \(train\), before the first record: JSON parse error"):
+        read("o/n", tokenizer)
+    write_lines(path, {"text": "a"})
+    with pytest.raises(UsageError, match="Bad split"):
+        read("o/n", tokenizer, split="tset")
 
 
 def test_bad_records_of_a_stream_are_skipped_and_counted_once(tokenizer, monkeypatch):

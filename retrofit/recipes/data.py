@@ -268,8 +268,9 @@ def _hub(wanted: _Wanted) -> Source:
                 yield Row(f"{wanted.source}:{number}", where, _reader(record, where, wanted.field))
         except OSError as error:
             raise _out_of_reach(wanted.source, error) from None
-        except datasets.exceptions.DatasetsError as error:
-            problem = f"{wanted.source} ({wanted.split}): after record {number}: {one_line(error)}"
+        except (datasets.exceptions.DatasetsError, ValueError) as error:  # ValueError: what pyarrow and codecs raise
+            place = f"after record {number}" if number >= 0 else "before the first record"
+            problem = f"{wanted.source} ({wanted.split}), {place}: {one_line(error)}"
             raise DataError(problem, "the files of the data set are damaged; name another revision or source") from None
 
     if next(rows(), None) is None:

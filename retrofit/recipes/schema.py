@@ -137,7 +137,8 @@ class Data(Section):
     field: str | None = None
     """Column of JSONL, Parquet or `datasets` rows to read: text or a list of chat messages; null finds it."""
     responses: Literal["keep", "regenerate"] = "keep"
-    """Train on the responses as they are, or let the base write them anew first: such text drafts better."""
+    """Train on the responses as they are, or let the base write them anew first: such text drafts better.  They are
+    kept in RETROFIT_CACHE, by default ~/.cache/retrofit."""
     temperature: float = Field(0.8, ge=0, le=5)
     """Sampling temperature of regenerated responses; 0 is greedy."""
     max_length: int = Field(2048, ge=2, le=1 << 20)

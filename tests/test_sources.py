@@ -36,19 +36,21 @@ def numbered(path, name, count):
 # Mixtures
 
 
-def mixture(tmp_path, weights=(3, 1), counts=(60, 60)):
+def mixture(tmp_path, weights=(3, 1), counts=(60, 60, 60)):
     return [
         {"source": numbered(tmp_path, name, count), "weight": weight}
-        for name, weight, count in zip("ab", weights, counts, strict=True)
+        for name, weight, count in zip("abc", weights, counts, strict=False)
     ]
 
 
-def test_any_number_of_documents_has_the_shares_of_the_weights(tokenizer, tmp_path):
-    parts = mixture(tmp_path, weights=(3, 1))
+@pytest.mark.parametrize("weights", [(3, 1), (5, 3, 2)])
+def test_any_number_of_documents_has_the_shares_of_the_weights(tokenizer, tmp_path, weights):
+    parts = mixture(tmp_path, weights=weights)
     found = read(parts, tokenizer)
-    for count in range(1, 61):
-        share = sum(document.source == parts[0]["source"] for document in found[:count])
-        assert abs(share - 0.75 * count) <= 1, count
+    for part, weight in zip(parts, weights, strict=True):
+        for count in range(1, 61):
+            taken = sum(document.source == part["source"] for document in found[:count])
+            assert abs(taken - weight / sum(weights) * count) <= 1.5, count
 
 
 def test_a_mixture_is_keyed_by_the_seed(tokenizer, tmp_path):

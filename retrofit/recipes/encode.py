@@ -8,6 +8,7 @@ template writes, so that the end is drafted too.  Not here: where records come f
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -171,11 +172,20 @@ def _chat_tokens(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: s
         raise RowError("template", where, "conversations need a fast tokenizer", hint)
     text, spans = _render(messages, tokenizer, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
-    response = [any(start <= first < last <= end for start, end in spans) for first, last in offsets]
+    response = _inside(encoded["offset_mapping"], spans)
     if not any(response):
         raise RowError("no_response", where, "the chat template leaves no response token", "remove the record")
     return list(encoded["input_ids"]), response
+
+
+def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens lie wholly in one of the spans, which are in order and apart; a token of no character does not."""
+    starts = [start for start, _ in spans]
+    found = []
+    for first, last in offsets:
+        number = bisect_right(starts, first) - 1
+        found.append(number >= 0 and first < last <= spans[number][1])
+    return found
 
 
 ANSWER = "RETROFIT-ANSWER"  # stands in for a message's content, to see what the template writes around it

@@ -14,8 +14,10 @@ from transformers import AutoTokenizer
 
 from retrofit import cli
 from retrofit.adapters.layout import DraftLayout
+from retrofit.data_commands import _pieces
+from retrofit.hub import embedded_folder
 from retrofit.recipes.blocks import eligible_anchors
-from retrofit.recipes.data import documents, windows
+from retrofit.recipes.data import Document, documents, windows
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.survey import draft_blocks, survey
 from retrofit.recipes.train import Trainer
@@ -125,10 +127,16 @@ def test_preview_shows_what_the_chat_template_makes(tmp_path):
     assert "\n".join(text.splitlines()[1:]).startswith("?")  # of <|im_start|>, which this tokenizer cannot spell
 
 
-def test_characters_of_several_tokens_stay_whole(tmp_path):
-    source = write_lines(tmp_path / "a.jsonl", {"text": "x = '\N{SNOWMAN}\N{SNOWMAN}' # \N{GRINNING FACE}"})
-    text = done("data", "preview", source, "data.held_out=0", "--blocks", 9)
-    assert "«x = '\N{SNOWMAN}\N{SNOWMAN}' # \N{GRINNING FACE}<|endoftext|>»" in text
+def test_characters_of_several_tokens_stay_whole():
+    """Wherever an anchor is underlined, and a run of tokens ends with it."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    text = "x = '\N{SNOWMAN}\N{SNOWMAN}' # \N{GRINNING FACE}"
+    tokens = tuple(tokenizer(text)["input_ids"])
+    document = Document("a", tokens, (True,) * len(tokens))
+    for anchor in range(len(tokens)):
+        pieces = list(_pieces(document, tokenizer, {anchor}, 99))
+        assert [token for piece, _, _ in pieces for token in piece] == list(tokens)
+        assert "".join(tokenizer.decode(piece) for piece, _, _ in pieces) == text
 
 
 def test_long_documents_are_cut_short_in_preview(base, source):

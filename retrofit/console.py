@@ -276,6 +276,8 @@ def generation_options(function: Any) -> Any:
     return run
 
 
+skip_bad_option = click.option("--skip-bad", is_flag=True,
+                               help="Leave out rows that cannot be used, and say at the end how many.")  # fmt: skip
 base_option = click.option("--base", metavar="MODEL", help="Hub id or folder of the base, if it has moved.")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                            help="Of the sampling; equal seeds give equal output.")  # fmt: skip

@@ -166,6 +166,28 @@ def test_another_recipe_is_refused_with_what_is_different(stopped: Path, texts: 
     assert learned(stopped) == learned(straight), "how often to save changes nothing"
 
 
+def test_leaving_out_bad_rows_is_part_of_the_recipe(stopped: Path, texts: Path, straight: Path) -> None:
+    with pytest.raises(UsageError, match="another recipe") as caught:
+        run(stopped, texts, skip_bad=True)
+    assert str(caught.value).splitlines()[1:] == ["  skip_bad: false -> true"]
+    run(stopped, texts, skip_bad=True, resume="force")
+    assert learned(stopped) == learned(straight), "there were none"
+
+
+def test_bad_rows_of_an_interrupted_run_are_counted_as_those_of_a_straight_one(tmp_path: Path) -> None:
+    """A run that goes on reads but a part of the epoch it stands in, and never the ones before."""
+    bad = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}  # no template
+    rows = [bad if number % 3 == 1 else {"text": f"row {'abcdefghij'[number % 10]} " * 20} for number in range(36)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    made = run(tmp_path / "straight", source, skip_bad=True)
+    assert made.config["training"]["skipped"] == {"template": 12}
+    interrupted(tmp_path / "out", source, STEPS - 1, skip_bad=True)
+    again = run(tmp_path / "out", source, skip_bad=True)
+    assert again.config["training"]["skipped"] == {"template": 12}
+    assert learned(tmp_path / "out") == learned(tmp_path / "straight")
+
+
 def test_another_recipe_can_be_forced(stopped: Path, texts: Path, straight: Path) -> None:
     run(stopped, texts, train__lr=1e-3, resume="force")
     ours, theirs = curve(stopped / "metrics.jsonl"), curve(straight / "metrics.jsonl")
@@ -187,15 +209,17 @@ def test_an_adapter_of_another_shape_cannot_be_forced(stopped: Path, texts: Path
     assert whole(stopped) == [4, 5]
 
 
-def test_another_text_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("responses", ["keep", "regenerate"])
+def test_another_text_is_noticed(tmp_path: Path, responses: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "responses"))
     own = write_texts(tmp_path / "texts")
     out = tmp_path / "out"
-    interrupted(out, own, 3)
+    interrupted(out, own, 3, data__responses=responses)
     for path in own.iterdir():
-        path.write_text(path.read_text().replace("a", "b"))
+        path.write_text(path.read_text()[::-1])
     with pytest.raises(UsageError, match="the training text is not the one"):
-        run(out, own)
-    run(out, own, resume="force")
+        run(out, own, data__responses=responses)
+    run(out, own, data__responses=responses, resume="force")
 
 
 def test_another_base_is_noticed(stopped: Path, texts: Path) -> None:
@@ -205,10 +229,12 @@ def test_another_base_is_noticed(stopped: Path, texts: Path) -> None:
 
 
 def test_a_place_survives_json_and_tensors() -> None:
-    def epochs(number: int, passed: int) -> Iterator[Document]:
+    def epochs(number: int) -> Iterator[Document]:
         for i in range(40):
             length = 2 + (7 * i + number) % 5
-            yield Document(f"{i}", tuple(range(i, i + length)), (False,) + (i % 3 > 0,) * (length - 1))
+            yield Document(
+                f"{i}", tuple(range(i, i + length)), (False,) + (i % 3 > 0,) * (length - 1), "texts", f"a:{i}"
+            )
 
     order = Order(epochs, 3, seed=1)
     for _ in range(50):

@@ -87,7 +87,9 @@ def test_light_modules_import_no_torch(module):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["convert"], ["generate"], ["certify"]], ids=lambda a: " ".join(a) or "retrofit"
+    "arguments",
+    [[], ["convert"], ["generate"], ["certify"], ["data"], ["data", "preview"]],
+    ids=lambda a: " ".join(a) or "retrofit",
 )
 def test_help_imports_no_torch(arguments):
     code = (

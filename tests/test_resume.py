@@ -1,5 +1,6 @@
 """A conversion that was stopped anywhere and run again ends with the bytes of one that never was."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -13,7 +14,9 @@ import pytest
 import torch
 from resuming import STEPS, at_step, child, curve, interrupted, learned, run, steps, write_texts
 
+from retrofit.errors import UsageError
 from retrofit.recipes.checkpoint import folder_of
+from retrofit.runtime.engine import Engine
 
 PROCESSES = multiprocessing.get_context("fork")  # everything slow is imported already
 
@@ -79,25 +82,43 @@ def test_metrics_are_cut_back_to_the_step_that_is_gone_on_from(tmp_path: Path, t
 def test_responses_written_by_the_base_are_not_written_again(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retrofit.runtime.engine import Engine
+    """They are on disk; where they no longer are, they come out the same."""
+    generated = [0]
+    right = Engine.stream
 
-    generated: list[list[list[int]]] = [[]]
-    right = Engine.generate
-
-    def recorded(self: Engine, prompts: Any, *arguments: Any, **options: Any) -> Any:
-        generated[-1] += prompts
+    def counted(self: Engine, prompts: Any, *arguments: Any, **options: Any) -> Any:
+        generated[-1] += len(prompts)
         return right(self, prompts, *arguments, **options)
 
-    monkeypatch.setattr(Engine, "generate", recorded)
+    monkeypatch.setattr(Engine, "stream", counted)
     options = {"data__responses": "regenerate", "train__steps": 4}
-    run(tmp_path / "straight", texts, **options)
-    generated.append([])
-    interrupted(tmp_path / "out", texts, 3, **options)
-    generated.append([])
-    run(tmp_path / "out", texts, **options)
+    for out, lost in [("straight", False), ("out", False), ("lost", True)]:
+        monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / f"{out}-responses"))
+        if out != "straight":
+            generated.append(0)
+            interrupted(tmp_path / out, texts, 3, **options)
+            generated.append(0)
+        if lost:
+            monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "another"))
+        run(tmp_path / out, texts, **options)
+        assert same(tmp_path / out, tmp_path / "straight")
+    whole, before, after, before_lost, after_lost = generated
+    assert (before, after) == (whole, 0)
+    assert (before_lost, after_lost) == (whole, whole)
+
+
+def test_a_mixture_is_taken_up_where_it_was(tmp_path: Path, texts: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {letter} = " * 9}) + "\n" for letter in "abcdefghijk"))
+    mixture = [{"source": str(texts), "weight": 2}, {"source": str(rows)}]
+    run(tmp_path / "straight", texts, data__source=mixture)
+    interrupted(tmp_path / "out", texts, 5, data__source=mixture)
+    mixture[0]["weight"] = 3
+    with pytest.raises(UsageError, match=r"data\.source: .*2\.0.* -> .*3\.0"):
+        run(tmp_path / "out", texts, data__source=mixture)
+    mixture[0]["weight"] = 2
+    run(tmp_path / "out", texts, data__source=mixture)
     assert same(tmp_path / "out", tmp_path / "straight")
-    whole, before, after = map(len, generated)
-    assert after < whole / 4, (whole, before, after)
 
 
 def test_nothing_draws_from_a_global_generator(tmp_path: Path, texts: Path) -> None:

@@ -10,8 +10,9 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +28,15 @@ from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
 from retrofit.recipes.checkpoint import Checkpoints, checkpoints
 from retrofit.recipes.data import Document, documents, windows
+from retrofit.recipes.faults import Skipped
 from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
 from retrofit.recipes.order import Order
 from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
-from retrofit.recipes.regenerate import regenerate
+from retrofit.recipes.regenerate import ResponseCache, regenerate, weights_key
 from retrofit.recipes.schema import Recipe, by_key, load_recipe
 from retrofit.recipes.session import Session
+from retrofit.recipes.source import Part
 from retrofit.recipes.train import Trainer, clean_forward
 from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
 from retrofit.runtime.engine import Engine
@@ -45,6 +48,7 @@ NOT_TRAINING = ("train.save_every", "train.probe_every")
 """Keys of a recipe that may change between two runs of one conversion."""
 
 Resume = Literal["auto", "force", "never"]
+Rewriter = Callable[[Iterable[Document]], Iterator[Document]]
 
 
 def convert(
@@ -61,6 +65,7 @@ def convert(
     quiet: bool = False,
     resume: Resume = "auto",
     keep_checkpoints: bool = False,
+    skip_bad: bool = False,
 ) -> artifact.Artifact:
     """Convert a model into an artifact folder and return it.
 
@@ -68,6 +73,7 @@ def convert(
     the embedded base's for no model, else the defaults.  A live model gets its adapter taken off again at the end.
     resume: `auto` goes on from the newest checkpoint of `out` and refuses one made with another recipe, `force` goes
     on in spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.
+    skip_bad: leave out rows of text that cannot be used, and count them in `config["training"]["skipped"]`.
     Raises UsageError, DataError, ResourceError, UnsupportedModelError, TrainingError; no artifact is written then.
     Raises GateError if the base's own loss moved, which would mean that training touched it.  Ctrl-C and SIGTERM
     leave a checkpoint and raise KeyboardInterrupt and SystemExit(143), with a note that says how to go on.
@@ -85,13 +91,18 @@ def convert(
         attached, backend = _attached(plan, base)
         try:
             _check_rope(plan, base, backend)
-            job = _Job(plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints, saved, started)
+            skipped = Skipped() if skip_bad else None
+            job = _Job(
+                plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints, skipped, saved, started
+            )
             with Interrupts() as interrupts:
                 _convert(job, interrupts)
         finally:
             backend.close()
             if isinstance(model, PreTrainedModel):
                 attached.detach()
+    if skipped is not None:
+        _say(quiet)(skipped.line())
     _say(quiet)(f"wrote {out} in {time.perf_counter() - started:.0f} s")
     return artifact.read(out)
 
@@ -109,6 +120,7 @@ class _Job:
     quiet: bool
     resume: Resume
     keep: bool
+    skipped: Skipped | None
     saved: Checkpoints
     started: float
 
@@ -199,11 +211,11 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
     """Train, measure, write the artifact; on Ctrl-C and SIGTERM leave a checkpoint."""
     plan, attached = job.plan, job.attached
     say = _say(job.quiet)
-    held_out = _held_out(plan, job.base.tokenizer)
-    epochs = _epochs(plan, job.base, attached, job.backend)
-    order = Order(epochs, plan.train.batch_size, plan.train.seed, whole=plan.data.responses == "keep")
+    rewritten = _rewriter(job)
+    held_out = _held_out(job, rewritten)
+    order = Order(_epochs(job, rewritten), plan.train.batch_size, plan.train.seed, whole=plan.data.responses == "keep")
     trainer = Trainer(attached, job.backend, plan)
-    session = Session(trainer, order, job.saved, interrupts, _settings(plan, job.base), job.started)
+    session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped)
     if job.resume == "never":
         job.saved.clear()
     elif (newest := job.saved.newest(say)) is not None:
@@ -246,38 +258,50 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
         raise
 
 
-def _settings(plan: Recipe, base: Base) -> dict[str, Any]:
+def _settings(job: _Job) -> dict[str, Any]:
     """What decides the outcome of training, by dotted key."""
-    settings = {key: value for key, value in by_key(plan).items() if key not in NOT_TRAINING}
-    fingerprint = {f"base.fingerprint.{key}": value for key, value in base.fingerprint.items()}
-    return {**settings, "base.model": lasting_name(base), **fingerprint}
+    settings = {key: value for key, value in by_key(job.plan).items() if key not in NOT_TRAINING}
+    fingerprint = {f"base.fingerprint.{key}": value for key, value in job.base.fingerprint.items()}
+    skip_bad = job.skipped is not None
+    return {**settings, "skip_bad": skip_bad, "base.model": lasting_name(job.base), **fingerprint}
 
 
-def _epochs(
-    plan: Recipe, base: Base, attached: Attached, backend: HFBackend
-) -> Callable[[int, int], Iterator[Document]]:
-    """Training windows of an epoch, the first of them only to be counted; with `regenerate` the base responds."""
-    engine = Engine(backend, attached.layout, base.tokenizer, attached=attached)
+def _rewriter(job: _Job) -> Rewriter:
+    """Documents with the base's own responses, where the recipe wants those; else as they are."""
+    plan, attached = job.plan, job.attached
+    if plan.data.responses == "keep":
+        return iter
+    return partial(
+        regenerate,
+        engine=Engine(job.backend, attached.layout, job.base.tokenizer, attached=attached),
+        temperature=plan.data.temperature,
+        seed=plan.train.seed,
+        max_length=plan.data.max_length,
+        cache=ResponseCache(weights_key(attached), plan.data.temperature, job.backend.eos),
+        quiet=job.quiet,
+    )
 
-    def epoch(number: int, passed: int) -> Iterator[Document]:
-        read = documents(plan.data, base.tokenizer, part="train", seed=plan.train.seed + number)
-        cut = windows(read, plan.data.max_length)
-        if plan.data.responses == "keep":
-            return cut
-        return regenerate(
-            cut, engine, plan.data.temperature, plan.train.seed, number, plan.data.max_length, passed=passed
-        )
+
+def _read(job: _Job, part: Part, seed: int = 0) -> Iterator[Document]:
+    vocab = job.attached.heads.vocab
+    return documents(job.plan.data, job.base.tokenizer, part=part, seed=seed, skipped=job.skipped, vocab=vocab)
+
+
+def _epochs(job: _Job, rewritten: Rewriter) -> Callable[[int], Iterator[Document]]:
+    """Training windows of an epoch."""
+
+    def epoch(number: int) -> Iterator[Document]:
+        return rewritten(windows(_read(job, "train", job.plan.train.seed + number), job.plan.data.max_length))
 
     return epoch
 
 
-def _held_out(plan: Recipe, tokenizer: Any) -> list[Document]:
+def _held_out(job: _Job, rewritten: Rewriter) -> list[Document]:
     """First windows of held-out documents, MEASURED at most; errors in the data show here, before training."""
-    if plan.data.held_out == 0:
+    if job.plan.data.held_out == 0:
         return []
-    read = documents(plan.data, tokenizer, part="held_out")
-    first = (next(windows([document], plan.data.max_length), None) for document in read)
-    return list(islice((window for window in first if window is not None), MEASURED))
+    cut = (next(windows([document], job.plan.data.max_length), None) for document in _read(job, "held_out"))
+    return list(rewritten(islice((window for window in cut if window is not None), MEASURED)))
 
 
 def _progress(bar: tqdm[Any]) -> Callable[[int, dict[str, Any]], None]:

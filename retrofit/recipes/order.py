@@ -39,7 +39,7 @@ class Place:
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As JSON and tensors."""
-        documents = [[document.id, epoch, len(document.tokens)] for document, epoch in self.buffer]
+        documents = [[d.id, epoch, len(d.tokens), d.source, d.where] for d, epoch in self.buffer]
         tokens = np.fromiter((t for d, _ in self.buffer for t in d.tokens), dtype=np.int64)
         response = np.fromiter((r for d, _ in self.buffer for r in d.response), dtype=np.uint8)
         plain = {
@@ -55,9 +55,10 @@ class Place:
     def unpack(cls, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Place:
         tokens, response = tensors["tokens"].tolist(), tensors["response"].bool().tolist()
         buffer, first = [], 0
-        for name, epoch, length in plain["buffer"]:
+        for name, epoch, length, source, where in plain["buffer"]:
             span = slice(first, first + length)
-            buffer.append((Document(name, tuple(tokens[span]), tuple(response[span])), epoch))
+            document = Document(name, tuple(tokens[span]), tuple(response[span]), source, where)
+            buffer.append((document, epoch))
             first += length
         return cls(plain["epoch"], plain["taken"], plain["digest"], plain["generator"], buffer)
 
@@ -65,14 +66,14 @@ class Place:
 class Order:
     """Endless batches; documents without a response are passed over.
 
-    epochs(epoch, passed) gives the documents of an epoch.  The first `passed` of them are only counted, so they may
-    come as they were read, which costs nothing where responses are generated.
-    `whole`: their tokens are known from reading, so a change of the text can be noticed by them.
+    epochs(epoch) gives the documents of an epoch, always the same in the same order.
+    `whole`: all their tokens come from the text, so a change of it is noticed by them; else only by the prompts, for
+    responses that have to be generated once more, on another machine maybe, need not be the same to the last token.
     """
 
     def __init__(
         self,
-        epochs: Callable[[int, int], Iterator[Document]],
+        epochs: Callable[[int], Iterator[Document]],
         batch_size: int,
         seed: int,
         *,
@@ -108,7 +109,7 @@ class Order:
 
     def go_to(self, place: Place, *, forced: bool = False) -> None:
         """Stand where `place` was taken.  Raises UsageError when the text is not the same, unless `forced`."""
-        source = self._epochs(place.epoch, place.taken)
+        source = self._epochs(place.epoch)
         self._digest = hashlib.sha256()
         for _ in range(place.taken):
             document = next(source, None)
@@ -131,7 +132,7 @@ class Order:
 
     def _stream(self, rest: Iterator[Document] | None) -> Iterator[tuple[Document, int]]:
         """`rest`: what is left of the epoch that this stands in; None begins with the first."""
-        documents = self._epochs(0, 0) if rest is None else rest
+        documents = self._epochs(0) if rest is None else rest
         useful = rest is not None
         while True:
             for document in documents:
@@ -143,12 +144,12 @@ class Order:
             if not useful:
                 raise DataError("the training text holds no document with a response token to learn from")
             self._epoch, self._taken, self._digest, useful = self._epoch + 1, 0, hashlib.sha256(), False
-            documents = self._epochs(self._epoch, 0)
+            documents = self._epochs(self._epoch)
 
     def _note(self, document: Document) -> None:
         self._digest.update(document.id.encode() + b"\0")
-        if self._whole:
-            self._digest.update(np.asarray(document.tokens, dtype=np.int64).tobytes())
+        read = [t for t, new in zip(document.tokens, document.response, strict=True) if self._whole or not new]
+        self._digest.update(np.asarray(read, dtype=np.int64).tobytes())
 
 
 def describe(batches: Sequence[Batch], anchors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -158,6 +159,7 @@ def describe(batches: Sequence[Batch], anchors: Sequence[Mapping[str, Any]]) -> 
         {
             "batch": number,
             "document": document.id,
+            "where": document.where,
             "epoch": epoch,
             "tokens": list(document.tokens),
             "response": [int(flag) for flag in document.response],

@@ -66,7 +66,7 @@ def publish(
         adapter_config=attached.adapter_config(),
         adapter_state=attached.adapter_state(),
         heads=attached.heads_state(),
-        config=_config(plan, base, attached, acceptance, session.history, session.seconds),
+        config=_config(plan, base, attached, acceptance, session),
         recipe_yaml=dump_recipe(plan),
         card=card,
         added={"metrics.jsonl": session.metrics()},
@@ -79,9 +79,9 @@ def _config(
     base: Base,
     attached: Attached,
     acceptance: dict[str, Any],
-    history: list[dict[str, Any]],
-    seconds: float,
+    session: Session,
 ) -> dict[str, Any]:
+    history = session.history
     lora = count([p for n, p in attached.peft_model.named_parameters() if "lora_" in n])
     return {
         "format": artifact.FORMAT,
@@ -111,10 +111,11 @@ def _config(
         "acceptance": acceptance,
         "training": {
             "steps": plan.train.steps,
-            "seconds": round(seconds, 1),
+            "seconds": round(session.seconds, 1),
             "clean_rows": sum(r["rows"]["clean"] for r in history),
             "draft_rows": sum(r["rows"]["draft"] for r in history),
             "loss": history[-1]["loss"] if history else {},
+            **({} if session.skipped is None else {"skipped": session.skipped.counts()}),
         },
     }
 

@@ -1,9 +1,9 @@
 """The loop over training steps, and all it takes to stop and go on: on one machine with one number of threads the
 weights come out as if it had never stopped.
 
-Between two steps the state is: trained weights and the optimizer's moments, the place in the order of documents, and
-the lines of metrics.jsonl.  Anchors, masks and noise are keyed by the document, and nothing draws from a global
-generator, so there is no other.
+Between two steps the state is: trained weights and the optimizer's moments, the place in the order of documents, the
+bad rows left out so far, and the lines of metrics.jsonl.  Anchors, masks and noise are keyed by the document, and
+nothing draws from a global generator, so there is no other.
 Not here: a single step (`train.py`), files (`checkpoint.py`), signals (`interrupts.py`).
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from retrofit.errors import TrainingError, UsageError
 from retrofit.recipes.checkpoint import Checkpoint, Checkpoints, differences
+from retrofit.recipes.faults import Skipped
 from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.order import Batch, Order, Place, describe
 from retrofit.recipes.train import StepResult, Trainer, expected_tau, learning_rate, slot_report
@@ -33,7 +34,7 @@ class Session:
     """One conversion's training, from where its newest checkpoint left it, or from the beginning.
 
     settings: everything that decides what is trained, by dotted key; a checkpoint made with others is refused.
-    started: `time.perf_counter()` when this run began.
+    started: `time.perf_counter()` when this run began.  skipped: bad rows that were left out, where those are.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Session:
         interrupts: Interrupts,
         settings: Mapping[str, Any],
         started: float,
+        skipped: Skipped | None = None,
     ):
         self.trainer, self.order, self.checkpoints, self.interrupts = trainer, order, checkpoints, interrupts
-        self.settings = dict(settings)
+        self.settings, self.skipped = dict(settings), skipped
         self.history: list[dict[str, Any]] = []
         """The records of all steps, those of earlier runs too."""
         self._place: Place | None = None
@@ -75,6 +77,8 @@ class Session:
         self.order.go_to(place, forced=forced)
         state = {kind: checkpoint.tensors(f"{kind}.safetensors") for kind in ("weights", "optimizer")}
         self.trainer.load_state(state, checkpoint.step)
+        if self.skipped is not None:
+            self.skipped.take_up(checkpoint.state["skipped"])
         self.history = [json.loads(line) for line in checkpoint.metrics().splitlines()]
         self._place, self._saved, self._earlier = place, checkpoint.step, float(checkpoint.state["seconds"])
 
@@ -111,7 +115,13 @@ class Session:
         folder = self.checkpoints.folder / f"step-{step:06d}"
         if self._saved != step:
             place, documents = self._place.pack()
-            state = {"step": step, "settings": self.settings, "seconds": round(self.seconds, 1), "place": place}
+            state = {
+                "step": step,
+                "settings": self.settings,
+                "seconds": round(self.seconds, 1),
+                "skipped": self.skipped.pack() if self.skipped is not None else [],
+                "place": place,
+            }
             tensors = self.trainer.state()
             contents: dict[str, Any] = {f"{kind}.safetensors": tensors[kind] for kind in ("weights", "optimizer")}
             contents["documents.safetensors"] = documents

@@ -6,6 +6,8 @@
         missed anchors  -> L_draft, L_conf
         masked blocks   -> L_diff
 
+A batch is packed: its documents run end to end in one forward, without padding, each a sequence of its own whose
+positions begin at 0 and whose rows see nothing of the others; so how they are grouped changes no loss and no gradient.
 Each term keeps gradient buffers of its own until its global denominator is known, so accumulation is exact.
 Not here: which documents come (`order.py`), the loop over steps and its checkpoints (`session.py`).
 """
@@ -30,6 +32,7 @@ from retrofit.recipes.blocks import (
     document_rng,
     eligible_anchors,
     missed_anchors,
+    shares,
 )
 from retrofit.recipes.data import Document
 from retrofit.recipes.objective import Blocks, Sums, backward_diffusion, backward_draft
@@ -148,9 +151,7 @@ class Trainer:
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
         cache, clean_hidden = clean_forward(backend, documents)
         candidates = [eligible_anchors(document.response) for document in documents]
-        diffusion = round(recipe.objective.diffusion_share * recipe.train.anchors) if layout.block > 1 else 0
-        uniform = math.ceil((recipe.train.anchors - diffusion) / 2)
-        again = recipe.train.anchors - diffusion - uniform
+        uniform, again, diffusion = shares(recipe.train.anchors, recipe.objective.diffusion_share, layout.block)
         used: list[dict[str, list[int]]] = [{} for _ in documents]
         anchors.extend(used)
 

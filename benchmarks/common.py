@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from retrofit import artifact
 from retrofit.hub import EMBEDDED, load_base
-from retrofit.recipes.data import held_out_prompts
+from retrofit.recipes.library import held_out_prompts
 from retrofit.runtime.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent

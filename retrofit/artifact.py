@@ -28,7 +28,8 @@ from math import prod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from retrofit.errors import ArtifactError, ResourceError, UsageError
+from retrofit.errors import ArtifactError, UsageError
+from retrofit.files import disk, json_bytes, sha256, sync_folder, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +55,6 @@ PICKLE_SUFFIXES = (
     *(".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl"),
     *(".pt", ".pt2", ".pth", ".ptl", ".th", ".torch"),
 )
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,15 @@ def write(
     config: Mapping[str, Any],
     recipe_yaml: str,
     card: str,
+    added: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a new artifact, all of it or nothing, and return its folder.
 
-    A folder that exists is refused unless it is empty, or is an artifact and `overwrite` is set; then it is
-    replaced whole, with what was added to it.  Raises UsageError for a folder that may not be written,
-    ArtifactError for a config that `read` would refuse, ResourceError when the disk is full or not
-    writable; none of them leaves anything behind.
+    `added` are files in the root as `add` takes them, there from the start.  A folder that exists is refused
+    unless it is empty, or is an artifact and `overwrite` is set; then it is replaced whole, with what was added
+    to it.  Raises UsageError for a folder that may not be written, ArtifactError for a config that `read` would
+    refuse, ResourceError when the disk is full or not writable; none of them leaves anything behind.
     """
     from safetensors.torch import save
 
@@ -93,23 +94,25 @@ def write(
     _check_config(dict(config), folder / CONFIG)
     _check_adapter_config(dict(adapter_config), folder / ADAPTER_CONFIG)
     contents = {
-        CONFIG: _json(config),
-        ADAPTER_CONFIG: _json(adapter_config),
+        CONFIG: json_bytes(config),
+        ADAPTER_CONFIG: json_bytes(adapter_config),
         ADAPTER: save(dict(adapter_state), {"format": "pt"}),
         HEADS: save(dict(heads), {"format": "pt"}),
         RECIPE: recipe_yaml.encode(),
         CARD: card.encode(),
     }
-    contents[MANIFEST] = _json(_manifest({name: contents[name] for name in LOAD_BEARING}))
-    with _disk(folder, sum(map(len, contents.values()))):
+    contents[MANIFEST] = json_bytes(_manifest({name: contents[name] for name in LOAD_BEARING}))
+    for name, data in (added or {}).items():
+        contents |= {name: data, f"{name}.sha256": _beside_hash(name, data)}
+    with disk(folder, sum(map(len, contents.values()))):
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = _beside(folder)
         try:
             for name, data in contents.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
-                _write_file(new / name, data)
+                write_file(new / name, data)
             for inside in (new / "adapter", new):
-                _sync_folder(inside)
+                sync_folder(inside)
             _put(new, folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)  # gone already when all went well
@@ -138,7 +141,7 @@ def check(folder: str | Path) -> None:
             if found != size:
                 what = "truncated" if found < size else "too long"
                 raise ArtifactError(f"{path}: {what}: {found} bytes, the manifest says {size}", AGAIN)
-            if _sha256(path) != digest:
+            if sha256(path) != digest:
                 raise ArtifactError(f"{path}: damaged or altered: its sha256 is not the manifest's", AGAIN)
     _check_adapter_config(_load_json(root / ADAPTER_CONFIG), root / ADAPTER_CONFIG)
     for name in names:
@@ -192,14 +195,14 @@ def add(folder: str | Path, name: str, data: bytes | str) -> Path:
     path = root.joinpath(*parts)
     _stays_inside(path, root)
     data = data.encode() if isinstance(data, str) else data
-    with _disk(path, len(data)):
+    with disk(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.sha256")
         # without a hash in between, never with a wrong one
         beside.unlink(missing_ok=True)
         _replace(path, data)
         if name != CARD:
-            _replace(beside, f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
+            _replace(beside, _beside_hash(path.name, data))
     return path
 
 
@@ -215,6 +218,11 @@ def check_writable(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"{folder}: holds files that are no artifact", "choose another name")
     if not overwrite:
         raise UsageError(f"{folder}: holds an artifact already", "choose another name or overwrite it")
+
+
+def _beside_hash(name: str, data: bytes) -> bytes:
+    """What NAME.sha256 holds, as `sha256sum` writes it."""
+    return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
 
 
 def _beside(folder: Path) -> Path:
@@ -235,7 +243,7 @@ def _put(new: Path, folder: Path) -> None:
         if old is not None:
             old.rename(folder)
         raise
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)  # the new artifact is in place; a leftover harms nobody
 
@@ -243,38 +251,11 @@ def _put(new: Path, folder: Path) -> None:
 def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        _write_file(temporary, data)
+        write_file(temporary, data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name != "posix":  # other systems cannot open a folder
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _disk(path: Path, size: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = "make room or choose another place, then run it again"
-        problem = f"cannot write {size:,} bytes: {error.strerror or error}"
-        raise ResourceError(f"{path}: {problem}", hint) from error
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -312,10 +293,6 @@ def _stays_inside(path: Path, root: Path) -> None:
         raise ArtifactError(f"{path}: a link that leads out of the artifact", "copy the file itself, `cp -L`")
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
 def _load_json(path: Path) -> dict[str, Any]:
     with _reading(path):
         data = path.read_bytes()
@@ -332,14 +309,6 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _manifest(contents: Mapping[str, bytes]) -> dict[str, Any]:
     def entry(data: bytes) -> dict[str, Any]:
         return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
@@ -354,7 +323,7 @@ def _recorded(root: Path) -> dict[str, tuple[int, str]]:
     content = _load_json(path)
     files = content.get("files")
     names = sorted(files) if isinstance(files, dict) else []
-    as_written = _json({"files": files, "format": FORMAT}) == path.read_bytes()
+    as_written = json_bytes({"files": files, "format": FORMAT}) == path.read_bytes()
     if names != sorted(LOAD_BEARING) or not as_written:
         raise ArtifactError(f"{path}: damaged or altered: not as retrofit writes it", AGAIN)
     recorded = {}
@@ -373,7 +342,7 @@ def _check_added(beside: Path) -> None:
     if not path.is_file():
         raise ArtifactError(f"{path}: missing, though {beside.name} is there", f"delete {beside.name}")
     with _reading(path):
-        found = f"{_sha256(path)}  {path.name}\n".encode()
+        found = f"{sha256(path)}  {path.name}\n".encode()
     if recorded != found:
         hint = f"write it anew, or delete it and {beside.name}"
         raise ArtifactError(f"{path}: damaged or altered: its sha256 is not the recorded one", hint)

@@ -30,7 +30,9 @@ from retrofit.console import (
     result_json,
     say,
     seed_option,
+    skip_bad_option,
 )
+from retrofit.data_commands import data
 from retrofit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -74,7 +76,11 @@ def main() -> None:
     help="See `retrofit recipes ls`.  [default: tiny for the embedded base, else default]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@click.option("--force-resume", is_flag=True, help="Go on from a checkpoint though the recipe or the text changed.")
+@click.option("--restart", is_flag=True, help="Remove the checkpoints and start anew.")
+@click.option("--keep-checkpoints", is_flag=True, help="Leave them there when the artifact is complete.")
 @click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
+@skip_bad_option
 @loading_options
 @output_options
 def convert(
@@ -82,7 +88,11 @@ def convert(
     out: Path | None,
     recipe: str | None,
     overwrite: bool,
+    force_resume: bool,
+    restart: bool,
+    keep_checkpoints: bool,
     seed: int | None,
+    skip_bad: bool,
     loading: Loading,
     as_json: bool,
 ) -> None:
@@ -90,7 +100,11 @@ def convert(
 
     MODEL is a Hub id, a local folder, or nothing for the base that ships with retrofit.  KEY=VALUE sets a key
     of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and --seed.  Prints the
-    artifact's folder.
+    artifact's folder.  `retrofit data validate` finds bad rows of text beforehand; here the first one met ends
+    the run, unless --skip-bad.
+
+    Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM: the same command
+    goes on from the newest one that is whole. They are removed when the artifact is complete.
 
     \b
     Examples:
@@ -98,6 +112,8 @@ def convert(
       retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
       retrofit convert ./my-model data.source=texts.jsonl draft.block=4
     """
+    if force_resume and restart:
+        raise UsageError("--force-resume and --restart do not go together", "give one of them")
     model, overrides = _model_and_overrides(items)
     flags = [f"base.dtype={loading.dtype}"] if loading.dtype else []
     flags += [f"train.seed={seed}"] if seed is not None else []
@@ -116,6 +132,9 @@ def convert(
         offline=loading.offline,
         trust_remote_code=loading.trust_remote_code,
         quiet=is_quiet(),
+        resume="force" if force_resume else "never" if restart else "auto",
+        keep_checkpoints=keep_checkpoints,
+        skip_bad=skip_bad,
     )
     parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
     if as_json:
@@ -439,6 +458,9 @@ def recipes_show(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
         emit_json(recipe.model_dump(mode="json"), indent=2)
     else:
         click.echo(dump_recipe(recipe), nl=False)
+
+
+main.add_command(data)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,12 @@ class Cli(click.Group):
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
             raise  # click's own business: exit codes, usage errors, a reader that left
-        except KeyboardInterrupt:
+        except SystemExit as error:  # SIGTERM
+            _notes(error)
+            raise
+        except KeyboardInterrupt as error:
             click.echo("interrupted", err=True)
+            _notes(error)
             raise click.exceptions.Exit(128 + signal.SIGINT) from None
         except Exception as error:
             raise click.exceptions.Exit(_report(error, bool(ctx.meta.get(VERBOSE)))) from None
@@ -60,6 +64,12 @@ def show(error: RetrofitError) -> None:
     click.echo(f"Error: {error}", err=True)
     if error.hint:
         click.echo(f"hint: {error.hint}", err=True)
+
+
+def _notes(error: BaseException) -> None:
+    """What was saved before the program ended, on stderr."""
+    for note in getattr(error, "__notes__", []):
+        click.echo(note, err=True)
 
 
 def _report(error: Exception, verbose: bool) -> int:
@@ -266,6 +276,8 @@ def generation_options(function: Any) -> Any:
     return run
 
 
+skip_bad_option = click.option("--skip-bad", is_flag=True,
+                               help="Leave out rows that cannot be used, and say at the end how many.")  # fmt: skip
 base_option = click.option("--base", metavar="MODEL", help="Hub id or folder of the base, if it has moved.")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                            help="Of the sampling; equal seeds give equal output.")  # fmt: skip

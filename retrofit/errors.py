@@ -21,6 +21,10 @@ class DataError(RetrofitError):
     """Training text that is empty, malformed or cannot be read; names the file and the line."""
 
 
+class TrainingError(RetrofitError):
+    """Training that must not go on: a loss that is not finite or explodes; names the step and the documents."""
+
+
 class ArtifactError(RetrofitError):
     """An artifact that is damaged, unsafe, of an unknown format, or made for another base; names the file."""
 

@@ -155,6 +155,28 @@ def load_base(
     return Base(model, tokenizer, name, revision, folder, file_fingerprint(folder, config.to_dict()))
 
 
+def load_tokenizer(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False, offline: bool = False
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """A model's tokenizer, and how many token ids the model knows; its weights are not downloaded.
+
+    Raises UsageError, ResourceError.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = locate(name, revision, offline, weights=False, code=trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{name} holds no config.json, so it is no transformers model")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UsageError(
+            f"{name} has no tokenizer that loads: {_first_line(error)}", "add its tokenizer files to the folder"
+        ) from error
+    return tokenizer, int(config.vocab_size)
+
+
 def check_device(device: str) -> None:
     """Raises UsageError for a device that does not exist by name, ResourceError for one this machine lacks."""
     import torch

@@ -395,7 +395,7 @@ def failing(real, after, error):
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("function", ["_write_file", "_sync_folder", "_put"])
+@pytest.mark.parametrize("function", ["write_file", "sync_folder", "_put"])
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=["full", "interrupt"])
 @pytest.mark.parametrize("exists", [False, True])
@@ -417,8 +417,8 @@ def test_a_failure_at_any_point_leaves_nothing_half_written(tmp_path, monkeypatc
 
 
 def test_a_full_disk_is_named_with_place_and_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "_write_file", failing(artifact._write_file, 2, FULL))
-    with pytest.raises(ResourceError, match=r"cannot write [\d,]+ bytes: No space left") as caught:
+    monkeypatch.setattr(artifact, "write_file", failing(artifact.write_file, 2, FULL))
+    with pytest.raises(ResourceError, match=r"cannot write [\d,]+ bytes \([\d,]+ free\): No space left") as caught:
         write(tmp_path / "a")
     assert str(tmp_path / "a") in str(caught.value)
 
@@ -501,7 +501,7 @@ def test_add_does_not_follow_a_link_outside(folder, tmp_path):
 def test_a_failed_add_leaves_no_wrong_hash_and_no_temporary_file(folder, monkeypatch, after):
     artifact.add(folder, "certificate.json", "old")
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "_write_file", failing(artifact._write_file, after, FULL))
+        patch.setattr(artifact, "write_file", failing(artifact.write_file, after, FULL))
         with pytest.raises(ResourceError, match=r"certificate\.json: cannot write 3 bytes"):
             artifact.add(folder, "certificate.json", "new")
     artifact.check(folder)

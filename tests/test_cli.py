@@ -549,7 +549,7 @@ CONVERT_BAD = {
     ),
     "data too long": (["BASE", f"data.max_length={2 * CONTEXT}"], 2, f"context of BASE is {CONTEXT}"),
     "no data": (["BASE", "data.source=nowhere.jsonl"], 2, "nowhere.jsonl"),
-    "empty data": (["BASE", "data.source=empty.jsonl"], 1, "empty.jsonl: the file is empty"),
+    "empty data": (["BASE", "data.source=empty.jsonl"], 1, "empty.jsonl:1: the file is empty"),
     "malformed data": (["BASE", "data.source=bad.jsonl"], 1, "bad.jsonl:3"),
     "malformed text": (["BASE", "data.source=bad.txt", "data.held_out=0"], 1, "bad.txt:2: not UTF-8"),
     "out is a file": (["BASE", "-o", "bad.txt"], 2, "bad.txt"),

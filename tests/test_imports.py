@@ -13,7 +13,7 @@ PACKAGE = Path(retrofit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import its own layer and those below.  Others (`__init__.py`, `cli.py`) are the face, on top.
-LAYERS = {"errors": 0, "artifact": 1, "hub": 1, "adapters": 2, "runtime": 3, "recipes": 4, "eval": 5}
+LAYERS = {"errors": 0, "files": 1, "artifact": 1, "hub": 1, "adapters": 2, "runtime": 3, "recipes": 4, "eval": 5}
 FACE = 6
 
 
@@ -87,7 +87,9 @@ def test_light_modules_import_no_torch(module):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["convert"], ["generate"], ["certify"]], ids=lambda a: " ".join(a) or "retrofit"
+    "arguments",
+    [[], ["convert"], ["generate"], ["certify"], ["data"], ["data", "preview"]],
+    ids=lambda a: " ".join(a) or "retrofit",
 )
 def test_help_imports_no_torch(arguments):
     code = (

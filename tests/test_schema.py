@@ -153,7 +153,18 @@ def test_unknown_keys_like_no_other_list_what_there_is():
         ),
         ("adapter.targets=[q, q]", "adapter.targets: names a role twice; name each once"),
         ("base.revision=1234567", "base.revision: must be text or null, not 1234567; quote it"),
-        ("data.source=''", "data.source: must be text, not empty"),
+        ("data.source=''", "data.source: must be text or a list of sources, not empty"),
+        ("data.source=3", "data.source: must be text or a list of sources, not 3; quote it"),
+        ("data.source=[]", "data.source: must be text or a list of sources, not empty"),
+        ("data.source=[{weight: 2}]", "data.source[0].source: is missing; must be text"),
+        (
+            "data.source=[a, {source: a, weigth: 2}]",
+            "data.source[1].weigth: unknown key; did you mean `data.source[1].weight`?",
+        ),
+        (
+            "data.source=[{source: a, weight: 0}]",
+            "data.source[0].weight: 0 is out of range; must be a number > 0",
+        ),
         (
             "objective.diffusion_share=1.5",
             "objective.diffusion_share: 1.5 is out of range; must be a number >= 0 and <= 1",
@@ -211,6 +222,14 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins():
     assert load_recipe(None, ["adapter.targets=[q, v]"]).adapter.targets == ("q", "v")
     assert load_recipe(None, ["base.revision="]).base.revision is None
     assert load_recipe(None, ["data.source=a=b"]).data.source == "a=b"
+
+
+def test_a_mixture_is_a_list_of_sources(tmp_path):
+    recipe = load_recipe(None, ["data.source=[a.jsonl, {source: b/c, weight: 2.5, split: test, field: body}]"])
+    first, second = recipe.data.source
+    assert (first.source, first.weight, first.split, first.field) == ("a.jsonl", 1.0, None, None)
+    assert (second.source, second.weight, second.split, second.field) == ("b/c", 2.5, "test", "body")
+    assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe
 
 
 def test_overrides_from_python():

@@ -20,7 +20,7 @@ from retrofit.adapters.attach import ROLES, attach
 from retrofit.errors import DataError, ResourceError, UsageError
 from retrofit.eval.weights import base_state
 from retrofit.hub import load_base
-from retrofit.recipes.data import held_out_prompts
+from retrofit.recipes.library import held_out_prompts
 from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.engine import Engine
 

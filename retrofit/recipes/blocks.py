@@ -15,6 +15,7 @@ keyed by (seed, epoch, document id), so neither packing nor the number of proces
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,13 @@ class BlockBatch:
 def document_rng(seed: int, epoch: int, document: str) -> np.random.Generator:
     """Generator keyed by (seed, epoch, document id)."""
     return np.random.default_rng([seed, epoch, zlib.crc32(document.encode())])
+
+
+def shares(anchors: int, diffusion_share: float, block: int) -> tuple[int, int, int]:
+    """How many of a sequence's blocks go to anchors drawn uniformly, to anchors just missed, and to L_diff."""
+    diffusion = round(diffusion_share * anchors) if block > 1 else 0
+    uniform = math.ceil((anchors - diffusion) / 2)
+    return uniform, anchors - diffusion - uniform, diffusion
 
 
 def eligible_anchors(response: Sequence[bool]) -> np.ndarray:

@@ -1,66 +1,54 @@
 """`retrofit convert`: load the base, attach the adapter, train it, measure it, write the artifact.
 
-The base is only read.  The artifact appears whole at the end, or not at all.
+The base is only read.  The artifact appears whole at the end, or not at all.  Until then checkpoints lie beside it,
+in OUT.checkpoints, and the same call goes on from the newest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retrofit import __version__, artifact
+from retrofit import artifact
 from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import GateError, ResourceError, UsageError
-from retrofit.hub import EMBEDDED, Base, live_fingerprint, load_base
+from retrofit.hub import Base, live_fingerprint, load_base
+from retrofit.recipes.checkpoint import Checkpoints, checkpoints
 from retrofit.recipes.data import Document, documents, windows
+from retrofit.recipes.faults import Skipped
+from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
-from retrofit.recipes.regenerate import regenerate
-from retrofit.recipes.schema import Recipe, dump_recipe, load_recipe
-from retrofit.recipes.train import Trainer, batches, clean_forward, train
+from retrofit.recipes.order import Order
+from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
+from retrofit.recipes.regenerate import ResponseCache, regenerate, weights_key
+from retrofit.recipes.schema import Recipe, by_key, load_recipe
+from retrofit.recipes.session import Session
+from retrofit.recipes.source import Part
+from retrofit.recipes.train import Trainer, clean_forward
 from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
 from retrofit.runtime.engine import Engine
 
 MEASURED = 32
 """Held-out documents that acceptance is measured on; data.held_out may keep more out of training."""
 
-CARD = """---
-library_name: peft
-base_model: {model}
-tags: [retrofit, speculative-decoding, diffusion]
----
-# {model}, retrofitted
+NOT_TRAINING = ("train.save_every", "train.probe_every")
+"""Keys of a recipe that may change between two runs of one conversion."""
 
-Adapter for self-speculative decoding of `{model}`, made with retrofit {version} (`pip install retrofit-lm`).
-The base weights are untouched: mode `ar` is the original model, mode `self_spec` gives its output with fewer forwards.
-
-```python
-import retrofit
-engine = retrofit.Engine.load("PATH-OF-THIS-FOLDER")
-print(engine.generate(["Once upon a time"], mode="self_spec")[0].text)
-```
-
-**Do not load `adapter/` with plain PEFT**: ungated, it changes the output of the original model.
-
-| measured on held-out text, teacher-forced | by slot |
-| --- | --- |
-| greedy acceptance | {greedy} |
-| sampled acceptance, 1 - TV | {sampled} |
-
-Draft block {block}; adapter and heads {added:,} parameters, {share:.2%} of the base.
-"""
+Resume = Literal["auto", "force", "never"]
+Rewriter = Callable[[Iterable[Document]], Iterator[Document]]
 
 
 def convert(
@@ -75,13 +63,20 @@ def convert(
     trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quiet: bool = False,
+    resume: Resume = "auto",
+    keep_checkpoints: bool = False,
+    skip_bad: bool = False,
 ) -> artifact.Artifact:
     """Convert a model into an artifact folder and return it.
 
     model: Hub id, local folder or live model; None takes the recipe's.  recipe: name, YAML file or `Recipe`; None is
     the embedded base's for no model, else the defaults.  A live model gets its adapter taken off again at the end.
-    Raises UsageError, DataError, ResourceError, UnsupportedModelError; nothing is written then.  Raises GateError if
-    the base's own loss moved, which would mean that training touched it.
+    resume: `auto` goes on from the newest checkpoint of `out` and refuses one made with another recipe, `force` goes
+    on in spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.
+    skip_bad: leave out rows of text that cannot be used, and count them in `config["training"]["skipped"]`.
+    Raises UsageError, DataError, ResourceError, UnsupportedModelError, TrainingError; no artifact is written then.
+    Raises GateError if the base's own loss moved, which would mean that training touched it.  Ctrl-C and SIGTERM
+    leave a checkpoint and raise KeyboardInterrupt and SystemExit(143), with a note that says how to go on.
     """
     model = str(model) if isinstance(model, Path) else model
     plan = resolve(model, recipe, overrides)
@@ -90,8 +85,48 @@ def convert(
     artifact.check_writable(out, overwrite)
     _check_parent(out)
     started = time.perf_counter()
-    base = _base(model, plan, device, offline, trust_remote_code, tokenizer)
-    plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
+    with checkpoints(out) as saved:
+        base = _base(model, plan, device, offline, trust_remote_code, tokenizer)
+        plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
+        attached, backend = _attached(plan, base)
+        try:
+            _check_rope(plan, base, backend)
+            skipped = Skipped() if skip_bad else None
+            job = _Job(
+                plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints, skipped, saved, started
+            )
+            with Interrupts() as interrupts:
+                _convert(job, interrupts)
+        finally:
+            backend.close()
+            if isinstance(model, PreTrainedModel):
+                attached.detach()
+    if skipped is not None:
+        _say(quiet)(skipped.line())
+    _say(quiet)(f"wrote {out} in {time.perf_counter() - started:.0f} s")
+    return artifact.read(out)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A conversion that is ready to begin."""
+
+    plan: Recipe
+    base: Base
+    attached: Attached
+    backend: HFBackend
+    out: Path
+    overwrite: bool
+    quiet: bool
+    resume: Resume
+    keep: bool
+    skipped: Skipped | None
+    saved: Checkpoints
+    started: float
+
+
+def _attached(plan: Recipe, base: Base) -> tuple[Attached, HFBackend]:
+    """The base with an untrained adapter on it.  Raises UsageError where the recipe does not fit the model."""
     layout = DraftLayout(**plan.draft.model_dump())
     refuse_unsupported(base.model)
     context = int(base.model.config.get_text_config().max_position_embeddings)
@@ -102,7 +137,7 @@ def convert(
             f"data.max_length is {plan.data.max_length}, the context of {base.name} is {context}",
             f"add data.max_length={context}",
         )
-    attached, backend = wrap(
+    return wrap(
         base.model,
         lambda: attach(
             base.model,
@@ -115,17 +150,15 @@ def convert(
             seed=plan.train.seed,
         ),
     )
-    try:
-        if plan.data.max_length > (backend.rope_boundary or backend.context_length):
-            raise UsageError(
-                f"data.max_length is {plan.data.max_length}, beyond the position where {base.name} changes its RoPE",
-                f"add data.max_length={backend.rope_boundary or backend.context_length}",
-            )
-        return _convert(plan, base, attached, backend, out, overwrite, quiet, started)
-    finally:
-        backend.close()
-        if isinstance(model, PreTrainedModel):
-            attached.detach()
+
+
+def _check_rope(plan: Recipe, base: Base, backend: HFBackend) -> None:
+    longest = backend.rope_boundary or backend.context_length
+    if plan.data.max_length > longest:
+        raise UsageError(
+            f"data.max_length is {plan.data.max_length}, beyond the position where {base.name} changes its RoPE",
+            f"add data.max_length={longest}",
+        )
 
 
 def resolve(
@@ -145,9 +178,8 @@ def resolve(
         plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": model})})
     if plan.profile == "joint":
         raise UsageError("profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical")
-    for key in ("save_every", "probe_every"):
-        if getattr(plan.train, key):
-            raise UsageError(f"train.{key}: checkpoints and live probes are not built yet", f"leave train.{key} at 0")
+    if plan.train.probe_every:
+        raise UsageError("train.probe_every: live probes are not built yet", "leave train.probe_every at 0")
     return plan
 
 
@@ -175,96 +207,104 @@ def _base(
     )
 
 
-def _convert(
-    plan: Recipe,
-    base: Base,
-    attached: Attached,
-    backend: HFBackend,
-    out: Path,
-    overwrite: bool,
-    quiet: bool,
-    started: float,
-) -> artifact.Artifact:
-    seed = plan.train.seed
-    held_out = _held_out(plan, base.tokenizer)
-    source = batches(_epochs(plan, base, attached, backend), plan.train.batch_size, seed)
-    first = next(source)
-    probe = [document for document, _ in first]
-    before = _probe_hash(backend, probe)
-    trainer = Trainer(attached, backend, plan)
-    say = _say(quiet)
-    say(
-        f"base {base.name} ({_count(_base_parameters(attached)):,} parameters), "
-        f"training {_count(trainer.trained):,} ({_share(attached):.2%})"
-    )
-    metrics = _metrics_file(out)
+def _convert(job: _Job, interrupts: Interrupts) -> None:
+    """Train, measure, write the artifact; on Ctrl-C and SIGTERM leave a checkpoint."""
+    plan, attached = job.plan, job.attached
+    say = _say(job.quiet)
+    rewritten = _rewriter(job)
+    held_out = _held_out(job, rewritten)
+    order = Order(_epochs(job, rewritten), plan.train.batch_size, plan.train.seed, whole=plan.data.responses == "keep")
+    trainer = Trainer(attached, job.backend, plan)
+    session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped)
+    if job.resume == "never":
+        job.saved.clear()
+    elif (newest := job.saved.newest(say)) is not None:
+        session.resume(newest, forced=job.resume == "force")
+    written = False
     try:
-        with tqdm(total=plan.train.steps, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True) as bar:
-            history = train(trainer, _chain(first, source), metrics, _progress(bar, trainer))
-        if _probe_hash(backend, probe) != before:
+        probe = order.glance()
+        say(
+            f"base {job.base.name} ({count(base_parameters(attached)):,} parameters), "
+            f"training {count(trainer.trained):,} ({share_of(attached):.2%})"
+        )
+        if trainer.steps_done:
+            say(f"going on from step {trainer.steps_done} of {plan.train.steps}, saved in {job.saved.folder}")
+        before = _probe_hash(job.backend, probe)
+        with tqdm(
+            initial=trainer.steps_done,
+            total=plan.train.steps,
+            unit="step",
+            disable=job.quiet,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        ) as bar:
+            session.run(_progress(bar))
+        if _probe_hash(job.backend, probe) != before:
             raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
-        measured = held_out_acceptance(backend, attached, held_out, plan.train.anchors, seed)
+        measured = held_out_acceptance(job.backend, attached, held_out, plan.train.anchors, plan.train.seed)
         calibrate_confidence(attached, measured)
-        conditional = measured.conditional()
-        acceptance: dict[str, Any] = {"conditional": history[-1]["accept"]}
-        if len(measured.eligible):
-            acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
-        config = _config(plan, base, attached, acceptance, history, time.perf_counter() - started)
-        card = CARD.format(
-            model=base.name,
-            version=__version__,
-            greedy=conditional["greedy"] if len(measured.eligible) else "not measured",
-            sampled=conditional["sampled"] if len(measured.eligible) else "not measured",
-            block=attached.layout.block,
-            added=_count(trainer.trained),
-            share=_share(attached),
-        )
-        folder = artifact.write(
-            out,
-            adapter_config=attached.adapter_config(),
-            adapter_state=attached.adapter_state(),
-            heads=attached.heads_state(),
-            config=config,
-            recipe_yaml=dump_recipe(plan),
-            card=card,
-            overwrite=overwrite,
-        )
-        artifact.add(folder, "metrics.jsonl", metrics.read_bytes())
-    finally:
-        shutil.rmtree(metrics.parent, ignore_errors=True)
-    say(f"wrote {folder} in {time.perf_counter() - started:.0f} s")
-    return artifact.read(folder)
+        with interrupts.held():
+            publish(job.out, plan, job.base, attached, session, measured, job.overwrite)
+            written = True
+            if job.keep:
+                session.save()
+            else:
+                job.saved.clear()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if written:
+            stop.add_note(f"{job.out} is complete")
+        elif not interrupts.insisted and (saved := session.save()) is not None:
+            stop.add_note(saved)
+        raise
 
 
-def _epochs(plan: Recipe, base: Base, attached: Attached, backend: HFBackend) -> Callable[[int], Iterator[Document]]:
-    """Training windows of an epoch; with `regenerate` their responses are the base's own."""
-    engine = Engine(backend, attached.layout, base.tokenizer, attached=attached)
+def _settings(job: _Job) -> dict[str, Any]:
+    """What decides the outcome of training, by dotted key."""
+    settings = {key: value for key, value in by_key(job.plan).items() if key not in NOT_TRAINING}
+    fingerprint = {f"base.fingerprint.{key}": value for key, value in job.base.fingerprint.items()}
+    skip_bad = job.skipped is not None
+    return {**settings, "skip_bad": skip_bad, "base.model": lasting_name(job.base), **fingerprint}
+
+
+def _rewriter(job: _Job) -> Rewriter:
+    """Documents with the base's own responses, where the recipe wants those; else as they are."""
+    plan, attached = job.plan, job.attached
+    if plan.data.responses == "keep":
+        return iter
+    return partial(
+        regenerate,
+        engine=Engine(job.backend, attached.layout, job.base.tokenizer, attached=attached),
+        temperature=plan.data.temperature,
+        seed=plan.train.seed,
+        max_length=plan.data.max_length,
+        cache=ResponseCache(weights_key(attached), plan.data.temperature, job.backend.eos),
+        quiet=job.quiet,
+    )
+
+
+def _read(job: _Job, part: Part, seed: int = 0) -> Iterator[Document]:
+    vocab = job.attached.heads.vocab
+    return documents(job.plan.data, job.base.tokenizer, part=part, seed=seed, skipped=job.skipped, vocab=vocab)
+
+
+def _epochs(job: _Job, rewritten: Rewriter) -> Callable[[int], Iterator[Document]]:
+    """Training windows of an epoch."""
 
     def epoch(number: int) -> Iterator[Document]:
-        read = documents(plan.data, base.tokenizer, part="train", seed=plan.train.seed + number)
-        cut = windows(read, plan.data.max_length)
-        if plan.data.responses == "keep":
-            return cut
-        return regenerate(cut, engine, plan.data.temperature, plan.train.seed, number, plan.data.max_length)
+        return rewritten(windows(_read(job, "train", job.plan.train.seed + number), job.plan.data.max_length))
 
     return epoch
 
 
-def _held_out(plan: Recipe, tokenizer: Any) -> list[Document]:
+def _held_out(job: _Job, rewritten: Rewriter) -> list[Document]:
     """First windows of held-out documents, MEASURED at most; errors in the data show here, before training."""
-    if plan.data.held_out == 0:
+    if job.plan.data.held_out == 0:
         return []
-    read = documents(plan.data, tokenizer, part="held_out")
-    first = (next(windows([document], plan.data.max_length), None) for document in read)
-    return list(islice((window for window in first if window is not None), MEASURED))
+    cut = (next(windows([document], job.plan.data.max_length), None) for document in _read(job, "held_out"))
+    return list(rewritten(islice((window for window in cut if window is not None), MEASURED)))
 
 
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
-def _progress(bar: tqdm[Any], trainer: Trainer) -> Callable[[int, dict[str, Any]], None]:
+def _progress(bar: tqdm[Any]) -> Callable[[int, dict[str, Any]], None]:
     begin, tokens = time.perf_counter(), [0]
 
     def show(step: int, record: dict[str, Any]) -> None:
@@ -281,58 +321,6 @@ def _progress(bar: tqdm[Any], trainer: Trainer) -> Callable[[int, dict[str, Any]
     return show
 
 
-def _config(
-    plan: Recipe,
-    base: Base,
-    attached: Attached,
-    acceptance: dict[str, Any],
-    history: list[dict[str, Any]],
-    seconds: float,
-) -> dict[str, Any]:
-    lora = _count([p for n, p in attached.peft_model.named_parameters() if "lora_" in n])
-    return {
-        "format": artifact.FORMAT,
-        "retrofit": __version__,
-        "base": {
-            "model": _lasting_name(base),
-            "revision": base.revision,
-            "dtype": str(attached.model.dtype).removeprefix("torch."),
-            "fingerprint": base.fingerprint,
-            "architecture": type(attached.model).__name__,
-        },
-        "profile": plan.profile,
-        "draft": attached.layout.to_dict(),
-        "adapter": {
-            "rank": plan.adapter.rank,
-            "alpha": plan.adapter.alpha,
-            "targets": list(plan.adapter.targets),
-            "modules": sorted(attached.adapter_config()["target_modules"]),
-            "markov_rank": plan.adapter.markov_rank,
-            "confidence": plan.adapter.confidence,
-        },
-        "parameters": {
-            "adapter": lora,
-            "heads": _count(attached.heads.parameters()),
-            "base": _count(_base_parameters(attached)),
-        },
-        "acceptance": acceptance,
-        "training": {
-            "steps": plan.train.steps,
-            "seconds": round(seconds, 1),
-            "clean_rows": sum(r["rows"]["clean"] for r in history),
-            "draft_rows": sum(r["rows"]["draft"] for r in history),
-            "loss": history[-1]["loss"] if history else {},
-        },
-    }
-
-
-def _lasting_name(base: Base) -> str:
-    """The base's name as it will be understood from any folder."""
-    if base.name == EMBEDDED or base.folder is None or not Path(base.name).is_dir():
-        return base.name
-    return str(Path(base.name).resolve())
-
-
 def _check_parent(out: Path) -> None:
     """Find out before hours of training, not after.  Raises ResourceError."""
     try:
@@ -346,30 +334,12 @@ def _check_parent(out: Path) -> None:
         raise ResourceError(f"{out.parent}: not writable", "choose another place with -o")
 
 
-def _metrics_file(out: Path) -> Path:
-    """metrics.jsonl of a running conversion, in a hidden folder beside the artifact to be."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f".{out.name}-training-", dir=out.parent)) / "metrics.jsonl"
-
-
 def _probe_hash(backend: HFBackend, probe: list[Document]) -> str:
     """Hash of the base rows' logits on a fixed batch: L_AR must not move in the frozen profile, not by a bit."""
     _, hidden = clean_forward(backend, probe)
     with torch.no_grad():
         logits = backend.head(hidden[:64]).float().cpu().contiguous()
     return hashlib.sha256(logits.numpy().tobytes()).hexdigest()
-
-
-def _base_parameters(attached: Attached) -> list[torch.nn.Parameter]:
-    return [p for n, p in attached.peft_model.named_parameters() if "lora_" not in n]
-
-
-def _share(attached: Attached) -> float:
-    return _count(attached.parameters()) / _count(_base_parameters(attached))
-
-
-def _count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
 
 
 def _say(quiet: bool) -> Callable[[str], None]:

@@ -45,6 +45,8 @@ def explain(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
         return [unknown_key(path, fields)]
     if kind in ("model_type", "model_attributes_type"):
         return [is_section(path, fields)]
+    if kind == "missing":
+        return [f"{path}: is missing; must be {_wanted(fields[path])}"]
     if kind == "literal_error":
         options = _options(fields[path].annotation)
         return [f"{path}: {kind_of(value)} is not one of {', '.join(options)}{did_you_mean(str(value), options)}"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from retrofit.errors import UsageError
 from retrofit.recipes.problems import did_you_mean, explain, is_section, kind_of, listed, unknown_key
@@ -113,23 +113,65 @@ class Objective(Section):
         return self
 
 
+class Ingredient(Section):
+    """One source of a mixture."""
+
+    source: str = Field(min_length=1)
+    """As `data.source`, where that is one source."""
+    weight: float = Field(1.0, gt=0)
+    """Its documents are this part of the sum of all weights."""
+    split: str | None = Field(None, min_length=1)
+    """Split of a `datasets` source; null is `data.split`."""
+    field: str | None = None
+    """Column to read; null is `data.field`."""
+
+
 class Data(Section):
     """The text to train on."""
 
-    source: str = Field("stdlib", min_length=1)
-    """`stdlib` (of the running interpreter), a text or JSONL file, a folder of them, or a `datasets` id."""
+    source: str | tuple[Ingredient, ...] = "stdlib"
+    """`stdlib` (of the running interpreter), a text, JSONL or Parquet file, a folder of them, or a `datasets` id; or a
+    mixture: a list of `{source, weight, split, field}`, all but the first optional."""
     split: str = Field("train", min_length=1)
     """Split of a `datasets` source."""
     field: str | None = None
-    """Column of JSONL or `datasets` rows to read: text or a list of chat messages; null finds it."""
+    """Column of JSONL, Parquet or `datasets` rows to read: text or a list of chat messages; null finds it."""
     responses: Literal["keep", "regenerate"] = "keep"
-    """Train on the responses as they are, or let the base write them anew first: such text drafts better."""
+    """Train on the responses as they are, or let the base write them anew first: such text drafts better.  They are
+    kept in RETROFIT_CACHE, by default ~/.cache/retrofit."""
     temperature: float = Field(0.8, ge=0, le=5)
     """Sampling temperature of regenerated responses; 0 is greedy."""
     max_length: int = Field(2048, ge=2, le=1 << 20)
     """Longer documents are cut into windows of this length.  Unit: tokens."""
     held_out: int = Field(64, ge=0)
     """Documents kept out of training, to measure on; `stdlib` brings its own list.  Unit: documents."""
+
+    @field_validator("source", mode="plain")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> str | tuple[Ingredient, ...]:
+        if isinstance(value, str) and value:
+            return value
+        if not isinstance(value, list | tuple) or not value:
+            quote = "; quote it" if isinstance(value, bool | int | float) else ""
+            raise ValueError(f"data.source: must be text or a list of sources, not {kind_of(value)}{quote}")
+        keys = Ingredient.model_fields.items()
+        known = {f"data.source[{number}].{key}": field for number in range(len(value)) for key, field in keys}
+        problems, parts = [], []
+        for number, item in enumerate(value):
+            try:
+                item = {"source": item} if isinstance(item, str) else item
+                parts.append(Ingredient.model_validate(item))
+            except ValidationError as error:
+                for detail in error.errors():
+                    at = (f"data.source[{number}]", *detail["loc"])
+                    problems += explain({**detail, "loc": at}, known)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return tuple(parts)
+
+    @field_serializer("source")
+    def _plain(self, source: str | tuple[Ingredient, ...]) -> Any:
+        return source if isinstance(source, str) else [one.model_dump() for one in source]
 
 
 class Train(Section):
@@ -155,8 +197,8 @@ class Train(Section):
     """Type the forwards compute in; trained weights and losses stay in float32."""
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
     """Keys initial weights, order of documents, anchors, masks and noise."""
-    save_every: int = Field(0, ge=0)
-    """Steps between saved states; 0 saves at the end only."""
+    save_every: int = Field(250, ge=0)
+    """Steps between checkpoints, of which the newest two are kept; 0 saves on Ctrl-C and SIGTERM only."""
     probe_every: int = Field(0, ge=0)
     """Steps between measurements on the held-out probe batch; 0 measures at the end only."""
 
@@ -214,6 +256,14 @@ FIELDS: dict[str, Any] = {
     )
 }
 """Every key by its dotted path, in file order: annotation, default, limits and help (`description`)."""
+
+
+def by_key(recipe: Recipe) -> dict[str, Any]:
+    """Every value by its dotted path, as JSON has it."""
+    found = {}
+    for name, value in recipe.model_dump(mode="json").items():
+        found.update({f"{name}.{key}": inner for key, inner in value.items()} if name in SECTIONS else {name: value})
+    return found
 
 
 def recipe_names() -> list[str]:

@@ -6,19 +6,17 @@
         missed anchors  -> L_draft, L_conf
         masked blocks   -> L_diff
 
+A batch is packed: its documents run end to end in one forward, without padding, each a sequence of its own whose
+positions begin at 0 and whose rows see nothing of the others; so how they are grouped changes no loss and no gradient.
 Each term keeps gradient buffers of its own until its global denominator is known, so accumulation is exact.
-Not here: where documents come from, checkpoints, the artifact.
+Not here: which documents come (`order.py`), the loop over steps and its checkpoints (`session.py`).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 
 from retrofit.adapters.attach import Attached
 from retrofit.adapters.rows import SequenceRows
-from retrofit.errors import DataError
+from retrofit.errors import UsageError
 from retrofit.recipes.blocks import (
     BlockBatch,
     add_sequence,
@@ -34,6 +32,7 @@ from retrofit.recipes.blocks import (
     document_rng,
     eligible_anchors,
     missed_anchors,
+    shares,
 )
 from retrofit.recipes.data import Document
 from retrofit.recipes.objective import Blocks, Sums, backward_diffusion, backward_draft
@@ -41,26 +40,35 @@ from retrofit.recipes.schema import Recipe
 from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.cache import KVCache
 
-SHUFFLE_BUFFER = 256
-"""Windows held for shuffling; documents come in random order already."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter."""
 
 
 @dataclass
 class StepResult:
-    """One optimizer step: loss parts, per-slot acceptance, and how many rows it ran."""
+    """One optimizer step: loss parts, norm of the gradient, per-slot acceptance, and how many rows it ran."""
 
     loss: dict[str, float]
+    gradient_norm: float
     sums: Sums
     clean_rows: int
     draft_rows: int
+    anchors: list[dict[str, list[int]]]
+    """Of each document, in order: what its blocks of each kind hung on."""
 
 
 class Trainer:
-    """Holds the optimizer; `step(batches)` does one optimizer step over the accumulation batches given."""
+    """Holds the optimizer.  `gradients(batches)`, then `update()`, are one optimizer step.
+
+    Between two steps, and until `update` is called, all that the training has learned is in `state()`.
+    """
 
     def __init__(self, attached: Attached, backend: HFBackend, recipe: Recipe):
         self.attached, self.backend, self.recipe = attached, backend, recipe
+        named = [*attached.peft_model.named_parameters(), *attached.heads.named_parameters(prefix="heads")]
+        names = {id(p): name for name, p in named}
         self.trained = [p for p in attached.parameters() if p.requires_grad]
+        self.names = [names[id(p)] for p in self.trained]
         confidence = {
             id(attached.heads.confidence_weight),
             id(getattr(attached.heads, "confidence_bias", None)),
@@ -71,23 +79,64 @@ class Trainer:
         self.steps_done = 0
 
     def step(self, batches: list[list[tuple[Document, int]]]) -> StepResult:
-        """batches: accumulation batches of (document, epoch)."""
+        """One optimizer step, whatever the loss is."""
+        result = self.gradients(batches)
+        self.update()
+        return result
+
+    def gradients(self, batches: list[list[tuple[Document, int]]]) -> StepResult:
+        """Loss and clipped gradients of the next step over its accumulation batches of (document, epoch)."""
         sums = Sums()
         draft_gradients = [torch.zeros_like(p) for p in self.trained]
         diff_gradients = [torch.zeros_like(p) for p in self.trained]
         clean_rows = draft_rows = 0
+        anchors: list[dict[str, list[int]]] = []
         for batch in batches:
-            rows = self._accumulate(batch, sums, draft_gradients, diff_gradients)
+            rows = self._accumulate(batch, sums, draft_gradients, diff_gradients, anchors)
             clean_rows, draft_rows = clean_rows + rows[0], draft_rows + rows[1]
         self._set_gradients(sums, draft_gradients, diff_gradients)
-        nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip)
+        norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip))
+        objective = self.recipe.objective
+        loss = sums.loss(objective.alpha, objective.beta, objective.gamma)
+        return StepResult(loss, norm, sums, clean_rows, draft_rows, anchors)
+
+    def update(self) -> None:
+        """Move the weights by the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.steps_done)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        objective = self.recipe.objective
-        return StepResult(sums.loss(objective.alpha, objective.beta, objective.gamma), sums, clean_rows, draft_rows)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Trained weights, and the optimizer's moments under `KIND/NAME`; not copied."""
+        moments = {
+            f"{kind}/{name}": self.optimizer.state[p][kind]
+            for name, p in zip(self.names, self.trained, strict=True)
+            for kind in MOMENTS
+        }
+        return {"weights": {n: p.detach() for n, p in zip(self.names, self.trained, strict=True)}, "optimizer": moments}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps_done: int) -> None:
+        """Raises UsageError when the tensors are not those of this adapter."""
+        weights, moments = state["weights"], state["optimizer"]
+        shapes = {name: tuple(p.shape) for name, p in zip(self.names, self.trained, strict=True)}
+        found = {name: tuple(t.shape) for name, t in weights.items()}
+        if shapes != found or len(moments) != len(MOMENTS) * len(found):
+            wrong = sorted(set(shapes.items()) ^ set(found.items()))
+            what = f"tensor {wrong[0][0]}" if wrong else "the optimizer's state"
+            raise UsageError(f"the checkpoint does not fit this adapter: {what}", "start anew with --restart")
+        with torch.no_grad():
+            for name, p in zip(self.names, self.trained, strict=True):
+                p.copy_(weights[name])
+        optimizer = self.optimizer.state_dict()
+        # cloned: what is read lies in a mapping of the file
+        optimizer["state"] = {
+            number: {kind: moments[f"{kind}/{name}"].clone() for kind in MOMENTS}
+            for number, name in enumerate(self.names)
+        }
+        self.optimizer.load_state_dict(optimizer)
+        self.steps_done = steps_done
 
     def _accumulate(
         self,
@@ -95,27 +144,30 @@ class Trainer:
         sums: Sums,
         draft_gradients: list[Tensor],
         diff_gradients: list[Tensor],
+        anchors: list[dict[str, list[int]]],
     ) -> tuple[int, int]:
         recipe, layout, backend = self.recipe, self.attached.layout, self.backend
         documents = [document for document, _ in batch]
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
         cache, clean_hidden = clean_forward(backend, documents)
         candidates = [eligible_anchors(document.response) for document in documents]
-        diffusion = round(recipe.objective.diffusion_share * recipe.train.anchors) if layout.block > 1 else 0
-        uniform = math.ceil((recipe.train.anchors - diffusion) / 2)
-        again = recipe.train.anchors - diffusion - uniform
+        uniform, again, diffusion = shares(recipe.train.anchors, recipe.objective.diffusion_share, layout.block)
+        used: list[dict[str, list[int]]] = [{} for _ in documents]
+        anchors.extend(used)
 
-        def run(count: int, wanted: list[list[int]] | None, masked: bool) -> tuple[BlockBatch, Tensor | None]:
+        def run(kind: str, count: int, wanted: list[list[int]] | None = None) -> tuple[BlockBatch, Tensor | None]:
+            masked = kind == "masked"
             group = BlockBatch(layout, self.attached.heads.unknown)
             first = 0
             for s, document in enumerate(documents):
                 pool = candidates[s] if wanted is None or not wanted[s] else np.intersect1d(wanted[s], candidates[s])
-                anchors = choose_anchors(pool if len(pool) else candidates[s], count, rngs[s])
+                chosen = choose_anchors(pool if len(pool) else candidates[s], count, rngs[s]).tolist()
+                used[s][kind] = chosen
                 add_sequence(
                     group,
                     document.tokens,
                     document.response,
-                    anchors.tolist(),
+                    chosen,
                     first,
                     rngs[s],
                     self.attached.heads.vocab,
@@ -127,14 +179,14 @@ class Trainer:
             return group, self._group(group, cache, clean_hidden, sums, masked)
 
         rows = 0
-        first_group, best = run(uniform, None, False)
+        first_group, best = run("uniform", uniform)
         rows += len(first_group) * layout.block
         if again and best is not None:
             missed = missed_anchors(first_group, best.cpu().numpy(), len(documents))
-            rows += len(run(again, missed, False)[0]) * layout.block
+            rows += len(run("missed", again, missed)[0]) * layout.block
         _take(self.trained, draft_gradients)
         if diffusion:
-            rows += len(run(diffusion, None, True)[0]) * layout.block
+            rows += len(run("masked", diffusion)[0]) * layout.block
             _take(self.trained, diff_gradients)
         return int(clean_hidden.shape[0]), rows
 
@@ -203,38 +255,6 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return train.lr * (0.05 + 0.95 * factor)
 
 
-def batches(
-    epochs: Callable[[int], Iterator[Document]], batch_size: int, seed: int
-) -> Iterator[list[tuple[Document, int]]]:
-    """Endless batches of (document, epoch), shuffled within a buffer; documents without a response are passed over."""
-    rng = np.random.default_rng([seed, 0x5EED])
-    buffer: list[tuple[Document, int]] = []
-
-    def stream() -> Iterator[tuple[Document, int]]:
-        epoch = 0
-        while True:
-            seen = False
-            for document in epochs(epoch):
-                if len(eligible_anchors(document.response)):
-                    seen = True
-                    yield document, epoch
-            if not seen:
-                raise DataError("the training text holds no document with a response token to learn from")
-            epoch += 1
-
-    source = stream()
-    while True:
-        while len(buffer) < SHUFFLE_BUFFER:
-            buffer.append(next(source))
-        batch = []
-        for _ in range(batch_size):
-            pick = int(rng.integers(len(buffer)))
-            buffer[pick], last = buffer[-1], buffer[pick]
-            buffer.pop()
-            batch.append(last)
-        yield batch
-
-
 def slot_report(sums: Sums) -> dict[str, list[float]]:
     """Acceptance estimates by slot, each given that all slots before it were right: sampled (1 - TV) and greedy."""
     if sums.accept.numel() == 0:
@@ -249,41 +269,3 @@ def slot_report(sums: Sums) -> dict[str, list[float]]:
 def expected_tau(accept: list[float]) -> float:
     """1 + sum_k prod_{i<=k} a_i: tokens per verify cycle if slots were accepted at these rates."""
     return 1.0 + float(np.cumprod(accept).sum()) if accept else 1.0
-
-
-def train(
-    trainer: Trainer,
-    source: Iterator[list[tuple[Document, int]]],
-    metrics: Path,
-    on_step: Callable[[int, dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """Run all steps of the recipe; one JSON line a step goes to `metrics`, and to `on_step`.
-
-    Raises DataError when the loss is not finite, naming the step and the documents of its batch.
-    """
-    recipe, history = trainer.recipe, []
-    with metrics.open("w", encoding="utf-8") as out:
-        while trainer.steps_done < recipe.train.steps:
-            begin = time.perf_counter()
-            picked = [next(source) for _ in range(recipe.train.accumulation)]
-            result = trainer.step(picked)
-            if not math.isfinite(result.loss["total"]):
-                names = ", ".join(sorted({d.id for b in picked for d, _ in b})[:4])
-                raise DataError(
-                    f"loss is not finite at step {trainer.steps_done} (documents {names})", "lower train.lr"
-                )
-            slots = slot_report(result.sums)
-            record = {
-                "step": trainer.steps_done,
-                "loss": {k: round(v, 6) for k, v in result.loss.items()},
-                "accept": slots,
-                "tau": round(expected_tau(slots["sampled"]), 4),
-                "lr": learning_rate(recipe, trainer.steps_done - 1),
-                "rows": {"clean": result.clean_rows, "draft": result.draft_rows},
-                "seconds": round(time.perf_counter() - begin, 4),
-            }
-            out.write(json.dumps(record) + "\n")
-            out.flush()
-            history.append(record)
-            on_step(trainer.steps_done, record)
-    return history

@@ -214,7 +214,7 @@ class Engine:
         strategy: str = "auto",
         prepare: str | int = "all",
         tree: int | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | Sequence[int] = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -228,7 +228,7 @@ class Engine:
         """Generate for every prompt; results in the order of the prompts.
 
         prompts: text (raw), token ids, or messages (chat template).  seed: one int (prompt i uses seed + i) or one
-        per prompt.  batch_size: how many requests run together.  threshold: diffusion's confidence.
+        per prompt, as max_new_tokens.  batch_size: how many requests run together.  threshold: diffusion's confidence.
         tree: with `fused`, how many draft nodes to verify; None: as many as keep a request within ROWS rows a forward,
         where the artifact knows the chances of its candidates; 0: one chain.
         Raises UsageError for wrong options and for prompts that are empty or longer than the context.
@@ -249,7 +249,7 @@ class Engine:
         strategy: str = "auto",
         prepare: str | int = "all",
         tree: int | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | Sequence[int] = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -262,10 +262,11 @@ class Engine:
         with_text: bool = True,
     ) -> Iterator[Event]:
         """As `generate`, yielding an event whenever a request has new output; its last event holds the result."""
-        check_options(mode, strategy, prepare, tree, self.layout, max_new_tokens, batch_size, threshold)
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        check_options(mode, strategy, prepare, tree, self.layout, min(limits, default=1), batch_size, threshold)
         params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        requests = self._requests(prompts, seed, max_new_tokens, stops, ignore_eos)
+        requests = self._requests(prompts, seed, limits, stops, ignore_eos)
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
         slots = min(batch_size, max(1, len(requests)), self.backend.most_rows or batch_size)
         shape = None
@@ -393,7 +394,7 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         seed: int | Sequence[int],
-        max_new_tokens: int,
+        limits: Sequence[int],
         stop: tuple[str, ...],
         ignore_eos: bool,
     ) -> list[Request]:
@@ -404,6 +405,8 @@ class Engine:
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one int or one seed per prompt")
+        if len(limits) != len(prompts):
+            raise UsageError(f"{len(limits)} max_new_tokens for {len(prompts)} prompts; give one for all or one each")
         requests = []
         for i, prompt in enumerate(prompts):
             tokens = self._encode(prompt, i)
@@ -415,7 +418,7 @@ class Engine:
                     "shorten the prompt",
                 )
             request = Request(
-                i, tokens, seeds[i], min(max_new_tokens, room), frozenset() if ignore_eos else self.backend.eos, stop
+                i, tokens, seeds[i], min(limits[i], room), frozenset() if ignore_eos else self.backend.eos, stop
             )
             request.decode = self._decode if self.tokenizer is not None else None
             requests.append(request)

@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM during a conversion: at once, except where something would be left half-done.
+
+A signal raises KeyboardInterrupt or SystemExit(143) where the program stands, so that a step of minutes does not
+delay it.  In a `held` block (weights move, a checkpoint or an artifact is written) it waits for the end of the
+block.  A second signal waits for nothing.
+Not here: what is saved.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Context manager: signal handlers inside it are ours.  Other threads than the main one get no signals."""
+
+    def __init__(self) -> None:
+        self.insisted = False
+        """Whether there was a second signal."""
+        self._first: int | None = None
+        self._depth = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # only that one may set signal handlers
+            # one that is ignored, as Ctrl-C is by jobs in the background, stays so
+            numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._arrived) for number in numbers}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block that the first signal does not cut short."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+        if self._depth == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Raise for a signal that came meanwhile, or whose exception a library swallowed."""
+        if self._first is not None:
+            _leave(self._first)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        self.insisted = self._first is not None
+        self._first = self._first or number
+        if self.insisted or self._depth == 0:
+            _leave(number)
+
+
+def _leave(number: int) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

@@ -1,0 +1,139 @@
+"""The artifact of a finished conversion: what it says of itself, and its card.
+
+Not here: training and measuring (`convert.py`), the folder (`retrofit.artifact`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrofit import __version__, artifact
+from retrofit.adapters.attach import Attached
+from retrofit.hub import EMBEDDED, Base
+from retrofit.recipes.measure import HeldOut
+from retrofit.recipes.schema import Recipe, dump_recipe
+from retrofit.recipes.session import Session
+
+CARD = """---
+library_name: peft
+base_model: {model}
+tags: [retrofit, speculative-decoding, diffusion]
+---
+# {model}, retrofitted
+
+Adapter for self-speculative decoding of `{model}`, made with retrofit {version} (`pip install retrofit-lm`).
+The base weights are untouched: mode `ar` is the original model, mode `self_spec` gives its output with fewer forwards.
+
+```python
+import retrofit
+engine = retrofit.Engine.load("PATH-OF-THIS-FOLDER")
+print(engine.generate(["Once upon a time"], mode="self_spec")[0].text)
+```
+
+**Do not load `adapter/` with plain PEFT**: ungated, it changes the output of the original model.
+
+| measured on held-out text, teacher-forced | by slot |
+| --- | --- |
+| greedy acceptance | {greedy} |
+| sampled acceptance, 1 - TV | {sampled} |
+
+Draft block {block}; adapter and heads {added:,} parameters, {share:.2%} of the base.
+"""
+
+
+def publish(
+    out: Path, plan: Recipe, base: Base, attached: Attached, session: Session, measured: HeldOut, overwrite: bool
+) -> None:
+    """Write the artifact, whole.  Raises what `artifact.write` raises."""
+    conditional = measured.conditional()
+    acceptance: dict[str, Any] = {"conditional": session.history[-1]["accept"]}
+    if len(measured.eligible):
+        acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
+    card = CARD.format(
+        model=base.name,
+        version=__version__,
+        greedy=conditional["greedy"] if len(measured.eligible) else "not measured",
+        sampled=conditional["sampled"] if len(measured.eligible) else "not measured",
+        block=attached.layout.block,
+        added=count(session.trainer.trained),
+        share=share_of(attached),
+    )
+    artifact.write(
+        out,
+        adapter_config=attached.adapter_config(),
+        adapter_state=attached.adapter_state(),
+        heads=attached.heads_state(),
+        config=_config(plan, base, attached, acceptance, session),
+        recipe_yaml=dump_recipe(plan),
+        card=card,
+        added={"metrics.jsonl": session.metrics()},
+        overwrite=overwrite,
+    )
+
+
+def _config(
+    plan: Recipe,
+    base: Base,
+    attached: Attached,
+    acceptance: dict[str, Any],
+    session: Session,
+) -> dict[str, Any]:
+    history = session.history
+    lora = count([p for n, p in attached.peft_model.named_parameters() if "lora_" in n])
+    return {
+        "format": artifact.FORMAT,
+        "retrofit": __version__,
+        "base": {
+            "model": lasting_name(base),
+            "revision": base.revision,
+            "dtype": str(attached.model.dtype).removeprefix("torch."),
+            "fingerprint": base.fingerprint,
+            "architecture": type(attached.model).__name__,
+        },
+        "profile": plan.profile,
+        "draft": attached.layout.to_dict(),
+        "adapter": {
+            "rank": plan.adapter.rank,
+            "alpha": plan.adapter.alpha,
+            "targets": list(plan.adapter.targets),
+            "modules": sorted(attached.adapter_config()["target_modules"]),
+            "markov_rank": plan.adapter.markov_rank,
+            "confidence": plan.adapter.confidence,
+        },
+        "parameters": {
+            "adapter": lora,
+            "heads": count(attached.heads.parameters()),
+            "base": count(base_parameters(attached)),
+        },
+        "acceptance": acceptance,
+        "training": {
+            "steps": plan.train.steps,
+            "seconds": round(session.seconds, 1),
+            "clean_rows": sum(r["rows"]["clean"] for r in history),
+            "draft_rows": sum(r["rows"]["draft"] for r in history),
+            "loss": history[-1]["loss"] if history else {},
+            **({} if session.skipped is None else {"skipped": session.skipped.counts()}),
+        },
+    }
+
+
+def lasting_name(base: Base) -> str:
+    """The base's name as it will be understood from any folder."""
+    if base.name == EMBEDDED or base.folder is None or not Path(base.name).is_dir():
+        return base.name
+    return str(Path(base.name).resolve())
+
+
+def base_parameters(attached: Attached) -> list[torch.nn.Parameter]:
+    return [p for n, p in attached.peft_model.named_parameters() if "lora_" not in n]
+
+
+def share_of(attached: Attached) -> float:
+    return count(attached.parameters()) / count(base_parameters(attached))
+
+
+def count(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)

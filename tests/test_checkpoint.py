@@ -74,7 +74,7 @@ def test_the_newest_two_are_kept_and_removed_at_the_end(
 
     monkeypatch.setattr(Checkpoints, "save", save)
     run(tmp_path / "out", texts)
-    assert seen == [[2], [2, 4], [4, 6], [6, 8]]
+    assert seen == [[2], [2, 4], [4, 6], [6, 8], [8, 9]]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

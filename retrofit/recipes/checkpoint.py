@@ -211,7 +211,7 @@ def _lock(folder: Path, out: Path) -> int:
             raise ResourceError(f"{folder}: cannot write there: {error.strerror}", hint) from error
         try:
             if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(handle)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), (folder / LOCK).stat()):
                     os.ftruncate(handle, 0)
@@ -227,6 +227,15 @@ def _lock(folder: Path, out: Path) -> int:
                 raise UsageError(f"{out}: {problem}", hint) from None
             hint = "choose another place with -o"
             raise ResourceError(f"{folder / LOCK}: cannot be locked: {error.strerror}", hint) from error
+
+
+def _flock(handle: int) -> None:
+    """Lock, where the file system knows how: some network mounts do not, and a conversion runs there all the same."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
 
 
 def _sweep(folder: Path, out: Path) -> None:

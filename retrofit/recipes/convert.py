@@ -239,6 +239,9 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
             dynamic_ncols=True,
         ) as bar:
             session.run(_progress(bar))
+        if plan.train.save_every:
+            with interrupts.held():
+                session.save()  # whatever goes wrong from here on, training does not have to be done again
         if _probe_hash(job.backend, probe) != before:
             raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
         measured = held_out_acceptance(job.backend, attached, held_out, plan.train.anchors, plan.train.seed)

@@ -127,7 +127,7 @@ class Order:
         self._source = self._stream(source)
 
     def _fill(self) -> None:
-        while len(self._buffer) < SHUFFLE_BUFFER:
+        while len(self._buffer) < max(SHUFFLE_BUFFER, self._batch_size):
             self._buffer.append(next(self._source))
 
     def _stream(self, rest: Iterator[Document] | None) -> Iterator[tuple[Document, int]]:

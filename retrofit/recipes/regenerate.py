@@ -198,7 +198,10 @@ def cache_folder() -> Path:
     given = os.environ.get("RETROFIT_CACHE")
     if given:
         return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrofit"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrofit"
+    except RuntimeError as error:  # this user has no home
+        raise ResourceError("there is no home folder to keep responses in", "set RETROFIT_CACHE to a folder") from error
 
 
 @torch.no_grad()

@@ -106,9 +106,9 @@ class Engine:
 
         base: folder or Hub id to use in place of the one the artifact names.  dtype auto: what it was trained against.
         backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused on a GPU in half precision,
-        where it knows the model).  exact: how
-        far rows are guaranteed not to depend on each other's number on the fused backend: off, bucket (every decoding
-        forward has `rows` rows), invariant (own kernels throughout); auto is bucket there, and off on hf.
+        where it knows the model).  exact: how far rows are guaranteed not to depend on each other's number on the fused
+        backend: off, bucket (every decoding forward has `rows` rows), invariant (own kernels throughout); auto is
+        bucket there, and off on hf.
         Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError, and GateError
         where this machine does not keep what the level promises.
         """

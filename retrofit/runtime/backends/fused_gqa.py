@@ -196,10 +196,9 @@ class FusedGQA:
 
     def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
         """The token of each row; scores have been through the processors, temperature included."""
-        if params.temperature == 0:
+        if len(seed) != len(scores):  # a greedy choice planned on the host draws no noise and brings no keys
             seed = index = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-            return choose(scores, 0.0, seed, index)
-        return choose(scores, 1.0, seed, index)
+        return choose(scores, 0.0 if params.temperature == 0 else 1.0, seed, index)
 
     def rows(self, plan: HostPlan, cache: PagedCache) -> Rows:
         """The rows of a host plan on the device."""

@@ -28,7 +28,7 @@ from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows, base_positions
 from retrofit.errors import ResourceError, UsageError
-from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, Output
+from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, Output, eos_set
 from retrofit.runtime.backends.weights import Checkpoint, Linear, Weights, head_width, load
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
 from retrofit.runtime.kernels.interpreter import interpreted, patch
@@ -83,9 +83,7 @@ class FusedGQA:
         self.eps = float(config.rms_norm_eps)
         self.context_length = int(config.max_position_embeddings)
         self.rope_boundary: int | None = None
-        self.eos = frozenset(
-            [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
-        )
+        self.eos = eos_set(config.eos_token_id)
         self.most_rows = rows if exact == "bucket" else None
         self.most_nodes: int | None = HEADROOM - 1
         self.prefill_alone = exact != "off"

@@ -25,7 +25,7 @@ from retrofit.adapters.gated_lora import Gate
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.errors import UnsupportedModelError
-from retrofit.runtime.backends.interface import Output
+from retrofit.runtime.backends.interface import Output, eos_set
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.sampling import SamplingParams, choose
 
@@ -207,7 +207,7 @@ class HFBackend:
         """About how many floating-point operations a row costs."""
         eos = getattr(model.generation_config, "eos_token_id", None)
         eos = self.config.eos_token_id if eos is None else eos
-        self.eos = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self.eos = eos_set(eos)
         self.context_length = int(self.config.max_position_embeddings)
         self.slides = has_sliding_window(self.config)
         self.rope_boundary = rope_boundary(self.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,11 @@ EXACT = ("off", "bucket", "invariant")
 """How far a row's bits are guaranteed not to depend on the rows beside it (design: one row count, or own kernels)."""
 BUCKET_ROWS = 128
 """Rows of every decoding forward at `exact="bucket"`: so many a datacentre GPU computes at about the price of one."""
+
+
+def eos_set(eos: int | Sequence[int] | None) -> frozenset[int]:
+    """The tokens that end a request, from what a configuration says: one id, several, or none."""
+    return frozenset([eos] if isinstance(eos, int) else eos or [])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,14 @@
 """Let the base write the responses itself: drafts are judged against the base, so its own text trains them best.
 
-The prompt of a document is what stands before its first response token; plain text keeps a random first part.  A
-document gets one response, the same in every epoch, and responses are kept on disk: a run that was interrupted, or is
-done again with other settings of training, finds them there.
+The prompt of a document is what stands before its first response token; plain text keeps a random first part.  In a
+conversation the base answers turn by turn, each time to the turns so far with its own answers in them:
+
+    document    u1 u1 a1 a1 a1 END | u2 u2 a2 a2 END
+    asked       u1 u1 ..             -> b1 b1 END      answered as the template ends a turn, so the next one follows
+    asked       u1 u1 b1 b1 END u2 u2 .. -> b2 b2 b2   cut by the limit: the document ends here
+
+Responses are the same in every epoch, and kept on disk: a run that was interrupted, or is done again with other
+settings of training, finds them there.
 Not here: what of it is trained on, which is as with any other text.
 """
 
@@ -60,23 +66,68 @@ def regenerate(
     cache: ResponseCache | None = None,
     quiet: bool = True,
 ) -> Iterator[Document]:
-    """Each document with its response written anew by `ar` at `temperature`, as long as it was, ids unchanged.
+    """Each document with its responses written anew by `ar` at `temperature`, ids unchanged, no longer than it was.
 
     Left out are documents whose prompt is empty, or as long as the window.  Raises ResourceError where the cache
     cannot be written.
     """
     source = iter(documents)
     while chunk := list(islice(source, CHUNK)):
-        jobs: list[tuple[Document, _Job]] = []
-        for document in chunk:
-            prompt, length = _prompt_length(document, seed), min(len(document.tokens), max_length)
-            if 0 < prompt < length:
-                draw = stable_hash(f"{seed} {document.id}") % (1 << 31)
-                jobs.append((document, _Job(document.tokens[:prompt], length - prompt, draw)))
-        written = _written([job for _, job in jobs], engine, temperature, cache, quiet)
-        for (document, job), response in zip(jobs, written, strict=True):
-            flags = (False,) * len(job.prompt) + (True,) * len(response)
-            yield replace(document, tokens=(*job.prompt, *response), response=flags)
+        texts = [_Rewritten(document, seed, max_length) for document in chunk]
+        texts = [text for text in texts if text.waits()]
+        waiting = texts
+        while waiting:
+            written = _written([text.job() for text in waiting], engine, temperature, cache, quiet)
+            for text, response in zip(waiting, written, strict=True):
+                text.take(response)
+            waiting = [text for text in waiting if text.waits()]
+        for text in texts:
+            yield replace(text.document, tokens=tuple(text.tokens), response=tuple(text.flags))
+
+
+class _Rewritten:
+    """A document as far as it is written: up to where the next response has to come."""
+
+    def __init__(self, document: Document, seed: int, max_length: int):
+        self.document, self._seed = document, seed
+        self._length = min(len(document.tokens), max_length)
+        self._turns = _turns(document, _prompt_length(document, seed))
+        """What is left to answer: where each response of the document begins and ends."""
+        self._answered = 0
+        self.tokens: list[int] = list(document.tokens[: self._turns[0][0]]) if self._turns else []
+        self.flags = [False] * len(self.tokens)
+
+    def waits(self) -> bool:
+        """Whether a response can be asked for: there is a prompt, a turn to answer, and room."""
+        return bool(self._turns) and 0 < len(self.tokens) < self._length
+
+    def job(self) -> _Job:
+        turn = f" turn {self._answered}" if self._answered else ""
+        draw = stable_hash(f"{self._seed} {self.document.id}{turn}") % (1 << 31)
+        return _Job(tuple(self.tokens), self._length - len(self.tokens), draw)
+
+    def take(self, response: list[int]) -> None:
+        """Add a response, and the text up to the next one where this one ended as the document's own did."""
+        _, end = self._turns.pop(0)
+        self._answered += 1
+        self.tokens += response
+        self.flags += [True] * len(response)
+        if not self._turns or response[-1:] != [self.document.tokens[end - 1]]:
+            self._turns = []
+            return
+        between = self.document.tokens[end : self._turns[0][0]]
+        if len(self.tokens) + len(between) >= self._length:  # no room to answer, and nothing to learn from the rest
+            self._turns = []
+            return
+        self.tokens += between
+        self.flags += [False] * len(between)
+
+
+def _turns(document: Document, prompt: int) -> list[tuple[int, int]]:
+    """Where the document's responses begin and end, those after the first `prompt` tokens."""
+    edges = np.flatnonzero(np.diff(np.asarray([False, *document.response, False], dtype=np.int8)))
+    runs = [(max(int(first), prompt), int(last)) for first, last in edges.reshape(-1, 2)]
+    return [(first, last) for first, last in runs if first < last]
 
 
 def _written(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from resuming import RECIPE, tokenizer
+from resuming import RECIPE, run, tokenizer
 from tiny_models import build
 
 from retrofit import artifact
@@ -109,3 +109,20 @@ def run_folder(out: Path, model: Path, texts: Path, **options: Any) -> artifact.
     recipe = {key.replace("__", "."): options.pop(key) for key in list(options) if "__" in key}
     overrides = {**RECIPE, "data.source": str(texts), **recipe}
     return convert(str(model), "tiny", out, overrides, quiet=True, offline=True, **options)
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def quiet_end(ended: Ended | None, code: int | None = None) -> bool:
+    """Whether a process other than the main one ended without a word."""
+    return ended is not None and ended.kind == "SystemExit" and (code is None or ended.code == code)
+
+
+def converts(out: Path, model: Path, texts: Path, options: dict[str, Any]) -> None:
+    run_folder(out, model, texts, **options)
+
+
+def converts_live(out: Path, texts: Path, options: dict[str, Any]) -> None:
+    run(out, texts, **options)

@@ -32,7 +32,7 @@ from retrofit.recipes.faults import Skipped
 from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
 from retrofit.recipes.order import Order
-from retrofit.recipes.parallel import check_batch, same_start, shared_checkpoints
+from retrofit.recipes.parallel import check_processes, loading_device, same_start, shared_checkpoints
 from retrofit.recipes.processes import Processes, joined, lost
 from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
 from retrofit.recipes.recompute import recompute_layers
@@ -91,7 +91,7 @@ def convert(
         main = processes is None or processes.is_main
         model = str(model) if isinstance(model, Path) else model
         plan = resolve(model, recipe, overrides)
-        _check_processes(plan, model, processes)
+        check_processes(plan, isinstance(model, PreTrainedModel), processes)
         out = Path(out)
         out = out.resolve() if out.name in ("", "..") else out
         artifact.check_writable(out, overwrite)
@@ -99,8 +99,7 @@ def convert(
         quiet = quiet or not main
         started = time.perf_counter()
         with shared_checkpoints(out, processes) as saved:
-            at = _loading_device(device, processes)
-            base = _base(model, plan, at, offline, trust_remote_code, tokenizer)
+            base = _base(model, plan, loading_device(device, processes), offline, trust_remote_code, tokenizer)
             plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
             attached, backend = _attached(plan, base)
             undo = recompute_layers(backend) if plan.train.checkpointing else None
@@ -156,26 +155,6 @@ class _Job:
         """Wait for all processes."""
         if self.processes is not None:
             self.processes.together(what)
-
-
-def _check_processes(plan: Recipe, model: object, processes: Processes | None) -> None:
-    """Raises UsageError for what several processes cannot do."""
-    if processes is None:
-        return
-    check_batch(plan.train.batch_size, processes)
-    if not processes.sharded:
-        return
-    if isinstance(model, PreTrainedModel):
-        raise UsageError("FSDP cannot split a live model", "give the model's folder or Hub id")
-    if plan.data.responses == "regenerate":
-        hint = "regenerate first without FSDP (the responses are kept, stop it when training begins), or keep them"
-        raise UsageError("data.responses=regenerate does not go with FSDP, which cannot decode", hint)
-
-
-def _loading_device(device: str, processes: Processes | None) -> str:
-    if processes is None:
-        return device
-    return "cpu" if processes.sharded else processes.device  # split there, so that no GPU has to hold it whole
 
 
 def _attached(plan: Recipe, base: Base) -> tuple[Attached, HFBackend]:

@@ -24,6 +24,7 @@ from retrofit.recipes.checkpoint import Checkpoint, Checkpoints, Contents, check
 from retrofit.recipes.objective import Sums
 from retrofit.recipes.order import Batch
 from retrofit.recipes.processes import Processes
+from retrofit.recipes.schema import Recipe
 
 Anchors = list[dict[str, list[int]]]
 
@@ -42,13 +43,28 @@ def deal(loads: Sequence[int], size: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def check_batch(batch_size: int, processes: Processes) -> None:
-    """Raises UsageError for a batch that leaves a process without work."""
-    if batch_size < processes.size:
+def check_processes(plan: Recipe, live: bool, processes: Processes | None) -> None:
+    """Raises UsageError for what several processes cannot do.  live: the model was given, not named."""
+    if processes is None:
+        return
+    size, batch_size = processes.size, plan.train.batch_size
+    if batch_size < size:
         raise UsageError(
-            f"train.batch_size is {batch_size}, but there are {processes.size} processes: each needs a sequence",
-            f"add train.batch_size={processes.size}, or start {batch_size} process{'es' if batch_size > 1 else ''}",
+            f"train.batch_size is {batch_size}, but there are {size} processes: each needs a sequence",
+            f"add train.batch_size={size}, or start {batch_size} process{'es' if batch_size > 1 else ''}",
         )
+    if processes.sharded and live:
+        raise UsageError("FSDP cannot split a live model", "give the model's folder or Hub id")
+    if processes.sharded and plan.data.responses == "regenerate":
+        hint = "regenerate first without FSDP (stop it when training begins: the responses are kept)"
+        raise UsageError("data.responses=regenerate does not go with FSDP, which cannot decode", hint)
+
+
+def loading_device(device: str, processes: Processes | None) -> str:
+    """Where the base is loaded."""
+    if processes is None:
+        return device
+    return "cpu" if processes.sharded else processes.device  # split there, so that no GPU has to hold it whole
 
 
 class Shares:

@@ -35,7 +35,7 @@ PATIENCE = timedelta(hours=12)
 """How long a process waits for the others: one of them may be writing or reading something large."""
 TELLING = 600.0
 """Seconds a failed process waits for the main one, which may be in a long step, before it tells of its error itself."""
-TELLING_SHARDED = 5.0
+TELLING_SHARDED = 30.0
 """The same with FSDP: the main one may be waiting for this process's weights, and never come."""
 LOOKING = 2.0
 """Seconds the main process looks for the error of one whose connection was lost."""

@@ -2,22 +2,27 @@
 
 The adapter is not split (under 2 % of the base, and every process takes the whole optimizer step), nor are the
 embedding, the vocabulary head and the last norm: the loss uses the head in many chunks.
-Each layer is gathered by all processes at once, so all must run the same number of forwards and backwards.
+Each layer is gathered by all processes at once, so all must run the same number of forwards and backwards; they
+meet before each, so that one too many is an error and not a wait without end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from retrofit.adapters.attach import Attached
+from retrofit.adapters.rows import RowPlan
 from retrofit.errors import UnsupportedModelError
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.recompute import decoder_layers
 from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.cache import KVCache
 
 
 def shard(attached: Attached, backend: HFBackend, processes: Processes) -> None:
@@ -46,6 +51,15 @@ def shard(attached: Attached, backend: HFBackend, processes: Processes) -> None:
     attached.heads.to(device)
     backend.device = backend.embedding.weight.device
     check_sharded(layers, processes.size)
+    backend.run_trunk = _in_step(backend.run_trunk, processes)  # type: ignore[method-assign]
+
+
+def _in_step(forward: Callable[..., Tensor], processes: Processes) -> Callable[..., Tensor]:
+    def run_trunk(plan: RowPlan, cache: KVCache) -> Tensor:
+        processes.together("forward and backward" if torch.is_grad_enabled() else "forward")
+        return forward(plan, cache)
+
+    return run_trunk
 
 
 def check_sharded(layers: list[nn.Module], size: int) -> None:

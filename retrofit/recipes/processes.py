@@ -179,6 +179,7 @@ def joined(device: str) -> Iterator[Processes | None]:
         with _deaf(processes):
             yield processes
     except BaseException as error:
+        atexit.unregister(_leave)  # it would wait for calls that no one answers any more
         end = processes._ended(error)
         if end is error:
             raise
@@ -226,7 +227,8 @@ def _taken_up(failure: dict[str, Any] | None, error: BaseException) -> Exception
         hint = "; ".join([*([failure["hint"]] if failure["hint"] else []), *notes])
         taken: Exception = kind(f"{failure['message']} (in process {failure['rank']})", hint or None)
     else:
-        taken = RuntimeError(f"process {failure['rank']}: {failure['kind']}: {failure['message']}")
+        known = torch.OutOfMemoryError if failure["kind"] == "OutOfMemoryError" else RuntimeError
+        taken = known(f"process {failure['rank']}: {failure['kind']}: {failure['message']}")
     taken.add_note(failure["trace"])
     return taken
 

@@ -1,5 +1,6 @@
 """FSDP2: each process holds a part of the base's layers, and gathers a layer when it is computed.
 
+Every process first loads the whole base into the memory of its machine; no GPU ever has to hold it.
 The adapter is not split (under 2 % of the base, and every process takes the whole optimizer step), nor are the
 embedding, the vocabulary head and the last norm: the loss uses the head in many chunks.
 Each layer is gathered by all processes at once, so all must run the same number of forwards and backwards; they

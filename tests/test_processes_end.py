@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from together import (
 )
 
 from retrofit.errors import DataError
-from retrofit.recipes import parallel, shards
+from retrofit.recipes import parallel, processes, shards
 from retrofit.recipes.checkpoint import folder_of
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.train import Trainer
@@ -258,3 +259,16 @@ def test_a_gradient_that_is_not_added_up_makes_the_weights_differ(tmp_path: Path
     main, _ = together(forgets_a_buffer, tmp_path / "out", model, texts)
     assert main is not None
     assert "hold different weights" in main.message
+
+
+def test_processes_that_nobody_started_are_waited_for_only_so_long(tmp_path: Path, texts: Path) -> None:
+    ended = together(converts_live_impatiently, tmp_path / "out", texts, size=1, WORLD_SIZE="2")
+    assert ended[0] is not None
+    assert (ended[0].kind, ended[0].code) == ("ResourceError", 4)
+    assert "the processes did not meet" in ended[0].message
+    assert "unset RANK" in ended[0].hint
+
+
+def converts_live_impatiently(out: Path, texts: Path) -> None:
+    pytest.MonkeyPatch().setattr(processes, "MEETING", timedelta(seconds=1))
+    converts_live(out, texts, {})

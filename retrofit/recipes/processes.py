@@ -31,8 +31,10 @@ from retrofit import errors
 from retrofit.errors import ResourceError, RetrofitError, TrainingError, UsageError
 from retrofit.launch import Launch, launched, speaks
 
+MEETING = timedelta(minutes=30)
+"""How long the processes wait for each other at the start, and inside a computation they all are in."""
 PATIENCE = timedelta(hours=12)
-"""How long a process waits for the others: one of them may be writing or reading something large."""
+"""How long they wait in `together`: one of them may be writing or reading something large."""
 TELLING = 600.0
 """Seconds a failed process waits for the main one, which may be in a long step, before it tells of its error itself."""
 TELLING_SHARDED = 30.0
@@ -57,10 +59,7 @@ class Processes:
         self.rank, self.size, self.sharded = launch.rank, launch.size, launch.sharded
         self.device = _own_device(launch, device)
         if not dist.is_initialized():
-            from accelerate import PartialState
-
-            PartialState(cpu=self.device == "cpu", timeout=PATIENCE)
-            atexit.register(_leave)
+            _meet(self.device)
         _met += 1
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"retrofit/{_met}", store)
@@ -192,6 +191,18 @@ def lost(error: BaseException) -> bool:
     """Whether this is what a process gets when another one has failed or is gone."""
     connection = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     return connection or isinstance(error, _Failed | dist.DistError)
+
+
+def _meet(device: str) -> None:
+    from accelerate import PartialState
+
+    try:
+        PartialState(cpu=device == "cpu", timeout=MEETING)
+    except (RuntimeError, ValueError, OSError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        hint = "start them by torchrun or accelerate launch; for one process unset RANK, WORLD_SIZE and LOCAL_RANK"
+        raise ResourceError(f"the processes did not meet: {first}", hint) from error
+    atexit.register(_leave)
 
 
 def _own_device(launch: Launch, device: str) -> str:

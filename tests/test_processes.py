@@ -1,7 +1,9 @@
 """Several processes give what one gives: losses, weights, responses; a checkpoint knows not how many there were."""
 
+import gc
 import os
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,14 @@ from safetensors.torch import load_file
 from together import FSDP, converts, converts_live, quiet_end, rank, run_folder, saved_model, together, values
 from torch.distributed.tensor import DTensor
 
+from retrofit.adapters.attach import Attached
+from retrofit.recipes import convert as conversion
 from retrofit.recipes.parallel import deal
+from retrofit.recipes.processes import Processes
 from retrofit.recipes.regenerate import ResponseCache
+from retrofit.recipes.shards import shard
 from retrofit.recipes.train import Trainer
+from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.engine import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
@@ -100,8 +107,17 @@ def convert_and_look(out: Path, model: Path, texts: Path) -> tuple[int, int]:
         held.append((sum(p.numel() for p in layers), sum(p.numel() for p in here)))
         return result
 
+    def emptied(attached: Attached, backend: HFBackend, processes: Processes) -> None:
+        """Nothing keeps the whole weights alive."""
+        layers = backend.trunk.layers.named_parameters()
+        whole = [weakref.ref(p) for n, p in layers if "lora_" not in n]
+        shard(attached, backend, processes)
+        gc.collect()
+        assert [p() is None for p in whole] == [True] * len(whole)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "gradients", looking)
+        patch.setattr(conversion, "shard", emptied)
         run_folder(out, model, texts, **TEN)
     assert len(set(held)) == 1
     return held[0]

@@ -1,5 +1,6 @@
 """Whatever ends one of several processes ends all of them, is told once, and leaves a checkpoint."""
 
+import json
 import os
 import signal
 import time
@@ -124,6 +125,57 @@ def test_an_error_of_one_process_is_the_main_ones(tmp_path: Path, texts: Path) -
     assert (main.kind, main.message) == ("DataError", "row 7 is broken (in process 1)")
     assert main.hint.startswith("mend it; saved step 2 of")
     assert quiet_end(other, 1)
+
+
+def test_a_main_process_that_lives_on_after_its_error_keeps_no_one_waiting(tmp_path: Path, texts: Path) -> None:
+    main, other = together(fails_and_lives_on, tmp_path / "out", texts)
+    assert main is not None
+    assert main.value == "the other has ended"
+    assert quiet_end(other, 1)
+
+
+def fails_and_lives_on(out: Path, texts: Path) -> str:
+    ended = out.parent / "ended"
+    if rank() == 0:
+        at_step(3, lambda: 1 / 0, pytest.MonkeyPatch(), "gradients")
+        with pytest.raises(ZeroDivisionError):
+            run(out, texts)
+        for _ in range(200):
+            if ended.exists():
+                return "the other has ended"
+            time.sleep(0.1)
+        return "the other waits"
+    try:
+        run(out, texts)
+    finally:
+        ended.touch()
+    return "no end"
+
+
+def test_a_step_that_must_not_be_taken_is_written_down_whole(tmp_path: Path, texts: Path) -> None:
+    main, other = together(poisoned, tmp_path / "out", texts)
+    assert main is not None
+    assert (main.kind, main.code) == ("TrainingError", 1)
+    assert "the loss is not finite at step 3" in main.message
+    assert quiet_end(other, 1)
+    stopped = json.loads((folder_of(tmp_path / "out") / "stopped-000003.json").read_text())
+    assert len(stopped["documents"]) == 3
+    assert all(set(one["anchors"]) >= {"uniform", "masked"} for one in stopped["documents"])
+    for one in stopped["documents"]:
+        assert all(anchor < len(one["tokens"]) for anchor in one["anchors"]["uniform"])
+
+
+def poisoned(out: Path, texts: Path) -> None:
+    right = Trainer.update
+
+    def update(self: Trainer) -> None:
+        right(self)
+        if self.steps_done == 2:
+            with torch.no_grad():
+                self.trained[0].fill_(float("nan"))
+
+    pytest.MonkeyPatch().setattr(Trainer, "update", update)
+    run(out, texts, train__batch_size=3)
 
 
 def test_a_mistake_that_all_make_is_told_once(tmp_path: Path) -> None:

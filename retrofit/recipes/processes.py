@@ -2,8 +2,8 @@
 
 Every process runs the same program on the same text; what leaves a trace (checkpoints, the artifact, progress, talk)
 is the main process's alone.  They meet in `together`, where each tells all others something, and in `add_up`.  One
-that fails leaves its error in the store; the main process, which looks there while it waits, raises it as its own, and
-the others end without a word when the main one is gone.  So an error is told once.
+that fails leaves its error in the store; the main process, which looks there while it waits, raises it as its own and
+says so in the store, and the others end without a word.  So an error is told once.
 
 Not here: how a batch is shared out (`parallel.py`), who holds which weights (`shards.py`).
 """
@@ -87,9 +87,9 @@ class Processes:
         begin = looked = time.monotonic()
         while not work.is_completed():
             now = time.monotonic()
-            if self.is_main and now - looked > GLANCE:
+            if now - looked > GLANCE:
                 looked = now
-                if self._store.check(["failed"]):
+                if self._store.check(["failed" if self.is_main else "told"]):
                     raise _Failed
             time.sleep(min(GLANCE, (now - begin) / 10))
         work.wait()
@@ -149,7 +149,7 @@ class Processes:
 
 
 class _Failed(Exception):
-    """Another process has left its error in the store."""
+    """The store says that another process has failed."""
 
 
 @contextmanager

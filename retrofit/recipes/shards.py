@@ -31,6 +31,7 @@ def shard(attached: Attached, backend: HFBackend, processes: Processes) -> None:
 
     Raises UnsupportedModelError where that is not in force afterwards.
     """
+    attached.trainable.clear()  # it would keep the whole weights alive; a base that was loaded is given back to no one
     device = torch.device(processes.device)
     mesh = init_device_mesh(device.type, (processes.size,))
     layers = decoder_layers(backend)

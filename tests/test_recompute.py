@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
+from retrofit.errors import UnsupportedModelError
 from retrofit.recipes.data import Document
 from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.schema import load_recipe
@@ -93,6 +94,13 @@ def test_recomputed_layers_are_not_kept() -> None:
     after, found = kept_bytes(trainer)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert after < 0.6 * before  # of three layers one at a time, and the inputs of all
+
+
+def test_layers_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for("llama")
+    monkeypatch.setattr(trainer.backend.config, "num_hidden_layers", 5)
+    with pytest.raises(UnsupportedModelError, match="keeps its layers elsewhere"):
+        recompute_layers(trainer.backend)
 
 
 def test_a_conversion_recomputes_and_may_change_its_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

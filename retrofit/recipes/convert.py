@@ -102,8 +102,10 @@ def convert(
             base = _base(model, plan, loading_device(device, processes), offline, trust_remote_code, tokenizer)
             plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
             attached, backend = _attached(plan, base)
-            undo = recompute_layers(backend) if plan.train.checkpointing else None
+            undo = None
             try:
+                if plan.train.checkpointing:
+                    undo = recompute_layers(backend)
                 _check_rope(plan, base, backend)
                 if processes is not None and processes.sharded:
                     shard(attached, backend, processes)

@@ -14,13 +14,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.hf import HFBackend
 
 
 def decoder_layers(backend: HFBackend) -> list[nn.Module]:
-    """The layers of the trunk, in order."""
-    layers = backend.trunk.layers
-    assert isinstance(layers, nn.ModuleList) and len(layers) == backend.config.num_hidden_layers
+    """The layers of the trunk, in order.  Raises UnsupportedModelError where they cannot be found."""
+    layers = getattr(backend.trunk, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != backend.config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{type(backend.model).__name__} keeps its layers elsewhere than in `layers`",
+            "leave train.checkpointing and FSDP off",
+        )
     return list(layers)
 
 

@@ -5,9 +5,11 @@ Everything slow is imported inside the bodies, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +22,7 @@ from retrofit.console import (
     Loading,
     Totals,
     base_option,
+    be_quiet,
     emit_json,
     engine_options,
     generation_options,
@@ -34,6 +37,7 @@ from retrofit.console import (
 )
 from retrofit.data_commands import data
 from retrofit.errors import DataError, UsageError
+from retrofit.launch import is_launched
 
 if TYPE_CHECKING:
     from retrofit.recipes.schema import Recipe
@@ -106,12 +110,63 @@ def convert(
     Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM: the same command
     goes on from the newest one that is whole. They are removed when the artifact is complete.
 
+    Several GPUs: put `torchrun --nproc-per-node 8 --no-python` or `accelerate launch --multi_gpu --no_python`
+    before the command. The processes divide each batch, the results stay the same. A base that is too large
+    for one GPU is split by `accelerate launch --use_fsdp --fsdp_version 2 --no_python`.
+
     \b
     Examples:
       retrofit convert
       retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
       retrofit convert ./my-model data.source=texts.jsonl draft.block=4
+      torchrun --nproc-per-node 8 --no-python retrofit convert Qwen/Qwen3-8B --recipe qwen3-8b
     """
+    with _several_processes(loading) as is_main:
+        made = _converted(
+            items, out, recipe, overwrite, force_resume, restart, keep_checkpoints, seed, skip_bad, loading
+        )
+    if not is_main:
+        return
+    parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
+    if as_json:
+        emit_json({"artifact": str(made.folder), **parts})
+        return
+    from retrofit.inspection import facts
+
+    say(f"measured on held-out text: {facts(parts['acceptance']) or 'nothing'}")
+    say(f"next: retrofit certify {made.folder}")
+    click.echo(made.folder)
+
+
+@contextmanager
+def _several_processes(loading: Loading) -> Iterator[bool]:
+    """Whether this process is the one that talks.  One that no launcher started imports nothing here."""
+    if not is_launched():
+        yield True
+        return
+    # a process whose peer is gone gets an error; the traces that torch prints besides say nothing more
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from retrofit.recipes.processes import joined
+
+    with joined(loading.device) as processes:
+        is_main = processes is None or processes.is_main
+        if not is_main:
+            be_quiet()
+        yield is_main
+
+
+def _converted(
+    items: tuple[str, ...],
+    out: Path | None,
+    recipe: str | None,
+    overwrite: bool,
+    force_resume: bool,
+    restart: bool,
+    keep_checkpoints: bool,
+    seed: int | None,
+    skip_bad: bool,
+    loading: Loading,
+) -> artifact.Artifact:
     if force_resume and restart:
         raise UsageError("--force-resume and --restart do not go together", "give one of them")
     model, overrides = _model_and_overrides(items)
@@ -124,7 +179,7 @@ def convert(
     quieten_libraries()
     from retrofit import convert as run
 
-    made = run(
+    return run(
         recipe=resolved,
         out=out,
         device=loading.device,
@@ -136,15 +191,6 @@ def convert(
         keep_checkpoints=keep_checkpoints,
         skip_bad=skip_bad,
     )
-    parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
-    if as_json:
-        emit_json({"artifact": str(made.folder), **parts})
-        return
-    from retrofit.inspection import facts
-
-    say(f"measured on held-out text: {facts(parts['acceptance']) or 'nothing'}")
-    say(f"next: retrofit certify {made.folder}")
-    click.echo(made.folder)
 
 
 def _model_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -26,16 +26,20 @@ from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
-from retrofit.recipes.checkpoint import Checkpoints, checkpoints
+from retrofit.recipes.checkpoint import Checkpoints
 from retrofit.recipes.data import Document, documents, windows
 from retrofit.recipes.faults import Skipped
 from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
 from retrofit.recipes.order import Order
+from retrofit.recipes.parallel import check_processes, loading_device, same_start, shared_checkpoints
+from retrofit.recipes.processes import Processes, joined, lost
 from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
+from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.regenerate import ResponseCache, regenerate, weights_key
 from retrofit.recipes.schema import Recipe, by_key, load_recipe
 from retrofit.recipes.session import Session
+from retrofit.recipes.shards import shard
 from retrofit.recipes.source import Part
 from retrofit.recipes.train import Trainer, clean_forward
 from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
@@ -44,7 +48,7 @@ from retrofit.runtime.engine import Engine
 MEASURED = 32
 """Held-out documents that acceptance is measured on; data.held_out may keep more out of training."""
 
-NOT_TRAINING = ("train.save_every", "train.probe_every")
+NOT_TRAINING = ("train.save_every", "train.probe_every", "train.checkpointing")
 """Keys of a recipe that may change between two runs of one conversion."""
 
 Resume = Literal["auto", "force", "never"]
@@ -77,34 +81,54 @@ def convert(
     Raises UsageError, DataError, ResourceError, UnsupportedModelError, TrainingError; no artifact is written then.
     Raises GateError if the base's own loss moved, which would mean that training touched it.  Ctrl-C and SIGTERM
     leave a checkpoint and raise KeyboardInterrupt and SystemExit(143), with a note that says how to go on.
+
+    Started by `torchrun` or `accelerate launch`, every process calls this with the same arguments and gets the same
+    artifact; device `cuda` is each one's own GPU.  They divide each batch and the responses to regenerate; results are
+    those of one process within rounding, and a checkpoint may be gone on from with another number of processes.  Only
+    the main process writes, talks and raises; where it does, the others end with SystemExit.
     """
-    model = str(model) if isinstance(model, Path) else model
-    plan = resolve(model, recipe, overrides)
-    out = Path(out)
-    out = out.resolve() if out.name in ("", "..") else out
-    artifact.check_writable(out, overwrite)
-    _check_parent(out)
-    started = time.perf_counter()
-    with checkpoints(out) as saved:
-        base = _base(model, plan, device, offline, trust_remote_code, tokenizer)
-        plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
-        attached, backend = _attached(plan, base)
-        try:
-            _check_rope(plan, base, backend)
-            skipped = Skipped() if skip_bad else None
-            job = _Job(
-                plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints, skipped, saved, started
-            )
-            with Interrupts() as interrupts:
-                _convert(job, interrupts)
-        finally:
-            backend.close()
-            if isinstance(model, PreTrainedModel):
-                attached.detach()
-    if skipped is not None:
-        _say(quiet)(skipped.line())
-    _say(quiet)(f"wrote {out} in {time.perf_counter() - started:.0f} s")
-    return artifact.read(out)
+    with joined(device) as processes:
+        main = processes is None or processes.is_main
+        model = str(model) if isinstance(model, Path) else model
+        plan = resolve(model, recipe, overrides)
+        check_processes(plan, isinstance(model, PreTrainedModel), processes)
+        out = Path(out)
+        out = out.resolve() if out.name in ("", "..") else out
+        artifact.check_writable(out, overwrite)
+        _check_parent(out)
+        quiet = quiet or not main
+        started = time.perf_counter()
+        with shared_checkpoints(out, processes) as saved:
+            base = _base(model, plan, loading_device(device, processes), offline, trust_remote_code, tokenizer)
+            plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
+            attached, backend = _attached(plan, base)
+            undo = None
+            try:
+                if plan.train.checkpointing:
+                    undo = recompute_layers(backend)
+                _check_rope(plan, base, backend)
+                if processes is not None and processes.sharded:
+                    shard(attached, backend, processes)
+                skipped = Skipped() if skip_bad else None
+                job = _Job(
+                    plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints, skipped, saved,
+                    started, processes,
+                )  # fmt: skip
+                with Interrupts() as interrupts:
+                    _convert(job, interrupts)
+            finally:
+                if undo is not None:
+                    undo()
+                backend.close()
+                if isinstance(model, PreTrainedModel):
+                    attached.detach()
+        if skipped is not None:
+            _say(quiet)(skipped.line())
+        _say(quiet)(f"wrote {out} in {time.perf_counter() - started:.0f} s")
+        written = artifact.read(out)
+        if processes is not None:
+            processes.together("end")
+        return written
 
 
 @dataclass(frozen=True)
@@ -123,6 +147,16 @@ class _Job:
     skipped: Skipped | None
     saved: Checkpoints
     started: float
+    processes: Processes | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.processes is None or self.processes.is_main
+
+    def together(self, what: str) -> None:
+        """Wait for all processes."""
+        if self.processes is not None:
+            self.processes.together(what)
 
 
 def _attached(plan: Recipe, base: Base) -> tuple[Attached, HFBackend]:
@@ -214,15 +248,20 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
     rewritten = _rewriter(job)
     held_out = _held_out(job, rewritten)
     order = Order(_epochs(job, rewritten), plan.train.batch_size, plan.train.seed, whole=plan.data.responses == "keep")
-    trainer = Trainer(attached, job.backend, plan)
+    trainer = Trainer(attached, job.backend, plan, job.processes)
     session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped)
+    newest = job.saved.newest(say) if job.resume != "never" else None
+    if job.processes is not None:
+        same_start(job.processes, _settings(job), newest)
     if job.resume == "never":
         job.saved.clear()
-    elif (newest := job.saved.newest(say)) is not None:
+    elif newest is not None:
         session.resume(newest, forced=job.resume == "force")
+    job.together("resume")  # from here on the main process removes checkpoints
     written = False
     try:
-        probe = order.glance()
+        size = 1 if job.processes is None else job.processes.size
+        probe = order.glance()[: -(-plan.train.batch_size // size)]  # as many as a process runs at once
         say(
             f"base {job.base.name} ({count(base_parameters(attached)):,} parameters), "
             f"training {count(trainer.trained):,} ({share_of(attached):.2%})"
@@ -246,17 +285,22 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
             raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
         measured = held_out_acceptance(job.backend, attached, held_out, plan.train.anchors, plan.train.seed)
         calibrate_confidence(attached, measured)
+        job.together("measured")
         with interrupts.held():
-            publish(job.out, plan, job.base, attached, session, measured, job.overwrite)
+            if job.is_main:
+                publish(job.out, plan, job.base, attached, session, measured, job.overwrite)
             written = True
             if job.keep:
                 session.save()
             else:
                 job.saved.clear()
-    except (KeyboardInterrupt, SystemExit) as stop:
+        job.together("published")
+    except BaseException as stop:
+        if not isinstance(stop, KeyboardInterrupt | SystemExit) and not lost(stop):
+            raise
         if written:
             stop.add_note(f"{job.out} is complete")
-        elif not interrupts.insisted and (saved := session.save()) is not None:
+        elif job.is_main and not interrupts.insisted and (saved := session.save()) is not None:
             stop.add_note(saved)
         raise
 
@@ -280,8 +324,9 @@ def _rewriter(job: _Job) -> Rewriter:
         temperature=plan.data.temperature,
         seed=plan.train.seed,
         max_length=plan.data.max_length,
-        cache=ResponseCache(weights_key(attached), plan.data.temperature, job.backend.eos),
+        cache=ResponseCache(weights_key(attached), plan.data.temperature, job.backend.eos) if job.is_main else None,
         quiet=job.quiet,
+        processes=job.processes,
     )
 
 

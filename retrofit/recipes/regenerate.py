@@ -29,9 +29,10 @@ import torch
 from tqdm import tqdm
 
 from retrofit.adapters.attach import Attached
-from retrofit.errors import ResourceError
+from retrofit.errors import ResourceError, TrainingError
 from retrofit.recipes.blocks import document_rng
 from retrofit.recipes.data import Document
+from retrofit.recipes.processes import Processes
 from retrofit.recipes.source import stable_hash
 from retrofit.runtime.engine import Engine
 
@@ -65,11 +66,13 @@ def regenerate(
     max_length: int,
     cache: ResponseCache | None = None,
     quiet: bool = True,
+    processes: Processes | None = None,
 ) -> Iterator[Document]:
     """Each document with its responses written anew by `ar` at `temperature`, ids unchanged, no longer than it was.
 
-    Left out are documents whose prompt is empty, or as long as the window.  Raises ResourceError where the cache
-    cannot be written.
+    Left out are documents whose prompt is empty, or as long as the window.  Several processes divide the responses
+    among them; the cache is the main one's.  Raises ResourceError where the cache cannot be written, TrainingError
+    where the processes read different text.
     """
     source = iter(documents)
     while chunk := list(islice(source, CHUNK)):
@@ -77,7 +80,7 @@ def regenerate(
         texts = [text for text in texts if text.waits()]
         waiting = texts
         while waiting:
-            written = _written([text.job() for text in waiting], engine, temperature, cache, quiet)
+            written = _written([text.job() for text in waiting], engine, temperature, cache, quiet, processes)
             for text, response in zip(waiting, written, strict=True):
                 text.take(response)
             waiting = [text for text in waiting if text.waits()]
@@ -131,35 +134,62 @@ def _turns(document: Document, prompt: int) -> list[tuple[int, int]]:
 
 
 def _written(
-    jobs: list[_Job], engine: Engine, temperature: float, cache: ResponseCache | None, quiet: bool
+    jobs: list[_Job],
+    engine: Engine,
+    temperature: float,
+    cache: ResponseCache | None,
+    quiet: bool,
+    processes: Processes | None,
 ) -> list[list[int]]:
     """Responses in the order of the jobs, from the cache where it has them; new ones go there one by one."""
     done = {number: found for number, job in enumerate(jobs) if cache and (found := cache.get(job.key)) is not None}
-    if len(done) == len(jobs):
-        return [done[number] for number in range(len(jobs))]
+    if processes is not None:
+        told = processes.together("responses", ([job.key for job in jobs], done))
+        if any(keys != told[0][0] for keys, _ in told):
+            hint = "let data.source be the same files for all of them"
+            raise TrainingError("the processes read different text", hint)
+        done = told[0][1]
     # The longest begin first, so that none is left running alone at the end.
     missing = sorted((n for n in range(len(jobs)) if n not in done), key=lambda n: -jobs[n].limit)
+    if not missing:
+        return [done[number] for number in range(len(jobs))]
+    mine = missing if processes is None else missing[processes.rank :: processes.size]
+    for number, tokens in _generated(mine, jobs, engine, temperature, quiet, len(done)):
+        done[number] = tokens
+        if cache is not None:
+            cache.put(jobs[number].key, tokens)
+    if processes is not None:
+        for rank, theirs in enumerate(processes.together("generated", {n: done[n] for n in mine})):
+            done |= theirs
+            if cache is not None and rank != processes.rank:
+                for number, tokens in theirs.items():
+                    cache.put(jobs[number].key, tokens)
+    return [done[number] for number in range(len(jobs))]
+
+
+def _generated(
+    numbers: list[int], jobs: list[_Job], engine: Engine, temperature: float, quiet: bool, known: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Responses as they are finished."""
+    if not numbers:
+        return
     events = engine.stream(
-        [list(jobs[n].prompt) for n in missing],
+        [list(jobs[n].prompt) for n in numbers],
         mode="ar",
         temperature=temperature,
-        max_new_tokens=[jobs[n].limit for n in missing],
-        seed=[jobs[n].seed for n in missing],
+        max_new_tokens=[jobs[n].limit for n in numbers],
+        seed=[jobs[n].seed for n in numbers],
         batch_size=BATCH,
         with_text=False,
     )
     with tqdm(
-        total=len(jobs), initial=len(done), desc="regenerating", unit="response", disable=quiet, leave=False,
+        total=known + len(numbers), initial=known, desc="regenerating", unit="response", disable=quiet, leave=False,
         file=sys.stderr, dynamic_ncols=True,
     ) as bar:  # fmt: skip
         for event in events:
             if event.result is not None:
-                number = missing[event.index]
-                done[number] = event.result.tokens
-                if cache is not None:
-                    cache.put(jobs[number].key, event.result.tokens)
+                yield numbers[event.index], event.result.tokens
                 bar.update()
-    return [done[number] for number in range(len(jobs))]
 
 
 def _prompt_length(document: Document, seed: int) -> int:

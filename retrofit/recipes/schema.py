@@ -180,7 +180,7 @@ class Train(Section):
     steps: int = Field(4000, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(8, ge=1)
-    """Sequences per forward."""
+    """Sequences per forward, of all processes together."""
     accumulation: int = Field(1, ge=1)
     """Forwards per optimizer step."""
     anchors: int = Field(64, ge=1)
@@ -195,6 +195,9 @@ class Train(Section):
     """Largest gradient norm; larger ones are scaled down."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Type the forwards compute in; trained weights and losses stay in float32."""
+    checkpointing: bool = False
+    """Compute the draft rows' activations again in the backward pass instead of keeping them: less memory, about a
+    third more time."""
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
     """Keys initial weights, order of documents, anchors, masks and noise."""
     save_every: int = Field(250, ge=0)

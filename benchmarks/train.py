@@ -2,7 +2,8 @@
 
 The straightforward step (`naive_training.py`) has the same documents, anchors, losses and gradients; that they are the
 same is checked.  Ours, naive and the clean forward alone take turns.  Seconds are wall time; processor seconds stand
-beside them, for machines that are not idle.  Offline, on the CPU in fp32.  Exits 3 if a bar is missed or gradients differ.
+beside them, for machines that are not idle.  Offline, on the CPU in fp32.  Exits 3 if a bar is missed or a gradient
+differs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PROMPT = 64
 """Tokens of a random document that are no response."""
 LENGTHS = (1024, 2048, 4096, 8192)
 SAME = 1e-4
-"""Largest difference of a gradient from the naive one, relative to its tensor's largest; the sums run in other orders."""
+"""Largest difference of a gradient from the naive one, relative to its tensor's largest: sums run in other orders."""
 
 Batch = list[tuple[Document, int]]
 
@@ -113,9 +114,9 @@ def of_folder(folder: str) -> Job:
 
 SETTINGS: dict[str, tuple[str, Callable[[], Job]]] = {
     "tiny": ("embedded base, recipe tiny", embedded),
-    "49k": ("random Qwen3, vocabulary 49,152, 2 x 1,024", lambda: of_random(qwen3(49_152), 2, 1024)),
+    "49k": ("random Qwen3, vocabulary 49,152, 1 x 1,024", lambda: of_random(qwen3(49_152), 1, 1024)),
     "49k-long": ("random Qwen3, vocabulary 49,152, 1 x 2,048", lambda: of_random(qwen3(49_152), 1, 2048)),
-    "150k": ("random Qwen3, vocabulary 151,936, 2 x 1,024", lambda: of_random(qwen3(151_936), 2, 1024)),
+    "150k": ("random Qwen3, vocabulary 151,936, 1 x 1,024", lambda: of_random(qwen3(151_936), 1, 1024)),
     "150k-long": ("random Qwen3, vocabulary 151,936, 1 x 2,048", lambda: of_random(qwen3(151_936), 1, 2048)),
 }
 

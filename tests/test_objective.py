@@ -230,7 +230,15 @@ def test_chunks_and_accumulation_add_up(kind: str, rows: int, monkeypatch: pytes
     chunked = problem.backward(kind)
     for sums, got_hidden, got_heads in (apart, chunked):
         # L_AR counts the distinct positions of each call.
-        for name in (*(("ar", "ar_count") if sums is chunked[0] else ()), "diff", "diff_count", "draft", "draft_weight", "conf", "conf_count"):
+        for name in (
+            *(("ar", "ar_count") if sums is chunked[0] else ()),
+            "diff",
+            "diff_count",
+            "draft",
+            "draft_weight",
+            "conf",
+            "conf_count",
+        ):
             assert getattr(sums, name) == pytest.approx(getattr(whole, name), rel=1e-5)
         torch.testing.assert_close(sums.accept, whole.accept)
         torch.testing.assert_close(got_hidden, hidden)

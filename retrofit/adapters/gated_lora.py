@@ -44,7 +44,7 @@ class GatedLoraLinear(lora.Linear):
         elif first == 0 and torch.is_grad_enabled() and not base.weight.requires_grad:
             adapter = self.active_adapters[0]
             down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            trained: Tensor = _FrozenPlusLowRank.apply(x, base.weight, base.bias, down, up, self.scaling[adapter])  # type: ignore[no-untyped-call]
+            trained: Tensor = _FrozenPlusLowRank.apply(x, base.weight, base.bias, down, up, self.scaling[adapter])
             return trained
         else:
             # What the layer would do, past the module machinery: a tenth of a small model's decode step.

@@ -111,7 +111,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, val
 
     keys [slots, capacity, Hk, D] and values [slots, capacity, Hk, Dv] are a cache layer; they get no gradient.
     """
-    out: Tensor = _BlockAttention.apply(query, key, value, keys, values, call)  # type: ignore[no-untyped-call]
+    out: Tensor = _BlockAttention.apply(query, key, value, keys, values, call)
     return out
 
 

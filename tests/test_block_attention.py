@@ -147,6 +147,7 @@ def engine_of(name: str, layout: DraftLayout, **changes: Any) -> Engine:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rows_and_gradients_of_every_architecture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention.FEW_SCORES, "cpu", 0)
     monkeypatch.setitem(block_attention.TILE_SCORES, "cpu", 500)
     engine = engine_of(name, DraftLayout(5))
     found = [SequenceRows(s, 0, blocks=blocks([4, 7, 17], [5, 5, 2 + s])) for s in (0, 2)]
@@ -194,6 +195,7 @@ STEPS: dict[str, tuple[str, DraftLayout, dict[str, Any]]] = {
 def test_a_step_equals_the_straightforward_one(case: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objective, "FEWEST_ROWS", 1)
     monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(attention.FEW_SCORES, "cpu", 0)
     monkeypatch.setitem(block_attention.TILE_SCORES, "cpu", chunk)
     name, layout, overrides = STEPS[case]
     got, ours = gradients_of(Trainer, name, layout, **overrides)
@@ -266,6 +268,7 @@ def test_no_tensor_grows_faster_than_the_document(name: str, monkeypatch: pytest
     """Anchors fixed, documents of 1,000 and 2,000 tokens.  Thresholds are lowered so that tiny models are large."""
     for limit, value in (("LARGE_MASK", 1 << 14), ("LARGE_SCORES", 1 << 14), ("PIECE", 1 << 14)):
         monkeypatch.setattr(attention, limit, value)
+    monkeypatch.setitem(attention.FEW_SCORES, "cpu", 1 << 14)
     monkeypatch.setitem(block_attention.TILE_SCORES, "cpu", 1 << 14)
     engine = engine_of(name, DraftLayout(4), max_position_embeddings=4096)
     settings = {"draft.block": 4, "train.anchors": 4, "objective.diffusion_share": 0.5}

@@ -3,7 +3,7 @@
 Registered with transformers under the name `retrofit`; the plan arrives as the keyword argument `retrofit_rows`.
 
     base rows      write K/V, read base K/V: one call; in pieces where a mask or scores of all rows would be too large
-    draft rows     read base K/V and their own block: one call; while training see `block_attention.py`
+    draft rows     read base K/V and their own block: one call; while training see `block_attention.py`, unless few
 
 Not here: what a row sees (`adapters/rows.py`).
 """
@@ -28,6 +28,8 @@ LARGE_MASK = 1 << 22
 """Rows times keys of one sequence from which base rows are masked in pieces."""
 LARGE_SCORES = 1 << 24
 """Heads times rows times keys of one sequence from which soft-capped scores are made in pieces."""
+FEW_SCORES = {"cpu": 1 << 21}
+"""Up to so many scores draft rows attend by one dense call while training too: many small steps would take longer."""
 PIECE = 1 << 22
 """Elements of a piece's mask, or of its scores, over all sequences."""
 
@@ -108,7 +110,11 @@ def row_attention(
         k, v = cache.append(layer, plan.base.slots[0], plan.sequences[0].start, key, value)
         return _base_rows(plan, query, k, v, sliding_window, scale, softcap).transpose(1, 2), None
     if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
-        return _training_rows(plan, cache.layers[layer], query, key, value, sliding_window, scale, softcap), None
+        group = plan.draft
+        assert group is not None
+        scores = len(group.slots) * query.shape[1] * group.width * (group.keys + group.width)
+        if scores > FEW_SCORES.get(query.device.type, 0):
+            return _training_rows(plan, cache.layers[layer], query, key, value, sliding_window, scale, softcap), None
     query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
     n = plan.num_base
     out: list[Tensor] = []

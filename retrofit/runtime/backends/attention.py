@@ -149,8 +149,10 @@ def _base_rows(
     if plan.tree or not (scores > LARGE_SCORES or (masked and T * group.keys > LARGE_MASK)):
         mask, causal = plan.base_mask(window, query.dtype)
         return attend(query, key, value, mask, causal, scale, softcap)
-    reach = group.keys if window is None else min(group.keys, 2 * window)
-    rows = max(1, PIECE // (S * reach * (H if softcap is not None else 1)))
+    room = max(1, PIECE // (S * (H if softcap is not None else 1)))
+    rows = max(1, room // group.keys)
+    if window is not None:  # a piece reads rows + window keys
+        rows = max(rows, int((window**2 + 4 * room) ** 0.5 - window) // 2)
     out = query.new_empty(S, H, T, value.shape[-1])
     for first in range(0, T, rows):
         piece = slice(first, min(first + rows, T))

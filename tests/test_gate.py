@@ -14,7 +14,8 @@ from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.runtime.backends import hf
-from retrofit.runtime.backends.hf import ATTENTION, HFBackend, Output, row_attention
+from retrofit.runtime.backends.attention import ATTENTION, row_attention
+from retrofit.runtime.backends.hf import HFBackend, Output
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.engine import Engine
 

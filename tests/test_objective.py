@@ -34,7 +34,7 @@ def by_hand() -> tuple[Tensor, Tensor]:
 def test_draft_loss_by_hand() -> None:
     p, logits = by_hand()
     assert total_variation(p, logits.exp()).item() == pytest.approx(0.25)
-    loss, gradient, tv, best = draft_loss(logits, p, "tv_ce")
+    loss, gradient, tv, best = draft_loss(logits.clone(), p, "tv_ce")
     assert loss.item() == pytest.approx(0.9 * 0.25 + 0.1 * math.log(4))
     assert (tv.item(), best.item()) == (pytest.approx(0.25), 1)
     # s = (-1, 1, 0), <s, q> = 1/4: dTV = q (s - 1/4) / 2; dCE = q - (1, 0, 0)
@@ -42,7 +42,7 @@ def test_draft_loss_by_hand() -> None:
     dce = [0.25 - 1, 0.5, 0.25]
     want = [0.9 * a + 0.1 * b for a, b in zip(dtv, dce, strict=True)]
     assert gradient[0].tolist() == pytest.approx(want)
-    assert draft_loss(logits, p, "tv")[0].item() == pytest.approx(0.25)
+    assert draft_loss(logits.clone(), p, "tv")[0].item() == pytest.approx(0.25)
     kl, gradient, _, _ = draft_loss(logits, p, "kl")
     assert kl.item() == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
     assert gradient[0].tolist() == pytest.approx([-0.25, 0.25, 0.0])
@@ -76,7 +76,7 @@ def test_draft_gradient_against_autograd(kind: str) -> None:
     p = torch.softmax(2 * torch.randn(50, V), -1)
     want = FORMULAS[kind](p, torch.softmax(logits, -1))
     (expected,) = torch.autograd.grad(want.sum(), logits)
-    loss, gradient, tv, best = draft_loss(logits.detach(), p, kind)
+    loss, gradient, tv, best = draft_loss(logits.detach().clone(), p, kind)
     torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(tv, FORMULAS["tv"](p, torch.softmax(logits.detach(), -1)))
@@ -225,11 +225,20 @@ def test_chunks_and_accumulation_add_up(kind: str, rows: int, monkeypatch: pytes
     problem = Problem()
     whole, hidden, heads = problem.backward(kind)
     apart = problem.backward(kind, (slice(0, 2), slice(2, None)))
+    monkeypatch.setattr(objective, "FEWEST_ROWS", 1)
     monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", rows * V)
     chunked = problem.backward(kind)
     for sums, got_hidden, got_heads in (apart, chunked):
-        # L_AR has no gradient here and is averaged over each chunk's distinct positions.
-        for name in ("diff", "diff_count", "draft", "draft_weight", "conf", "conf_count"):
+        # L_AR counts the distinct positions of each call.
+        for name in (
+            *(("ar", "ar_count") if sums is chunked[0] else ()),
+            "diff",
+            "diff_count",
+            "draft",
+            "draft_weight",
+            "conf",
+            "conf_count",
+        ):
             assert getattr(sums, name) == pytest.approx(getattr(whole, name), rel=1e-5)
         torch.testing.assert_close(sums.accept, whole.accept)
         torch.testing.assert_close(got_hidden, hidden)
@@ -238,12 +247,33 @@ def test_chunks_and_accumulation_add_up(kind: str, rows: int, monkeypatch: pytes
 
 
 def test_no_chunk_is_larger_than_it_may_be() -> None:
-    """A 150k vocabulary meets 8,192 drafting rows in pieces of at most CHUNK_ELEMENTS, or one block."""
-    for blocks, drafts, vocab in ((1024, 8, 151_936), (3, 16, 1 << 20)):
+    """8,192 drafting rows meet a vocabulary in pieces of at most CHUNK_ELEMENTS, or FEWEST_ROWS, or one block."""
+    for blocks, drafts, vocab in ((1024, 8, 151_936), (1024, 8, 2048), (3, 128, 1 << 20)):
         parts = objective._chunks(blocks, drafts, vocab, torch.device("cpu"))
         sizes = [p.stop - p.start for p in parts]
         assert sum(sizes) == blocks
-        assert all(n == 1 or n * drafts * vocab <= objective.CHUNK_ELEMENTS["cpu"] for n in sizes)
+        most = max(objective.CHUNK_ELEMENTS["cpu"], objective.FEWEST_ROWS * vocab)
+        assert all(n == 1 or n * drafts * vocab <= most for n in sizes)
+
+
+@pytest.mark.parametrize("rows", [D, 2 * D, 5 * D])
+def test_each_position_is_projected_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the chunks are: blocks overlap, also those of two chunks."""
+    monkeypatch.setattr(objective, "FEWEST_ROWS", 1)
+    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", rows * V)
+    problem = Problem()
+    taught = []
+    project = problem.project
+
+    def counted(hidden: Tensor) -> Tensor:
+        if not hidden.requires_grad:
+            taught.append(len(hidden))
+        return project(hidden)
+
+    monkeypatch.setattr(problem, "project", counted)
+    problem.backward("draft")
+    assert len(taught) == -(-B * D // rows)
+    assert sum(taught) == len(problem.blocks.source.unique())
 
 
 def test_teacher_loss_counts_each_position_once() -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class Gate:
@@ -39,6 +41,11 @@ class GatedLoraLinear(lora.Linear):
         hooked = base is None or base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
         if base is None or hooked:
             out: Tensor = self.base_layer(x)
+        elif first == 0 and torch.is_grad_enabled() and not base.weight.requires_grad:
+            adapter = self.active_adapters[0]
+            down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            trained: Tensor = _FrozenPlusLowRank.apply(x, base.weight, base.bias, down, up, self.scaling[adapter])
+            return trained
         else:
             # What the layer would do, past the module machinery: a tenth of a small model's decode step.
             out = F.linear(x, base._parameters["weight"], base._parameters["bias"])  # type: ignore[arg-type]
@@ -52,3 +59,41 @@ class GatedLoraLinear(lora.Linear):
             return out + update.to(out.dtype)
         out[..., first:, :] += update.to(out.dtype)
         return out
+
+
+class _FrozenPlusLowRank(torch.autograd.Function):
+    """x W^T + bias + scaling (x A^T) B^T for draft rows alone, W and bias frozen.
+
+    Autograd would make a full-size tensor each for the update, its scaling, the sum, and their gradients; here the
+    scaling is met by [N, rank] numbers and every sum is formed by the matrix product itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = (rows.to(down.dtype) @ down.T).mul_(scaling)
+        out = _plus_product(F.linear(rows, weight, bias), low, up.T)
+        ctx.save_for_backward(rows, low, weight, down, up)
+        ctx.scaling = scaling
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low, weight, down, up = ctx.saved_tensors
+        given = gradient.reshape(-1, gradient.shape[-1])
+        wide = given.to(up.dtype)
+        d_low = (wide @ up).mul_(ctx.scaling)
+        d_up = wide.T @ low if ctx.needs_input_grad[4] else None
+        d_down = d_low.T @ rows.to(down.dtype) if ctx.needs_input_grad[3] else None
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = _plus_product(given @ weight, d_low, down).view(*gradient.shape[:-1], -1)
+        return d_x, None, None, d_down, d_up, None
+
+
+def _plus_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out + left right, in place; the product in its own type where that is another."""
+    return out.addmm_(left, right) if out.dtype == left.dtype else out.add_((left @ right).to(out.dtype))

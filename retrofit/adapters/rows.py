@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +95,30 @@ class Group:
         """[S, H, T, D] back to [N, H, D]."""
         flat = out_SHTD.transpose(1, 2).reshape(-1, out_SHTD.shape[1], out_SHTD.shape[3])
         return flat if self.scatter is None else flat[self.scatter]
+
+
+@dataclass
+class BlockRows:
+    """Draft rows of one forward as blocks [n, K], one after another; shorter blocks are filled up with row 0.
+
+    gather is None when all blocks are whole; else `scatter` picks the real rows back out.
+    """
+
+    slots: list[int]
+    starts: list[int]
+    lengths: list[int]
+    block: int
+    """K, the most rows that a block has."""
+    device: torch.device
+    gather: Tensor | None
+    scatter: Tensor | None
+    tiles: dict[Any, Any] = field(default_factory=dict)
+    """How the attention call cuts them up, which is the same in every layer."""
+
+    @property
+    def last(self) -> int:
+        """Largest position of its rows."""
+        return max(start + n - 1 for start, n in zip(self.starts, self.lengths, strict=True))
 
 
 class RowPlan:
@@ -241,6 +267,40 @@ class RowPlan:
             limit=arrays["limit"],
             block=arrays["block"],
         )
+
+    @cached_property
+    def block_rows(self) -> BlockRows:
+        """The draft rows, where none of them branch."""
+        found = [(s.slot, b.start, len(b.inputs)) for s in self.sequences for b in s.blocks if b.inputs]
+        slots, starts, lengths = (list(column) for column in zip(*found, strict=True))
+        K = max(lengths)
+        gather = scatter = None
+        if any(n != K for n in lengths):
+            count = np.asarray(lengths)
+            there = np.arange(K) < count[:, None]
+            first = np.cumsum(count) - count
+            gather = self._tensor(np.where(there, first[:, None] + np.arange(K), 0).ravel())
+            scatter = self._tensor(np.flatnonzero(there.ravel()))
+        return BlockRows(slots, starts, lengths, K, self.device, gather, scatter)
+
+    def base_part(self, window: int | None, first: int, stop: int) -> tuple[int, int, Tensor]:
+        """What base rows `first` to `stop` of each sequence see of the keys `low` to `high`: (low, high, [S, T, keys]).
+
+        For sequences so long that a mask of all rows and keys is too large.
+        """
+        group = self.base
+        assert group is not None and group.ancestors is None
+        query, limit = group.query[:, first:stop], group.limit[:, first:stop]
+        there = query >= 0
+        low = 0 if window is None or not there.any() else max(0, int(query[there].min()) - window + 1)
+        high = max(int(limit.max()), low + 1)
+        query_ST1, limit_ST1 = (self._tensor(np.ascontiguousarray(a))[:, :, None] for a in (query, limit))
+        keys = torch.arange(low, high, device=self.device)
+        seen = keys < limit_ST1
+        if window is not None:
+            seen &= query_ST1 - keys < window
+        seen[:, :, 0] |= query_ST1[:, :, 0] < 0  # padding: nobody reads it, but it has to be finite
+        return low, high, seen
 
     def base_mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
         """(additive mask [S, 1, T, keys] or None, whether plain causal attention does instead)."""

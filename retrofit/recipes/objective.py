@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +28,9 @@ from retrofit.adapters.heads import Heads
 
 TV_SHARE = 0.9
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits per chunk: a few copies of this many fp32 numbers are alive at a time."""
+"""Logits per chunk: five copies of this many fp32 numbers are alive at a time."""
+FEWEST_ROWS = 96
+"""Rows per chunk, at least: with fewer, matrix products wait for the vocabulary head's weights to be read."""
 
 
 def total_variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
@@ -67,39 +70,56 @@ SLOT_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def draft_loss(logits_NV: Tensor, p_NV: Tensor, kind: str = "tv_ce") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each row and its gradient with respect to the draft logits.
+def draft_loss(
+    logits_NV: Tensor,
+    p_NV: Tensor,
+    kind: str = "tv_ce",
+    top_N: Tensor | None = None,
+    negentropy_N: Tensor | None = None,
+    spare_NV: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of each row and its gradient with respect to the fp32 draft logits, which are overwritten.
 
     kind: `tv_ce` = 0.9 TV + 0.1 CE(q, argmax p), `tv` = TV, `kl` = KL(p || q).
+    top, negentropy: argmax p and sum p log p where they are known.  spare: memory to work in.
     Returns (loss [N], gradient [N, V], TV [N], argmax q [N]).
     With s = sign(q - p):  dTV/dz = q (s - <s, q>) / 2;  dCE/dz = q - onehot;  dKL/dz = q - p.
     """
-    log_q = F.log_softmax(logits_NV.float(), dim=-1)
-    q = log_q.exp()
-    difference = q - p_NV
-    tv = 0.5 * difference.abs().sum(-1)
-    best = logits_NV.argmax(-1)
+    best = logits_NV.argmax(-1, keepdim=True)
     if kind == "kl":
-        kl = torch.special.xlogy(p_NV, p_NV).sum(-1) - (p_NV * log_q).sum(-1)
-        return kl, difference, tv, best
-    sign = difference.sign_()
-    gradient = (sign - (sign * q).sum(-1, keepdim=True)).mul_(q).mul_(0.5)
+        if negentropy_N is None:
+            negentropy_N = torch.special.xlogy(p_NV, p_NV).sum(-1)
+        log_q = torch.log_softmax(logits_NV, dim=-1, out=spare_NV)
+        kl = negentropy_N - _dot(p_NV, log_q)
+        gradient = log_q.exp_().sub_(p_NV)
+        return kl, gradient, 0.5 * gradient.norm(p=1, dim=-1), best[:, 0]
+    top = p_NV.argmax(-1, keepdim=True) if top_N is None else top_N[:, None]
+    gap = (logits_NV.gather(-1, best) - logits_NV.gather(-1, top))[:, 0]
+    q = torch.softmax(logits_NV, dim=-1, out=spare_NV)
+    sign = torch.sub(q, p_NV, out=logits_NV)
+    tv = 0.5 * sign.norm(p=1, dim=-1)
+    mean = _dot(sign.sign_(), q)[:, None]
     if kind == "tv":
-        return tv, gradient, tv, best
-    top = p_NV.argmax(-1, keepdim=True)
-    ce = -log_q.gather(-1, top).squeeze(-1)
-    gradient = gradient.mul_(TV_SHARE).add_(q, alpha=1 - TV_SHARE)
+        return tv, sign.sub_(mean).mul_(q).mul_(0.5), tv, best[:, 0]
+    ce = gap - q.gather(-1, best)[:, 0].log()
+    # .45 q (s - <s, q>) + .1 (q - onehot)
+    gradient = sign.mul_(TV_SHARE / 2).add_((1 - TV_SHARE) - TV_SHARE / 2 * mean).mul_(q)
     gradient.scatter_add_(-1, top, torch.full_like(top, -(1 - TV_SHARE), dtype=gradient.dtype))
-    return TV_SHARE * tv + (1 - TV_SHARE) * ce, gradient, tv, best
+    return TV_SHARE * tv + (1 - TV_SHARE) * ce, gradient, tv, best[:, 0]
 
 
-def data_loss(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy to the data and its gradient: (loss [N], gradient [N, V])."""
-    log_q = F.log_softmax(logits_NV.float(), dim=-1)
+def data_loss(logits_NV: Tensor, target_N: Tensor, spare_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy to the data and its gradient: (loss [N], gradient [N, V]).  spare: memory for the gradient."""
+    log_q = torch.log_softmax(logits_NV, dim=-1, out=spare_NV)
     loss = -log_q.gather(-1, target_N[:, None]).squeeze(-1)
     gradient = log_q.exp_()
     gradient.scatter_add_(-1, target_N[:, None], gradient.new_full((len(target_N), 1), -1.0))
     return loss, gradient
+
+
+def _dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
+    """[N] inner products, without a tensor of all the products."""
+    return torch.bmm(a_NV[:, None], b_NV[:, :, None])[:, 0, 0]
 
 
 @dataclass
@@ -161,37 +181,47 @@ def backward_draft(
     Divide gradients by sums.draft_weight (confidence head: sums.conf_count) at the end.
     """
     B, D, H = blocks.hidden.shape
+    device = blocks.hidden.device
     gradient = torch.zeros_like(blocks.hidden)
-    best = torch.zeros(B, D, dtype=torch.long, device=gradient.device)
-    if sums.accept.numel() == 0:
-        sums.accept = torch.zeros(D, 3, dtype=torch.float64)
-    for part in _chunks(B, D, heads.vocab, gradient.device):
-        rows = len(range(*part.indices(B))) * D
-        hidden = blocks.hidden[part].detach().reshape(rows, H).requires_grad_()
-        previous, eligible = blocks.previous[part].reshape(rows), blocks.eligible[part]
-        p, top, ce, distinct_targets = _teacher(blocks, part, clean_hidden_PH, project)
-        logits = heads.draft_logits(project(hidden), previous)
-        loss, grad, tv, chosen = draft_loss(logits.detach(), p, kind)
+    best = torch.zeros(B, D, dtype=torch.long, device=device)
+    accept = torch.zeros(B, D, 2, device=device)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    parts = _chunks(B, D, heads.vocab, device)
+    memory = Memory(max(p.stop - p.start for p in parts) * D, heads.vocab, device)
+    teacher = Teacher(clean_hidden_PH, project, memory, kind == "kl")
+    sources = blocks.source.cpu().numpy()
+    for part in parts:
+        previous, eligible = blocks.previous[part].flatten(), blocks.eligible[part]
+        teacher.learn(sources[part].ravel(), blocks.target[part].flatten())
+        drafts = Drafts(blocks.hidden[part].flatten(0, 1), previous, project, heads)
+        p, top, negentropy = teacher.rows()
+        loss, grad, tv, chosen = draft_loss(drafts.logits, p, kind, top, negentropy, memory.q(len(p)))
         weight = SLOT_WEIGHTS[slot_weights](tv.view(-1, D), eligible)
-        logits.backward(grad.mul_(weight.view(rows, 1)))
-        gradient[part] = hidden.grad.view(-1, D, H)  # type: ignore[union-attr]
+        gradient[part] = drafts.backward(grad, weight.flatten()).view(-1, D, H)
         best[part] = chosen.view(-1, D)
-        sums.draft += float((loss.view(-1, D) * weight).sum())
-        sums.draft_weight += float(weight.sum())
-        sums.ar += ce
-        sums.ar_count += distinct_targets
-        hit = (chosen == top).float()
-        accept = torch.stack([1 - tv, hit, torch.ones_like(tv)], -1).view(-1, D, 3) * eligible[..., None]
-        sums.accept += accept.sum(0).double().cpu()
-        confidence = heads.confidence_logits(hidden.detach(), previous)
-        if confidence is not None:
-            want = torch.stack([hit, 1 - tv], dim=-1)
-            bce = F.binary_cross_entropy_with_logits(confidence, want, reduction="none").sum(-1)
-            bce = (bce.view(-1, D) * eligible).sum()
-            bce.backward()
-            sums.conf += float(bce.detach())
-            sums.conf_count += int(eligible.sum())
+        accept[part] = torch.stack([1 - tv, (chosen == top).float()], -1).view(-1, D, 2)
+        totals += torch.stack([(loss.view(-1, D) * weight).sum(), weight.sum()])
+    draft, draft_weight, ar, ar_count = torch.cat([totals, teacher.loss(blocks.source[blocks.eligible])]).tolist()
+    sums.draft, sums.draft_weight = sums.draft + draft, sums.draft_weight + draft_weight
+    sums.ar, sums.ar_count = sums.ar + ar, sums.ar_count + round(ar_count)
+    seen = torch.cat([accept, torch.ones_like(accept[..., :1])], -1) * blocks.eligible[..., None]
+    seen = seen.sum(0, dtype=torch.float64).cpu()
+    sums.accept = seen if sums.accept.numel() == 0 else sums.accept + seen
+    _backward_confidence(blocks, accept, heads, sums)
     return gradient, best
+
+
+def _backward_confidence(blocks: Blocks, accept_BD2: Tensor, heads: Heads, sums: Sums) -> None:
+    """L_conf: how well it is known, from hidden state and previous token, which drafts are accepted."""
+    confidence = heads.confidence_logits(blocks.hidden.detach().flatten(0, 1), blocks.previous.flatten())
+    if confidence is None:
+        return
+    want = accept_BD2.flip(-1).flatten(0, 1)  # greedy first, then sampled
+    bce = F.binary_cross_entropy_with_logits(confidence, want, reduction="none").sum(-1)
+    total = (bce * blocks.eligible.flatten()).sum()
+    total.backward()
+    sums.conf += float(total.detach())
+    sums.conf_count += int(blocks.eligible.sum())
 
 
 def backward_diffusion(blocks: Blocks, project: Callable[[Tensor], Tensor], heads: Heads, sums: Sums) -> Tensor:
@@ -200,44 +230,147 @@ def backward_diffusion(blocks: Blocks, project: Callable[[Tensor], Tensor], head
     Rows with weight 0 (their token is not masked) carry no loss; the denominator counts all eligible slots.
     """
     assert blocks.weight is not None
-    B, D = blocks.hidden.shape[:2]
-    gradient = torch.zeros_like(blocks.hidden)
-    for part in _chunks(B, D, heads.vocab, gradient.device):
-        weight = torch.where(blocks.eligible[part], blocks.weight[part], 0.0)
-        live = weight > 0
-        sums.diff_count += int(blocks.eligible[part].sum())
-        if not bool(live.any()):
-            continue
-        hidden = blocks.hidden[part].detach()[live].requires_grad_()
-        logits = heads.draft_logits(project(hidden), blocks.previous[part][live])
-        loss, grad = data_loss(logits.detach(), blocks.target[part][live])
-        logits.backward(grad.mul_(weight[live][:, None]))
-        gradient[part][live] = hidden.grad  # type: ignore[assignment]
-        sums.diff += float((loss * weight[live]).sum())
-    return gradient
+    gradient = torch.zeros_like(blocks.hidden).flatten(0, 1)
+    hidden, previous, target = (t.detach().flatten(0, 1) for t in (blocks.hidden, blocks.previous, blocks.target))
+    weight = torch.where(blocks.eligible, blocks.weight, 0.0).flatten()
+    sums.diff_count += int(blocks.eligible.sum())
+    live = weight.nonzero()[:, 0]
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    parts = live.split(chunk_rows(heads.vocab, hidden.device)) if len(live) else ()
+    memory = Memory(len(parts[0]) if parts else 0, heads.vocab, hidden.device)
+    for rows in parts:
+        drafts = Drafts(hidden[rows], previous[rows], project, heads)
+        loss, grad = data_loss(drafts.logits, target[rows], memory.q(len(rows)))
+        gradient[rows] = drafts.backward(grad, weight[rows])
+        total += (loss * weight[rows]).sum()
+    sums.diff += float(total)
+    return gradient.view_as(blocks.hidden)
 
 
-def _teacher(
-    blocks: Blocks, part: slice, clean_hidden_PH: Tensor, project: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, float, int]:
-    """p [N, V], argmax p [N], and L_AR's sum and count over the chunk's distinct positions.
+class Memory:
+    """Room for [rows, V] numbers, used again for every chunk: fresh memory costs more than the arithmetic on it."""
 
-    Blocks of one sequence overlap, so each distinct position is projected to the vocabulary once.
+    def __init__(self, rows: int, vocab: int, device: torch.device):
+        self._shape, self._device = (rows, vocab), device
+        self._kept: dict[str, Tensor] = {}
+
+    def _rows(self, name: str, count: int) -> Tensor:
+        if name not in self._kept:
+            self._kept[name] = torch.empty(self._shape, device=self._device)
+        return self._kept[name][:count]
+
+    def q(self, count: int) -> Tensor:
+        """[count, V] of the drafts."""
+        return self._rows("q", count)
+
+    def p(self, count: int) -> Tensor:
+        """[count, V] of the rows' teachers."""
+        return self._rows("p", count)
+
+    def distinct(self, count: int) -> Tensor:
+        """[count, V] of the teachers at the chunk's distinct positions."""
+        return self._rows("distinct", count)
+
+
+class Drafts:
+    """Draft logits of some rows, and the way back from their gradient.
+
+    The Markov head's part is done by hand, on top of the trunk's logits and in place: autograd would make full-size
+    tensors of its bias, of the sum, and of W1's and W2's gradients.
     """
-    distinct, where = blocks.source[part].reshape(-1).unique(return_inverse=True)
-    with torch.no_grad():
-        log_p = F.log_softmax(project(clean_hidden_PH[distinct]).float(), dim=-1)
-        target = torch.zeros_like(distinct)
-        counted = torch.zeros_like(distinct, dtype=torch.bool)
-        eligible = blocks.eligible[part].reshape(-1)
-        target[where[eligible]] = blocks.target[part].reshape(-1)[eligible]
-        counted[where[eligible]] = True
-        ce = -log_p.gather(-1, target[:, None]).squeeze(-1)[counted].sum()
-        top = log_p.argmax(-1)
-        return log_p.exp_()[where], top[where], float(ce), int(counted.sum())
+
+    def __init__(self, hidden_NH: Tensor, previous_N: Tensor, project: Callable[[Tensor], Tensor], heads: Heads):
+        self.hidden, self.previous, self.heads = hidden_NH.detach().requires_grad_(), previous_N, heads
+        self.trunk = project(self.hidden)
+        self.logits = self.trunk.detach().float()
+        """[N, V] in fp32."""
+        self.first: Tensor | None = None
+        if heads.markov_w1 is not None and heads.markov_w2 is not None:
+            self.first = heads.markov_w1.detach()[previous_N]
+            self.logits.addmm_(self.first, heads.markov_w2.detach().T)
+
+    def backward(self, gradient_NV: Tensor, weight_N: Tensor) -> Tensor:
+        """Gradient of the hidden states, row n's times weight[n]; adds the Markov head's to its parameters'."""
+        w1, w2, weight = self.heads.markov_w1, self.heads.markov_w2, weight_N[:, None]
+        if self.first is not None and w1 is not None and w2 is not None:
+            _gradient(w2).addmm_(gradient_NV.T, self.first * weight)
+            _gradient(w1).index_add_(0, self.previous, (gradient_NV @ w2.detach()) * weight)
+        (got,) = torch.autograd.grad(self.trunk, self.hidden, gradient_NV.to(self.trunk.dtype))
+        return got * weight.to(got.dtype)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """A parameter's gradient, to add to."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+class Teacher:
+    """The base's own distribution at the positions that a chunk of blocks is judged by, one chunk after another.
+
+    Blocks overlap, and come in order of their positions: each position is projected to the vocabulary once, and what
+    a chunk shares with the one before it is kept.
+    """
+
+    def __init__(
+        self, clean_hidden_PH: Tensor, project: Callable[[Tensor], Tensor], memory: Memory, with_entropy: bool
+    ):
+        self._clean, self._project, self._memory, self._with_entropy = clean_hidden_PH, project, memory, with_entropy
+        device = clean_hidden_PH.device
+        self._loss = torch.zeros(len(clean_hidden_PH), dtype=torch.float64, device=device)
+        self._positions = np.zeros(0, dtype=np.int64)
+        """Position of each row of the distributions."""
+        self._p = memory.distinct(0)
+        self._top = torch.zeros(0, dtype=torch.long, device=device)
+        self._negentropy = torch.zeros(0, device=device)
+        self._where = self._top
+
+    @torch.no_grad()
+    def learn(self, source_N: np.ndarray, target_N: Tensor) -> None:
+        """Find the distributions at these positions, which these tokens follow."""
+        device = self._clean.device
+        distinct, first, where = np.unique(source_N, return_index=True, return_inverse=True)
+        old = np.isin(distinct, self._positions)
+        kept = np.argsort(self._positions)[np.searchsorted(np.sort(self._positions), distinct[old])]
+        order = np.argsort(~old, kind="stable")  # kept ones first
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        kept_rows, new, new_first, self._where = (
+            torch.from_numpy(a).to(device) for a in (kept, distinct[~old], first[~old], rank[where.ravel()])
+        )
+        logits = self._project(self._clean[new]).float()
+        top = logits.argmax(-1)
+        carried = self._p[kept_rows]
+        self._p = self._memory.distinct(len(distinct))
+        self._p[: len(kept)] = carried
+        p = self._p[len(kept) :]
+        torch.softmax(logits, dim=-1, out=p)
+        largest = logits.gather(-1, top[:, None])
+        log_sum = largest - p.gather(-1, top[:, None]).log()
+        self._loss[new] = (log_sum - logits.gather(-1, target_N[new_first][:, None]))[:, 0].double()
+        self._top = torch.cat([self._top[kept_rows], top])
+        if self._with_entropy:
+            self._negentropy = torch.cat([self._negentropy[kept_rows], _dot(p, logits.sub_(log_sum))])
+        self._positions = distinct[order]
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """p [N, V], argmax p [N] and, where it was asked for, sum p log p [N] of the last chunk's rows."""
+        p = torch.index_select(self._p, 0, self._where, out=self._memory.p(len(self._where)))
+        return p, self._top[self._where], self._negentropy[self._where] if self._with_entropy else None
+
+    def loss(self, positions: Tensor) -> Tensor:
+        """[2] L_AR's sum over these positions, each counted once, and their number."""
+        counted = torch.zeros_like(self._loss).index_fill_(0, positions, 1)
+        return torch.stack([(self._loss * counted).sum(), counted.sum()])
+
+
+def chunk_rows(vocab: int, device: torch.device) -> int:
+    """How many rows meet the vocabulary at once."""
+    return max(CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocab, FEWEST_ROWS)
 
 
 def _chunks(B: int, D: int, vocab: int, device: torch.device) -> list[slice]:
-    """Slices of whole blocks (D-PACE weights need a block's slots together) of at most CHUNK_ELEMENTS logits."""
-    size = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // (D * vocab))
+    """Slices of whole blocks (D-PACE weights need a block's slots together) of at most `chunk_rows` rows."""
+    size = max(1, chunk_rows(vocab, device) // D)
     return [slice(i, min(i + size, B)) for i in range(0, B, size)]

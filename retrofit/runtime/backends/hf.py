@@ -1,7 +1,7 @@
 """The `hf` backend: a model's own transformers modules, driven by row plans.
 
 All rows of a forward travel as one packed sequence [1, N]; the plan goes along as a keyword argument and arrives in the
-attention function registered here, which keeps base K/V itself (the model runs with `use_cache=False`) and lets every
+attention function of `attention.py`, which keeps base K/V itself (the model runs with `use_cache=False`) and lets every
 row see what the plan says.  Any decoder that calls transformers' AttentionInterface works; the others are refused by
 name.  The model's configuration is set for the forward and restored after it, so a live model keeps working.
 
@@ -12,24 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from retrofit.adapters.attach import Attached
 from retrofit.adapters.gated_lora import Gate
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.errors import UnsupportedModelError
+from retrofit.runtime.backends.attention import ATTENTION, ForwardContext
 from retrofit.runtime.backends.interface import Output, eos_set
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.sampling import SamplingParams, choose
 
-ATTENTION = "retrofit"
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
 CACHE_STEP = 256
@@ -38,105 +36,6 @@ GATHER_BYTES = 1 << 28
 """Expert weights that one `batched_mm` call may gather; more rows run in several calls, with the same bits."""
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-
-
-@dataclass
-class ForwardContext:
-    """What the attention function needs; travels through the model as `retrofit_rows`."""
-
-    plan: RowPlan
-    cache: KVCache
-    calls: int = 0
-    windowed: int = 0
-    """Calls that came with a sliding window."""
-
-
-def attend(
-    query_SHTD: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scaling: float,
-    softcap: float | None,
-) -> Tensor:
-    """softmax(scaling * q k^T [soft-capped] + mask) v for grouped queries.
-
-    query [S, Hq, T, D], key [S, Hkv, L, D], value [S, Hkv, L, Dv], mask additive [S, 1, T, L] -> [S, Hq, T, Dv].
-    """
-    groups = query_SHTD.shape[1] // key.shape[1]
-    if softcap is None and value.shape[-1] < key.shape[-1]:
-        # MLA: the fast kernels want equal widths; zero columns of V only add zero columns to the output.
-        padded = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
-        return attend(query_SHTD, key, padded, mask, causal, scaling, None)[..., : value.shape[-1]]
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            query_SHTD, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1
-        )
-    S, H, T, D = query_SHTD.shape
-    scores = query_SHTD.reshape(S, H // groups, groups * T, D) @ key.transpose(2, 3) * scaling
-    scores = (softcap * torch.tanh(scores / softcap)).view(S, H, T, -1)
-    if causal:
-        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), float("-inf"))
-    if mask is not None:
-        scores = scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_SHTD.dtype)
-    out = weights.view(S, H // groups, groups * T, -1) @ value
-    return out.view(S, H, T, -1)
-
-
-def row_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    retrofit_rows: ForwardContext | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function "retrofit": query [1, Hq, N, D], key/value [1, Hkv, N, .] -> [1, N, Hq, Dv].
-
-    Base rows write their K/V first and then read base K/V only; draft rows read base K/V and their own block.
-    """
-    if retrofit_rows is None:
-        raise RuntimeError("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(f"{type(module).__name__} has attention sinks, which retrofit does not support yet")
-    context, plan, cache = retrofit_rows, retrofit_rows.plan, retrofit_rows.cache
-    context.calls += 1
-    context.windowed += sliding_window is not None
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if plan.alone and plan.base is not None:
-        # The rows are a rectangle as they come.
-        k, v = cache.append(layer, plan.base.slots[0], plan.sequences[0].start, key, value)
-        mask, causal = plan.base_mask(sliding_window, query.dtype)
-        return attend(query, k, v, mask, causal, scale, softcap).transpose(1, 2), None
-    query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
-    n = plan.num_base
-    out: list[Tensor] = []
-    tree: list[tuple[Tensor, Tensor]] = []
-    if plan.base is not None:
-        if plan.tree:
-            cache.stage(layer, key_NHD[:n], value_NHD[:n])
-            tree = [(plan.base.rectangle(key_NHD[:n]), plan.base.rectangle(value_NHD[:n]))]
-        else:
-            cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
-        mask, causal = plan.base_mask(sliding_window, query.dtype)
-        k, v = _joined([cache.read(layer, plan.base.slots, plan.base.keys), *tree])
-        got = attend(plan.base.rectangle(query_NHD[:n]), k, v, mask, causal, scale, softcap)
-        out.append(plan.base.flatten(got))
-    if plan.draft is not None:
-        block = (plan.draft.rectangle(key_NHD[n:]), plan.draft.rectangle(value_NHD[n:]))
-        k, v = _joined([cache.read(layer, plan.draft.slots, plan.draft.keys), *tree, block])
-        mask = plan.draft_mask(sliding_window, query.dtype)
-        got = attend(plan.draft.rectangle(query_NHD[n:]), k, v, mask, False, scale, softcap)
-        out.append(plan.draft.flatten(got))
-    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
 def wrap(model: PreTrainedModel, build: Callable[[], Attached]) -> tuple[Attached, HFBackend]:
@@ -148,15 +47,6 @@ def wrap(model: PreTrainedModel, build: Callable[[], Attached]) -> tuple[Attache
     except BaseException:
         attached.detach()
         raise
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2)
-
-
-AttentionInterface.register(ATTENTION, row_attention)
 
 
 class VocabHead:

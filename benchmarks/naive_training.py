@@ -1,0 +1,160 @@
+"""The training step as one would write it first: what `python -m benchmarks.train` is held against, and tests too.
+
+Same documents, anchors and blocks as `Trainer`, and the same clean forward; from there on plain autograd.  Every draft
+row attends through one dense mask over the clean keys and all draft rows of its sequence; a group's draft rows and
+their teachers meet the vocabulary all at once; TV, CE, KL, slot weights and BCE are torch operations one after another.
+Nothing is done twice or kept longer than this takes: where it is slow, it is because it is straightforward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from retrofit.adapters.heads import Heads
+from retrofit.recipes.blocks import BlockBatch
+from retrofit.recipes.objective import Sums
+from retrofit.recipes.train import Trainer
+from retrofit.runtime.backends.attention import ATTENTION
+from retrofit.runtime.cache import KVCache
+
+
+class NaiveTrainer(Trainer):
+    """A `Trainer` whose draft rows are run and judged by plain autograd."""
+
+    def _group(
+        self, group: BlockBatch, cache: KVCache, clean_hidden: Tensor, sums: Sums, masked: bool
+    ) -> Tensor | None:
+        layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
+        with dense_draft_rows():
+            hidden = self.backend.run_trunk(self.backend.plan(group.rows()), cache)
+        drafting = group.rectangle(hidden)[:, layout.first_drafting_row :]
+        B, D, H = drafting.shape
+        rows = drafting.reshape(B * D, H)
+        judged = group.tensors(hidden.device)
+        source, previous, target = (judged[name].flatten() for name in ("source", "previous", "target"))
+        eligible = judged["eligible"]
+        logits = heads.draft_logits(self.backend.head(rows), previous)
+        log_q = F.log_softmax(logits, dim=-1)
+        if masked:
+            weight = torch.where(eligible, judged["weight"], 0.0)
+            ce = -log_q.gather(-1, target[:, None]).view(B, D)
+            loss = (ce * weight).sum()
+            loss.backward()
+            sums.diff += float(loss.detach())
+            sums.diff_count += int(eligible.sum())
+            return None
+        with torch.no_grad():
+            p = torch.softmax(self.backend.head(clean_hidden[source]).float(), dim=-1)
+        q = log_q.exp()
+        top = p.argmax(-1)
+        tv = 0.5 * (p - q).abs().sum(-1)
+        each = draft_term(objective.draft_loss, p, log_q, tv, top)
+        weight = slot_weights(objective.slot_weights, tv.detach().view(B, D), eligible)
+        draft = (each.view(B, D) * weight).sum()
+        hit = (logits.argmax(-1) == top).float()
+        conf = confidence_term(heads, rows.detach(), previous, hit, 1 - tv.detach(), eligible)
+        (draft if conf is None else draft + conf).backward()
+        add_up(sums, draft, weight, conf, eligible, torch.stack([1 - tv.detach(), hit], -1).view(B, D, 2))
+        first = {int(s): n for n, s in enumerate(source.tolist()) if eligible.flatten()[n]}
+        where = torch.tensor(list(first.values()), dtype=torch.long, device=p.device)
+        sums.ar -= float(p[where, target[where]].log().sum())
+        sums.ar_count += len(first)
+        return logits.argmax(-1).view(B, D)
+
+
+def draft_term(kind: str, p: Tensor, log_q: Tensor, tv: Tensor, top: Tensor) -> Tensor:
+    """[N] loss of each row."""
+    if kind == "tv":
+        return tv
+    if kind == "kl":
+        return F.kl_div(log_q, p, reduction="none").sum(-1)
+    return 0.9 * tv + 0.1 * F.nll_loss(log_q, top, reduction="none")
+
+
+def slot_weights(kind: str, tv_BD: Tensor, eligible_BD: Tensor) -> Tensor:
+    """[B, D], from the formulas."""
+    D = tv_BD.shape[1]
+    if kind == "uniform":
+        return eligible_BD.float()
+    if kind == "exponential":
+        return torch.exp(-torch.arange(D, device=tv_BD.device) / 4.0) * eligible_BD
+    a = (0.5 * (1 - tv_BD) + 0.5) * eligible_BD
+    weights = []
+    for j in range(D):
+        tail = torch.cumprod(a[:, j + 1 :], dim=1).sum(1)
+        weights.append(a[:, :j].prod(dim=1) * (1 + tail))
+    return torch.stack(weights, dim=1) * eligible_BD
+
+
+def confidence_term(
+    heads: Heads, rows: Tensor, previous: Tensor, hit: Tensor, accept: Tensor, eligible: Tensor
+) -> Tensor | None:
+    confidence = heads.confidence_logits(rows, previous)
+    if confidence is None:
+        return None
+    wanted = torch.stack([hit, accept], dim=-1)
+    bce = F.binary_cross_entropy_with_logits(confidence, wanted, reduction="none").sum(-1)
+    return (bce * eligible.flatten()).sum()
+
+
+def add_up(sums: Sums, draft: Tensor, weight: Tensor, conf: Tensor | None, eligible: Tensor, accept: Tensor) -> None:
+    sums.draft += float(draft.detach())
+    sums.draft_weight += float(weight.sum())
+    if conf is not None:
+        sums.conf += float(conf.detach())
+        sums.conf_count += int(eligible.sum())
+    seen = torch.cat([accept, torch.ones_like(accept[..., :1])], -1) * eligible[..., None]
+    total = seen.sum(0).double().cpu()
+    sums.accept = total if sums.accept.numel() == 0 else sums.accept + total
+
+
+@contextmanager
+def dense_draft_rows() -> Iterator[None]:
+    """Let draft rows attend by one call over all there is, for the duration."""
+    registered = AttentionInterface._global_mapping
+    before = registered[ATTENTION]
+    registered[ATTENTION] = dense_attention
+    try:
+        yield
+    finally:
+        registered[ATTENTION] = before
+
+
+def dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    retrofit_rows: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Draft rows alone: query [1, Hq, N, D], key and value [1, Hkv, N, .] -> [1, N, Hq, Dv]."""
+    context, group = retrofit_rows, retrofit_rows.plan.draft
+    context.calls += 1
+    context.windowed += sliding_window is not None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    q, k, v = (group.rectangle(t[0].transpose(0, 1)) for t in (query, key, value))
+    clean_k, clean_v = context.cache.read(int(module.layer_idx), group.slots, group.keys)  # type: ignore[arg-type]
+    k, v = torch.cat([clean_k, k], dim=2), torch.cat([clean_v, v], dim=2)
+    mask = context.plan.draft_mask(sliding_window, query.dtype)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
+    else:
+        repeats = q.shape[1] // k.shape[1]
+        scores = q @ k.repeat_interleave(repeats, 1).transpose(2, 3) * scale
+        scores = softcap * torch.tanh(scores / softcap)
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+        out = weights @ v.repeat_interleave(repeats, 1)
+    return group.flatten(out)[None], None

@@ -1,0 +1,196 @@
+"""The attention function of the `hf` backend: base K/V in a cache of ours, and every row sees what the row plan says.
+
+Registered with transformers under the name `retrofit`; the plan arrives as the keyword argument `retrofit_rows`.
+
+    base rows      write K/V, read base K/V: one call; in pieces where a mask or scores of all rows would be too large
+    draft rows     read base K/V and their own block: one call; while training see `block_attention.py`, unless few
+
+Not here: what a row sees (`adapters/rows.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from retrofit.adapters.rows import RowPlan
+from retrofit.errors import UnsupportedModelError
+from retrofit.runtime.backends.block_attention import Call, block_attention, tiles_of
+from retrofit.runtime.cache import KVCache
+
+ATTENTION = "retrofit"
+LARGE_MASK = 1 << 22
+"""Rows times keys of one sequence from which base rows are masked in pieces."""
+LARGE_SCORES = 1 << 24
+"""Heads times rows times keys of one sequence from which soft-capped scores are made in pieces."""
+FEW_SCORES = {"cpu": 1 << 21}
+"""Up to so many scores draft rows attend by one dense call while training too: many small steps would take longer."""
+PIECE = 1 << 22
+"""Elements of a piece's mask, or of its scores, over all sequences."""
+
+
+@dataclass
+class ForwardContext:
+    """What the attention function needs; travels through the model as `retrofit_rows`."""
+
+    plan: RowPlan
+    cache: KVCache
+    calls: int = 0
+    windowed: int = 0
+    """Calls that came with a sliding window."""
+
+
+def attend(
+    query_SHTD: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """softmax(scaling * q k^T [soft-capped] + mask) v for grouped queries.
+
+    query [S, Hq, T, D], key [S, Hkv, L, D], value [S, Hkv, L, Dv], mask additive [S, 1, T, L] -> [S, Hq, T, Dv].
+    """
+    groups = query_SHTD.shape[1] // key.shape[1]
+    if softcap is None and value.shape[-1] < key.shape[-1]:
+        # MLA: the fast kernels want equal widths; zero columns of V only add zero columns to the output.
+        padded = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
+        return attend(query_SHTD, key, padded, mask, causal, scaling, None)[..., : value.shape[-1]]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query_SHTD, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1
+        )
+    S, H, T, D = query_SHTD.shape
+    scores = query_SHTD.reshape(S, H // groups, groups * T, D) @ key.transpose(2, 3) * scaling
+    scores = (softcap * torch.tanh(scores / softcap)).view(S, H, T, -1)
+    if causal:
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), float("-inf"))
+    if mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_SHTD.dtype)
+    out = weights.view(S, H // groups, groups * T, -1) @ value
+    return out.view(S, H, T, -1)
+
+
+def row_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    retrofit_rows: ForwardContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function "retrofit": query [1, Hq, N, D], key/value [1, Hkv, N, .] -> [1, N, Hq, Dv].
+
+    Base rows write their K/V first and then read base K/V only; draft rows read base K/V and their own block.
+    """
+    if retrofit_rows is None:
+        raise RuntimeError("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} has attention sinks, which retrofit does not support yet")
+    context, plan, cache = retrofit_rows, retrofit_rows.plan, retrofit_rows.cache
+    context.calls += 1
+    context.windowed += sliding_window is not None
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if plan.alone and plan.base is not None:
+        # The rows are a rectangle as they come.
+        k, v = cache.append(layer, plan.base.slots[0], plan.sequences[0].start, key, value)
+        return _base_rows(plan, query, k, v, sliding_window, scale, softcap).transpose(1, 2), None
+    if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
+        group = plan.draft
+        assert group is not None
+        scores = len(group.slots) * query.shape[1] * group.width * (group.keys + group.width)
+        if scores > FEW_SCORES.get(query.device.type, 0):
+            return _training_rows(plan, cache.layers[layer], query, key, value, sliding_window, scale, softcap), None
+    query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
+    n = plan.num_base
+    out: list[Tensor] = []
+    tree: list[tuple[Tensor, Tensor]] = []
+    if plan.base is not None:
+        if plan.tree:
+            cache.stage(layer, key_NHD[:n], value_NHD[:n])
+            tree = [(plan.base.rectangle(key_NHD[:n]), plan.base.rectangle(value_NHD[:n]))]
+        else:
+            cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
+        k, v = _joined([cache.read(layer, plan.base.slots, plan.base.keys), *tree])
+        got = _base_rows(plan, plan.base.rectangle(query_NHD[:n]), k, v, sliding_window, scale, softcap)
+        out.append(plan.base.flatten(got))
+    if plan.draft is not None:
+        block = (plan.draft.rectangle(key_NHD[n:]), plan.draft.rectangle(value_NHD[n:]))
+        k, v = _joined([cache.read(layer, plan.draft.slots, plan.draft.keys), *tree, block])
+        mask = plan.draft_mask(sliding_window, query.dtype)
+        got = attend(plan.draft.rectangle(query_NHD[n:]), k, v, mask, False, scale, softcap)
+        out.append(plan.draft.flatten(got))
+    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def _base_rows(
+    plan: RowPlan, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Base rows [S, Hq, T, D] over the base keys [S, Hk, L, .]."""
+    group = plan.base
+    assert group is not None
+    S, H, T = query.shape[:3]
+    masked = (window is not None and group.last >= window) or not (group.plain_causal or T == 1)
+    scores = H * T * group.keys if softcap is not None else 0
+    if plan.tree or not (scores > LARGE_SCORES or (masked and T * group.keys > LARGE_MASK)):
+        mask, causal = plan.base_mask(window, query.dtype)
+        return attend(query, key, value, mask, causal, scale, softcap)
+    room = max(1, PIECE // (S * (H if softcap is not None else 1)))
+    rows = max(1, room // group.keys)
+    if window is not None:  # a piece reads rows + window keys
+        rows = max(rows, int((window**2 + 4 * room) ** 0.5 - window) // 2)
+    out = query.new_empty(S, H, T, value.shape[-1])
+    for first in range(0, T, rows):
+        piece = slice(first, min(first + rows, T))
+        low, high, seen = plan.base_part(window, piece.start, piece.stop)
+        mask = torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+        seen_keys = slice(low, high)
+        out[:, :, piece] = attend(
+            query[:, :, piece], key[:, :, seen_keys], value[:, :, seen_keys], mask[:, None], False, scale, softcap
+        )
+    return out
+
+
+def _training_rows(
+    plan: RowPlan,
+    layer: tuple[Tensor, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Draft rows [1, H, N, D] of which gradients are wanted -> [1, N, Hq, Dv]."""
+    rows = plan.block_rows
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    call = Call(tiles_of(rows, heads, window, plan.causal_blocks), rows.block, groups, scale, softcap)
+    if rows.gather is None:
+        out = block_attention(query[0], key[0], value[0], *layer, call)
+    else:
+        q, k, v = (t[0].index_select(1, rows.gather) for t in (query, key, value))
+        out = block_attention(q, k, v, *layer, call)[:, rows.scatter]
+    return out.transpose(0, 1)[None]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2)
+
+
+AttentionInterface.register(ATTENTION, row_attention)

@@ -27,8 +27,6 @@ except ImportError:  # Windows, which has no O_DIRECT either
 CHUNK = 1 << 20
 AT_ONCE = 1 << 24
 """Bytes that are hashed while the same bytes are being written."""
-BLOCK = 4096
-"""Uncached writes are multiples of this."""
 DIRECT = getattr(os, "O_DIRECT", 0)
 MAKE_ROOM = "make room or choose another place, then run it again"
 
@@ -82,9 +80,7 @@ def _packed(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
 
 
 def _write(handle: int, part: memoryview) -> None:
-    """Write all of it, through the cache where its length or the file system does not allow otherwise."""
-    if len(part) % BLOCK:
-        _through_cache(handle)
+    """Write all of it, through the cache where its length or the file system does not allow otherwise (EINVAL)."""
     while part:
         try:
             part = part[os.write(handle, part) :]

@@ -81,6 +81,11 @@ def main() -> None:
 @click.option("--keep-checkpoints", is_flag=True, help="Leave them there when the artifact is complete.")
 @click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
 @skip_bad_option
+@click.option(
+    "--track",
+    type=click.Choice(["trackio", "wandb", "tensorboard"]),
+    help="Send the figures of every step there too; tensorboard's files lie in OUT.track.",
+)
 @loading_options
 @output_options
 def convert(
@@ -93,6 +98,7 @@ def convert(
     keep_checkpoints: bool,
     seed: int | None,
     skip_bad: bool,
+    track: Literal["trackio", "wandb", "tensorboard"] | None,
     loading: Loading,
     as_json: bool,
 ) -> None:
@@ -135,6 +141,7 @@ def convert(
         resume="force" if force_resume else "never" if restart else "auto",
         keep_checkpoints=keep_checkpoints,
         skip_bad=skip_bad,
+        track=track,
     )
     parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
     if as_json:

@@ -84,12 +84,12 @@ def half_written(path: Path, content: bytes | Iterable[memoryview]) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
-def child(out: Path, texts: Path, function: str | None = None, call: int = 0) -> None:
+def child(out: Path, texts: Path, function: str | None = None, call: int = 0, **options: Any) -> None:
     """What a process of the tests does."""
     torch.set_num_threads(1)
     if function is not None:
         die_in(function, call)
-    run(out, texts, overwrite=True)
+    run(out, texts, overwrite=True, **options)
 
 
 def learned(out: Path) -> tuple[bytes, bytes]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from retrofit.adapters.attach import Attached
 from retrofit.errors import ResourceError
+from retrofit.files import room
 from retrofit.recipes.blocks import document_rng
 from retrofit.recipes.data import Document
 from retrofit.recipes.source import stable_hash
@@ -69,7 +71,7 @@ def regenerate(
     while chunk := list(islice(source, CHUNK)):
         jobs: list[tuple[Document, _Job]] = []
         for document in chunk:
-            prompt, length = _prompt_length(document, seed), min(len(document.tokens), max_length)
+            prompt, length = prompt_length(document, seed), min(len(document.tokens), max_length)
             if 0 < prompt < length:
                 draw = stable_hash(f"{seed} {document.id}") % (1 << 31)
                 jobs.append((document, _Job(document.tokens[:prompt], length - prompt, draw)))
@@ -111,7 +113,7 @@ def _written(
     return [done[number] for number in range(len(jobs))]
 
 
-def _prompt_length(document: Document, seed: int) -> int:
+def prompt_length(document: Document, seed: int) -> int:
     """Tokens before the first response token; of plain text a random part up to one half."""
     first = int(np.argmax(document.response)) if any(document.response) else 0
     half = len(document.tokens) // 2
@@ -140,7 +142,7 @@ class ResponseCache:
             if end:  # an interrupted write: what is added must not go on in its line
                 self._append(b"\n")
         except OSError as error:
-            raise self._refusal(error) from None
+            raise _refusal(self.path, error) from None
 
     def _index(self) -> bytes:
         """Find the places; returns what follows the last line end."""
@@ -169,7 +171,7 @@ class ResponseCache:
         try:
             self._places[key] = self._append(line)
         except OSError as error:
-            raise self._refusal(error) from None
+            raise _refusal(self.path, error, len(line)) from None
 
     def _append(self, line: bytes) -> int:
         written = self._file.write(line)
@@ -177,11 +179,24 @@ class ResponseCache:
             raise OSError(0, f"only {written} of {len(line)} bytes could be written")
         return self._file.tell() - len(line)
 
-    def _refusal(self, error: OSError) -> ResourceError:
-        return ResourceError(
-            f"{self.path}: regenerated responses cannot be kept there: {error.strerror}",
-            "make room, or set RETROFIT_CACHE to a folder that can be written",
-        )
+
+def _refusal(path: Path, error: OSError, size: int = 0) -> ResourceError:
+    wanted = f"cannot write {size:,} bytes{room(path)}: " if size else ""
+    return ResourceError(
+        f"{path}: regenerated responses cannot be kept there: {wanted}{error.strerror}",
+        "make room, or set RETROFIT_CACHE to a folder that can be written",
+    )
+
+
+def check_cache() -> None:
+    """Raises ResourceError where responses could not be kept: to find out before a base is loaded, not after."""
+    folder = cache_folder() / "responses"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")
+    except OSError as error:
+        raise _refusal(folder, error) from None
 
 
 def _entry(line: bytes) -> tuple[str, list[int]] | None:

@@ -85,6 +85,11 @@ def main() -> None:
 @click.option("--keep-checkpoints", is_flag=True, help="Leave them there when the artifact is complete.")
 @click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
 @skip_bad_option
+@click.option(
+    "--track",
+    type=click.Choice(["trackio", "wandb", "tensorboard"]),
+    help="Send the figures of every step there too; tensorboard's files lie in OUT.track.",
+)
 @loading_options
 @output_options
 def convert(
@@ -97,6 +102,7 @@ def convert(
     keep_checkpoints: bool,
     seed: int | None,
     skip_bad: bool,
+    track: Literal["trackio", "wandb", "tensorboard"] | None,
     loading: Loading,
     as_json: bool,
 ) -> None:
@@ -123,7 +129,7 @@ def convert(
     """
     with _several_processes(loading) as is_main:
         made = _converted(
-            items, out, recipe, overwrite, force_resume, restart, keep_checkpoints, seed, skip_bad, loading
+            items, out, recipe, overwrite, force_resume, restart, keep_checkpoints, seed, skip_bad, track, loading
         )
     if not is_main:
         return
@@ -165,6 +171,7 @@ def _converted(
     keep_checkpoints: bool,
     seed: int | None,
     skip_bad: bool,
+    track: Literal["trackio", "wandb", "tensorboard"] | None,
     loading: Loading,
 ) -> artifact.Artifact:
     if force_resume and restart:
@@ -190,6 +197,7 @@ def _converted(
         resume="force" if force_resume else "never" if restart else "auto",
         keep_checkpoints=keep_checkpoints,
         skip_bad=skip_bad,
+        track=track,
     )
 
 

@@ -59,7 +59,9 @@ class Cli(click.Group):
             _notes(error)
             raise click.exceptions.Exit(128 + signal.SIGINT) from None
         except Exception as error:
-            raise click.exceptions.Exit(_report(error, bool(ctx.meta.get(VERBOSE)))) from None
+            code = _report(error, bool(ctx.meta.get(VERBOSE)))
+            _notes(error)
+            raise click.exceptions.Exit(code) from None
 
 
 def show(error: RetrofitError) -> None:

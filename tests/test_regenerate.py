@@ -249,8 +249,19 @@ def test_where_responses_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     cache = ResponseCache("base", 0.8, folder=tmp_path)
     cache._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(ResourceError, match="No space left"):
+    with pytest.raises(ResourceError, match=r"cannot write 28 bytes \([\d,]+ free\): No space left"):
         cache.put("a", [1])
+
+
+def test_a_cache_that_cannot_be_written_is_found_out_before_the_base_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(convert_module, "load_base", None)
+    with pytest.raises(ResourceError, match="file/responses: regenerated responses cannot be kept there"):
+        convert_module.convert(str(tmp_path / "base"), "tiny", tmp_path / "out", {"data.responses": "regenerate"})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # In a conversion

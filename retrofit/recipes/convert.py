@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,8 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retrofit import artifact
 from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
-from retrofit.errors import GateError, ResourceError, UsageError
+from retrofit.errors import GateError, ResourceError, TrainingError, UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
+from retrofit.recipes import tracking
 from retrofit.recipes.checkpoint import Checkpoints
 from retrofit.recipes.data import Document, documents, windows
 from retrofit.recipes.faults import Skipped
@@ -33,10 +35,12 @@ from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
 from retrofit.recipes.order import Order
 from retrofit.recipes.parallel import check_processes, loading_device, same_start, shared_checkpoints
-from retrofit.recipes.processes import Processes, joined, lost
+from retrofit.recipes.probe import line as probed
+from retrofit.recipes.probe import live_probe
+from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
 from retrofit.recipes.recompute import recompute_layers
-from retrofit.recipes.regenerate import ResponseCache, regenerate, weights_key
+from retrofit.recipes.regenerate import ResponseCache, check_cache, regenerate, weights_key
 from retrofit.recipes.schema import Recipe, by_key, load_recipe
 from retrofit.recipes.session import Session
 from retrofit.recipes.shards import shard
@@ -48,7 +52,9 @@ from retrofit.runtime.engine import Engine
 MEASURED = 32
 """Held-out documents that acceptance is measured on; data.held_out may keep more out of training."""
 
-NOT_TRAINING = ("train.save_every", "train.probe_every", "train.checkpointing")
+PROBES = ("train.probe_every", "train.probe_prompts", "train.probe_tokens")
+"""Keys of a recipe that change no weights, unless probes decide when to stop or what to publish."""
+NOT_TRAINING = ("train.save_every", "train.checkpointing", *PROBES)
 """Keys of a recipe that may change between two runs of one conversion."""
 
 Resume = Literal["auto", "force", "never"]
@@ -70,6 +76,7 @@ def convert(
     resume: Resume = "auto",
     keep_checkpoints: bool = False,
     skip_bad: bool = False,
+    track: tracking.Name | None = None,
 ) -> artifact.Artifact:
     """Convert a model into an artifact folder and return it.
 
@@ -78,9 +85,11 @@ def convert(
     resume: `auto` goes on from the newest checkpoint of `out` and refuses one made with another recipe, `force` goes
     on in spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.
     skip_bad: leave out rows of text that cannot be used, and count them in `config["training"]["skipped"]`.
+    track: `trackio`, `wandb` or `tensorboard`, which then gets the figures of every step too.
     Raises UsageError, DataError, ResourceError, UnsupportedModelError, TrainingError; no artifact is written then.
     Raises GateError if the base's own loss moved, which would mean that training touched it.  Ctrl-C and SIGTERM
-    leave a checkpoint and raise KeyboardInterrupt and SystemExit(143), with a note that says how to go on.
+    leave a checkpoint and raise KeyboardInterrupt and SystemExit(143), with a note that says how to go on; so does any
+    other error in the middle of training, where that can be.
 
     Started by `torchrun` or `accelerate launch`, every process calls this with the same arguments and gets the same
     artifact; device `cuda` is each one's own GPU.  They divide each batch and the responses to regenerate; results are
@@ -96,6 +105,9 @@ def convert(
         out = out.resolve() if out.name in ("", "..") else out
         artifact.check_writable(out, overwrite)
         _check_parent(out)
+        tracking.check_installed(track)
+        if plan.data.responses == "regenerate" and main:
+            check_cache()
         quiet = quiet or not main
         started = time.perf_counter()
         with shared_checkpoints(out, processes) as saved:
@@ -112,7 +124,7 @@ def convert(
                 skipped = Skipped() if skip_bad else None
                 job = _Job(
                     plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints, skipped, saved,
-                    started, processes,
+                    started, offline, track, processes,
                 )  # fmt: skip
                 with Interrupts() as interrupts:
                     _convert(job, interrupts)
@@ -147,6 +159,8 @@ class _Job:
     skipped: Skipped | None
     saved: Checkpoints
     started: float
+    offline: bool
+    track: tracking.Name | None
     processes: Processes | None
 
     @property
@@ -212,8 +226,6 @@ def resolve(
         plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": model})})
     if plan.profile == "joint":
         raise UsageError("profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical")
-    if plan.train.probe_every:
-        raise UsageError("train.probe_every: live probes are not built yet", "leave train.probe_every at 0")
     return plan
 
 
@@ -242,14 +254,15 @@ def _base(
 
 
 def _convert(job: _Job, interrupts: Interrupts) -> None:
-    """Train, measure, write the artifact; on Ctrl-C and SIGTERM leave a checkpoint."""
+    """Train, measure, write the artifact; on Ctrl-C, SIGTERM and errors leave a checkpoint."""
     plan, attached = job.plan, job.attached
     say = _say(job.quiet)
     rewritten = _rewriter(job)
     held_out = _held_out(job, rewritten)
     order = Order(_epochs(job, rewritten), plan.train.batch_size, plan.train.seed, whole=plan.data.responses == "keep")
     trainer = Trainer(attached, job.backend, plan, job.processes)
-    session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped)
+    probe = live_probe(plan, held_out, job.backend, attached, job.base.tokenizer, job.processes)
+    session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped, probe)
     newest = job.saved.newest(say) if job.resume != "never" else None
     if job.processes is not None:
         same_start(job.processes, _settings(job), newest)
@@ -258,32 +271,42 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
     elif newest is not None:
         session.resume(newest, forced=job.resume == "force")
     job.together("resume")  # from here on the main process removes checkpoints
+    settings = by_key(plan) | {"base.model": job.base.name}
+    track = job.track if job.is_main else None
+    tracker = tracking.Tracker.open(track, job.out, session.run_id, settings, session.steps_reported, say)
     written = False
     try:
         size = 1 if job.processes is None else job.processes.size
-        probe = order.glance()[: -(-plan.train.batch_size // size)]  # as many as a process runs at once
+        glance = order.glance()[: -(-plan.train.batch_size // size)]  # as many as a process runs at once
         say(
             f"base {job.base.name} ({count(base_parameters(attached)):,} parameters), "
             f"training {count(trainer.trained):,} ({share_of(attached):.2%})"
         )
         if trainer.steps_done:
             say(f"going on from step {trainer.steps_done} of {plan.train.steps}, saved in {job.saved.folder}")
-        before = _probe_hash(job.backend, probe)
+        before = _probe_hash(job.backend, glance)
         with tqdm(
-            initial=trainer.steps_done,
+            initial=session.steps_reported,
             total=plan.train.steps,
             unit="step",
             disable=job.quiet,
             file=sys.stderr,
             dynamic_ncols=True,
         ) as bar:
-            session.run(_progress(bar))
-        if plan.train.save_every:
+            session.run(_progress(bar, tracker))
+        if plan.train.save_every or session.published["step"] != trainer.steps_done:
             with interrupts.held():
                 session.save()  # whatever goes wrong from here on, training does not have to be done again
-        if _probe_hash(job.backend, probe) != before:
+        if session.stopped_early:
+            say(f"stopped early at step {trainer.steps_done}: {plan.train.patience} probes were no better")
+        job.together("trained")  # the main process has saved what the others read now
+        with interrupts.held():
+            session.take_published()
+        if "probe" in session.published:
+            say(f"publishing step {session.published['step']}; probe: {probed(session.published)}")
+        if _probe_hash(job.backend, glance) != before:
             raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
-        measured = held_out_acceptance(job.backend, attached, held_out, plan.train.anchors, plan.train.seed)
+        measured = held_out_acceptance(job.backend, attached, held_out[:MEASURED], plan.train.anchors, plan.train.seed)
         calibrate_confidence(attached, measured)
         job.together("measured")
         with interrupts.held():
@@ -295,19 +318,33 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
             else:
                 job.saved.clear()
         job.together("published")
-    except BaseException as stop:
-        if not isinstance(stop, KeyboardInterrupt | SystemExit) and not lost(stop):
-            raise
+    except BaseException as error:
         if written:
-            stop.add_note(f"{job.out} is complete")
-        elif job.is_main and not interrupts.insisted and (saved := session.save()) is not None:
-            stop.add_note(saved)
+            error.add_note(f"{job.out} is complete")
+        elif job.is_main and not interrupts.insisted and not isinstance(error, TrainingError):
+            _save_after(error, session, interrupts)
         raise
+    finally:
+        tracker.close()
+
+
+def _save_after(error: BaseException, session: Session, interrupts: Interrupts) -> None:
+    """Save what the last finished step left, and let the error say how to go on from it."""
+    by_signal = isinstance(error, (KeyboardInterrupt, SystemExit))
+    try:
+        with nullcontext() if by_signal else interrupts.held():
+            saved = session.save()
+    except Exception as second:  # what stopped the training may well stop this: a full disk, a lost GPU
+        saved = f"step {session.trainer.steps_done} could not be saved: {second}"
+    if saved is not None:
+        error.add_note(saved)
 
 
 def _settings(job: _Job) -> dict[str, Any]:
     """What decides the outcome of training, by dotted key."""
-    settings = {key: value for key, value in by_key(job.plan).items() if key not in NOT_TRAINING}
+    train = job.plan.train
+    free = set(NOT_TRAINING) - set(PROBES if train.patience or train.publish == "best" else ())
+    settings = {key: value for key, value in by_key(job.plan).items() if key not in free}
     fingerprint = {f"base.fingerprint.{key}": value for key, value in job.base.fingerprint.items()}
     skip_bad = job.skipped is not None
     return {**settings, "skip_bad": skip_bad, "base.model": lasting_name(job.base), **fingerprint}
@@ -332,7 +369,9 @@ def _rewriter(job: _Job) -> Rewriter:
 
 def _read(job: _Job, part: Part, seed: int = 0) -> Iterator[Document]:
     vocab = job.attached.heads.vocab
-    return documents(job.plan.data, job.base.tokenizer, part=part, seed=seed, skipped=job.skipped, vocab=vocab)
+    return documents(
+        job.plan.data, job.base.tokenizer, part=part, seed=seed, skipped=job.skipped, vocab=vocab, offline=job.offline
+    )
 
 
 def _epochs(job: _Job, rewritten: Rewriter) -> Callable[[int], Iterator[Document]]:
@@ -345,26 +384,32 @@ def _epochs(job: _Job, rewritten: Rewriter) -> Callable[[int], Iterator[Document
 
 
 def _held_out(job: _Job, rewritten: Rewriter) -> list[Document]:
-    """First windows of held-out documents, MEASURED at most; errors in the data show here, before training."""
+    """First windows of held-out documents, as many as are measured or probed; errors in the data show here, before
+    training."""
     if job.plan.data.held_out == 0:
         return []
     cut = (next(windows([document], job.plan.data.max_length), None) for document in _read(job, "held_out"))
-    return list(rewritten(islice((window for window in cut if window is not None), MEASURED)))
+    wanted = max(MEASURED, job.plan.train.probe_prompts if job.plan.train.probe_every else 0)
+    return list(rewritten(islice((window for window in cut if window is not None), wanted)))
 
 
-def _progress(bar: tqdm[Any]) -> Callable[[int, dict[str, Any]], None]:
-    begin, tokens = time.perf_counter(), [0]
+def _progress(bar: tqdm[Any], tracker: tracking.Tracker) -> Callable[[int, dict[str, Any]], None]:
+    tokens, seconds, latest = [0], [0.0], [""]
 
     def show(step: int, record: dict[str, Any]) -> None:
         tokens[0] += record["rows"]["clean"]
+        seconds[0] += record["seconds"]
         loss, accept = record["loss"], record["accept"]["sampled"]
+        if "probe" in record:
+            latest[0] = f" probe {probed(record)}"
         bar.set_postfix_str(
             f"loss {loss['total']:.3f} (ar {loss['ar']:.2f} diff {loss['diff']:.2f} draft {loss['draft']:.3f} "
             f"conf {loss['conf']:.2f}) accept {' '.join(f'{a:.2f}' for a in accept)} tau {record['tau']:.2f} "
-            f"{tokens[0] / (time.perf_counter() - begin):,.0f} tokens/s",
+            f"{tokens[0] / max(seconds[0], 1e-9):,.0f} tokens/s{latest[0]}",
             refresh=False,
         )
         bar.update()
+        tracker.log(record)
 
     return show
 

@@ -58,6 +58,8 @@ def check_processes(plan: Recipe, live: bool, processes: Processes | None) -> No
     if processes.sharded and plan.data.responses == "regenerate":
         hint = "regenerate first without FSDP (stop it when training begins: the responses are kept)"
         raise UsageError("data.responses=regenerate does not go with FSDP, which cannot decode", hint)
+    if processes.sharded and plan.train.probe_every:
+        raise UsageError("train.probe_every does not go with FSDP, which cannot decode", "set train.probe_every=0")
 
 
 def loading_device(device: str, processes: Processes | None) -> str:

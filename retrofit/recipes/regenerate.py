@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from retrofit.adapters.attach import Attached
 from retrofit.errors import ResourceError, TrainingError
+from retrofit.files import room
 from retrofit.recipes.blocks import document_rng
 from retrofit.recipes.data import Document
 from retrofit.recipes.processes import Processes
@@ -94,7 +96,7 @@ class _Rewritten:
     def __init__(self, document: Document, seed: int, max_length: int):
         self.document, self._seed = document, seed
         self._length = min(len(document.tokens), max_length)
-        self._turns = _turns(document, _prompt_length(document, seed))
+        self._turns = _turns(document, prompt_length(document, seed))
         """What is left to answer: where each response of the document begins and ends."""
         self._answered = 0
         self.tokens: list[int] = list(document.tokens[: self._turns[0][0]]) if self._turns else []
@@ -192,7 +194,7 @@ def _generated(
                 bar.update()
 
 
-def _prompt_length(document: Document, seed: int) -> int:
+def prompt_length(document: Document, seed: int) -> int:
     """Tokens before the first response token; of plain text a random part up to one half."""
     first = int(np.argmax(document.response)) if any(document.response) else 0
     half = len(document.tokens) // 2
@@ -221,7 +223,7 @@ class ResponseCache:
             if end:  # an interrupted write: what is added must not go on in its line
                 self._append(b"\n")
         except OSError as error:
-            raise self._refusal(error) from None
+            raise _refusal(self.path, error) from None
 
     def _index(self) -> bytes:
         """Find the places; returns what follows the last line end."""
@@ -250,7 +252,7 @@ class ResponseCache:
         try:
             self._places[key] = self._append(line)
         except OSError as error:
-            raise self._refusal(error) from None
+            raise _refusal(self.path, error, len(line)) from None
 
     def _append(self, line: bytes) -> int:
         written = self._file.write(line)
@@ -258,11 +260,24 @@ class ResponseCache:
             raise OSError(0, f"only {written} of {len(line)} bytes could be written")
         return self._file.tell() - len(line)
 
-    def _refusal(self, error: OSError) -> ResourceError:
-        return ResourceError(
-            f"{self.path}: regenerated responses cannot be kept there: {error.strerror}",
-            "make room, or set RETROFIT_CACHE to a folder that can be written",
-        )
+
+def _refusal(path: Path, error: OSError, size: int = 0) -> ResourceError:
+    wanted = f"cannot write {size:,} bytes{room(path)}: " if size else ""
+    return ResourceError(
+        f"{path}: regenerated responses cannot be kept there: {wanted}{error.strerror}",
+        "make room, or set RETROFIT_CACHE to a folder that can be written",
+    )
+
+
+def check_cache() -> None:
+    """Raises ResourceError where responses could not be kept: to find out before a base is loaded, not after."""
+    folder = cache_folder() / "responses"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")
+    except OSError as error:
+        raise _refusal(folder, error) from None
 
 
 def _entry(line: bytes) -> tuple[str, list[int]] | None:

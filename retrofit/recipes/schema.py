@@ -203,7 +203,15 @@ class Train(Section):
     save_every: int = Field(250, ge=0)
     """Steps between checkpoints, of which the newest two are kept; 0 saves on Ctrl-C and SIGTERM only."""
     probe_every: int = Field(0, ge=0)
-    """Steps between measurements on the held-out probe batch; 0 measures at the end only."""
+    """Steps between probes, which decode held-out prompts and record tau and TPF; 0 never probes."""
+    probe_prompts: int = Field(8, ge=1, le=256)
+    """Held-out documents whose beginnings are decoded from, if there are so many."""
+    probe_tokens: int = Field(64, ge=1, le=1 << 16)
+    """New tokens of each.  Unit: tokens."""
+    patience: int = Field(0, ge=0)
+    """Probes in a row without a better TPF after which training stops; 0 never stops early."""
+    publish: Literal["last", "best"] = "last"
+    """Which weights the artifact holds: the last step's, or those of the probed step with the best TPF."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -211,6 +219,10 @@ class Train(Section):
             raise ValueError(
                 f"train.warmup: {self.warmup} steps are more than train.steps {self.steps}; lower the warm-up"
             )
+        for key, wanted in (("patience", self.patience > 0), ("publish", self.publish == "best")):
+            if wanted and not self.probe_every:
+                value = getattr(self, key)
+                raise ValueError(f"train.{key}: {value} goes by probes, and there are none; set train.probe_every")
         return self
 
 
@@ -238,6 +250,11 @@ class Recipe(Section):
             problems.append(
                 "objective.diffusion_share: a block of 1 has nothing to mask, as slot 1 is always known; "
                 "set it to 0 or raise draft.block"
+            )
+        if self.train.probe_every and not self.data.held_out:
+            problems.append(
+                "train.probe_every: probes decode held-out documents, and data.held_out is 0; "
+                "raise data.held_out or set train.probe_every to 0"
             )
         if problems:
             raise ValueError("\n".join(problems))

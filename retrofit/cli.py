@@ -33,7 +33,7 @@ from retrofit.console import (
     skip_bad_option,
 )
 from retrofit.data_commands import data
-from retrofit.errors import DataError, UsageError
+from retrofit.errors import DataError, GateError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from retrofit.recipes.schema import Recipe
@@ -79,6 +79,8 @@ def main() -> None:
 @click.option("--force-resume", is_flag=True, help="Go on from a checkpoint though the recipe or the text changed.")
 @click.option("--restart", is_flag=True, help="Remove the checkpoints and start anew.")
 @click.option("--keep-checkpoints", is_flag=True, help="Leave them there when the artifact is complete.")
+@click.option("--dry-run", is_flag=True, help="Write nothing: say what it would take of memory, disk and time.")
+@click.option("--fit", metavar="SIZE", help="With --dry-run: say what to change to fit into so much, such as 24GB.")
 @click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
 @skip_bad_option
 @loading_options
@@ -91,6 +93,8 @@ def convert(
     force_resume: bool,
     restart: bool,
     keep_checkpoints: bool,
+    dry_run: bool,
+    fit: str | None,
     seed: int | None,
     skip_bad: bool,
     loading: Loading,
@@ -106,14 +110,20 @@ def convert(
     Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM: the same command
     goes on from the newest one that is whole. They are removed when the artifact is complete.
 
+    --dry-run needs no weights and downloads none, only configuration and tokenizer; time is measured where the
+    weights are here.  It exits with 3 when it does not fit into --fit, and with 4 when no change makes it fit.
+
     \b
     Examples:
       retrofit convert
+      retrofit convert Qwen/Qwen3-0.6B --dry-run --fit 24GB
       retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
       retrofit convert ./my-model data.source=texts.jsonl draft.block=4
     """
     if force_resume and restart:
         raise UsageError("--force-resume and --restart do not go together", "give one of them")
+    if fit is not None and not dry_run:
+        raise UsageError("--fit goes with --dry-run", "add --dry-run, or leave --fit out")
     model, overrides = _model_and_overrides(items)
     flags = [f"base.dtype={loading.dtype}"] if loading.dtype else []
     flags += [f"train.seed={seed}"] if seed is not None else []
@@ -121,6 +131,9 @@ def convert(
     name = Path(resolved.base.model).expanduser().resolve().name
     out = out or Path(f"{name}-retrofit")
     artifact.check_writable(out, overwrite)
+    if dry_run:
+        _dry_run(resolved, out, fit, loading, as_json)
+        return
     quieten_libraries()
     from retrofit import convert as run
 
@@ -145,6 +158,43 @@ def convert(
     say(f"measured on held-out text: {facts(parts['acceptance']) or 'nothing'}")
     say(f"next: retrofit certify {made.folder}")
     click.echo(made.folder)
+
+
+def _dry_run(recipe: Recipe, out: Path, fit: str | None, loading: Loading, as_json: bool) -> None:
+    """Raises GateError where it does not fit, ResourceError where it cannot be made to."""
+    from retrofit.recipes.fit import parse_size, short
+
+    limit = None if fit is None else parse_size(fit)
+    quieten_libraries()
+    from retrofit.recipes.dry_run import dry_run, table
+
+    report = dry_run(
+        recipe,
+        out,
+        device=loading.device,
+        limit=limit,
+        offline=loading.offline,
+        trust_remote_code=loading.trust_remote_code,
+        say=say,
+    )
+    if as_json:
+        emit_json(report, indent=2)
+    else:
+        click.echo(table(report, recipe))
+    found = report.get("fit")
+    if found is None or found["fits"]:
+        return
+    over = (
+        f"it needs {short(found['needs'])}, {short(found['needs'] - found['limit'])} more than {short(found['limit'])}"
+    )
+    if found["suggestions"]:
+        raise GateError(over, f"add {' '.join(found['suggestions'][0]['overrides'])}")
+    least = found["least"]
+    raise ResourceError(
+        f"{over}; with {' '.join(least['overrides'])} it would still need {short(least['needs'])}",
+        f"use more memory; the base alone takes {short(found['base'])}, of which each of N processes that share it "
+        "by FSDP would hold an Nth",
+    )
 
 
 def _model_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:

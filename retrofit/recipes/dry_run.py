@@ -33,6 +33,8 @@ from retrofit.recipes.train import Trainer
 PROBE_SECONDS = 20.0
 """A probe step that would take longer is run on one window of the batch."""
 PROBE_STEPS = 2
+SHOWN = 4
+"""Parts of a phase's memory that its line names."""
 TOKEN_BYTES = 9
 """Of a token in a checkpoint: its id, and whether it is part of a response."""
 RESPONSE_BYTES = 8
@@ -61,7 +63,7 @@ def dry_run(
     name, revision = plan.base.model, plan.base.revision
     config, folder = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
     files = weight_files(folder)
-    around = Surroundings(stored_dtype(files) or _declared_dtype(config), _tokenizer(folder, trust_remote_code))
+    around = surroundings(config, folder, trust_remote_code)
     say("estimating memory")
     found = estimate(plan, config, device, around)
     report = {
@@ -77,6 +79,12 @@ def dry_run(
         report["fit"] = _fit(plan, config, device, around, found, limit, python)
     report["time"] = _time(plan, config, device, around, found, bool(files), offline, trust_remote_code, say)
     return report
+
+
+def surroundings(config: PreTrainedConfig, folder: Path, trust_remote_code: bool = False) -> Surroundings:
+    """What a folder tells of a model beside its configuration, with weights or without; loads the tokenizer."""
+    stored = stored_dtype(weight_files(folder)) or _declared_dtype(config)
+    return Surroundings(stored, _tokenizer(folder, trust_remote_code))
 
 
 def resident() -> int:
@@ -288,17 +296,22 @@ def _memory_lines(memory: dict[str, Any], device: str) -> list[str]:
     peak = memory["peak"]
     rows = []
     for name, phase in memory["phases"].items():
-        held = sorted(phase["holds"].items(), key=lambda item: -item[1])
-        holds = ", ".join(f"{kind} {short(size)}" for kind, size in held if size >= phase["bytes"] / 1000)
-        rows.append((name, short(phase["bytes"]), holds))
+        rows.append((name, short(phase["bytes"]), _holds(phase, SHOWN)))
     beyond = (
         f"Python and its imports, {short(memory['python'])} more" if device == "cpu" else "what other programs hold"
     )
     return [
         f"beyond {beyond}; all windows full",
         *_columns(rows),
-        f"peak {short(peak['bytes'])} ({peak['bytes']:,} bytes), {peak['phase']}",
+        f"peak {short(peak['bytes'])} ({peak['bytes']:,} bytes), {peak['phase']}:",
+        f"  {_holds(memory['phases'][peak['phase']], 99)}",
     ]
+
+
+def _holds(phase: dict[str, Any], most: int) -> str:
+    """The largest parts of what a phase holds."""
+    held = sorted(phase["holds"].items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {short(size)}" for kind, size in held[:most] if size >= phase["bytes"] / 1000)
 
 
 def _disk_lines(disk: dict[str, Any], model: str) -> list[str]:

@@ -41,12 +41,15 @@ class Holdings:
         self.library = library
         self.now: Counter[str] = Counter()
         self.fullest: dict[str, dict[str, int]] = {}
-        self._total = self._most = 0
+        self._total = 0
+        self._most = (0, 0)
         self.begin("")
 
     def begin(self, phase: str) -> None:
         self.phase = phase
-        self._most = sum(self.fullest.get(phase, {}).values())
+        before = self.fullest.get(phase, {})
+        held = sum(before.values())
+        self._most = (held, held - before.get(KEPT, 0))
         self._look()
 
     def change(self, kind: str, size: int) -> None:
@@ -59,8 +62,8 @@ class Holdings:
         kept = 0
         if self.library is not None:
             kept = max(0, self.library.held - (self._total - self.now[BASE]))
-        if self._total + kept > self._most:
-            self._most = self._total + kept
+        if (self._total + kept, self._total) > self._most:
+            self._most = (self._total + kept, self._total)
             holds = {kind: size for kind, size in self.now.items() if size}
             self.fullest[self.phase] = holds | ({KEPT: kept} if kept else {})
 
@@ -128,7 +131,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _without_values(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation whose result depends on values is taken to give; NotImplemented for all others."""
+    """What an operation that fake tensors do not know is taken to give, as it depends on values; NotImplemented for
+    all others."""
     aten, packet = torch.ops.aten, func.overloadpacket
     if packet is aten._local_scalar_dense or packet is aten.item:
         dtype = args[0].dtype
@@ -141,6 +145,11 @@ def _without_values(func: Any, args: Any, kwargs: Any) -> Any:
     if packet is aten.index and len(args[1]) == 1 and args[1][0].dtype is torch.bool:
         mask = args[1][0]
         return args[0].new_empty((mask.numel(), *args[0].shape[mask.dim() :]))
+    if packet is aten._grouped_mm:
+        # PyTorch knows its shape for bfloat16 only.
+        a, b = args[:2]
+        groups = (len(args[2] if len(args) > 2 else kwargs["offs"]),) if a.dim() == b.dim() == 2 else a.shape[:-2]
+        return a.new_empty((*groups, a.shape[-2], b.shape[-1]))
     return NotImplemented
 
 

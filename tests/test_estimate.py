@@ -166,7 +166,8 @@ def test_the_heap_is_asked_in_a_process_of_its_own(monkeypatch):
         alive = estimate.estimate(small(), CONFIGS["llama"]())
     assert found.phases.keys() == alive.phases.keys()
     # it may hold more than what is alive, never less
-    assert all(found.phases[name].total >= 0.999 * alive.phases[name].total for name in found.phases)
+    # (blocks below 1 KiB are looked at with the next larger one)
+    assert all(found.phases[name].total >= 0.97 * alive.phases[name].total for name in found.phases)
     with pytest.raises(UsageError, match="the context of"):
         estimate.estimate(small(f"data.max_length={2 * CONTEXT}"), CONFIGS["llama"]())
 
@@ -276,20 +277,32 @@ def test_checkpointing_is_proposed_where_it_can_be_set():
 
 
 def test_suggested_changes_fit_by_the_same_estimate(bare_heap):
-    config, plan = CONFIGS["llama"](), small("train.batch_size=4", "train.anchors=32")
+    config, plan = CONFIGS["llama"](), small("train.batch_size=4")
     peak = estimate.estimate(plan, config).peak
-    limit = int(0.8 * peak)
+    limit = peak - 10_000
     found, _ = suggestions(plan, limit, lambda other: estimate.estimate(other, config).peak)
-    assert found[0].overrides[0] in ("train.batch_size=2", "train.batch_size=1")
+    assert found[0].overrides == ("train.batch_size=2", "train.accumulation=2")
     assert estimate.estimate(applied(plan, found[0]), config).peak == found[0].peak <= limit
 
 
 # The command
 
 
+ESTIMATES = {}
+"""Those of the tiny model below, which every command would make anew."""
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """A model's configuration and tokenizer, without its weights."""
+
+    def remembered(plan, config, device, around):
+        key = plan.model_copy(update={"base": plan.base.model_copy(update={"model": ""})}).model_dump_json()
+        if (key, around.stored) not in ESTIMATES:
+            ESTIMATES[key, around.stored] = estimate.estimate(plan, config, device, around)
+        return ESTIMATES[key, around.stored]
+
+    monkeypatch.setattr(dry_run, "estimate", remembered)
     base = tmp_path / "base"
     CONFIGS["llama"]().save_pretrained(base)
     save_tokenizer(base)

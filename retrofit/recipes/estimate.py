@@ -166,7 +166,7 @@ def _estimate(
     file = base * stored.itemsize // dtype.itemsize if on_host and stored != dtype else 0
     phases = {LOADING: {BASE: base, FILES: file}, **stage.fullest}
     rest = phases.pop(REST)
-    del phases[""]  # how the base came about here is not how it is loaded
+    phases.pop("", None)  # how the base came about here is not how it is loaded
     if on_host:
         if plan.train.save_every:
             phases[SAVING] = {**rest, FILES: COPIES * max(weights, moments)}

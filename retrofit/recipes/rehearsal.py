@@ -30,7 +30,7 @@ NUMBER = 1e-9
 """Any number asked for: small, so that differences are small, and not 0, which nothing could be divided by."""
 
 KEPT = "freed, not given back"
-NOTICED = 1 << 14
+NOTICED = 1 << 10
 """Bytes from which on a new block is worth asking the C library about."""
 
 

@@ -9,7 +9,6 @@ differs.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -188,24 +187,30 @@ def peak(which: str) -> int:
     """Bytes one step adds to the most this process has used: one document, 16 anchors."""
     kind, length = which.split(":")
     anchors = {"train.anchors": 16, "adapter.rank": 8, "adapter.markov_rank": 16}
-    of_random(small(kind == "window"), 1, 256, **anchors).ours.gradients([])  # modules are imported now
     warm = of_random(small(kind == "window"), 1, 256, **anchors)
     warm.ours.gradients([warm.batch])
     made = of_random(small(kind == "window"), 1, int(length), **anchors)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # what was used most so far is forgotten
+    before = memory("VmRSS")
     made.ours.gradients([made.batch])
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return memory("VmHWM") - before
+
+
+def memory(line: str) -> int:
+    """Bytes, as Linux counts them for this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(found for found in status.splitlines() if found.startswith(line)).split()[1])
 
 
 @click.command(help=__doc__)
 @click.option("--model", "names", multiple=True, help=f"{', '.join(SETTINGS)} or a folder; repeatable. [default: all]")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="[default: all]")
-@click.option("--memory/--no-memory", default=True, help="Also measure memory against length.")
+@click.option("--memory/--no-memory", "with_memory", default=True, help="Also measure memory against length.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="[default: results/train-cpu.json]")
 @click.option("--peak", "which", hidden=True)
 def main(
-    names: tuple[str, ...], repeats: int, threads: int | None, memory: bool, out: Path | None, which: str | None
+    names: tuple[str, ...], repeats: int, threads: int | None, with_memory: bool, out: Path | None, which: str | None
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
@@ -224,7 +229,7 @@ def main(
             figures = compare(make(), repeats)
             failed |= not show(figures)
             write(path, name, title, command, time.perf_counter() - begin, figures)
-        if memory:
+        if with_memory:
             for window in (False, True):
                 begin, title = (
                     time.perf_counter(),

@@ -19,8 +19,8 @@ from retrofit.errors import UsageError
 from retrofit.hub import Base
 from retrofit.recipes import dry_run, estimate
 from retrofit.recipes.allocator import c_library
-from retrofit.recipes.convert import _attached
 from retrofit.recipes.fit import changed, parse_size, short, steps_down, suggestions
+from retrofit.recipes.prepare import attached_to
 from retrofit.recipes.publish import count
 from retrofit.recipes.rehearsal import Holdings, rehearsal
 from retrofit.recipes.schema import FIELDS, load_recipe
@@ -46,7 +46,7 @@ def bare_heap(monkeypatch):
 
 def real_trainer(name, plan):
     model = ARCHITECTURES[name]()
-    attached, backend = _attached(plan, Base(model, None, name, None, None, {}))
+    attached, backend = attached_to(Base(model, None, name, None, None, {}), plan)
     return Trainer(attached, backend, plan)
 
 

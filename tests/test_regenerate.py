@@ -258,7 +258,7 @@ def test_a_cache_that_cannot_be_written_is_found_out_before_the_base_is_loaded(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(convert_module, "load_base", None)
+    monkeypatch.setattr(convert_module, "open_base", None)
     with pytest.raises(ResourceError, match="file/responses: regenerated responses cannot be kept there"):
         convert_module.convert(str(tmp_path / "base"), "tiny", tmp_path / "out", {"data.responses": "regenerate"})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

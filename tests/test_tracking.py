@@ -113,7 +113,7 @@ def test_a_missing_package_is_told_before_the_base_is_loaded(
     right = importlib.util.find_spec
     absent = tracking.PACKAGES[name]
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda n: None if n in absent else right(n))
-    monkeypatch.setattr(convert, "load_base", None)
+    monkeypatch.setattr(convert, "open_base", None)
     result = CliRunner().invoke(cli.main, ["convert", "-o", str(tmp_path / "out"), "--track", name])
     assert result.exit_code == 4
     assert f"--track {name}: the package `{package}` is not installed\nhint: pip install {package}\n" in result.stderr

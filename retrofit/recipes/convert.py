@@ -23,10 +23,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit import artifact
-from retrofit.adapters.attach import Attached, attach
-from retrofit.adapters.layout import DraftLayout
-from retrofit.errors import GateError, ResourceError, TrainingError, UsageError
-from retrofit.hub import Base, live_fingerprint, load_base
+from retrofit.adapters.attach import Attached
+from retrofit.errors import GateError, ResourceError, TrainingError
+from retrofit.hub import Base
 from retrofit.recipes import tracking
 from retrofit.recipes.checkpoint import Checkpoints
 from retrofit.recipes.data import Document, documents, windows
@@ -35,18 +34,20 @@ from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
 from retrofit.recipes.order import Order
 from retrofit.recipes.parallel import check_processes, loading_device, same_start, shared_checkpoints
+from retrofit.recipes.prepare import attached_to, open_base, resolve
 from retrofit.recipes.probe import line as probed
 from retrofit.recipes.probe import live_probe
 from retrofit.recipes.processes import Processes, joined
+from retrofit.recipes.progress import progress
 from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
 from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.regenerate import ResponseCache, check_cache, regenerate, weights_key
-from retrofit.recipes.schema import Recipe, by_key, load_recipe
+from retrofit.recipes.schema import Recipe, by_key
 from retrofit.recipes.session import Session
 from retrofit.recipes.shards import shard
 from retrofit.recipes.source import Part
 from retrofit.recipes.train import Trainer, clean_forward
-from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
+from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.engine import Engine
 
 MEASURED = 32
@@ -111,14 +112,13 @@ def convert(
         quiet = quiet or not main
         started = time.perf_counter()
         with shared_checkpoints(out, processes) as saved:
-            base = _base(model, plan, loading_device(device, processes), offline, trust_remote_code, tokenizer)
+            base = open_base(model, plan, loading_device(device, processes), offline, trust_remote_code, tokenizer)
             plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
-            attached, backend = _attached(plan, base)
+            attached, backend = attached_to(base, plan)
             undo = None
             try:
                 if plan.train.checkpointing:
                     undo = recompute_layers(backend)
-                _check_rope(plan, base, backend)
                 if processes is not None and processes.sharded:
                     shard(attached, backend, processes)
                 skipped = Skipped() if skip_bad else None
@@ -173,86 +173,6 @@ class _Job:
             self.processes.together(what)
 
 
-def _attached(plan: Recipe, base: Base) -> tuple[Attached, HFBackend]:
-    """The base with an untrained adapter on it.  Raises UsageError where the recipe does not fit the model."""
-    layout = DraftLayout(**plan.draft.model_dump())
-    refuse_unsupported(base.model)
-    context = int(base.model.config.get_text_config().max_position_embeddings)
-    if layout.block >= context:
-        raise UsageError(f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block")
-    if plan.data.max_length > context:
-        raise UsageError(
-            f"data.max_length is {plan.data.max_length}, the context of {base.name} is {context}",
-            f"add data.max_length={context}",
-        )
-    return wrap(
-        base.model,
-        lambda: attach(
-            base.model,
-            layout,
-            rank=plan.adapter.rank,
-            alpha=plan.adapter.alpha,
-            targets=plan.adapter.targets,
-            markov_rank=plan.adapter.markov_rank,
-            confidence=plan.adapter.confidence,
-            seed=plan.train.seed,
-        ),
-    )
-
-
-def _check_rope(plan: Recipe, base: Base, backend: HFBackend) -> None:
-    longest = backend.rope_boundary or backend.context_length
-    if plan.data.max_length > longest:
-        raise UsageError(
-            f"data.max_length is {plan.data.max_length}, beyond the position where {base.name} changes its RoPE",
-            f"add data.max_length={longest}",
-        )
-
-
-def resolve(
-    model: str | PreTrainedModel | None,
-    recipe: str | Path | Recipe | None,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
-) -> Recipe:
-    """The recipe of a conversion with everything filled in.  Raises UsageError."""
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise UsageError("a Recipe and overrides were both given", "put the values into the Recipe")
-        plan = recipe
-    else:
-        name = str(recipe) if recipe is not None else (None if model is None else "default")
-        plan = load_recipe(name, overrides)
-    if isinstance(model, str):
-        plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": model})})
-    if plan.profile == "joint":
-        raise UsageError("profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical")
-    return plan
-
-
-def _base(
-    model: str | PreTrainedModel | None,
-    plan: Recipe,
-    device: str,
-    offline: bool,
-    trust_remote_code: bool,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Base:
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise UsageError("a live model needs tokenizer=")
-        name = model.config._name_or_path or type(model).__name__
-        return Base(model, tokenizer, name, None, None, live_fingerprint(model))
-    dtype = plan.train.precision if plan.base.dtype == "auto" else plan.base.dtype
-    return load_base(
-        plan.base.model,
-        plan.base.revision,
-        dtype=dtype,
-        device=device,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
-
-
 def _convert(job: _Job, interrupts: Interrupts) -> None:
     """Train, measure, write the artifact; on Ctrl-C, SIGTERM and errors leave a checkpoint."""
     plan, attached = job.plan, job.attached
@@ -293,7 +213,7 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
             file=sys.stderr,
             dynamic_ncols=True,
         ) as bar:
-            session.run(_progress(bar, tracker))
+            session.run(progress(bar, tracker))
         if plan.train.save_every or session.published["step"] != trainer.steps_done:
             with interrupts.held():
                 session.save()  # whatever goes wrong from here on, training does not have to be done again
@@ -391,27 +311,6 @@ def _held_out(job: _Job, rewritten: Rewriter) -> list[Document]:
     cut = (next(windows([document], job.plan.data.max_length), None) for document in _read(job, "held_out"))
     wanted = max(MEASURED, job.plan.train.probe_prompts if job.plan.train.probe_every else 0)
     return list(rewritten(islice((window for window in cut if window is not None), wanted)))
-
-
-def _progress(bar: tqdm[Any], tracker: tracking.Tracker) -> Callable[[int, dict[str, Any]], None]:
-    tokens, seconds, latest = [0], [0.0], [""]
-
-    def show(step: int, record: dict[str, Any]) -> None:
-        tokens[0] += record["rows"]["clean"]
-        seconds[0] += record["seconds"]
-        loss, accept = record["loss"], record["accept"]["sampled"]
-        if "probe" in record:
-            latest[0] = f" probe {probed(record)}"
-        bar.set_postfix_str(
-            f"loss {loss['total']:.3f} (ar {loss['ar']:.2f} diff {loss['diff']:.2f} draft {loss['draft']:.3f} "
-            f"conf {loss['conf']:.2f}) accept {' '.join(f'{a:.2f}' for a in accept)} tau {record['tau']:.2f} "
-            f"{tokens[0] / max(seconds[0], 1e-9):,.0f} tokens/s{latest[0]}",
-            refresh=False,
-        )
-        bar.update()
-        tracker.log(record)
-
-    return show
 
 
 def _check_parent(out: Path) -> None:

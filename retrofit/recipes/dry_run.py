@@ -21,11 +21,13 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from retrofit.errors import RetrofitError
 from retrofit.hub import EMBEDDED, check_device, load_base, load_config, stored_dtype, weight_files
 from retrofit.recipes.checkpoint import KEPT
-from retrofit.recipes.convert import MEASURED, _attached, resolve
+from retrofit.recipes.convert import MEASURED
 from retrofit.recipes.estimate import Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.fit import changed, short, suggestions
 from retrofit.recipes.measure import held_out_acceptance
 from retrofit.recipes.order import SHUFFLE_BUFFER
+from retrofit.recipes.prepare import attached_to, resolve
+from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.regenerate import cache_folder
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.train import Trainer
@@ -222,7 +224,9 @@ def _time(
             trust_remote_code=trust_remote_code,
             need_tokenizer=False,
         )
-        attached, backend = _attached(plan, base)
+        attached, backend = attached_to(base, plan)
+        if plan.train.checkpointing:
+            recompute_layers(backend)
         trainer = Trainer(attached, backend, plan)
         documents = windows_of(plan, backend.head.vocab, 0)[:batch]
 

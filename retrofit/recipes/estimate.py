@@ -24,11 +24,12 @@ from retrofit.adapters.attach import Attached
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.hub import Base
 from retrofit.recipes.allocator import CLibrary, c_library
-from retrofit.recipes.convert import _attached, _check_rope
 from retrofit.recipes.data import Document
 from retrofit.recipes.measure import held_out_acceptance
 from retrofit.recipes.order import SHUFFLE_BUFFER
+from retrofit.recipes.prepare import attached_to
 from retrofit.recipes.publish import base_parameters, count
+from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.regenerate import BATCH
 from retrofit.recipes.rehearsal import BASE, Rehearsal, rehearsal
 from retrofit.recipes.schema import Recipe
@@ -184,8 +185,9 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal) -> tuple
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     stage.phase(ATTACHING, OTHER)
     base = Base(model, None, plan.base.model, None, None, {})
-    attached, backend = _attached(plan, base)
-    _check_rope(plan, base, backend)
+    attached, backend = attached_to(base, plan)
+    if plan.train.checkpointing:
+        recompute_layers(backend)
     stage.call(ADAPTER, attached.parameters())
     trainer = Trainer(attached, backend, plan)
     run = backend.run_trunk

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from test_cli import save_tokenizer
 from tiny_models import ARCHITECTURES, CONFIGS, CONTEXT, REFUSED_CONFIGS, VOCABULARY
@@ -25,6 +26,7 @@ from retrofit.recipes.publish import count
 from retrofit.recipes.rehearsal import Holdings, rehearsal
 from retrofit.recipes.schema import FIELDS, load_recipe
 from retrofit.recipes.train import Trainer
+from retrofit.runtime.sampling import gumbel_noise
 
 SMALL = (
     *("train.precision=float32", "train.batch_size=2", "train.anchors=4", "train.steps=2", "train.warmup=0"),
@@ -108,6 +110,14 @@ def test_rehearsal_takes_what_training_takes(name, bare_heap):
 def test_recipes_are_followed(overrides, bare_heap):
     plan = small(*overrides)
     assert rehearsed_peak("qwen3", plan) == pytest.approx(real_peak(real_trainer("qwen3", plan), plan), rel=0.04)
+
+
+def test_rehearsal_leaves_no_tensor_without_memory_behind():
+    with rehearsal("cpu"):
+        gumbel_noise(torch.tensor([3]), torch.tensor([3]), 77)
+    where = torch.tensor([3])
+    noise = gumbel_noise(where, where, 77)
+    assert type(noise) is torch.Tensor and torch.equal(noise, gumbel_noise(where, where, 78)[:, :77])
 
 
 def test_more_of_anything_takes_more(bare_heap):

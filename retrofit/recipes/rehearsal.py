@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from retrofit.recipes.allocator import CLibrary
+from retrofit.runtime.sampling import hash_constants
 
 BASE = "base weights"
 NUMBER = 1e-9
@@ -196,8 +197,10 @@ def rehearsal(device: str, library: CLibrary | None = None) -> Iterator[Rehearsa
             to.data = new.data
 
     try:
+        hash_constants.cache_clear()  # no tensor may outlast its world, neither way
         torch.utils.swap_tensors = move
         with FakeTensorMode(allow_non_fake_inputs=True), _Arrays(), watch, torch.device(device):
             yield Rehearsal(watch)
     finally:
         torch.utils.swap_tensors = swap
+        hash_constants.cache_clear()

@@ -101,7 +101,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _hash_constants(vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def hash_constants(vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """What no request changes: the hash of each token alone, int32 [V], and the key starts, int32 [2, 1]."""
     tokens = torch.arange(vocab, dtype=torch.int32, device=device).add_(_signed(_TOKEN))
     starts = torch.tensor([[_signed(word)] for word in _KEYS], dtype=torch.int32, device=device)
@@ -117,7 +117,7 @@ def hash_bits(seed: Tensor, index: Tensor, vocab: int) -> Tensor:
     Each row has a 64-bit key, half of it xored into the well-mixed token, half between the two rounds of the
     mixer.
     """
-    token_V, start_21 = _hash_constants(vocab, seed.device)
+    token_V, start_21 = hash_constants(vocab, seed.device)
     keys = start_21 + seed.to(torch.int32)  # [2, R]: both keys of every row
     _xor_shift(keys, 16).mul_(_signed(_MULTIPLY_1)).bitwise_xor_((seed >> 32).to(torch.int32))
     _xor_shift(keys, 15).mul_(_signed(_MULTIPLY_2)).bitwise_xor_(index.to(torch.int32))

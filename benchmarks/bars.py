@@ -7,19 +7,16 @@ where --out says so.  Exits 3 if a bar is missed.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.common import ROOT, convert_default, say, table
-from benchmarks.sections import NEED_ARTIFACT, SECTIONS, Bar, Task
+from benchmarks.common import ROOT, Bar, convert_default, say, section, table, write
+from benchmarks.sections import NEED_ARTIFACT, SECTIONS, Task
 from retrofit.errors import RetrofitError
-from retrofit.eval.speed import hardware
 
 PROMPTS = 64
 RESULTS = ROOT / "results" / "bars-cpu.json"
@@ -49,7 +46,7 @@ def main(only: tuple[str, ...], artifact: Path | None, prompts: int, out: Path |
     if path is None:
         say(f"not written: {prompts} prompts, and no --out")
     else:
-        write(path, measured)
+        write(path, measured, list(SECTIONS))
         say(f"wrote {path}")
     bars = [Bar(**bar) for section in measured.values() for bar in section["bars"]]
     missed = sum(bar.met is False for bar in bars)
@@ -63,24 +60,7 @@ def run(name: str, task: Task, command: str) -> dict[str, Any]:
     begin = time.perf_counter()
     bars, figures = SECTIONS[name](task)
     print(table([[b.what, b.bar, b.figure, VERDICTS[b.met]] for b in bars]), flush=True)
-    return {
-        "command": command,
-        "hardware": hardware(),
-        "seconds": round(time.perf_counter() - begin, 1),
-        "bars": [asdict(bar) for bar in bars],
-        "figures": figures,
-    }
-
-
-def write(path: Path, measured: dict[str, Any]) -> None:
-    """Put the measured sections into the file, beside older ones; the file appears whole or not at all."""
-    old = json.loads(path.read_text())["sections"] if path.is_file() else {}
-    merged = {name: measured.get(name, old.get(name)) for name in SECTIONS}
-    content = {"sections": {name: section for name, section in merged.items() if section is not None}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    return section(command, time.perf_counter() - begin, bars, figures)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from retrofit import artifact
+from retrofit.eval.speed import hardware
 from retrofit.hub import EMBEDDED, load_base
 from retrofit.recipes.library import held_out_prompts
 from retrofit.runtime.engine import Engine
@@ -28,6 +31,16 @@ class Setting:
     engine: Engine
     reference: PreTrainedModel
     prompts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure beside what it has to be.  met is None for a figure that is only stated."""
+
+    what: str
+    bar: str
+    figure: str
+    met: bool | None
 
 
 def load(folder: Path, prompts: int) -> Setting:
@@ -67,6 +80,28 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         for row in rows
     )
     return "\n".join(f"  {line}" for line in lines)
+
+
+def section(command: str, seconds: float, bars: Sequence[Bar], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What a results file holds of one measurement."""
+    return {
+        "command": command,
+        "hardware": hardware(),
+        "seconds": round(seconds, 1),
+        "bars": [asdict(bar) for bar in bars],
+        "figures": figures,
+    }
+
+
+def write(path: Path, measured: Mapping[str, Any], order: Sequence[str] | None = None) -> None:
+    """Put measured sections into a results file, beside older ones; the file appears whole or not at all."""
+    old = json.loads(path.read_text())["sections"] if path.is_file() else {}
+    merged = {**old, **measured}
+    names = merged if order is None else [name for name in order if name in merged]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps({"sections": {name: merged[name] for name in names}}, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def number(value: float | None, places: int = 2) -> str:

@@ -1,7 +1,8 @@
 """kill -9 a conversion at random moments, run it again, and compare what comes out with an uninterrupted run's.
 
-Every second kill waits until a checkpoint is being written.  Offline, the embedded base on the CPU.  The table goes to
-stdout, progress to stderr.  Exits 3 if an adapter differs.
+Every second kill waits until a checkpoint is being written.  Offline, the embedded base on the CPU; live probes decide
+which step is published.  The table goes to stdout, progress to stderr, the figures of 10 kills or more to
+results/interrupted-cpu.json.  Exits 3 if an adapter differs.
 """
 
 from __future__ import annotations
@@ -20,24 +21,27 @@ from typing import Any
 
 import click
 
-from benchmarks.common import ROOT, say, table
+from benchmarks.common import ROOT, Bar, say, section, table, write
 from retrofit.recipes.checkpoint import folder_of
 
+KILLS = 10
+RESULTS = ROOT / "results" / "interrupted-cpu.json"
 SETTINGS = [
     *("train.steps=24", "train.save_every=1", "train.batch_size=2", "train.anchors=8", "train.warmup=2"),
-    *("adapter.rank=4", "data.max_length=64", "data.held_out=4"),
+    *("adapter.rank=4", "data.max_length=64", "data.held_out=4", "train.publish=best"),
+    *("train.probe_every=4", "train.probe_prompts=2", "train.probe_tokens=8"),
 ]
 
 
 @click.command(help=__doc__)
-@click.option("--kills", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--kills", type=click.IntRange(1), default=KILLS, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the moments.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(kills: int, seed: int, as_json: bool) -> None:
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="retrofit-interrupted-") as folder:
         straight = Path(folder, "straight")
-        begin = time.perf_counter()
+        begun = begin = time.perf_counter()
         if started(straight).wait() != 0:
             sys.exit("the uninterrupted conversion failed")
         whole = time.perf_counter() - begin
@@ -46,7 +50,12 @@ def main(kills: int, seed: int, as_json: bool) -> None:
         for number in range(kills):
             rows.append(trial(Path(folder, f"killed-{number}"), straight, chance, whole, in_writing=number % 2 == 1))
             say(f"{number + 1}/{kills}: {rows[-1]}")
-    equal = sum(row["equal"] for row in rows)
+    equal, writing = (sum(row[key] for row in rows) for key in ("equal", "writing"))
+    if kills >= KILLS:
+        what = f"kill -9 at {kills} random moments, {writing} while writing a checkpoint; resumed = uninterrupted"
+        bars = [Bar(what, "all sha256 equal", f"{equal}/{kills}", equal == kills)]
+        command = f"python -m benchmarks.interrupted --kills {kills} --seed {seed}"
+        write(RESULTS, {"interrupted": section(command, time.perf_counter() - begun, bars, {"kills": rows})})
     if as_json:
         click.echo(json.dumps({"kills": rows, "equal": equal, "of": kills}, indent=2))
     else:

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.common import NEW_TOKENS, ROOT, Setting, conversion_seconds, load, number, say
+from benchmarks.common import NEW_TOKENS, ROOT, Bar, Setting, conversion_seconds, load, number, say
 from benchmarks.sizes import LARGE, all_sizes
 from retrofit.adapters.layout import DraftLayout
 from retrofit.eval.acceptance import Comparison, lossless, measure, reference_tokens, same_as_ar
@@ -46,16 +46,6 @@ SPEED_TURNS = 12
 SPEED_PROMPTS = 2
 """Prompts of a turn at batch 1: short turns, so that a slow moment of the machine hits all ways alike."""
 HELP_RUNS = 7
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A figure beside what it has to be.  met is None for a figure that is only stated."""
-
-    what: str
-    bar: str
-    figure: str
-    met: bool | None
 
 
 @dataclass

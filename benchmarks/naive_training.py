@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.heads import Heads
 from retrofit.recipes.blocks import BlockBatch
 from retrofit.recipes.objective import Sums
@@ -117,14 +118,16 @@ def add_up(sums: Sums, draft: Tensor, weight: Tensor, conf: Tensor | None, eligi
 
 @contextmanager
 def dense_draft_rows() -> Iterator[None]:
-    """Let draft rows attend by one call over all there is, for the duration."""
+    """Let draft rows attend by one call over all there is, and LoRA be plain autograd, for the duration."""
     registered = AttentionInterface._global_mapping
     before = registered[ATTENTION]
     registered[ATTENTION] = dense_attention
+    GatedLoraLinear.by_hand = False
     try:
         yield
     finally:
         registered[ATTENTION] = before
+        GatedLoraLinear.by_hand = True
 
 
 def dense_attention(

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.naive_training import NaiveTrainer, dense_draft_rows
+from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
 from retrofit.recipes import objective
@@ -142,7 +143,11 @@ def engine_of(name: str, layout: DraftLayout, **changes: Any) -> Engine:
     model = build(name)
     for key, value in changes.items():
         setattr(model.config, key, value)
-    return randomise(Engine.from_model(model, layout=layout), seed=3)
+    engine = randomise(Engine.from_model(model, layout=layout), seed=3)
+    for module in engine.attached.peft_model.modules():
+        if isinstance(module, GatedLoraLinear):
+            module.scaling["default"] = 0.5
+    return engine
 
 
 @pytest.mark.parametrize("name", CONFIGS)

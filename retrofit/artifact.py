@@ -19,10 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -206,8 +207,20 @@ def add(folder: str | Path, name: str, data: bytes | str) -> Path:
     return path
 
 
+def restore(folder: Path) -> None:
+    """Where a killed process had moved the artifact aside and not yet put the new one in its place, put it back."""
+    if folder.is_symlink() or folder.exists():
+        return
+    aside = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.old")
+    with suppress(OSError):  # what cannot be read or renamed is as good as not there
+        found = [path for path in folder.parent.iterdir() if aside.fullmatch(path.name) and (path / CONFIG).is_file()]
+        if found:
+            max(found, key=lambda path: path.stat().st_ctime_ns).rename(folder)
+
+
 def check_writable(folder: Path, overwrite: bool) -> None:
     """Raises UsageError for a folder that `write` would refuse."""
+    restore(folder)
     if not folder.is_symlink() and not folder.exists():
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -233,19 +246,23 @@ def _beside(folder: Path) -> Path:
 
 def _put(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`; what stands there is moved aside first and back again should that fail."""
-    old = None
-    if folder.exists():
-        old = new.with_suffix(".old")
-        folder.rename(old)
+    old = new.with_suffix(".old")
     try:
-        new.rename(folder)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            folder.rename(old)  # someone who came to read had put it back
+            new.rename(folder)
     except BaseException:
-        if old is not None:
+        if old.exists() and not folder.exists():
             old.rename(folder)
         raise
     sync_folder(folder.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # the new artifact is in place; a leftover harms nobody
+    shutil.rmtree(old, ignore_errors=True)  # the new artifact is in place; a leftover harms nobody
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -267,6 +284,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _exists(root: Path) -> None:
+    restore(root)
     if not root.is_dir():
         raise UsageError(f"{root}: no such artifact folder", "name a folder that `retrofit convert` wrote")
     if not (root / CONFIG).is_file():

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from retrofit import __version__, artifact
+from retrofit import __version__
 from retrofit.console import (
     CONTEXT,
     Cli,
@@ -30,13 +29,12 @@ from retrofit.console import (
     result_json,
     say,
     seed_option,
-    skip_bad_option,
 )
+from retrofit.convert_command import convert
 from retrofit.data_commands import data
 from retrofit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from retrofit.recipes.schema import Recipe
     from retrofit.runtime.engine import Event, Result
 
 EXIT_CODES = """\b
@@ -62,121 +60,7 @@ def main() -> None:
     """
 
 
-@main.command(context_settings=CONTEXT)
-@click.argument("items", nargs=-1, metavar="[MODEL] [KEY=VALUE]...")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder to write.  [default: MODEL-retrofit in the current folder]",
-)
-@click.option(
-    "--recipe",
-    metavar="NAME|FILE",
-    help="See `retrofit recipes ls`.  [default: tiny for the embedded base, else default]",
-)
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
-@click.option("--force-resume", is_flag=True, help="Go on from a checkpoint though the recipe or the text changed.")
-@click.option("--restart", is_flag=True, help="Remove the checkpoints and start anew.")
-@click.option("--keep-checkpoints", is_flag=True, help="Leave them there when the artifact is complete.")
-@click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
-@skip_bad_option
-@loading_options
-@output_options
-def convert(
-    items: tuple[str, ...],
-    out: Path | None,
-    recipe: str | None,
-    overwrite: bool,
-    force_resume: bool,
-    restart: bool,
-    keep_checkpoints: bool,
-    seed: int | None,
-    skip_bad: bool,
-    loading: Loading,
-    as_json: bool,
-) -> None:
-    """Train an adapter for MODEL and write the artifact.
-
-    MODEL is a Hub id, a local folder, or nothing for the base that ships with retrofit.  KEY=VALUE sets a key
-    of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and --seed.  Prints the
-    artifact's folder.  `retrofit data validate` finds bad rows of text beforehand; here the first one met ends
-    the run, unless --skip-bad.
-
-    Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM: the same command
-    goes on from the newest one that is whole. They are removed when the artifact is complete.
-
-    \b
-    Examples:
-      retrofit convert
-      retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
-      retrofit convert ./my-model data.source=texts.jsonl draft.block=4
-    """
-    if force_resume and restart:
-        raise UsageError("--force-resume and --restart do not go together", "give one of them")
-    model, overrides = _model_and_overrides(items)
-    flags = [f"base.dtype={loading.dtype}"] if loading.dtype else []
-    flags += [f"train.seed={seed}"] if seed is not None else []
-    resolved = _recipe(model, recipe, [*flags, *overrides])
-    name = Path(resolved.base.model).expanduser().resolve().name
-    out = out or Path(f"{name}-retrofit")
-    artifact.check_writable(out, overwrite)
-    quieten_libraries()
-    from retrofit import convert as run
-
-    made = run(
-        recipe=resolved,
-        out=out,
-        device=loading.device,
-        overwrite=overwrite,
-        offline=loading.offline,
-        trust_remote_code=loading.trust_remote_code,
-        quiet=is_quiet(),
-        resume="force" if force_resume else "never" if restart else "auto",
-        keep_checkpoints=keep_checkpoints,
-        skip_bad=skip_bad,
-    )
-    parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
-    if as_json:
-        emit_json({"artifact": str(made.folder), **parts})
-        return
-    from retrofit.inspection import facts
-
-    say(f"measured on held-out text: {facts(parts['acceptance']) or 'nothing'}")
-    say(f"next: retrofit certify {made.folder}")
-    click.echo(made.folder)
-
-
-def _model_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Raises UsageError for more than one model."""
-    overrides = [item for item in items if "=" in item and not Path(item).exists()]
-    models = [item for item in items if item not in overrides]
-    if len(models) > 1:
-        hint = "a recipe key is set as key.path=value"
-        raise UsageError(f"more than one model: {', '.join(models)}", hint)
-    return (models[0] if models else None), overrides
-
-
-def _recipe(model: str | None, name: str | None, overrides: list[str]) -> Recipe:
-    """The resolved recipe of a conversion, and a note where a better one ships.  Raises UsageError."""
-    from retrofit.hub import EMBEDDED
-    from retrofit.recipes.schema import load_recipe, recipe_names
-
-    if model is None:
-        return load_recipe(name, overrides)
-    if any(override.startswith("base.model=") for override in overrides):
-        raise UsageError(f"the model is given twice: {model} and base.model=...", "give one of them")
-    if name is None and model != EMBEDDED:
-        name = "default"
-        for shipped in recipe_names():
-            if load_recipe(shipped).base.model == model:
-                say(f"note: --recipe {shipped} was written for this model")
-    return load_recipe(name, [f"base.model={_quoted(model)}", *overrides])
-
-
-def _quoted(text: str) -> str:
-    """Text as a YAML value, whatever is in it."""
-    return "'" + text.replace("'", "''") + "'"
+main.add_command(convert)
 
 
 artifact_argument = click.argument("folder", metavar="ARTIFACT")

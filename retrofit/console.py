@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrofit.errors import ResourceError, RetrofitError
+from retrofit.launch import speaks
 
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine, Result
@@ -46,7 +47,9 @@ class Cli(click.Group):
         try:
             with _terminated():
                 return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
+        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError) as error:
+            if isinstance(error, click.UsageError) and ctx.invoked_subcommand == "convert" and not speaks():
+                raise click.exceptions.Exit(error.exit_code) from None  # another of several processes says it
             raise  # click's own business: exit codes, usage errors, a reader that left
         except SystemExit as error:  # SIGTERM
             _notes(error)
@@ -56,7 +59,9 @@ class Cli(click.Group):
             _notes(error)
             raise click.exceptions.Exit(128 + signal.SIGINT) from None
         except Exception as error:
-            raise click.exceptions.Exit(_report(error, bool(ctx.meta.get(VERBOSE)))) from None
+            code = _report(error, bool(ctx.meta.get(VERBOSE)))
+            _notes(error)
+            raise click.exceptions.Exit(code) from None
 
 
 def show(error: RetrofitError) -> None:
@@ -123,6 +128,11 @@ def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bo
 def is_quiet() -> bool:
     """Whether the running command was given -q."""
     return bool(click.get_current_context().meta.get(QUIET))
+
+
+def be_quiet() -> None:
+    """As if the running command had been given -q."""
+    click.get_current_context().meta[QUIET] = True
 
 
 def say(message: str) -> None:

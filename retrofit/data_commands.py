@@ -38,6 +38,7 @@ class Text:
     tokenizer: Any
     vocab: int
     limit: int | None
+    offline: bool
 
     def documents(self, part: Part, skipped: Skipped | None, progress: str | None = None) -> Iterator[Document]:
         from tqdm import tqdm
@@ -45,8 +46,9 @@ class Text:
         from retrofit.recipes.data import documents
 
         read = documents(
-            self.recipe.data, self.tokenizer, part=part, seed=self.recipe.train.seed, skipped=skipped, vocab=self.vocab
-        )
+            self.recipe.data, self.tokenizer, part=part, seed=self.recipe.train.seed, skipped=skipped,
+            vocab=self.vocab, offline=self.offline,
+        )  # fmt: skip
         hidden = progress is None or is_quiet() or not sys.stderr.isatty()
         yield from tqdm(islice(read, self.limit), desc=progress, unit="document", disable=hidden, leave=False)
 
@@ -79,7 +81,7 @@ def _text_options(function: Any) -> Any:
         tokenizer, vocab = load_tokenizer(
             resolved.base.model, resolved.base.revision, offline=offline, trust_remote_code=trust_remote_code
         )
-        return function(*arguments, text=Text(resolved, tokenizer, vocab, limit), **options)
+        return function(*arguments, text=Text(resolved, tokenizer, vocab, limit, offline), **options)
 
     options = (
         click.argument("items", nargs=-1, metavar="[SOURCE] [KEY=VALUE]..."),

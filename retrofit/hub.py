@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import ResourceError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "tiny"
 """Name of the base model shipped inside the package."""
@@ -175,6 +177,48 @@ def load_tokenizer(
             f"{name} has no tokenizer that loads: {_first_line(error)}", "add its tokenizer files to the folder"
         ) from error
     return tokenizer, int(config.vocab_size)
+
+
+def load_config(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False, offline: bool = False
+) -> tuple[PreTrainedConfig, Path]:
+    """A model's configuration, and the folder of its files; weights are not downloaded.
+
+    Raises UsageError, ResourceError or UnsupportedModelError.
+    """
+    from transformers import AutoConfig
+
+    folder = locate(name, revision, offline, weights=False, code=trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{name} holds no config.json, so it is no transformers model")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), folder
+    except Exception as error:
+        raise UnsupportedModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A model's safetensors files; none where some of them are not here."""
+    index = folder / "model.safetensors.index.json"
+    found = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return found if names <= {path.name for path in found} else []
+    return found
+
+
+def stored_dtype(files: list[Path]) -> str | None:
+    """The type most of the weights are stored in, as torch names it; None where there are none."""
+    from safetensors import safe_open
+
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    sizes: Counter[str] = Counter()
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(name)
+                sizes[part.get_dtype()] += prod(part.get_shape())
+    return names.get(sizes.most_common(1)[0][0]) if sizes else None
 
 
 def check_device(device: str) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +73,23 @@ def die_in(function: str, call: int) -> None:
         if len(calls) < call:
             return right(*arguments)
         if function == "write_file":
-            path, data = arguments
-            path.write_bytes(data[: len(data) // 2])
+            half_written(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(checkpoint, function, dying)
 
 
-def child(out: Path, texts: Path, function: str | None = None, call: int = 0) -> None:
+def half_written(path: Path, content: bytes | Iterable[memoryview]) -> None:
+    data = content if isinstance(content, bytes) else b"".join(content)
+    path.write_bytes(data[: len(data) // 2])
+
+
+def child(out: Path, texts: Path, function: str | None = None, call: int = 0, **options: Any) -> None:
     """What a process of the tests does."""
     torch.set_num_threads(1)
     if function is not None:
         die_in(function, call)
-    run(out, texts, overwrite=True)
+    run(out, texts, overwrite=True, **options)
 
 
 def learned(out: Path) -> tuple[bytes, bytes]:
@@ -94,8 +98,11 @@ def learned(out: Path) -> tuple[bytes, bytes]:
 
 def curve(path: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what only a clock knows."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+    def timeless(record: dict[str, Any]) -> dict[str, Any]:
+        return {k: timeless(v) if isinstance(v, dict) else v for k, v in record.items() if k != "seconds"}
+
+    return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def steps(out: Path) -> list[int]:

@@ -4,15 +4,18 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 
 from retrofit import artifact
 from retrofit.errors import ArtifactError, ResourceError, RetrofitError, UsageError
+from retrofit.recipes.checkpoint import checkpoints
 
 CONFIG = {
     "format": 1,
@@ -414,6 +417,62 @@ def test_a_failure_at_any_point_leaves_nothing_half_written(tmp_path, monkeypatc
     else:
         assert contents(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir() if p.name != "artifact"] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+@pytest.mark.parametrize("reader", [artifact.read, artifact.check, artifact.read_config])
+def test_killed_between_the_two_renames(tmp_path, monkeypatch, reader):
+    """What was to be replaced stands beside its place; whoever comes next puts it back."""
+    folder = tmp_path / "artifact"
+    write(folder)
+    before = contents(folder)
+    child = os.fork()
+    if child == 0:
+        rename, calls = Path.rename, []
+
+        def dying(self, target):
+            calls.append(target)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", dying)
+        write(folder, seed=1, overwrite=True)
+    os.waitpid(child, 0)
+    assert not folder.exists()
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".old", ".part"]
+    reader(folder)
+    assert contents(folder) == before
+    write(folder, seed=1, overwrite=True)
+    assert same(artifact.read(folder).adapter_state, tensors(1)[0])
+
+
+def test_a_conversion_that_may_not_overwrite_finds_what_was_moved_aside(tmp_path):
+    write(tmp_path / "artifact")
+    (tmp_path / "artifact").rename(tmp_path / ".artifact.0123abcd.old")
+    with pytest.raises(UsageError, match="holds an artifact already"):
+        artifact.check_writable(tmp_path / "artifact", overwrite=False)
+    (tmp_path / "artifact").rename(tmp_path / ".artifact.0123abcd.old")
+    with checkpoints(tmp_path / "artifact"):
+        artifact.read(tmp_path / "artifact")
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_reader_between_the_two_renames(tmp_path, monkeypatch, call):
+    folder, rename, calls = tmp_path / "artifact", Path.rename, []
+    write(folder)
+
+    def watched(self, target):
+        calls.append(target)
+        if len(calls) == call:
+            artifact.read(folder)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    write(folder, seed=1, overwrite=True)
+    assert same(artifact.read(folder).adapter_state, tensors(1)[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
 
 
 def test_a_full_disk_is_named_with_place_and_size(tmp_path, monkeypatch):

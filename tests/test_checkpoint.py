@@ -12,13 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
-from resuming import RECIPE, STEPS, at_step, curve, interrupted, learned, run, steps, tokenizer, write_texts
+from resuming import (
+    RECIPE,
+    STEPS,
+    at_step,
+    curve,
+    half_written,
+    interrupted,
+    learned,
+    run,
+    steps,
+    tokenizer,
+    write_texts,
+)
 from tiny_models import build
 
-from retrofit import cli, files
-from retrofit.errors import ResourceError, TrainingError, UsageError
-from retrofit.recipes import checkpoint, session
+from retrofit import artifact, cli, files
+from retrofit.errors import DataError, ResourceError, TrainingError, UsageError
+from retrofit.recipes import checkpoint, convert, interrupts, session
 from retrofit.recipes.checkpoint import Checkpoints, checkpoints, folder_of
 from retrofit.recipes.data import Document
 from retrofit.recipes.order import SHUFFLE_BUFFER, Order, Place
@@ -283,16 +296,16 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
 # Disks
 
 
-def failing_after(calls: int, number: int) -> Callable[..., None]:
+def failing_after(calls: int, number: int) -> Callable[..., Any]:
     """`write_file`, until the disk is full: then half the bytes are there."""
     right, made = files.write_file, []
 
-    def write(path: Path, data: bytes) -> None:
+    def write(path: Path, content: Any) -> Any:
         made.append(path)
         if len(made) > calls:
-            path.write_bytes(data[: len(data) // 2])
+            half_written(path, content)
             raise OSError(number, os.strerror(number))
-        right(path, data)
+        return right(path, content)
 
     return write
 
@@ -350,6 +363,84 @@ def test_a_place_that_cannot_be_written_is_found_out_at_once(
         checkpoints(tmp_path / "out"),
     ):
         pass
+
+
+# Other errors
+
+
+LARGER = {"train__batch_size": 16, "train__save_every": 0}
+
+
+@pytest.fixture(scope="module")
+def straight_larger(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
+    out = tmp_path_factory.mktemp("larger") / "out"
+    run(out, texts, **LARGER)
+    return out
+
+
+def failing_in_step_6(error: Exception, patch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise error
+
+    at_step(6, fail, patch, "gradients")
+
+
+def failing_in_epoch_6(patch: pytest.MonkeyPatch) -> None:
+    """The shuffle buffer is filled with five epochs before the first step."""
+    right = convert.documents
+
+    def documents(*arguments: Any, part: Any, seed: int = 0, **options: Any) -> Any:
+        yield from right(*arguments, part=part, seed=seed, **options)
+        if (part, seed) == ("train", 6):
+            raise DataError("rows.jsonl:7: not valid JSON")
+
+    patch.setattr(convert, "documents", documents)
+
+
+FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "not valid JSON": failing_in_epoch_6,
+    "out of memory": lambda patch: failing_in_step_6(torch.OutOfMemoryError("CUDA out of memory"), patch),
+    "reset by peer": lambda patch: failing_in_step_6(ConnectionError("reset by peer"), patch),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_an_error_leaves_a_checkpoint_of_the_last_step(
+    tmp_path: Path, texts: Path, straight_larger: Path, failure: str
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        FAILURES[failure](patch)
+        with pytest.raises(Exception, match=failure) as caught:
+            run(out, texts, **LARGER)
+    (last,) = whole(out)
+    assert 2 <= last <= 5
+    assert f"saved step {last} of {STEPS} in {folder_of(out)}" in caught.value.__notes__[0]
+    run(out, texts, **LARGER)
+    assert learned(out) == learned(straight_larger)
+    assert curve(out / "metrics.jsonl") == curve(straight_larger / "metrics.jsonl")
+
+
+def test_an_error_is_not_hidden_by_a_checkpoint_that_fails(tmp_path: Path, texts: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        failing_in_step_6(ConnectionError("reset by peer"), patch)
+        patch.setattr(checkpoint, "write_file", failing_after(12, errno.EIO))
+        with pytest.raises(ConnectionError, match="reset by peer") as caught:
+            run(out, texts)
+    (note,) = caught.value.__notes__
+    assert note.startswith("step 5 could not be saved: ")
+    assert whole(out) == [2, 4]
+
+
+def test_a_last_checkpoint_that_fails_says_that_the_artifact_is_there(tmp_path: Path, texts: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_file", failing_after(0, errno.ENOSPC))
+        with pytest.raises(ResourceError, match="cannot write") as caught:
+            run(out, texts, train__save_every=0, keep_checkpoints=True)
+    assert caught.value.__notes__ == [f"{out} is complete"]
+    artifact.check(out)
 
 
 # Losses
@@ -480,28 +571,37 @@ def test_a_signal_that_a_library_swallowed(tmp_path: Path, texts: Path) -> None:
     assert whole(out) == [2, 4]
 
 
-def test_the_second_signal_waits_for_nothing(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first comes in step 3; while its checkpoint is being written comes the second."""
+@pytest.mark.parametrize("patience", [0.0, 2.0])
+def test_the_second_signal_waits_for_nothing(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    """The first comes in step 3; while its checkpoint is being written comes the second, which may come too soon."""
+    monkeypatch.setattr(interrupts, "PATIENCE", patience)
     out, right = tmp_path / "out", files.write_file
 
-    def write(path: Path, data: bytes) -> None:
+    def write(path: Path, content: Any) -> Any:
         if ".step-000003." in str(path) and path.name == "optimizer.safetensors":
             os.kill(os.getpid(), signal.SIGINT)
-        right(path, data)
+        return right(path, content)
 
     monkeypatch.setattr(checkpoint, "write_file", write)
     stop = interrupted(out, texts, 3)
-    assert not hasattr(stop, "__notes__")
-    assert whole(out) == [2]
+    assert hasattr(stop, "__notes__") == (patience > 0)
+    assert whole(out) == ([2, 3] if patience else [2])
 
 
-def test_two_signals_while_the_weights_move(tmp_path: Path, texts: Path, straight: Path) -> None:
+@pytest.mark.parametrize("patience", [0.0, 2.0])
+def test_two_signals_while_the_weights_move(
+    tmp_path: Path, texts: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    """torchrun sends two at once; that is no insisting."""
+    monkeypatch.setattr(interrupts, "PATIENCE", patience)
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)], patch)
         with pytest.raises(KeyboardInterrupt):
             run(out, texts)
-    assert whole(out) == [2]
+    assert whole(out) == ([2, 3] if patience else [2])
     run(out, texts)
     assert learned(out) == learned(straight)
 
@@ -537,6 +637,12 @@ def test_the_command_says_how_to_go_on(tmp_path: Path, command: list[str], numbe
     saved = f"saved step 5 of {STEPS} in {folder_of(out) / 'step-000005'}; the same command goes on from there\n"
     assert result.exit_code == code
     assert (result.stdout, result.stderr) == ("", f"interrupted\n{saved}" if code == 130 else saved)
+    with pytest.MonkeyPatch.context() as patch:
+        failing_in_step_6(ConnectionError("reset by peer"), patch)
+        failed = CliRunner().invoke(cli.main, [*command, "-q"])
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith("Error: ConnectionError: reset by peer\n")
+    assert f"\nsaved step 5 of {STEPS} in {folder_of(out)}" in failed.stderr
     refused = CliRunner().invoke(cli.main, [*command, "-q", "train.lr=0.001"])
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "\n  train.lr: 0.01 -> 0.001\nhint: " in refused.stderr

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerFast
 
 import retrofit
-from retrofit import artifact, cli, console
+from retrofit import artifact, cli, console, convert_command
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import GateError, ResourceError
@@ -511,7 +511,7 @@ def test_convert_prints_the_folder_and_its_artifact_runs(base, tmp_path):
 
 def test_a_file_with_an_equals_sign_is_a_model_not_an_override(tmp_path):
     (tmp_path / "a=b").mkdir()
-    assert cli._model_and_overrides(["a=b", "train.steps=3"]) == ("a=b", ["train.steps=3"])
+    assert convert_command._model_and_overrides(["a=b", "train.steps=3"]) == ("a=b", ["train.steps=3"])
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_which_recipe(model, recipe, name):
     from retrofit.recipes.schema import load_recipe
 
     with click.Context(cli.convert):
-        found = cli._recipe(model, recipe, ["train.steps=321"])
+        found = convert_command._recipe(model, recipe, ["train.steps=321"])
     overrides = {"train.steps": 321, **({"base.model": model} if model else {})}
     assert found == load_recipe(name, overrides)
 

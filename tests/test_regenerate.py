@@ -82,6 +82,51 @@ def test_a_response_ends_with_eos(engine: Engine, monkeypatch: pytest.MonkeyPatc
     assert cut.response[-1] and len(cut.tokens) <= 13
 
 
+def conversation(engine: Engine, monkeypatch: pytest.MonkeyPatch, closing: int | None = None) -> Document:
+    """Two turns of six response tokens, each after three of a user; the base ends its first one early.
+
+    closing: what the document's own turns end with; None: the token that ends the base's.
+    """
+    tokens = random_prompts((18,), seed=8)[0]
+    flags = tuple(place % 9 >= 3 for place in range(18))
+    first = written(engine, documents=[Document("talk", tuple(tokens), flags)])[0]
+    end = first.tokens[5]  # its third response token
+    monkeypatch.setattr(engine.backend, "eos", frozenset([end]))
+    tokens[8] = tokens[17] = end if closing is None else closing
+    return Document("talk", tuple(tokens), flags)
+
+
+def test_a_conversation_is_answered_turn_by_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = conversation(engine, monkeypatch)
+    new = written(engine, documents=[old])[0]
+    second = new.response.index(False, 3) + 3
+    answers = new.tokens[3 : second - 3], new.tokens[second:]
+    assert new.tokens[:3] == old.tokens[:3] and new.tokens[second - 3 : second] == old.tokens[9:12]
+    assert new.response == (False,) * 3 + (True,) * len(answers[0]) + (False,) * 3 + (True,) * len(answers[1])
+    for turn, (prompt, answer) in enumerate([(new.tokens[:3], answers[0]), (new.tokens[:second], answers[1])]):
+        seed = module.stable_hash("5 talk" + " turn 1" * turn) % (1 << 31)
+        limit = len(old.tokens) - len(prompt)
+        want = engine.generate([list(prompt)], mode="ar", temperature=0.8, max_new_tokens=limit, seed=seed)[0]
+        assert list(answer) == want.tokens
+    assert written(engine, documents=[*DOCUMENTS[:3], old])[3] == new, "in company, it is the same"
+
+
+def test_a_turn_that_does_not_end_ends_the_document(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = conversation(engine, monkeypatch, closing=0)
+    new = written(engine, documents=[old])[0]
+    assert 0 not in new.tokens[3:]
+    assert new.response == (False,) * 3 + (True,) * (len(new.tokens) - 3)
+    assert new.tokens[:3] == old.tokens[:3] and len(new.tokens) <= 6
+
+
+def test_a_window_that_begins_within_an_answer_goes_on_with_the_turns(engine: Engine) -> None:
+    tokens = tuple(random_prompts((30,), seed=9)[0])
+    flags = tuple(place < 20 or place >= 25 for place in range(30))
+    new = written(engine, documents=[Document("late", tokens, flags)])[0]
+    prompt = new.response.index(True)
+    assert module.SHORTEST_PROMPT <= prompt <= 15 and new.tokens[:prompt] == tokens[:prompt]
+
+
 def test_what_leaves_no_room_is_left_out(engine: Engine) -> None:
     long = document(random_prompts((40,))[0], "long", prompt=30)
     assert written(engine, documents=[long, DOCUMENTS[1]]) == written(engine, documents=[DOCUMENTS[1]])
@@ -204,8 +249,19 @@ def test_where_responses_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     cache = ResponseCache("base", 0.8, folder=tmp_path)
     cache._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(ResourceError, match="No space left"):
+    with pytest.raises(ResourceError, match=r"cannot write 28 bytes \([\d,]+ free\): No space left"):
         cache.put("a", [1])
+
+
+def test_a_cache_that_cannot_be_written_is_found_out_before_the_base_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(convert_module, "open_base", None)
+    with pytest.raises(ResourceError, match="file/responses: regenerated responses cannot be kept there"):
+        convert_module.convert(str(tmp_path / "base"), "tiny", tmp_path / "out", {"data.responses": "regenerate"})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # In a conversion

@@ -1,5 +1,8 @@
 """Mixtures, Parquet and streams: which documents they give, in which order, and which are never trained on."""
 
+import errno
+import re
+import socket
 from collections import Counter
 from itertools import islice
 
@@ -144,6 +147,28 @@ def test_bad_parquet_is_named(tokenizer, tmp_path):
         read(str(path), tokenizer)
 
 
+@pytest.mark.parametrize("problem", ["a file in its place", "no room", "no rights"])
+def test_a_cache_that_cannot_hold_a_parquet_file_is_no_fault_of_the_file(tokenizer, tmp_path, monkeypatch, problem):
+    path, cache = tmp_path / "a.parquet", tmp_path / "cache"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "x"}] * 3), path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+
+    def refused(*arguments, **options):
+        errors = {
+            "no room": OSError("Not enough disk space. Needed: 12 GB"),
+            "no rights": PermissionError(errno.EACCES, "Permission denied", str(cache / "parquet")),
+        }
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from errors[problem]
+
+    if problem == "a file in its place":
+        cache.write_text("")
+    else:
+        monkeypatch.setattr(datasets.Dataset, "from_parquet", refused)
+    with pytest.raises(ResourceError, match=f"^{re.escape(str(cache))}.*cannot write the rows of {path}") as caught:
+        read(str(path), tokenizer, held_out=0)
+    assert "HF_DATASETS_CACHE" in str(caught.value.hint)
+
+
 # Streams
 
 
@@ -189,6 +214,34 @@ def test_a_stream_with_nothing_left(tokenizer, monkeypatch):
     fake_datasets(monkeypatch, Counted(0))
     with pytest.raises(DataError, match=r"o/n.*no records"):
         read("o/n", tokenizer)
+
+
+def test_offline_reads_what_the_cache_holds_and_no_network(tokenizer, tmp_path, monkeypatch):
+    """The real package; its cache is filled from a file and then given the name that a Hub id has there."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_lines(tmp_path / "a.jsonl", *({"text": f"t {number}"} for number in range(9)))
+    datasets.load_dataset("json", data_files=str(tmp_path / "a.jsonl"))
+    (tmp_path / "cache" / "json").rename(tmp_path / "cache" / "o___n")
+    (cached,) = (tmp_path / "cache" / "o___n").iterdir()
+    for arrow in list(cached.rglob("json-*.arrow")):
+        arrow.rename(arrow.with_name(arrow.name.replace("json-", "n-")))
+    cached.rename(cached.with_name("default"))
+    reached = []
+
+    def connect(*arguments, **options):
+        reached.append(arguments)
+        raise OSError("network is down")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    found = list(documents(Data(source="o/n", held_out=2), tokenizer, part="train", offline=True))
+    assert sorted(d.id for d in found) == [f"o/n:{number}" for number in range(2, 9)]
+    for missing in ({"source": "o/other"}, {"source": "o/n:another"}):
+        with pytest.raises(ResourceError, match=f"{missing['source']}: offline, and not in the cache") as caught:
+            documents(Data(held_out=0, **missing), tokenizer, part="train", offline=True)
+        assert str(tmp_path / "cache") in str(caught.value) and "--offline" in str(caught.value.hint)
+    assert reached == []
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_network_that_fails_midway_is_told(tokenizer, monkeypatch):

@@ -2,7 +2,7 @@
 
     lock                 held by the process that writes here, with its id
     metrics.jsonl        one line a step, of the run as it goes on
-    step-000120/         a checkpoint; the newest two are kept
+    step-000120/         a checkpoint; the newest two are kept, and those they need
       weights.safetensors  optimizer.safetensors  documents.safetensors  state.json  metrics.jsonl
       manifest.json      size and sha256 of the files above, written last
     stopped-000121.json  the batch at which training had to stop
@@ -16,7 +16,6 @@ Not here: what a checkpoint means to the training (`session.py`).
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -29,11 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
+from retrofit import artifact
 from retrofit.errors import ResourceError, UsageError
 from retrofit.files import check_room, disk, json_bytes, sha256, sync_folder, write_file
+from retrofit.recipes.tensors import pieces
 
 try:
     import fcntl
@@ -93,12 +94,24 @@ class Checkpoints:
             self._damaged.add(folder)
         return None
 
-    def save(self, step: int, contents: Contents) -> Path:
-        """Write the checkpoint of a step, then remove all but the newest KEPT.  Returns its folder.
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step that another one needs.  Raises UsageError where it is gone or damaged."""
+        folder = self._folder(step)
+        problem = _problem(folder)
+        if problem is not None:
+            raise UsageError(
+                f"{folder}, which holds the weights to publish, cannot be used: {problem}",
+                "publish the last ones, train.publish=last with --force-resume, or start anew with --restart",
+            )
+        return Checkpoint(folder, step, json.loads((folder / STATE).read_bytes()))
 
+    def save(self, step: int, contents: Contents) -> Path:
+        """Write the checkpoint of a step, then remove all but the newest KEPT and those that they need.
+
+        state.json may name steps in `needs`.  Returns the folder.
         Raises ResourceError when the disk is full or not writable; the checkpoints that are there stay.
         """
-        folder = self.folder / f"step-{step:06d}"
+        folder = self._folder(step)
         size = sum(map(_size, contents.values()))
         check_room(folder, size)
         part = self._beside(folder)
@@ -107,10 +120,8 @@ class Checkpoints:
                 part.mkdir()
                 entries = {}
                 for name, content in contents.items():
-                    data = content if isinstance(content, bytes) else save(dict(content), {"format": "pt"})
-                    write_file(part / name, data)
-                    entries[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-                    del data  # gigabytes, maybe
+                    data = content if isinstance(content, bytes) else pieces(content)
+                    entries[name] = write_file(part / name, data)
                 write_file(part / MANIFEST, json_bytes({"files": entries, "format": FORMAT}))
                 sync_folder(part)
                 if folder.exists():  # damaged, or of a run that was ahead of the checkpoint this one began with
@@ -161,13 +172,18 @@ class Checkpoints:
 
     def _prune(self) -> None:
         whole = [folder for folder in self._steps() if folder not in self._damaged]
+        needed = {self._folder(step) for folder in whole[-KEPT:] for step in _needs(folder)}
         for folder in [*whole[:-KEPT], *self._damaged]:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _steps(self) -> list[Path]:
         """Folders of checkpoints, oldest first."""
         found = [path for path in self.folder.iterdir() if _STEP.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def _folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
 
     def _beside(self, path: Path) -> Path:
         return self.folder / f".{path.name}.{secrets.token_hex(4)}.part"
@@ -243,10 +259,11 @@ def _sweep(folder: Path, out: Path) -> None:
     for path in folder.iterdir():
         if _PART.fullmatch(path.name):
             _remove(path)
-    artifact = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.(part|old)")
+    artifact.restore(out)
+    beside = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.(part|old)")
     for path in out.parent.iterdir():
         # what an artifact replaced is all there is of it until the new one is in its place
-        if (found := artifact.fullmatch(path.name)) and (found[1] == "part" or out.exists()):
+        if (found := beside.fullmatch(path.name)) and (found[1] == "part" or out.exists()):
             _remove(path)
 
 
@@ -276,6 +293,14 @@ def _problem(folder: Path) -> str | None:
         return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
+
+
+def _needs(folder: Path) -> list[int]:
+    """Steps whose checkpoints this one is no use without."""
+    try:
+        return [int(step) for step in json.loads((folder / STATE).read_bytes()).get("needs", [])]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
 
 
 def _size(content: bytes | Mapping[str, Tensor]) -> int:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -22,29 +23,39 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit import artifact
-from retrofit.adapters.attach import Attached, attach
-from retrofit.adapters.layout import DraftLayout
-from retrofit.errors import GateError, ResourceError, UsageError
-from retrofit.hub import Base, live_fingerprint, load_base
-from retrofit.recipes.checkpoint import Checkpoints, checkpoints
+from retrofit.adapters.attach import Attached
+from retrofit.errors import GateError, ResourceError, TrainingError
+from retrofit.hub import Base
+from retrofit.recipes import tracking
+from retrofit.recipes.checkpoint import Checkpoints
 from retrofit.recipes.data import Document, documents, windows
 from retrofit.recipes.faults import Skipped
 from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
 from retrofit.recipes.order import Order
+from retrofit.recipes.parallel import check_processes, loading_device, same_start, shared_checkpoints
+from retrofit.recipes.prepare import attached_to, open_base, resolve
+from retrofit.recipes.probe import line as probed
+from retrofit.recipes.probe import live_probe
+from retrofit.recipes.processes import Processes, joined
+from retrofit.recipes.progress import progress
 from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
-from retrofit.recipes.regenerate import ResponseCache, regenerate, weights_key
-from retrofit.recipes.schema import Recipe, by_key, load_recipe
+from retrofit.recipes.recompute import recompute_layers
+from retrofit.recipes.regenerate import ResponseCache, check_cache, regenerate, weights_key
+from retrofit.recipes.schema import Recipe, by_key
 from retrofit.recipes.session import Session
+from retrofit.recipes.shards import shard
 from retrofit.recipes.source import Part
 from retrofit.recipes.train import Trainer, clean_forward
-from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
+from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.engine import Engine
 
 MEASURED = 32
 """Held-out documents that acceptance is measured on; data.held_out may keep more out of training."""
 
-NOT_TRAINING = ("train.save_every", "train.probe_every")
+PROBES = ("train.probe_every", "train.probe_prompts", "train.probe_tokens")
+"""Keys of a recipe that change no weights, unless probes decide when to stop or what to publish."""
+NOT_TRAINING = ("train.save_every", "train.checkpointing", *PROBES)
 """Keys of a recipe that may change between two runs of one conversion."""
 
 Resume = Literal["auto", "force", "never"]
@@ -66,6 +77,7 @@ def convert(
     resume: Resume = "auto",
     keep_checkpoints: bool = False,
     skip_bad: bool = False,
+    track: tracking.Name | None = None,
 ) -> artifact.Artifact:
     """Convert a model into an artifact folder and return it.
 
@@ -74,37 +86,61 @@ def convert(
     resume: `auto` goes on from the newest checkpoint of `out` and refuses one made with another recipe, `force` goes
     on in spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.
     skip_bad: leave out rows of text that cannot be used, and count them in `config["training"]["skipped"]`.
+    track: `trackio`, `wandb` or `tensorboard`, which then gets the figures of every step too.
     Raises UsageError, DataError, ResourceError, UnsupportedModelError, TrainingError; no artifact is written then.
     Raises GateError if the base's own loss moved, which would mean that training touched it.  Ctrl-C and SIGTERM
-    leave a checkpoint and raise KeyboardInterrupt and SystemExit(143), with a note that says how to go on.
+    leave a checkpoint and raise KeyboardInterrupt and SystemExit(143), with a note that says how to go on; so does any
+    other error in the middle of training, where that can be.
+
+    Started by `torchrun` or `accelerate launch`, every process calls this with the same arguments and gets the same
+    artifact; device `cuda` is each one's own GPU.  They divide each batch and the responses to regenerate; results are
+    those of one process within rounding, and a checkpoint may be gone on from with another number of processes.  Only
+    the main process writes, talks and raises; where it does, the others end with SystemExit.
     """
-    model = str(model) if isinstance(model, Path) else model
-    plan = resolve(model, recipe, overrides)
-    out = Path(out)
-    out = out.resolve() if out.name in ("", "..") else out
-    artifact.check_writable(out, overwrite)
-    _check_parent(out)
-    started = time.perf_counter()
-    with checkpoints(out) as saved:
-        base = _base(model, plan, device, offline, trust_remote_code, tokenizer)
-        plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
-        attached, backend = _attached(plan, base)
-        try:
-            _check_rope(plan, base, backend)
-            skipped = Skipped() if skip_bad else None
-            job = _Job(
-                plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints, skipped, saved, started
-            )
-            with Interrupts() as interrupts:
-                _convert(job, interrupts)
-        finally:
-            backend.close()
-            if isinstance(model, PreTrainedModel):
-                attached.detach()
-    if skipped is not None:
-        _say(quiet)(skipped.line())
-    _say(quiet)(f"wrote {out} in {time.perf_counter() - started:.0f} s")
-    return artifact.read(out)
+    with joined(device) as processes:
+        main = processes is None or processes.is_main
+        model = str(model) if isinstance(model, Path) else model
+        plan = resolve(model, recipe, overrides)
+        check_processes(plan, isinstance(model, PreTrainedModel), processes)
+        out = Path(out)
+        out = out.resolve() if out.name in ("", "..") else out
+        artifact.check_writable(out, overwrite)
+        _check_parent(out)
+        tracking.check_installed(track)
+        if plan.data.responses == "regenerate" and main:
+            check_cache()
+        quiet = quiet or not main
+        started = time.perf_counter()
+        with shared_checkpoints(out, processes) as saved:
+            base = open_base(model, plan, loading_device(device, processes), offline, trust_remote_code, tokenizer)
+            plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
+            attached, backend = attached_to(base, plan)
+            undo = None
+            try:
+                if plan.train.checkpointing:
+                    undo = recompute_layers(backend)
+                if processes is not None and processes.sharded:
+                    shard(attached, backend, processes)
+                skipped = Skipped() if skip_bad else None
+                job = _Job(
+                    plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints, skipped, saved,
+                    started, offline, track, processes,
+                )  # fmt: skip
+                with Interrupts() as interrupts:
+                    _convert(job, interrupts)
+            finally:
+                if undo is not None:
+                    undo()
+                backend.close()
+                if isinstance(model, PreTrainedModel):
+                    attached.detach()
+        if skipped is not None:
+            _say(quiet)(skipped.line())
+        _say(quiet)(f"wrote {out} in {time.perf_counter() - started:.0f} s")
+        written = artifact.read(out)
+        if processes is not None:
+            processes.together("end")
+        return written
 
 
 @dataclass(frozen=True)
@@ -123,147 +159,112 @@ class _Job:
     skipped: Skipped | None
     saved: Checkpoints
     started: float
+    offline: bool
+    track: tracking.Name | None
+    processes: Processes | None
 
+    @property
+    def is_main(self) -> bool:
+        return self.processes is None or self.processes.is_main
 
-def _attached(plan: Recipe, base: Base) -> tuple[Attached, HFBackend]:
-    """The base with an untrained adapter on it.  Raises UsageError where the recipe does not fit the model."""
-    layout = DraftLayout(**plan.draft.model_dump())
-    refuse_unsupported(base.model)
-    context = int(base.model.config.get_text_config().max_position_embeddings)
-    if layout.block >= context:
-        raise UsageError(f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block")
-    if plan.data.max_length > context:
-        raise UsageError(
-            f"data.max_length is {plan.data.max_length}, the context of {base.name} is {context}",
-            f"add data.max_length={context}",
-        )
-    return wrap(
-        base.model,
-        lambda: attach(
-            base.model,
-            layout,
-            rank=plan.adapter.rank,
-            alpha=plan.adapter.alpha,
-            targets=plan.adapter.targets,
-            markov_rank=plan.adapter.markov_rank,
-            confidence=plan.adapter.confidence,
-            seed=plan.train.seed,
-        ),
-    )
-
-
-def _check_rope(plan: Recipe, base: Base, backend: HFBackend) -> None:
-    longest = backend.rope_boundary or backend.context_length
-    if plan.data.max_length > longest:
-        raise UsageError(
-            f"data.max_length is {plan.data.max_length}, beyond the position where {base.name} changes its RoPE",
-            f"add data.max_length={longest}",
-        )
-
-
-def resolve(
-    model: str | PreTrainedModel | None,
-    recipe: str | Path | Recipe | None,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
-) -> Recipe:
-    """The recipe of a conversion with everything filled in.  Raises UsageError."""
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise UsageError("a Recipe and overrides were both given", "put the values into the Recipe")
-        plan = recipe
-    else:
-        name = str(recipe) if recipe is not None else (None if model is None else "default")
-        plan = load_recipe(name, overrides)
-    if isinstance(model, str):
-        plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": model})})
-    if plan.profile == "joint":
-        raise UsageError("profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical")
-    if plan.train.probe_every:
-        raise UsageError("train.probe_every: live probes are not built yet", "leave train.probe_every at 0")
-    return plan
-
-
-def _base(
-    model: str | PreTrainedModel | None,
-    plan: Recipe,
-    device: str,
-    offline: bool,
-    trust_remote_code: bool,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Base:
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise UsageError("a live model needs tokenizer=")
-        name = model.config._name_or_path or type(model).__name__
-        return Base(model, tokenizer, name, None, None, live_fingerprint(model))
-    dtype = plan.train.precision if plan.base.dtype == "auto" else plan.base.dtype
-    return load_base(
-        plan.base.model,
-        plan.base.revision,
-        dtype=dtype,
-        device=device,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    def together(self, what: str) -> None:
+        """Wait for all processes."""
+        if self.processes is not None:
+            self.processes.together(what)
 
 
 def _convert(job: _Job, interrupts: Interrupts) -> None:
-    """Train, measure, write the artifact; on Ctrl-C and SIGTERM leave a checkpoint."""
+    """Train, measure, write the artifact; on Ctrl-C, SIGTERM and errors leave a checkpoint."""
     plan, attached = job.plan, job.attached
     say = _say(job.quiet)
     rewritten = _rewriter(job)
     held_out = _held_out(job, rewritten)
     order = Order(_epochs(job, rewritten), plan.train.batch_size, plan.train.seed, whole=plan.data.responses == "keep")
-    trainer = Trainer(attached, job.backend, plan)
-    session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped)
+    trainer = Trainer(attached, job.backend, plan, job.processes)
+    probe = live_probe(plan, held_out, job.backend, attached, job.base.tokenizer, job.processes)
+    session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped, probe)
+    newest = job.saved.newest(say) if job.resume != "never" else None
+    if job.processes is not None:
+        same_start(job.processes, _settings(job), newest)
     if job.resume == "never":
         job.saved.clear()
-    elif (newest := job.saved.newest(say)) is not None:
+    elif newest is not None:
         session.resume(newest, forced=job.resume == "force")
+    job.together("resume")  # from here on the main process removes checkpoints
+    settings = by_key(plan) | {"base.model": job.base.name}
+    track = job.track if job.is_main else None
+    tracker = tracking.Tracker.open(track, job.out, session.run_id, settings, session.steps_reported, say)
     written = False
     try:
-        probe = order.glance()
+        size = 1 if job.processes is None else job.processes.size
+        glance = order.glance()[: -(-plan.train.batch_size // size)]  # as many as a process runs at once
         say(
             f"base {job.base.name} ({count(base_parameters(attached)):,} parameters), "
             f"training {count(trainer.trained):,} ({share_of(attached):.2%})"
         )
         if trainer.steps_done:
             say(f"going on from step {trainer.steps_done} of {plan.train.steps}, saved in {job.saved.folder}")
-        before = _probe_hash(job.backend, probe)
+        before = _probe_hash(job.backend, glance)
         with tqdm(
-            initial=trainer.steps_done,
+            initial=session.steps_reported,
             total=plan.train.steps,
             unit="step",
             disable=job.quiet,
             file=sys.stderr,
             dynamic_ncols=True,
         ) as bar:
-            session.run(_progress(bar))
-        if plan.train.save_every:
+            session.run(progress(bar, tracker))
+        if plan.train.save_every or session.published["step"] != trainer.steps_done:
             with interrupts.held():
                 session.save()  # whatever goes wrong from here on, training does not have to be done again
-        if _probe_hash(job.backend, probe) != before:
-            raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
-        measured = held_out_acceptance(job.backend, attached, held_out, plan.train.anchors, plan.train.seed)
-        calibrate_confidence(attached, measured)
+        if session.stopped_early:
+            say(f"stopped early at step {trainer.steps_done}: {plan.train.patience} probes were no better")
+        job.together("trained")  # the main process has saved what the others read now
         with interrupts.held():
-            publish(job.out, plan, job.base, attached, session, measured, job.overwrite)
+            session.take_published()
+        if "probe" in session.published:
+            say(f"publishing step {session.published['step']}; probe: {probed(session.published)}")
+        if _probe_hash(job.backend, glance) != before:
+            raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
+        measured = held_out_acceptance(job.backend, attached, held_out[:MEASURED], plan.train.anchors, plan.train.seed)
+        calibrate_confidence(attached, measured)
+        job.together("measured")
+        with interrupts.held():
+            if job.is_main:
+                publish(job.out, plan, job.base, attached, session, measured, job.overwrite)
             written = True
             if job.keep:
                 session.save()
             else:
                 job.saved.clear()
-    except (KeyboardInterrupt, SystemExit) as stop:
+        job.together("published")
+    except BaseException as error:
         if written:
-            stop.add_note(f"{job.out} is complete")
-        elif not interrupts.insisted and (saved := session.save()) is not None:
-            stop.add_note(saved)
+            error.add_note(f"{job.out} is complete")
+        elif job.is_main and not interrupts.insisted and not isinstance(error, TrainingError):
+            _save_after(error, session, interrupts)
         raise
+    finally:
+        tracker.close()
+
+
+def _save_after(error: BaseException, session: Session, interrupts: Interrupts) -> None:
+    """Save what the last finished step left, and let the error say how to go on from it."""
+    by_signal = isinstance(error, (KeyboardInterrupt, SystemExit))
+    try:
+        with nullcontext() if by_signal else interrupts.held():
+            saved = session.save()
+    except Exception as second:  # what stopped the training may well stop this: a full disk, a lost GPU
+        saved = f"step {session.trainer.steps_done} could not be saved: {second}"
+    if saved is not None:
+        error.add_note(saved)
 
 
 def _settings(job: _Job) -> dict[str, Any]:
     """What decides the outcome of training, by dotted key."""
-    settings = {key: value for key, value in by_key(job.plan).items() if key not in NOT_TRAINING}
+    train = job.plan.train
+    free = set(NOT_TRAINING) - set(PROBES if train.patience or train.publish == "best" else ())
+    settings = {key: value for key, value in by_key(job.plan).items() if key not in free}
     fingerprint = {f"base.fingerprint.{key}": value for key, value in job.base.fingerprint.items()}
     skip_bad = job.skipped is not None
     return {**settings, "skip_bad": skip_bad, "base.model": lasting_name(job.base), **fingerprint}
@@ -280,14 +281,17 @@ def _rewriter(job: _Job) -> Rewriter:
         temperature=plan.data.temperature,
         seed=plan.train.seed,
         max_length=plan.data.max_length,
-        cache=ResponseCache(weights_key(attached), plan.data.temperature, job.backend.eos),
+        cache=ResponseCache(weights_key(attached), plan.data.temperature, job.backend.eos) if job.is_main else None,
         quiet=job.quiet,
+        processes=job.processes,
     )
 
 
 def _read(job: _Job, part: Part, seed: int = 0) -> Iterator[Document]:
     vocab = job.attached.heads.vocab
-    return documents(job.plan.data, job.base.tokenizer, part=part, seed=seed, skipped=job.skipped, vocab=vocab)
+    return documents(
+        job.plan.data, job.base.tokenizer, part=part, seed=seed, skipped=job.skipped, vocab=vocab, offline=job.offline
+    )
 
 
 def _epochs(job: _Job, rewritten: Rewriter) -> Callable[[int], Iterator[Document]]:
@@ -300,28 +304,13 @@ def _epochs(job: _Job, rewritten: Rewriter) -> Callable[[int], Iterator[Document
 
 
 def _held_out(job: _Job, rewritten: Rewriter) -> list[Document]:
-    """First windows of held-out documents, MEASURED at most; errors in the data show here, before training."""
+    """First windows of held-out documents, as many as are measured or probed; errors in the data show here, before
+    training."""
     if job.plan.data.held_out == 0:
         return []
     cut = (next(windows([document], job.plan.data.max_length), None) for document in _read(job, "held_out"))
-    return list(rewritten(islice((window for window in cut if window is not None), MEASURED)))
-
-
-def _progress(bar: tqdm[Any]) -> Callable[[int, dict[str, Any]], None]:
-    begin, tokens = time.perf_counter(), [0]
-
-    def show(step: int, record: dict[str, Any]) -> None:
-        tokens[0] += record["rows"]["clean"]
-        loss, accept = record["loss"], record["accept"]["sampled"]
-        bar.set_postfix_str(
-            f"loss {loss['total']:.3f} (ar {loss['ar']:.2f} diff {loss['diff']:.2f} draft {loss['draft']:.3f} "
-            f"conf {loss['conf']:.2f}) accept {' '.join(f'{a:.2f}' for a in accept)} tau {record['tau']:.2f} "
-            f"{tokens[0] / (time.perf_counter() - begin):,.0f} tokens/s",
-            refresh=False,
-        )
-        bar.update()
-
-    return show
+    wanted = max(MEASURED, job.plan.train.probe_prompts if job.plan.train.probe_every else 0)
+    return list(rewritten(islice((window for window in cut if window is not None), wanted)))
 
 
 def _check_parent(out: Path) -> None:

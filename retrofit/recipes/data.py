@@ -16,6 +16,8 @@ Not here: what a record may hold and how it becomes tokens (`encode.py`), batche
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +36,7 @@ from retrofit.recipes.source import Part, Row, Source, Streamed
 if TYPE_CHECKING:
     from retrofit.recipes.schema import Data
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -75,18 +78,20 @@ def documents(
     seed: int = 0,
     skipped: Skipped | None = None,
     vocab: int | None = None,
+    offline: bool = False,
 ) -> Iterator[Document]:
     """The documents of one part of the source, each once; of a mixture see `_mixed`.
 
     `train` comes in an order drawn from `seed`, `held_out` and `all` always in the same.  With `skipped`, bad rows
-    are counted in it and left out.  vocab: how many token ids the model knows.
+    are counted in it and left out.  vocab: how many token ids the model knows.  offline: of a Hub source read only
+    what the cache of `datasets` holds.
     Raises UsageError for a path that does not exist, ResourceError for a Hub source out of reach, DataError for
     malformed local files and records, all from the call itself; DataError later for conversations that cannot be
     rendered, tokens the model does not know, and malformed records of the Hub.
     """
     wanted = [one._replace(held_out=0) if part == "all" else one for one in _wanted(data)]
     total = sum(one.weight for one in wanted)
-    opened = [_Opened(one.source, one.weight / total, _open(one, skipped)) for one in wanted]
+    opened = [_Opened(one.source, one.weight / total, _open(one, skipped, offline)) for one in wanted]
     if part == "train":
         for one in opened:
             if next(one.source.rows(part), None) is None:
@@ -180,7 +185,7 @@ def _wanted(data: Data) -> list[_Wanted]:
     ]
 
 
-def _open(wanted: _Wanted, skipped: Skipped | None) -> Source:
+def _open(wanted: _Wanted, skipped: Skipped | None, offline: bool) -> Source:
     if wanted.source == "stdlib":
         return stdlib()
     path = Path(wanted.source).expanduser()
@@ -191,7 +196,7 @@ def _open(wanted: _Wanted, skipped: Skipped | None) -> Source:
             f"data.source {wanted.source}: no such file or folder",
             f"name `stdlib`, a {', '.join(FILE_SUFFIXES)} file, a folder of such files, or a `datasets` id",
         )
-    return _hub(wanted)
+    return _hub(wanted, offline)
 
 
 def _datasets(name: str) -> Any:
@@ -216,9 +221,32 @@ def _table(path: Path) -> Table:
         with _silent(datasets):
             table: Table = datasets.Dataset.from_parquet(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # ValueError: what pyarrow raises
+        _refuse_cache(error, path, datasets.config.HF_DATASETS_CACHE)
         problem = f"{path}:1: cannot be read as Parquet: {one_line(error)}"
         raise DataError(problem, "write the file anew, or give JSONL") from None
     return table
+
+
+def _refuse_cache(error: BaseException, path: Path, cache: str | Path) -> None:
+    """Raises ResourceError where it was not the file that could not be read, but its copy that could not be made."""
+    causes: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in causes:
+        causes.append(one)
+        one = one.__cause__ or one.__context__
+    for cause in causes:
+        if not isinstance(cause, OSError):
+            continue
+        place = Path(os.fsdecode(cause.filename)) if isinstance(cause.filename, str | bytes) else None
+        # pyarrow and datasets say some of them in words only
+        full = cause.errno in NO_ROOM or "disk space" in str(cause) or "No space left" in str(cause)
+        if full or (place is not None and place.resolve() != path.resolve()):
+            size = path.stat().st_size
+            raise ResourceError(
+                f"{place or cache}: cannot write the rows of {path} ({size:,} bytes, more when unpacked) there: "
+                f"{cause.strerror or one_line(cause)}",
+                "make room, set HF_DATASETS_CACHE to a folder that can be written, or give JSONL",
+            ) from None
 
 
 @contextmanager
@@ -235,25 +263,45 @@ def _silent(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _hub(wanted: _Wanted) -> Source:
+@contextmanager
+def _offline(datasets: Any, wanted: bool) -> Iterator[None]:
+    """Offline mode as HF_HUB_OFFLINE=1 sets it, which the libraries read but once, when they are imported."""
+    from huggingface_hub import constants
+
+    modules: list[Any] = [datasets.config, constants]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or wanted
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def _hub(wanted: _Wanted, offline: bool) -> Source:
     datasets = _datasets(wanted.source)
     name, _, configuration = wanted.source.partition(":")
     # Offline there is nothing to stream from; what the cache holds is read in the same order.
-    streaming = not datasets.config.HF_HUB_OFFLINE
+    offline = offline or datasets.config.HF_HUB_OFFLINE
 
     def load() -> Iterable[Any]:
         try:
-            records: Iterable[Any] = datasets.load_dataset(
-                name, configuration or None, split=wanted.split, streaming=streaming
-            )
+            with _offline(datasets, offline):
+                records: Iterable[Any] = datasets.load_dataset(
+                    name, configuration or None, split=wanted.split, streaming=not offline
+                )
         except datasets.exceptions.DatasetNotFoundError as error:
             raise ResourceError(
                 f"data.source {wanted.source}: {one_line(error)}",
                 "check the id; log in with `hf auth login` if it is gated; or name a local file or `stdlib`",
             ) from None
         except OSError as error:  # network errors among them
-            raise _out_of_reach(wanted.source, error) from None
+            refused = _not_cached(wanted.source, error, datasets) if offline else _out_of_reach(wanted.source, error)
+            raise refused from None
         except ValueError as error:  # an unknown split or configuration; the message lists those there are
+            if offline and "find cache" in str(error):
+                raise _not_cached(wanted.source, error, datasets) from None
             raise UsageError(
                 f"data.source {wanted.source}, data.split {wanted.split}: {one_line(error)}",
                 "a configuration goes after a colon, `owner/name:configuration`",
@@ -276,6 +324,13 @@ def _hub(wanted: _Wanted) -> Source:
     if next(rows(), None) is None:
         raise DataError(f"data.source {wanted.source}, data.split {wanted.split}: no records")
     return Streamed(rows, wanted.held_out)
+
+
+def _not_cached(name: str, error: Exception, datasets: Any) -> ResourceError:
+    return ResourceError(
+        f"data.source {name}: offline, and not in the cache {datasets.config.HF_DATASETS_CACHE}: {one_line(error)}",
+        "run datasets.load_dataset once with a network, leave out --offline, or name a local file or `stdlib`",
+    )
 
 
 def _out_of_reach(name: str, error: OSError) -> ResourceError:

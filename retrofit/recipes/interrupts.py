@@ -2,7 +2,8 @@
 
 A signal raises KeyboardInterrupt or SystemExit(143) where the program stands, so that a step of minutes does not
 delay it.  In a `held` block (weights move, a checkpoint or an artifact is written) it waits for the end of the
-block.  A second signal waits for nothing.
+block.  A second signal waits for nothing, if it comes PATIENCE seconds after the first or later: launchers such as
+torchrun, and terminals, send the same wish twice at once.
 Not here: what is saved.
 """
 
@@ -10,12 +11,15 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 2.0
+"""Seconds from which a second signal is meant as one."""
 
 
 class Interrupts:
@@ -23,8 +27,9 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.insisted = False
-        """Whether there was a second signal."""
+        """Whether there was a second signal that meant it."""
         self._first: int | None = None
+        self._since = 0.0
         self._depth = 0
         self._previous: dict[int, Any] = {}
 
@@ -56,9 +61,12 @@ class Interrupts:
             _leave(self._first)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
-        self.insisted = self._first is not None
-        self._first = self._first or number
-        if self.insisted or self._depth == 0:
+        if self._first is None:
+            self._first, self._since = number, time.monotonic()
+            if self._depth == 0:
+                _leave(number)
+        elif time.monotonic() - self._since >= PATIENCE:
+            self.insisted = True
             _leave(number)
 
 

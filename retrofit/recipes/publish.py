@@ -49,7 +49,7 @@ def publish(
 ) -> None:
     """Write the artifact, whole.  Raises what `artifact.write` raises."""
     conditional = measured.conditional()
-    acceptance: dict[str, Any] = {"conditional": session.history[-1]["accept"]}
+    acceptance: dict[str, Any] = {"conditional": session.published["accept"]}
     if len(measured.eligible):
         acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
     card = CARD.format(
@@ -81,7 +81,7 @@ def _config(
     acceptance: dict[str, Any],
     session: Session,
 ) -> dict[str, Any]:
-    history = session.history
+    history, published = session.history, session.published
     lora = count([p for n, p in attached.peft_model.named_parameters() if "lora_" in n])
     return {
         "format": artifact.FORMAT,
@@ -110,11 +110,14 @@ def _config(
         },
         "acceptance": acceptance,
         "training": {
-            "steps": plan.train.steps,
+            "steps": len(history),
+            "published_step": published["step"],
+            "stopped_early": session.stopped_early,
             "seconds": round(session.seconds, 1),
             "clean_rows": sum(r["rows"]["clean"] for r in history),
             "draft_rows": sum(r["rows"]["draft"] for r in history),
-            "loss": history[-1]["loss"] if history else {},
+            "loss": published["loss"],
+            **({"probe": published["probe"]} if "probe" in published else {}),
             **({} if session.skipped is None else {"skipped": session.skipped.counts()}),
         },
     }

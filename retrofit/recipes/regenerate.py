@@ -1,8 +1,14 @@
 """Let the base write the responses itself: drafts are judged against the base, so its own text trains them best.
 
-The prompt of a document is what stands before its first response token; plain text keeps a random first part.  A
-document gets one response, the same in every epoch, and responses are kept on disk: a run that was interrupted, or is
-done again with other settings of training, finds them there.
+The prompt of a document is what stands before its first response token; plain text keeps a random first part.  In a
+conversation the base answers turn by turn, each time to the turns so far with its own answers in them:
+
+    document    u1 u1 a1 a1 a1 END | u2 u2 a2 a2 END
+    asked       u1 u1 ..             -> b1 b1 END      answered as the template ends a turn, so the next one follows
+    asked       u1 u1 b1 b1 END u2 u2 .. -> b2 b2 b2   cut by the limit: the document ends here
+
+Responses are the same in every epoch, and kept on disk: a run that was interrupted, or is done again with other
+settings of training, finds them there.
 Not here: what of it is trained on, which is as with any other text.
 """
 
@@ -12,6 +18,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -23,9 +30,11 @@ import torch
 from tqdm import tqdm
 
 from retrofit.adapters.attach import Attached
-from retrofit.errors import ResourceError
+from retrofit.errors import ResourceError, TrainingError
+from retrofit.files import room
 from retrofit.recipes.blocks import document_rng
 from retrofit.recipes.data import Document
+from retrofit.recipes.processes import Processes
 from retrofit.recipes.source import stable_hash
 from retrofit.runtime.engine import Engine
 
@@ -59,59 +68,133 @@ def regenerate(
     max_length: int,
     cache: ResponseCache | None = None,
     quiet: bool = True,
+    processes: Processes | None = None,
 ) -> Iterator[Document]:
-    """Each document with its response written anew by `ar` at `temperature`, as long as it was, ids unchanged.
+    """Each document with its responses written anew by `ar` at `temperature`, ids unchanged, no longer than it was.
 
-    Left out are documents whose prompt is empty, or as long as the window.  Raises ResourceError where the cache
-    cannot be written.
+    Left out are documents whose prompt is empty, or as long as the window.  Several processes divide the responses
+    among them; the cache is the main one's.  Raises ResourceError where the cache cannot be written, TrainingError
+    where the processes read different text.
     """
     source = iter(documents)
     while chunk := list(islice(source, CHUNK)):
-        jobs: list[tuple[Document, _Job]] = []
-        for document in chunk:
-            prompt, length = _prompt_length(document, seed), min(len(document.tokens), max_length)
-            if 0 < prompt < length:
-                draw = stable_hash(f"{seed} {document.id}") % (1 << 31)
-                jobs.append((document, _Job(document.tokens[:prompt], length - prompt, draw)))
-        written = _written([job for _, job in jobs], engine, temperature, cache, quiet)
-        for (document, job), response in zip(jobs, written, strict=True):
-            flags = (False,) * len(job.prompt) + (True,) * len(response)
-            yield replace(document, tokens=(*job.prompt, *response), response=flags)
+        texts = [_Rewritten(document, seed, max_length) for document in chunk]
+        texts = [text for text in texts if text.waits()]
+        waiting = texts
+        while waiting:
+            written = _written([text.job() for text in waiting], engine, temperature, cache, quiet, processes)
+            for text, response in zip(waiting, written, strict=True):
+                text.take(response)
+            waiting = [text for text in waiting if text.waits()]
+        for text in texts:
+            yield replace(text.document, tokens=tuple(text.tokens), response=tuple(text.flags))
+
+
+class _Rewritten:
+    """A document as far as it is written: up to where the next response has to come."""
+
+    def __init__(self, document: Document, seed: int, max_length: int):
+        self.document, self._seed = document, seed
+        self._length = min(len(document.tokens), max_length)
+        self._turns = _turns(document, prompt_length(document, seed))
+        """What is left to answer: where each response of the document begins and ends."""
+        self._answered = 0
+        self.tokens: list[int] = list(document.tokens[: self._turns[0][0]]) if self._turns else []
+        self.flags = [False] * len(self.tokens)
+
+    def waits(self) -> bool:
+        """Whether a response can be asked for: there is a prompt, a turn to answer, and room."""
+        return bool(self._turns) and 0 < len(self.tokens) < self._length
+
+    def job(self) -> _Job:
+        turn = f" turn {self._answered}" if self._answered else ""
+        draw = stable_hash(f"{self._seed} {self.document.id}{turn}") % (1 << 31)
+        return _Job(tuple(self.tokens), self._length - len(self.tokens), draw)
+
+    def take(self, response: list[int]) -> None:
+        """Add a response, and the text up to the next one where this one ended as the document's own did."""
+        _, end = self._turns.pop(0)
+        self._answered += 1
+        self.tokens += response
+        self.flags += [True] * len(response)
+        if not self._turns or response[-1:] != [self.document.tokens[end - 1]]:
+            self._turns = []
+            return
+        between = self.document.tokens[end : self._turns[0][0]]
+        if len(self.tokens) + len(between) >= self._length:  # no room to answer, and nothing to learn from the rest
+            self._turns = []
+            return
+        self.tokens += between
+        self.flags += [False] * len(between)
+
+
+def _turns(document: Document, prompt: int) -> list[tuple[int, int]]:
+    """Where the document's responses begin and end, those after the first `prompt` tokens."""
+    edges = np.flatnonzero(np.diff(np.asarray([False, *document.response, False], dtype=np.int8)))
+    runs = [(max(int(first), prompt), int(last)) for first, last in edges.reshape(-1, 2)]
+    return [(first, last) for first, last in runs if first < last]
 
 
 def _written(
-    jobs: list[_Job], engine: Engine, temperature: float, cache: ResponseCache | None, quiet: bool
+    jobs: list[_Job],
+    engine: Engine,
+    temperature: float,
+    cache: ResponseCache | None,
+    quiet: bool,
+    processes: Processes | None,
 ) -> list[list[int]]:
     """Responses in the order of the jobs, from the cache where it has them; new ones go there one by one."""
     done = {number: found for number, job in enumerate(jobs) if cache and (found := cache.get(job.key)) is not None}
-    if len(done) == len(jobs):
-        return [done[number] for number in range(len(jobs))]
+    if processes is not None:
+        told = processes.together("responses", ([job.key for job in jobs], done))
+        if any(keys != told[0][0] for keys, _ in told):
+            hint = "let data.source be the same files for all of them"
+            raise TrainingError("the processes read different text", hint)
+        done = told[0][1]
     # The longest begin first, so that none is left running alone at the end.
     missing = sorted((n for n in range(len(jobs)) if n not in done), key=lambda n: -jobs[n].limit)
+    if not missing:
+        return [done[number] for number in range(len(jobs))]
+    mine = missing if processes is None else missing[processes.rank :: processes.size]
+    for number, tokens in _generated(mine, jobs, engine, temperature, quiet, len(done)):
+        done[number] = tokens
+        if cache is not None:
+            cache.put(jobs[number].key, tokens)
+    if processes is not None:
+        for rank, theirs in enumerate(processes.together("generated", {n: done[n] for n in mine})):
+            done |= theirs
+            if cache is not None and rank != processes.rank:
+                for number, tokens in theirs.items():
+                    cache.put(jobs[number].key, tokens)
+    return [done[number] for number in range(len(jobs))]
+
+
+def _generated(
+    numbers: list[int], jobs: list[_Job], engine: Engine, temperature: float, quiet: bool, known: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Responses as they are finished."""
+    if not numbers:
+        return
     events = engine.stream(
-        [list(jobs[n].prompt) for n in missing],
+        [list(jobs[n].prompt) for n in numbers],
         mode="ar",
         temperature=temperature,
-        max_new_tokens=[jobs[n].limit for n in missing],
-        seed=[jobs[n].seed for n in missing],
+        max_new_tokens=[jobs[n].limit for n in numbers],
+        seed=[jobs[n].seed for n in numbers],
         batch_size=BATCH,
         with_text=False,
     )
     with tqdm(
-        total=len(jobs), initial=len(done), desc="regenerating", unit="response", disable=quiet, leave=False,
+        total=known + len(numbers), initial=known, desc="regenerating", unit="response", disable=quiet, leave=False,
         file=sys.stderr, dynamic_ncols=True,
     ) as bar:  # fmt: skip
         for event in events:
             if event.result is not None:
-                number = missing[event.index]
-                done[number] = event.result.tokens
-                if cache is not None:
-                    cache.put(jobs[number].key, event.result.tokens)
+                yield numbers[event.index], event.result.tokens
                 bar.update()
-    return [done[number] for number in range(len(jobs))]
 
 
-def _prompt_length(document: Document, seed: int) -> int:
+def prompt_length(document: Document, seed: int) -> int:
     """Tokens before the first response token; of plain text a random part up to one half."""
     first = int(np.argmax(document.response)) if any(document.response) else 0
     half = len(document.tokens) // 2
@@ -140,7 +223,7 @@ class ResponseCache:
             if end:  # an interrupted write: what is added must not go on in its line
                 self._append(b"\n")
         except OSError as error:
-            raise self._refusal(error) from None
+            raise _refusal(self.path, error) from None
 
     def _index(self) -> bytes:
         """Find the places; returns what follows the last line end."""
@@ -169,7 +252,7 @@ class ResponseCache:
         try:
             self._places[key] = self._append(line)
         except OSError as error:
-            raise self._refusal(error) from None
+            raise _refusal(self.path, error, len(line)) from None
 
     def _append(self, line: bytes) -> int:
         written = self._file.write(line)
@@ -177,11 +260,24 @@ class ResponseCache:
             raise OSError(0, f"only {written} of {len(line)} bytes could be written")
         return self._file.tell() - len(line)
 
-    def _refusal(self, error: OSError) -> ResourceError:
-        return ResourceError(
-            f"{self.path}: regenerated responses cannot be kept there: {error.strerror}",
-            "make room, or set RETROFIT_CACHE to a folder that can be written",
-        )
+
+def _refusal(path: Path, error: OSError, size: int = 0) -> ResourceError:
+    wanted = f"cannot write {size:,} bytes{room(path)}: " if size else ""
+    return ResourceError(
+        f"{path}: regenerated responses cannot be kept there: {wanted}{error.strerror}",
+        "make room, or set RETROFIT_CACHE to a folder that can be written",
+    )
+
+
+def check_cache() -> None:
+    """Raises ResourceError where responses could not be kept: to find out before a base is loaded, not after."""
+    folder = cache_folder() / "responses"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")
+    except OSError as error:
+        raise _refusal(folder, error) from None
 
 
 def _entry(line: bytes) -> tuple[str, list[int]] | None:

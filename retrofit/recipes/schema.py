@@ -180,7 +180,7 @@ class Train(Section):
     steps: int = Field(4000, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(8, ge=1)
-    """Sequences per forward."""
+    """Sequences per forward, of all processes together."""
     accumulation: int = Field(1, ge=1)
     """Forwards per optimizer step."""
     anchors: int = Field(64, ge=1)
@@ -195,12 +195,23 @@ class Train(Section):
     """Largest gradient norm; larger ones are scaled down."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Type the forwards compute in; trained weights and losses stay in float32."""
+    checkpointing: bool = False
+    """Compute the draft rows' activations again in the backward pass instead of keeping them: less memory, about a
+    third more time."""
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
     """Keys initial weights, order of documents, anchors, masks and noise."""
     save_every: int = Field(250, ge=0)
     """Steps between checkpoints, of which the newest two are kept; 0 saves on Ctrl-C and SIGTERM only."""
     probe_every: int = Field(0, ge=0)
-    """Steps between measurements on the held-out probe batch; 0 measures at the end only."""
+    """Steps between probes, which decode held-out prompts and record tau and TPF; 0 never probes."""
+    probe_prompts: int = Field(8, ge=1, le=256)
+    """Held-out documents whose beginnings are decoded from, if there are so many."""
+    probe_tokens: int = Field(64, ge=1, le=1 << 16)
+    """New tokens of each.  Unit: tokens."""
+    patience: int = Field(0, ge=0)
+    """Probes in a row without a better TPF after which training stops; 0 never stops early."""
+    publish: Literal["last", "best"] = "last"
+    """Which weights the artifact holds: the last step's, or those of the probed step with the best TPF."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -208,6 +219,10 @@ class Train(Section):
             raise ValueError(
                 f"train.warmup: {self.warmup} steps are more than train.steps {self.steps}; lower the warm-up"
             )
+        for key, wanted in (("patience", self.patience > 0), ("publish", self.publish == "best")):
+            if wanted and not self.probe_every:
+                value = getattr(self, key)
+                raise ValueError(f"train.{key}: {value} goes by probes, and there are none; set train.probe_every")
         return self
 
 
@@ -235,6 +250,11 @@ class Recipe(Section):
             problems.append(
                 "objective.diffusion_share: a block of 1 has nothing to mask, as slot 1 is always known; "
                 "set it to 0 or raise draft.block"
+            )
+        if self.train.probe_every and not self.data.held_out:
+            problems.append(
+                "train.probe_every: probes decode held-out documents, and data.held_out is 0; "
+                "raise data.held_out or set train.probe_every to 0"
             )
         if problems:
             raise ValueError("\n".join(problems))

@@ -36,6 +36,8 @@ from retrofit.recipes.blocks import (
 )
 from retrofit.recipes.data import Document
 from retrofit.recipes.objective import Blocks, Sums, backward_diffusion, backward_draft
+from retrofit.recipes.parallel import Shares
+from retrofit.recipes.processes import Processes
 from retrofit.recipes.schema import Recipe
 from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.cache import KVCache
@@ -63,8 +65,8 @@ class Trainer:
     Between two steps, and until `update` is called, all that the training has learned is in `state()`.
     """
 
-    def __init__(self, attached: Attached, backend: HFBackend, recipe: Recipe):
-        self.attached, self.backend, self.recipe = attached, backend, recipe
+    def __init__(self, attached: Attached, backend: HFBackend, recipe: Recipe, processes: Processes | None = None):
+        self.attached, self.backend, self.recipe, self.processes = attached, backend, recipe, processes
         named = [*attached.peft_model.named_parameters(), *attached.heads.named_parameters(prefix="heads")]
         names = {id(p): name for name, p in named}
         self.trained = [p for p in attached.parameters() if p.requires_grad]
@@ -85,7 +87,14 @@ class Trainer:
         return result
 
     def gradients(self, batches: list[list[tuple[Document, int]]]) -> StepResult:
-        """Loss and clipped gradients of the next step over its accumulation batches of (document, epoch)."""
+        """Loss and clipped gradients of the next step over its accumulation batches of (document, epoch).
+
+        In several processes each computes its share of every batch, and all get the result of all.
+        """
+        shares = None
+        if self.processes is not None:
+            shares = Shares(batches, self.processes, self.recipe.train.anchors * self.attached.layout.block)
+            batches = shares.mine()
         sums = Sums()
         draft_gradients = [torch.zeros_like(p) for p in self.trained]
         diff_gradients = [torch.zeros_like(p) for p in self.trained]
@@ -94,6 +103,10 @@ class Trainer:
         for batch in batches:
             rows = self._accumulate(batch, sums, draft_gradients, diff_gradients, anchors)
             clean_rows, draft_rows = clean_rows + rows[0], draft_rows + rows[1]
+        if shares is not None:
+            anchors = shares.agree(self.trained, anchors)
+            both, drafts = [*draft_gradients, *diff_gradients], self.attached.layout.drafts
+            clean_rows, draft_rows = shares.add_up(sums, drafts, (clean_rows, draft_rows), both)
         self._set_gradients(sums, draft_gradients, diff_gradients)
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip))
         objective = self.recipe.objective

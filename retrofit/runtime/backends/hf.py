@@ -139,7 +139,7 @@ class HFBackend:
         """[N, H] last hidden states of all rows."""
         context = ForwardContext(plan, cache)
         embeds = self.embed(plan)
-        with self._switched(plan):
+        with self.switched(plan):
             hidden: Tensor = self.trunk(
                 inputs_embeds=embeds[None],
                 position_ids=plan.positions,
@@ -169,7 +169,8 @@ class HFBackend:
         return embeds.index_put((plan.masked,), vector.to(embeds.dtype).expand(len(plan.masked), -1))
 
     @contextmanager
-    def _switched(self, plan: RowPlan) -> Iterator[None]:
+    def switched(self, plan: RowPlan) -> Iterator[None]:
+        """The model's configuration as a forward of these rows needs it."""
         settings = vars(self.config)  # past the configuration's own __setattr__, which costs more than a small kernel
         attention, experts = settings["_attn_implementation_internal"], settings["_experts_implementation_internal"]
         before = self.gate.base_rows

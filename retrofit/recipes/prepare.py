@@ -1,0 +1,100 @@
+"""From a recipe and a model to a base with an untrained adapter on it.
+
+Not here: training it (`convert.py`), weighing what that takes (`estimate.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from retrofit.adapters.attach import Attached, attach
+from retrofit.adapters.layout import DraftLayout
+from retrofit.errors import UsageError
+from retrofit.hub import Base, live_fingerprint, load_base
+from retrofit.recipes.schema import Recipe, load_recipe
+from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
+
+
+def resolve(
+    model: str | PreTrainedModel | None,
+    recipe: str | Path | Recipe | None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+) -> Recipe:
+    """The recipe of a conversion with everything filled in.  Raises UsageError."""
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise UsageError("a Recipe and overrides were both given", "put the values into the Recipe")
+        plan = recipe
+    else:
+        name = str(recipe) if recipe is not None else (None if model is None else "default")
+        plan = load_recipe(name, overrides)
+    if isinstance(model, str):
+        plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": model})})
+    if plan.profile == "joint":
+        raise UsageError("profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical")
+    return plan
+
+
+def open_base(
+    model: str | PreTrainedModel | None,
+    plan: Recipe,
+    device: str,
+    offline: bool,
+    trust_remote_code: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Base:
+    """The base of a resolved recipe, or the live model.  Raises UsageError, ResourceError, UnsupportedModelError."""
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise UsageError("a live model needs tokenizer=")
+        name = model.config._name_or_path or type(model).__name__
+        return Base(model, tokenizer, name, None, None, live_fingerprint(model))
+    dtype = plan.train.precision if plan.base.dtype == "auto" else plan.base.dtype
+    return load_base(
+        plan.base.model,
+        plan.base.revision,
+        dtype=dtype,
+        device=device,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def attached_to(base: Base, plan: Recipe) -> tuple[Attached, HFBackend]:
+    """The base with an untrained adapter on it.  Raises UsageError where the recipe does not fit the model."""
+    layout = DraftLayout(**plan.draft.model_dump())
+    refuse_unsupported(base.model)
+    context = int(base.model.config.get_text_config().max_position_embeddings)
+    if layout.block >= context:
+        raise UsageError(f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block")
+    if plan.data.max_length > context:
+        raise UsageError(
+            f"data.max_length is {plan.data.max_length}, the context of {base.name} is {context}",
+            f"add data.max_length={context}",
+        )
+    attached, backend = wrap(
+        base.model,
+        lambda: attach(
+            base.model,
+            layout,
+            rank=plan.adapter.rank,
+            alpha=plan.adapter.alpha,
+            targets=plan.adapter.targets,
+            markov_rank=plan.adapter.markov_rank,
+            confidence=plan.adapter.confidence,
+            seed=plan.train.seed,
+        ),
+    )
+    longest = backend.rope_boundary or backend.context_length
+    if plan.data.max_length > longest:
+        backend.close()
+        attached.detach()
+        raise UsageError(
+            f"data.max_length is {plan.data.max_length}, beyond the position where {base.name} changes its RoPE",
+            f"add data.max_length={longest}",
+        )
+    return attached, backend

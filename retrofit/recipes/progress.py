@@ -1,0 +1,32 @@
+"""What a running conversion shows of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from retrofit.recipes import tracking
+from retrofit.recipes.probe import line as probed
+
+
+def progress(bar: tqdm[Any], tracker: tracking.Tracker) -> Callable[[int, dict[str, Any]], None]:
+    tokens, seconds, latest = [0], [0.0], [""]
+
+    def show(step: int, record: dict[str, Any]) -> None:
+        tokens[0] += record["rows"]["clean"]
+        seconds[0] += record["seconds"]
+        loss, accept = record["loss"], record["accept"]["sampled"]
+        if "probe" in record:
+            latest[0] = f" probe {probed(record)}"
+        bar.set_postfix_str(
+            f"loss {loss['total']:.3f} (ar {loss['ar']:.2f} diff {loss['diff']:.2f} draft {loss['draft']:.3f} "
+            f"conf {loss['conf']:.2f}) accept {' '.join(f'{a:.2f}' for a in accept)} tau {record['tau']:.2f} "
+            f"{tokens[0] / max(seconds[0], 1e-9):,.0f} tokens/s{latest[0]}",
+            refresh=False,
+        )
+        bar.update()
+        tracker.log(record)
+
+    return show

@@ -65,6 +65,14 @@ def qwen3(vocab: int) -> PreTrainedConfig:
     )  # fmt: skip
 
 
+def narrow(vocab: int) -> PreTrainedConfig:
+    """Shaped as Qwen3 too, 102M parameters beside the vocabulary, with more layers of less width."""
+    return Qwen3Config(
+        vocab_size=vocab, hidden_size=640, intermediate_size=1920, num_hidden_layers=16, num_attention_heads=10,
+        num_key_value_heads=5, head_dim=128, tie_word_embeddings=True, max_position_embeddings=32768,
+    )  # fmt: skip
+
+
 def small(window: bool) -> PreTrainedConfig:
     """For memory: two layers of each kind, so that length is what counts."""
     return Gemma3TextConfig(
@@ -112,6 +120,10 @@ def of_folder(folder: str) -> Job:
 
 
 SETTINGS: dict[str, tuple[str, Callable[[], Job]]] = {
+    "dense": (
+        "random Qwen3, vocabulary 32,768, 1 x 1,024, 256 blocks of 16",
+        lambda: of_random(qwen3(32_768), 1, 1024, **{"train.anchors": 256, "draft.block": 16}),
+    ),
     "tiny": ("embedded base, recipe tiny", embedded),
     "49k": ("random Qwen3, vocabulary 49,152, 1 x 1,024", lambda: of_random(qwen3(49_152), 1, 1024)),
     "49k-long": ("random Qwen3, vocabulary 49,152, 1 x 2,048", lambda: of_random(qwen3(49_152), 1, 2048)),

@@ -35,7 +35,7 @@ from retrofit.recipes.blocks import (
     shares,
 )
 from retrofit.recipes.data import Document
-from retrofit.recipes.objective import Blocks, Sums, backward_diffusion, backward_draft
+from retrofit.recipes.objective import Blocks, Sums, Teacher, backward_diffusion, backward_draft
 from retrofit.recipes.parallel import Shares
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.schema import Recipe
@@ -163,6 +163,7 @@ class Trainer:
         documents = [document for document, _ in batch]
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
         cache, clean_hidden = clean_forward(backend, documents)
+        teacher = Teacher(clean_hidden, backend.head, self.attached.heads.vocab, recipe.objective.draft_loss == "kl")
         candidates = [eligible_anchors(document.response) for document in documents]
         uniform, again, diffusion = shares(recipe.train.anchors, recipe.objective.diffusion_share, layout.block)
         used: list[dict[str, list[int]]] = [{} for _ in documents]
@@ -189,7 +190,7 @@ class Trainer:
                 first += len(document.tokens)
             if not len(group):
                 return group, None
-            return group, self._group(group, cache, clean_hidden, sums, masked)
+            return group, self._group(group, cache, teacher, sums, masked)
 
         rows = 0
         first_group, best = run("uniform", uniform)
@@ -197,15 +198,14 @@ class Trainer:
         if again and best is not None:
             missed = missed_anchors(first_group, best.cpu().numpy(), len(documents))
             rows += len(run("missed", again, missed)[0]) * layout.block
+        teacher.forget()
         _take(self.trained, draft_gradients)
         if diffusion:
             rows += len(run("masked", diffusion)[0]) * layout.block
             _take(self.trained, diff_gradients)
         return int(clean_hidden.shape[0]), rows
 
-    def _group(
-        self, group: BlockBatch, cache: KVCache, clean_hidden: Tensor, sums: Sums, masked: bool
-    ) -> Tensor | None:
+    def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
         """Forward and backward of one group's draft rows; [B, D] argmax of q for L_draft groups."""
         layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
         hidden = self.backend.run_trunk(self.backend.plan(group.rows()), cache)
@@ -215,13 +215,7 @@ class Trainer:
             gradient, best = backward_diffusion(blocks, self.backend.head, heads, sums), None
         else:
             gradient, best = backward_draft(
-                blocks,
-                clean_hidden,
-                self.backend.head,
-                heads,
-                sums,
-                objective.draft_loss,
-                objective.slot_weights,
+                blocks, teacher, heads, sums, objective.draft_loss, objective.slot_weights
             )
         drafting.backward(gradient)
         return best

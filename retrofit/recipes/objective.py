@@ -178,7 +178,8 @@ def backward_draft(
 ) -> tuple[Tensor, Tensor]:
     """L_draft and L_conf over all blocks: fills parameter gradients of the heads and adds to `sums`.
 
-    The teacher may have judged other blocks of the same batch before.  Returns (gradient of the undivided L_draft sum with respect to blocks.hidden, [B, D] argmax of q).
+    The teacher may have judged other blocks of the same batch before.
+    Returns (gradient of the undivided L_draft sum with respect to blocks.hidden, [B, D] argmax of q).
     Divide gradients by sums.draft_weight (confidence head: sums.conf_count) at the end.
     """
     B, D, H = blocks.hidden.shape

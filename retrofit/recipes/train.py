@@ -221,9 +221,7 @@ class Trainer:
         if masked:
             gradient, best = backward_diffusion(blocks, self.backend.head, heads, sums), None
         else:
-            gradient, best = backward_draft(
-                blocks, teacher, heads, sums, objective.draft_loss, objective.slot_weights
-            )
+            gradient, best = backward_draft(blocks, teacher, heads, sums, objective.draft_loss, objective.slot_weights)
         drafting.backward(gradient)
         return best
 

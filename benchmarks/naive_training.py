@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.heads import Heads
 from retrofit.recipes.blocks import BlockBatch
-from retrofit.recipes.objective import Sums
+from retrofit.recipes.objective import Sums, Teacher
 from retrofit.recipes.train import Trainer
 from retrofit.runtime.backends.attention import ATTENTION
 from retrofit.runtime.cache import KVCache
@@ -28,9 +29,7 @@ from retrofit.runtime.cache import KVCache
 class NaiveTrainer(Trainer):
     """A `Trainer` whose draft rows are run and judged by plain autograd."""
 
-    def _group(
-        self, group: BlockBatch, cache: KVCache, clean_hidden: Tensor, sums: Sums, masked: bool
-    ) -> Tensor | None:
+    def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
         layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
         with dense_draft_rows():
             hidden = self.backend.run_trunk(self.backend.plan(group.rows()), cache)
@@ -51,7 +50,7 @@ class NaiveTrainer(Trainer):
             sums.diff_count += int(eligible.sum())
             return None
         with torch.no_grad():
-            p = torch.softmax(self.backend.head(clean_hidden[source]).float(), dim=-1)
+            p = torch.softmax(self.backend.head(teacher.clean[source]).float(), dim=-1)
         q = log_q.exp()
         top = p.argmax(-1)
         tv = 0.5 * (p - q).abs().sum(-1)
@@ -117,14 +116,16 @@ def add_up(sums: Sums, draft: Tensor, weight: Tensor, conf: Tensor | None, eligi
 
 @contextmanager
 def dense_draft_rows() -> Iterator[None]:
-    """Let draft rows attend by one call over all there is, for the duration."""
+    """Let draft rows attend by one call over all there is, and LoRA be plain autograd, for the duration."""
     registered = AttentionInterface._global_mapping
     before = registered[ATTENTION]
     registered[ATTENTION] = dense_attention
+    GatedLoraLinear.by_hand = False
     try:
         yield
     finally:
         registered[ATTENTION] = before
+        GatedLoraLinear.by_hand = True
 
 
 def dense_attention(

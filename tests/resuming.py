@@ -100,7 +100,7 @@ def curve(path: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what only a clock knows."""
 
     def timeless(record: dict[str, Any]) -> dict[str, Any]:
-        return {k: timeless(v) if isinstance(v, dict) else v for k, v in record.items() if k != "seconds"}
+        return {k: timeless(v) if isinstance(v, dict) else v for k, v in record.items() if k[:7] != "seconds"}
 
     return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
 

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.naive_training import NaiveTrainer, dense_draft_rows
+from retrofit.adapters import gated_lora
+from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
 from retrofit.recipes import objective
@@ -142,7 +144,11 @@ def engine_of(name: str, layout: DraftLayout, **changes: Any) -> Engine:
     model = build(name)
     for key, value in changes.items():
         setattr(model.config, key, value)
-    return randomise(Engine.from_model(model, layout=layout), seed=3)
+    engine = randomise(Engine.from_model(model, layout=layout), seed=3)
+    for module in engine.attached.peft_model.modules():
+        if isinstance(module, GatedLoraLinear):
+            module.scaling["default"] = 0.5
+    return engine
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -195,6 +201,7 @@ STEPS: dict[str, tuple[str, DraftLayout, dict[str, Any]]] = {
 def test_a_step_equals_the_straightforward_one(case: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objective, "FEWEST_ROWS", 1)
     monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(objective.KEPT_BYTES, "cpu", chunk * 16)
     monkeypatch.setitem(attention.FEW_SCORES, "cpu", 0)
     monkeypatch.setitem(block_attention.TILE_SCORES, "cpu", chunk)
     name, layout, overrides = STEPS[case]
@@ -210,6 +217,20 @@ def test_a_step_equals_the_straightforward_one(case: str, chunk: int, monkeypatc
     assert len(got) == len(want)
     for one, other in zip(got, want, strict=True):
         assert (one - other).abs().max() <= 2e-4 * other.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("ours", [gated_lora._FrozenPlusLowRank, block_attention._BlockAttention])
+def test_the_straightforward_step_is_plain_autograd(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what ours is timed and tested against, so it may share none of what makes ours fast."""
+    monkeypatch.setitem(attention.FEW_SCORES, "cpu", 0)
+
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(ours, "apply", refuse)
+    gradients_of(NaiveTrainer, "llama", DraftLayout(4))
+    with pytest.raises(RuntimeError, match="ours"):
+        gradients_of(Trainer, "llama", DraftLayout(4))
 
 
 # Base rows in pieces, and memory
@@ -266,7 +287,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gemma3", "deepseek_v3"])
 def test_no_tensor_grows_faster_than_the_document(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anchors fixed, documents of 1,000 and 2,000 tokens.  Thresholds are lowered so that tiny models are large."""
-    for limit, value in (("LARGE_MASK", 1 << 14), ("LARGE_SCORES", 1 << 14), ("PIECE", 1 << 14)):
+    for limit, value in (("LARGE_MASK", 1 << 14), ("LARGE_SCORES", 1 << 14), ("PIECE", 1 << 17)):
         monkeypatch.setattr(attention, limit, value)
     monkeypatch.setitem(attention.FEW_SCORES, "cpu", 1 << 14)
     monkeypatch.setitem(block_attention.TILE_SCORES, "cpu", 1 << 14)

@@ -13,6 +13,7 @@ from retrofit.recipes import objective
 from retrofit.recipes.objective import (
     Blocks,
     Sums,
+    Teacher,
     backward_diffusion,
     backward_draft,
     data_loss,
@@ -136,6 +137,8 @@ class Problem:
             for parameter in self.heads.parameters():
                 parameter.copy_(normal(*parameter.shape))
         self.projection = normal(V, H)
+        self.taught: list[int] = []
+        """Rows of each projection for the teacher."""
         self.clean = normal(P, H)
         lengths = torch.tensor([4, 4, 3, 1, 0, 2])
         tokens = torch.randint(0, V, (P + 1,), generator=generator)
@@ -152,6 +155,11 @@ class Problem:
     def project(self, hidden: Tensor) -> Tensor:
         return hidden @ self.projection.T
 
+    def teach(self, hidden: Tensor) -> Tensor:
+        if not hidden.requires_grad:
+            self.taught.append(len(hidden))
+        return self.project(hidden)
+
     def part(self, where: slice) -> Blocks:
         fields = {name: getattr(self.blocks, name)[where] for name in Blocks.__dataclass_fields__}
         return Blocks(**fields)
@@ -160,11 +168,12 @@ class Problem:
         """Sums, gradient of the hidden states, gradients of the heads; of L_draft and L_conf, or of L_diff."""
         self.heads.zero_grad()
         sums, gradients = Sums(), []
+        teacher = Teacher(self.clean, self.teach, V, False)
         for where in parts:
             if kind == "diff":
                 gradients.append(backward_diffusion(self.part(where), self.project, self.heads, sums))
             else:
-                got = backward_draft(self.part(where), self.clean, self.project, self.heads, sums, "tv_ce", "dpace")
+                got = backward_draft(self.part(where), teacher, self.heads, sums, "tv_ce", "dpace")
                 gradients.append(got[0])
         heads = {n: p.grad.clone() for n, p in self.heads.named_parameters() if p.grad is not None}
         return sums, torch.cat(gradients), heads
@@ -256,24 +265,29 @@ def test_no_chunk_is_larger_than_it_may_be() -> None:
         assert all(n == 1 or n * drafts * vocab <= most for n in sizes)
 
 
+GROUPS = (slice(1, 6), slice(0, 4))
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100])
 @pytest.mark.parametrize("rows", [D, 2 * D, 5 * D])
-def test_each_position_is_projected_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the chunks are: blocks overlap, also those of two chunks."""
+def test_each_position_is_projected_once(rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the chunks are: blocks overlap, also those of two chunks and of two groups; `kept` positions wait."""
+    whole, hidden, heads = Problem().backward("draft", GROUPS)
     monkeypatch.setattr(objective, "FEWEST_ROWS", 1)
     monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", rows * V)
+    monkeypatch.setitem(objective.KEPT_BYTES, "cpu", kept * V * 4)
     problem = Problem()
-    taught = []
-    project = problem.project
-
-    def counted(hidden: Tensor) -> Tensor:
-        if not hidden.requires_grad:
-            taught.append(len(hidden))
-        return project(hidden)
-
-    monkeypatch.setattr(problem, "project", counted)
-    problem.backward("draft")
-    assert len(taught) == -(-B * D // rows)
-    assert sum(taught) == len(problem.blocks.source.unique())
+    sums, got_hidden, got_heads = problem.backward("draft", GROUPS)
+    first, second = (set(problem.blocks.source[g].flatten().tolist()) for g in GROUPS)
+    waiting = second & set(sorted(first)[:kept])
+    least, most = len(first | second), len(first) + len(second - waiting)
+    assert least <= sum(problem.taught) <= most, (problem.taught, least, most)
+    assert least < most or kept == 100
+    assert (sums.ar, sums.ar_count) == (pytest.approx(whole.ar, rel=1e-5), whole.ar_count)
+    torch.testing.assert_close(sums.accept, whole.accept)
+    torch.testing.assert_close(got_hidden, hidden)
+    for name, gradient in heads.items():
+        torch.testing.assert_close(got_heads[name], gradient)
 
 
 def test_teacher_loss_counts_each_position_once() -> None:

@@ -23,7 +23,7 @@ from retrofit.recipes.blocks import (
     missed_anchors,
 )
 from retrofit.recipes.data import Document
-from retrofit.recipes.objective import Blocks, Sums, backward_draft
+from retrofit.recipes.objective import Blocks, Sums, Teacher, backward_draft
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.train import Trainer, clean_forward
 from retrofit.runtime import modes, plan
@@ -393,7 +393,8 @@ def test_gradients_against_autograd_through_the_whole_model(kind: str) -> None:
 
     hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
     sums = Sums()
-    gradient, best = backward_draft(Blocks(hidden=hidden, **tensors), clean, backend.head, heads, sums, kind, "uniform")
+    teacher = Teacher(clean, backend.head, heads.vocab, kind == "kl")
+    gradient, best = backward_draft(Blocks(hidden=hidden, **tensors), teacher, heads, sums, kind, "uniform")
     hidden.backward(gradient)
     assert sums.draft == pytest.approx(float(loss.detach()), rel=1e-5)
     assert sums.draft_weight == int(tensors["eligible"].sum()) == 4 + 4 + 1

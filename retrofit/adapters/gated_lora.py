@@ -29,6 +29,8 @@ class GatedLoraLinear(lora.Linear):
 
     gate: Gate
     plain: nn.Linear | None
+    by_hand = True
+    """Whether gradients of draft rows are formed by hand; False is plain autograd, to compare with."""
 
     def close_over(self, gate: Gate) -> None:
         """Obey this gate.  Also keeps the base layer at hand where it is a plain linear layer."""
@@ -41,7 +43,7 @@ class GatedLoraLinear(lora.Linear):
         hooked = base is None or base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
         if base is None or hooked:
             out: Tensor = self.base_layer(x)
-        elif first == 0 and torch.is_grad_enabled() and not base.weight.requires_grad:
+        elif first == 0 and self.by_hand and torch.is_grad_enabled() and not base.weight.requires_grad:
             adapter = self.active_adapters[0]
             down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             trained: Tensor = _FrozenPlusLowRank.apply(x, base.weight, base.bias, down, up, self.scaling[adapter])

@@ -31,6 +31,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits per chunk: five copies of this many fp32 numbers are alive at a time."""
 FEWEST_ROWS = 96
 """Rows per chunk, at least: with fewer, matrix products wait for the vocabulary head's weights to be read."""
+KEPT_BYTES = {"cpu": 1 << 29, "cuda": 1 << 30}
+"""Of teachers that a batch's first group of blocks leaves to its second; the others are projected again."""
 
 
 def total_variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
@@ -168,8 +170,7 @@ class Blocks:
 
 def backward_draft(
     blocks: Blocks,
-    clean_hidden_PH: Tensor,
-    project: Callable[[Tensor], Tensor],
+    teacher: Teacher,
     heads: Heads,
     sums: Sums,
     kind: str,
@@ -177,6 +178,7 @@ def backward_draft(
 ) -> tuple[Tensor, Tensor]:
     """L_draft and L_conf over all blocks: fills parameter gradients of the heads and adds to `sums`.
 
+    The teacher may have judged other blocks of the same batch before.
     Returns (gradient of the undivided L_draft sum with respect to blocks.hidden, [B, D] argmax of q).
     Divide gradients by sums.draft_weight (confidence head: sums.conf_count) at the end.
     """
@@ -188,14 +190,14 @@ def backward_draft(
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     parts = _chunks(B, D, heads.vocab, device)
     memory = Memory(max(p.stop - p.start for p in parts) * D, heads.vocab, device)
-    teacher = Teacher(clean_hidden_PH, project, memory, kind == "kl")
     sources = blocks.source.cpu().numpy()
+    teacher.make_room(sources, memory.rows)
     for part in parts:
         previous, eligible = blocks.previous[part].flatten(), blocks.eligible[part]
-        teacher.learn(sources[part].ravel(), blocks.target[part].flatten())
-        drafts = Drafts(blocks.hidden[part].flatten(0, 1), previous, project, heads)
-        p, top, negentropy = teacher.rows()
-        loss, grad, tv, chosen = draft_loss(drafts.logits, p, kind, top, negentropy, memory.q(len(p)))
+        count = previous.shape[0]
+        p, top, negentropy = teacher.rows(sources[part].ravel(), blocks.target[part].flatten(), memory.p(count))
+        drafts = Drafts(blocks.hidden[part].flatten(0, 1), previous, teacher.project, heads)
+        loss, grad, tv, chosen = draft_loss(drafts.logits, p, kind, top, negentropy, memory.q(count))
         weight = SLOT_WEIGHTS[slot_weights](tv.view(-1, D), eligible)
         gradient[part] = drafts.backward(grad, weight.flatten()).view(-1, D, H)
         best[part] = chosen.view(-1, D)
@@ -251,12 +253,12 @@ class Memory:
     """Room for [rows, V] numbers, used again for every chunk: fresh memory costs more than the arithmetic on it."""
 
     def __init__(self, rows: int, vocab: int, device: torch.device):
-        self._shape, self._device = (rows, vocab), device
+        self.rows, self._vocab, self._device = rows, vocab, device
         self._kept: dict[str, Tensor] = {}
 
     def _rows(self, name: str, count: int) -> Tensor:
         if name not in self._kept:
-            self._kept[name] = torch.empty(self._shape, device=self._device)
+            self._kept[name] = torch.empty(self.rows, self._vocab, device=self._device)
         return self._kept[name][:count]
 
     def q(self, count: int) -> Tensor:
@@ -266,10 +268,6 @@ class Memory:
     def p(self, count: int) -> Tensor:
         """[count, V] of the rows' teachers."""
         return self._rows("p", count)
-
-    def distinct(self, count: int) -> Tensor:
-        """[count, V] of the teachers at the chunk's distinct positions."""
-        return self._rows("distinct", count)
 
 
 class Drafts:
@@ -307,57 +305,79 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 class Teacher:
-    """The base's own distribution at the positions that a chunk of blocks is judged by, one chunk after another.
+    """The base's own distribution at the positions that the blocks of one batch are judged by, chunk after chunk.
 
-    Blocks overlap, and come in order of their positions: each position is projected to the vocabulary once, and what
-    a chunk shares with the one before it is kept.
+    Blocks overlap, and a batch's two groups share most positions: each is projected to the vocabulary once.  Kept for
+    the second group are the first group's positions, in their order, as far as KEPT_BYTES reach; of the others only
+    what a chunk shares with the one before it, which is much, since blocks come in order of their positions.
+
+        rows of _p:   0 .. kept: kept positions | kept .. : of the last chunk, what is not among them
     """
 
-    def __init__(
-        self, clean_hidden_PH: Tensor, project: Callable[[Tensor], Tensor], memory: Memory, with_entropy: bool
-    ):
-        self._clean, self._project, self._memory, self._with_entropy = clean_hidden_PH, project, memory, with_entropy
-        device = clean_hidden_PH.device
-        self._loss = torch.zeros(len(clean_hidden_PH), dtype=torch.float64, device=device)
-        self._positions = np.zeros(0, dtype=np.int64)
-        """Position of each row of the distributions."""
-        self._p = memory.distinct(0)
-        self._top = torch.zeros(0, dtype=torch.long, device=device)
-        self._negentropy = torch.zeros(0, device=device)
-        self._where = self._top
+    def __init__(self, clean_PH: Tensor, project: Callable[[Tensor], Tensor], vocab: int, with_entropy: bool):
+        self.clean, self.project, self._vocab, self._with_entropy = clean_PH, project, vocab, with_entropy
+        count, device = len(clean_PH), clean_PH.device
+        self._loss = torch.zeros(count, dtype=torch.float64, device=device)
+        self._top = torch.zeros(count, dtype=torch.long, device=device)
+        self._negentropy = torch.zeros(count if with_entropy else 0, device=device)
+        self._row = np.full(count, -1)
+        """Of each position, its row of `_p`."""
+        self._kept = self._used = 0
+        self._p: Tensor | None = None
+
+    def make_room(self, sources: np.ndarray, chunk: int) -> None:
+        """For blocks with these positions, of which a chunk has at most so many."""
+        if self._p is not None and len(self._p) >= self._kept + chunk:
+            return
+        budget = KEPT_BYTES.get(self.clean.device.type, KEPT_BYTES["cuda"]) // (4 * self._vocab)
+        self._kept, self._used = min(budget, len(np.unique(sources))), 0
+        self._row[:] = -1
+        self._p = torch.empty(self._kept + chunk, self._vocab, device=self.clean.device)
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._p = None
 
     @torch.no_grad()
-    def learn(self, source_N: np.ndarray, target_N: Tensor) -> None:
-        """Find the distributions at these positions, which these tokens follow."""
-        device = self._clean.device
+    def rows(self, source_N: np.ndarray, target_N: Tensor, out_NV: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """p [N, V], argmax p [N] and, where it was asked for, sum p log p [N] at positions that these tokens follow."""
+        assert self._p is not None
         distinct, first, where = np.unique(source_N, return_index=True, return_inverse=True)
-        old = np.isin(distinct, self._positions)
-        kept = np.argsort(self._positions)[np.searchsorted(np.sort(self._positions), distinct[old])]
-        order = np.argsort(~old, kind="stable")  # kept ones first
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        kept_rows, new, new_first, self._where = (
-            torch.from_numpy(a).to(device) for a in (kept, distinct[~old], first[~old], rank[where.ravel()])
-        )
-        logits = self._project(self._clean[new]).float()
-        top = logits.argmax(-1)
-        carried = self._p[kept_rows]
-        self._p = self._memory.distinct(len(distinct))
-        self._p[: len(kept)] = carried
-        p = self._p[len(kept) :]
-        torch.softmax(logits, dim=-1, out=p)
-        largest = logits.gather(-1, top[:, None])
-        log_sum = largest - p.gather(-1, top[:, None]).log()
-        self._loss[new] = (log_sum - logits.gather(-1, target_N[new_first][:, None]))[:, 0].double()
-        self._top = torch.cat([self._top[kept_rows], top])
-        if self._with_entropy:
-            self._negentropy = torch.cat([self._negentropy[kept_rows], _dot(p, logits.sub_(log_sum))])
-        self._positions = distinct[order]
+        row = self._row[distinct]
+        passing, new = np.flatnonzero(row >= self._kept), np.flatnonzero(row < 0)
+        carried = self._p[self._index(row[passing])]
+        stay, begin = new[: self._kept - self._used], self._kept + len(passing)
+        parts = ((stay, self._used), (new[len(stay) :], begin))
+        row[passing] = np.arange(self._kept, begin)
+        for which, at in parts:
+            row[which] = np.arange(at, at + len(which))
+        self._row[self._row >= self._kept] = -1
+        self._row[distinct] = row
+        self._used += len(stay)
+        self._p[self._kept : begin] = carried
+        if len(new):
+            logits = self.project(self.clean[self._index(distinct[new])]).float()
+            targets = target_N[self._index(first[new])]
+            for (which, at), some, target in zip(
+                parts, logits.split([len(w) for w, _ in parts]), targets.split([len(w) for w, _ in parts]), strict=True
+            ):
+                self._learn(self._index(distinct[which]), some, target, self._p[at : at + len(which)])
+        source, found = self._index(source_N), self._index(row[where.ravel()])
+        p = torch.index_select(self._p, 0, found, out=out_NV)
+        return p, self._top[source], self._negentropy[source] if self._with_entropy else None
 
-    def rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """p [N, V], argmax p [N] and, where it was asked for, sum p log p [N] of the last chunk's rows."""
-        p = torch.index_select(self._p, 0, self._where, out=self._memory.p(len(self._where)))
-        return p, self._top[self._where], self._negentropy[self._where] if self._with_entropy else None
+    def _index(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).to(self.clean.device)
+
+    def _learn(self, positions: Tensor, logits: Tensor, target: Tensor, p: Tensor) -> None:
+        """Fill p, and what is known of these positions; logits are overwritten."""
+        top = logits.argmax(-1, keepdim=True)
+        torch.softmax(logits, dim=-1, out=p)
+        log_sum = logits.gather(-1, top) - p.gather(-1, top).log()
+        self._loss[positions] = (log_sum - logits.gather(-1, target[:, None]))[:, 0].double()
+        self._top[positions] = top[:, 0]
+        if self._with_entropy:
+            self._negentropy[positions] = _dot(p, logits.sub_(log_sum))
 
     def loss(self, positions: Tensor) -> Tensor:
         """[2] L_AR's sum over these positions, each counted once, and their number."""

@@ -222,6 +222,7 @@ class Session:
             "gradient_norm": round(result.gradient_norm, 6),
             "rows": {"clean": result.clean_rows, "draft": result.draft_rows},
             "seconds": round(seconds, 4),
+            **({} if result.seconds_clean is None else {"seconds_clean": round(result.seconds_clean, 4)}),
         }
 
     def _judge(self, result: StepResult, batches: Sequence[Batch]) -> None:

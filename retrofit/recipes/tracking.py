@@ -120,7 +120,7 @@ def flat(record: Mapping[str, Any]) -> dict[str, float]:
         found |= {f"{part}/{key}": value for key, value in record[part].items()}
     for kind, slots in record["accept"].items():
         found |= {f"accept/{kind}/{slot}": value for slot, value in enumerate(slots, 1)}
-    found |= {key: record[key] for key in ("tau", "lr", "gradient_norm", "seconds") if key in record}
+    found |= {key: record[key] for key in ("tau", "lr", "gradient_norm", "seconds", "seconds_clean") if key in record}
     if record["seconds"] > 0:
         found |= {f"rows/{key}_per_second": value / record["seconds"] for key, value in record["rows"].items()}
     for key, value in record.get("probe", {}).items():

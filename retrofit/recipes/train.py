@@ -15,6 +15,7 @@ Not here: which documents come (`order.py`), the loop over steps and its checkpo
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ from retrofit.recipes.blocks import (
     shares,
 )
 from retrofit.recipes.data import Document
-from retrofit.recipes.objective import Blocks, Sums, backward_diffusion, backward_draft
+from retrofit.recipes.objective import Blocks, Sums, Teacher, backward_diffusion, backward_draft
 from retrofit.recipes.parallel import Shares
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.schema import Recipe
@@ -57,6 +58,8 @@ class StepResult:
     draft_rows: int
     anchors: list[dict[str, list[int]]]
     """Of each document, in order: what its blocks of each kind hung on."""
+    seconds_clean: float | None = None
+    """What its clean forwards took, here; unknown where asking would mean to wait for the device."""
 
 
 class Trainer:
@@ -79,6 +82,7 @@ class Trainer:
         # Vectors and head tables are not matrices acting on activations: no weight decay anywhere, plain AdamW.
         self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.train.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.steps_done = 0
+        self._seconds_clean = 0.0
 
     def step(self, batches: list[list[tuple[Document, int]]]) -> StepResult:
         """One optimizer step, whatever the loss is."""
@@ -95,7 +99,7 @@ class Trainer:
         if self.processes is not None:
             shares = Shares(batches, self.processes, self.recipe.train.anchors * self.attached.layout.block)
             batches = shares.mine()
-        sums = Sums()
+        sums, self._seconds_clean = Sums(), 0.0
         draft_gradients = [torch.zeros_like(p) for p in self.trained]
         diff_gradients = [torch.zeros_like(p) for p in self.trained]
         clean_rows = draft_rows = 0
@@ -111,7 +115,8 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip))
         objective = self.recipe.objective
         loss = sums.loss(objective.alpha, objective.beta, objective.gamma)
-        return StepResult(loss, norm, sums, clean_rows, draft_rows, anchors)
+        seconds = self._seconds_clean if self.backend.device.type == "cpu" else None
+        return StepResult(loss, norm, sums, clean_rows, draft_rows, anchors, seconds)
 
     def update(self) -> None:
         """Move the weights by the gradients."""
@@ -162,7 +167,10 @@ class Trainer:
         recipe, layout, backend = self.recipe, self.attached.layout, self.backend
         documents = [document for document, _ in batch]
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
+        begin = time.perf_counter()
         cache, clean_hidden = clean_forward(backend, documents)
+        self._seconds_clean += time.perf_counter() - begin
+        teacher = Teacher(clean_hidden, backend.head, self.attached.heads.vocab, recipe.objective.draft_loss == "kl")
         candidates = [eligible_anchors(document.response) for document in documents]
         uniform, again, diffusion = shares(recipe.train.anchors, recipe.objective.diffusion_share, layout.block)
         used: list[dict[str, list[int]]] = [{} for _ in documents]
@@ -189,7 +197,7 @@ class Trainer:
                 first += len(document.tokens)
             if not len(group):
                 return group, None
-            return group, self._group(group, cache, clean_hidden, sums, masked)
+            return group, self._group(group, cache, teacher, sums, masked)
 
         rows = 0
         first_group, best = run("uniform", uniform)
@@ -197,15 +205,14 @@ class Trainer:
         if again and best is not None:
             missed = missed_anchors(first_group, best.cpu().numpy(), len(documents))
             rows += len(run("missed", again, missed)[0]) * layout.block
+        teacher.forget()
         _take(self.trained, draft_gradients)
         if diffusion:
             rows += len(run("masked", diffusion)[0]) * layout.block
             _take(self.trained, diff_gradients)
         return int(clean_hidden.shape[0]), rows
 
-    def _group(
-        self, group: BlockBatch, cache: KVCache, clean_hidden: Tensor, sums: Sums, masked: bool
-    ) -> Tensor | None:
+    def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
         """Forward and backward of one group's draft rows; [B, D] argmax of q for L_draft groups."""
         layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
         hidden = self.backend.run_trunk(self.backend.plan(group.rows()), cache)
@@ -214,15 +221,7 @@ class Trainer:
         if masked:
             gradient, best = backward_diffusion(blocks, self.backend.head, heads, sums), None
         else:
-            gradient, best = backward_draft(
-                blocks,
-                clean_hidden,
-                self.backend.head,
-                heads,
-                sums,
-                objective.draft_loss,
-                objective.slot_weights,
-            )
+            gradient, best = backward_draft(blocks, teacher, heads, sums, objective.draft_loss, objective.slot_weights)
         drafting.backward(gradient)
         return best
 

@@ -156,13 +156,14 @@ def _apart(work: Callable[[], Estimate]) -> Estimate:
 def _estimate(
     plan: Recipe, config: PreTrainedConfig, device: str, around: Surroundings, library: CLibrary | None
 ) -> Estimate:
-    with rehearsal(device, library) as stage:
-        attached, trainer = _rehearse(plan, config, stage)
+    kind = torch.device(device).type
+    with rehearsal(kind, library) as stage:
+        attached, trainer = _rehearse(plan, config, stage, kind)
         base = _bytes(base_parameters(attached)) + _bytes(attached.model.buffers())
         weights, heads = _bytes(trainer.trained), _bytes(attached.heads.parameters())
         moments = _bytes(t for state in trainer.optimizer.state.values() for t in state.values())
         parameters, dtype = _parameters(attached), attached.model.dtype
-    on_host = torch.device(device).type == "cpu"
+    on_host = kind == "cpu"
     stored = getattr(torch, around.stored) if around.stored else dtype
     file = base * stored.itemsize // dtype.itemsize if on_host and stored != dtype else 0
     phases = {LOADING: {BASE: base, FILES: file}, **stage.fullest}
@@ -179,7 +180,7 @@ def _estimate(
     return Estimate(device, moments_by_phase, parameters, base, weights, moments)
 
 
-def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal) -> tuple[Attached, Trainer]:
+def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: str) -> tuple[Attached, Trainer]:
     """A conversion from the base without its adapter to what is measured at the end."""
     dtype = plan.train.precision if plan.base.dtype == "auto" else plan.base.dtype
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -190,6 +191,7 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal) -> tuple
         recompute_layers(backend)
     stage.call(ADAPTER, attached.parameters())
     trainer = Trainer(attached, backend, plan)
+    trainer.optimizer.param_groups[0]["foreach"] = kind != "cpu"  # PyTorch's choice: all parameters at once on a GPU
     run = backend.run_trunk
     for step in range(STEPS):
         backend.run_trunk = _announced(stage, trainer, run)  # type: ignore[method-assign]

@@ -3,6 +3,8 @@
 What runs is the code itself, on PyTorch's fake tensors, so its memory is known for any model, device and recipe
 without weights.  Values do not exist: where the code asks for one it gets an answer that leads the longest way, a
 boolean is true, an index by a mask takes every row, all elements are distinct.
+A GPU is rehearsed as a CPU with the GPU's sizes, so that none is needed: PyTorch without CUDA has no tensors of it,
+fake ones neither.
 Not here: what is run (`estimate.py`).
 """
 
@@ -24,10 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from retrofit.recipes.allocator import CLibrary
+from retrofit.recipes.objective import CHUNK_ELEMENTS
+from retrofit.runtime.backends.attention import FEW_SCORES
+from retrofit.runtime.backends.block_attention import TILE_SCORES
 
 BASE = "base weights"
 NUMBER = 1e-9
 """Any number asked for: small, so that differences are small, and not 0, which nothing could be divided by."""
+
+SIZES: tuple[dict[str, int], ...] = (CHUNK_ELEMENTS, TILE_SCORES, FEW_SCORES)
+"""What the training cuts its work by, by kind of device."""
+BLOCK = 512
+"""Bytes that PyTorch's CUDA allocator gives out a multiple of."""
 
 KEPT = "freed, not given back"
 NOTICED = 1 << 10
@@ -78,20 +88,21 @@ class _Block:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the storages of one kind of device as operations make them and as Python and autograd drop them."""
+    """Notes storages as operations make them and as Python and autograd drop them.  block: what sizes are rounded
+    up to a multiple of."""
 
-    def __init__(self, holdings: Holdings, device: str):
+    def __init__(self, holdings: Holdings, block: int):
         super().__init__()
-        self.holdings, self.device, self.kind = holdings, device, BASE
+        self.holdings, self.block, self.kind = holdings, block, BASE
         self.live: dict[int, _Block] = {}
 
     def _add(self, tensor: Tensor) -> None:
-        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         storage = tensor.untyped_storage()
         place = storage._cdata
-        if device.type != self.device or place in self.live:
+        if place in self.live:
             return
-        live, holdings, library, size = self.live, self.holdings, self.holdings.library, storage.nbytes()
+        live, holdings, library = self.live, self.holdings, self.holdings.library
+        size = -(-storage.nbytes() // self.block) * self.block
         # The base lies in the pages of its file, and a real tensor, as an index is, has its memory.
         apart = library is None or self.kind == BASE or not size or not isinstance(tensor, FakeTensor)
         address = None if apart else library.make(size)  # type: ignore[union-attr]
@@ -184,10 +195,13 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearsal(device: str, library: CLibrary | None = None) -> Iterator[Rehearsal]:
-    """Inside, tensors that are made have no memory; those of `device` are watched, first as the base's."""
-    watch = _Watch(Holdings(library), torch.device(device).type)
-    swap = torch.utils.swap_tensors
+def rehearsal(kind: str, library: CLibrary | None = None) -> Iterator[Rehearsal]:
+    """Inside, tensors that are made have no memory and are watched, first as the base's.
+
+    kind: `cpu`, or `cuda` for a CPU that takes memory as a GPU does.
+    """
+    watch = _Watch(Holdings(library), 1 if kind == "cpu" else BLOCK)
+    swap, before = torch.utils.swap_tensors, [sizes["cpu"] for sizes in SIZES]
 
     def move(to: Tensor, new: Tensor) -> None:
         try:
@@ -197,7 +211,11 @@ def rehearsal(device: str, library: CLibrary | None = None) -> Iterator[Rehearsa
 
     try:
         torch.utils.swap_tensors = move
-        with FakeTensorMode(allow_non_fake_inputs=True), _Arrays(), watch, torch.device(device):
+        for sizes in SIZES:
+            sizes["cpu"] = sizes.get(kind, 0)
+        with FakeTensorMode(allow_non_fake_inputs=True), _Arrays(), watch, torch.device("cpu"):
             yield Rehearsal(watch)
     finally:
         torch.utils.swap_tensors = swap
+        for sizes, size in zip(SIZES, before, strict=True):
+            sizes["cpu"] = size

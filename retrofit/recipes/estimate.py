@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from retrofit.adapters.attach import Attached
 from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.files import AT_ONCE
 from retrofit.hub import Base
 from retrofit.recipes.allocator import CLibrary, c_library
 from retrofit.recipes.data import Document
@@ -50,8 +51,10 @@ PUBLISHING, WRITING, REST = "writing the artifact", "writing responses", "betwee
 STEPS = 2
 """The second has the optimizer's moments beside it."""
 CUDA_CONTEXT = 500_000_000
+PACKED_TOKEN = 9
+"""Bytes of a token in a checkpoint: its id, and whether it is part of a response."""
 COPIES = 2
-"""`safetensors.torch.save` builds a file in memory and returns a copy of it."""
+"""Of the artifact's weights: `safetensors.torch.save` builds a file in memory and returns a copy of it."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,9 @@ def _estimate(
     phases.pop("", None)  # how the base came about here is not how it is loaded
     if on_host:
         if plan.train.save_every:
-            phases[SAVING] = {**rest, FILES: COPIES * max(weights, moments)}
+            # The trained tensors are written from where they lie.
+            documents = SHUFFLE_BUFFER * plan.data.max_length * PACKED_TOKEN
+            phases[SAVING] = {**rest, FILES: AT_ONCE + documents}
         phases[PUBLISHING] = {**rest, FILES: max(COPIES * (weights - heads), weights + heads)}
     beside = {TEXT: _text(plan) + around.tokenizer} if on_host else {CUDA: CUDA_CONTEXT}
     moments_by_phase = {

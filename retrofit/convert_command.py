@@ -116,7 +116,7 @@ def convert(
         artifact.check_writable(out, overwrite)
         if dry_run:
             if is_main:
-                _dry_run(resolved, out, fit, loading, as_json)
+                _dry_run(resolved, out, fit, loading, skip_bad, as_json)
             return
         quieten_libraries()
         from retrofit import convert as run
@@ -167,7 +167,7 @@ def _tell(made: artifact.Artifact, as_json: bool) -> None:
     click.echo(made.folder)
 
 
-def _dry_run(recipe: Recipe, out: Path, fit: str | None, loading: Loading, as_json: bool) -> None:
+def _dry_run(recipe: Recipe, out: Path, fit: str | None, loading: Loading, skip_bad: bool, as_json: bool) -> None:
     """Raises GateError where it does not fit, ResourceError where it cannot be made to."""
     from retrofit.recipes.fit import parse_size, short
 
@@ -182,6 +182,7 @@ def _dry_run(recipe: Recipe, out: Path, fit: str | None, loading: Loading, as_js
         limit=limit,
         offline=loading.offline,
         trust_remote_code=loading.trust_remote_code,
+        skip_bad=skip_bad,
         say=say,
     )
     if as_json:

@@ -2,7 +2,8 @@
 
 Parameters and memory come from a rehearsal (`estimate.py`), time from a few steps on this machine where the weights
 are here.  Nothing is written.
-Not here: what the commands print it with (`cli.py`), reading the text, which `retrofit data validate` does.
+Not here: what the commands print it with (`convert_command.py`), reading all the text, which `retrofit data validate`
+does, and probes while training, whose K/V cache of a few prompts is far less than a step takes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,20 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from retrofit.errors import RetrofitError
+from retrofit.errors import ResourceError, RetrofitError
 from retrofit.hub import EMBEDDED, check_device, load_base, load_config, stored_dtype, weight_files
 from retrofit.recipes.checkpoint import KEPT
 from retrofit.recipes.convert import MEASURED
-from retrofit.recipes.estimate import Estimate, Surroundings, estimate, windows_of
+from retrofit.recipes.data import FILE_SUFFIXES, HUB_ID, documents
+from retrofit.recipes.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
+from retrofit.recipes.faults import Skipped
 from retrofit.recipes.fit import changed, short, suggestions
 from retrofit.recipes.measure import held_out_acceptance
 from retrofit.recipes.order import SHUFFLE_BUFFER
 from retrofit.recipes.prepare import attached_to, resolve
 from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.regenerate import cache_folder
-from retrofit.recipes.schema import Recipe
+from retrofit.recipes.schema import Data, Recipe
 from retrofit.recipes.train import Trainer
 
 PROBE_SECONDS = 20.0
@@ -37,8 +41,6 @@ PROBE_SECONDS = 20.0
 PROBE_STEPS = 2
 SHOWN = 4
 """Parts of a phase's memory that its line names."""
-TOKEN_BYTES = 9
-"""Of a token in a checkpoint: its id, and whether it is part of a response."""
 RESPONSE_BYTES = 8
 """Of a token in the file of regenerated responses, about."""
 
@@ -53,25 +55,30 @@ def dry_run(
     limit: int | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
+    skip_bad: bool = False,
     say: Say = lambda message: None,
 ) -> dict[str, Any]:
     """What a conversion would take, as plain data; sizes in bytes, times in seconds.
 
-    limit: bytes it has to fit into.  Raises what `convert` would raise of the device, the model and the recipe.
+    limit: bytes it has to fit into.  Raises what `convert` would raise of the model, the recipe and text that is here;
+    a GPU that is not here is planned for all the same.
     """
     plan = resolve(None, plan)
-    check_device(device)
+    missing = _missing(device)
     python = resident()
     name, revision = plan.base.model, plan.base.revision
     config, folder = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
     files = weight_files(folder)
     around = surroundings(config, folder, trust_remote_code)
+    say("looking at the text")
+    text = _text(plan, config, folder, trust_remote_code, skip_bad)
     say("estimating memory")
     found = estimate(plan, config, device, around)
     report = {
         "model": name,
         "device": device,
         "weights_here": bool(files),
+        "text": text,
         "parameters": _parameters(found),
         "memory": _memory(found, python),
         "disk": _disk(plan, found, config, out, files, folder),
@@ -79,8 +86,52 @@ def dry_run(
     if limit is not None:
         say(f"looking for what fits into {short(limit)}")
         report["fit"] = _fit(plan, config, device, around, found, limit, python)
-    report["time"] = _time(plan, config, device, around, found, bool(files), offline, trust_remote_code, say)
+    if missing or not files:
+        report["time"] = {"not_measured": missing or "the weights are not here"}
+    else:
+        report["time"] = _time(plan, config, device, around, found, offline, trust_remote_code, say)
     return report
+
+
+def _missing(device: str) -> str | None:
+    """Why nothing can be measured on this device here.  Raises UsageError for one that does not exist by name."""
+    try:
+        check_device(device)
+    except ResourceError:
+        return "no GPU here" if not torch.cuda.is_available() else f"no {device} here"
+    return None
+
+
+def _text(
+    plan: Recipe, config: PreTrainedConfig, folder: Path, trust_remote_code: bool, skip_bad: bool
+) -> dict[str, str]:
+    """By source `ok`, or why it was not looked at.  Raises what `convert` raises of rows and the first document."""
+    data, found = plan.data, {}
+    parts = [data] if isinstance(data.source, str) else [_alone(data, one) for one in data.source]
+    tokenizer = None
+    with suppress(Exception):  # a folder with a configuration only
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    for part in parts:
+        name = str(part.source)
+        path = Path(name).expanduser()
+        is_hub = not path.exists() and path.suffix not in FILE_SUFFIXES and HUB_ID.fullmatch(name)
+        tables = path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
+        if name != "stdlib" and (is_hub or (tables and path.exists())):
+            found[name] = "not checked: " + ("on the Hub" if is_hub else "Parquet is read through a cache")
+        elif tokenizer is None:
+            found[name] = "not checked: no tokenizer here"
+        else:
+            skipped, vocab = Skipped() if skip_bad else None, int(config.get_text_config().vocab_size)
+            next(documents(part, tokenizer, part="train", seed=plan.train.seed, skipped=skipped, vocab=vocab), None)
+            found[name] = "ok"
+    return found
+
+
+def _alone(data: Data, one: Any) -> Data:
+    """A source of a mixture by itself."""
+    return data.model_copy(
+        update={"source": one.source, "split": one.split or data.split, "field": one.field or data.field}
+    )
 
 
 def surroundings(config: PreTrainedConfig, folder: Path, trust_remote_code: bool = False) -> Surroundings:
@@ -142,7 +193,7 @@ def _memory(found: Estimate, python: int) -> dict[str, Any]:
 def _disk(
     plan: Recipe, found: Estimate, config: PreTrainedConfig, out: Path, files: list[Path], folder: Path
 ) -> dict[str, Any]:
-    checkpoint = found.weights + found.moments + SHUFFLE_BUFFER * plan.data.max_length * TOKEN_BYTES
+    checkpoint = found.weights + found.moments + SHUFFLE_BUFFER * plan.data.max_length * PACKED_TOKEN
     kept = KEPT if plan.train.save_every else 1
     place = out.resolve()
     while not place.exists() and place != place.parent:
@@ -156,8 +207,8 @@ def _disk(
         "free": shutil.disk_usage(place).free,
     }
     if plan.data.responses == "regenerate":
-        documents = plan.train.steps * plan.train.batch_size * plan.train.accumulation
-        disk["responses_at_most"] = documents * plan.data.max_length * RESPONSE_BYTES
+        responses = plan.train.steps * plan.train.batch_size * plan.train.accumulation
+        disk["responses_at_most"] = responses * plan.data.max_length * RESPONSE_BYTES
         disk["responses_folder"] = str(cache_folder())
     return disk
 
@@ -199,13 +250,10 @@ def _time(
     device: str,
     around: Surroundings,
     found: Estimate,
-    here: bool,
     offline: bool,
     trust_remote_code: bool,
     say: Say,
 ) -> dict[str, Any]:
-    if not here:
-        return {"not_measured": "the weights are not here"}
     free, batch = _available(device), plan.train.batch_size
     if 0 < free < found.peak:
         one = changed(plan, {"train.batch_size": 1})
@@ -228,12 +276,12 @@ def _time(
         if plan.train.checkpointing:
             recompute_layers(backend)
         trainer = Trainer(attached, backend, plan)
-        documents = windows_of(plan, backend.head.vocab, 0)[:batch]
+        full = windows_of(plan, backend.head.vocab, 0)[:batch]
 
         def step(count: int) -> tuple[float, float, int]:
             """Seconds of forwards and backwards, and of the update; draft rows."""
             begin = _now(device)
-            result = trainer.gradients([[(document, trainer.steps_done) for document in documents[:count]]])
+            result = trainer.gradients([[(document, trainer.steps_done) for document in full[:count]]])
             middle = _now(device)
             trainer.update()
             return middle - begin, _now(device) - middle, result.draft_rows
@@ -244,7 +292,7 @@ def _time(
         begin = _now(device)
         held_out = min(MEASURED, plan.data.held_out)
         if held_out:
-            held_out_acceptance(backend, attached, documents[:1], plan.train.anchors, plan.train.seed)
+            held_out_acceptance(backend, attached, full[:1], plan.train.anchors, plan.train.seed)
         ending = (_now(device) - begin) * held_out
         backend.close()
     except RetrofitError:
@@ -273,6 +321,7 @@ def _now(device: str) -> float:
 def table(report: dict[str, Any], plan: Recipe) -> str:
     """`dry_run` for people."""
     parts = [
+        ["text", *_columns([(name, state, "") for name, state in report["text"].items()])],
         ["parameters", *_parameter_lines(report["parameters"])],
         ["memory", *_memory_lines(report["memory"], report["device"])],
         ["disk", *_disk_lines(report["disk"], report["model"])],
@@ -304,8 +353,9 @@ def _memory_lines(memory: dict[str, Any], device: str) -> list[str]:
     beyond = (
         f"Python and its imports, {short(memory['python'])} more" if device == "cpu" else "what other programs hold"
     )
+    compared = "" if device == "cpu" else "; estimates for GPUs have not been compared with one"
     return [
-        f"beyond {beyond}; all windows full",
+        f"beyond {beyond}; all windows full{compared}",
         *_columns(rows),
         f"peak {short(peak['bytes'])} ({peak['bytes']:,} bytes), {peak['phase']}:",
         f"  {_holds(memory['phases'][peak['phase']], 99)}",

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from retrofit.adapters.attach import Attached
 from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.files import AT_ONCE
 from retrofit.hub import Base
 from retrofit.recipes.allocator import CLibrary, c_library
 from retrofit.recipes.data import Document
@@ -50,8 +51,10 @@ PUBLISHING, WRITING, REST = "writing the artifact", "writing responses", "betwee
 STEPS = 2
 """The second has the optimizer's moments beside it."""
 CUDA_CONTEXT = 500_000_000
+PACKED_TOKEN = 9
+"""Bytes of a token in a checkpoint: its id, and whether it is part of a response."""
 COPIES = 2
-"""`safetensors.torch.save` builds a file in memory and returns a copy of it."""
+"""Of the artifact's weights: `safetensors.torch.save` builds a file in memory and returns a copy of it."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +159,14 @@ def _apart(work: Callable[[], Estimate]) -> Estimate:
 def _estimate(
     plan: Recipe, config: PreTrainedConfig, device: str, around: Surroundings, library: CLibrary | None
 ) -> Estimate:
-    with rehearsal(device, library) as stage:
-        attached, trainer = _rehearse(plan, config, stage)
+    kind = torch.device(device).type
+    with rehearsal(kind, library) as stage:
+        attached, trainer = _rehearse(plan, config, stage, kind)
         base = _bytes(base_parameters(attached)) + _bytes(attached.model.buffers())
         weights, heads = _bytes(trainer.trained), _bytes(attached.heads.parameters())
         moments = _bytes(t for state in trainer.optimizer.state.values() for t in state.values())
         parameters, dtype = _parameters(attached), attached.model.dtype
-    on_host = torch.device(device).type == "cpu"
+    on_host = kind == "cpu"
     stored = getattr(torch, around.stored) if around.stored else dtype
     file = base * stored.itemsize // dtype.itemsize if on_host and stored != dtype else 0
     phases = {LOADING: {BASE: base, FILES: file}, **stage.fullest}
@@ -170,7 +174,9 @@ def _estimate(
     phases.pop("", None)  # how the base came about here is not how it is loaded
     if on_host:
         if plan.train.save_every:
-            phases[SAVING] = {**rest, FILES: COPIES * max(weights, moments)}
+            # The trained tensors are written from where they lie.
+            documents = SHUFFLE_BUFFER * plan.data.max_length * PACKED_TOKEN
+            phases[SAVING] = {**rest, FILES: AT_ONCE + documents}
         phases[PUBLISHING] = {**rest, FILES: max(COPIES * (weights - heads), weights + heads)}
     beside = {TEXT: _text(plan) + around.tokenizer} if on_host else {CUDA: CUDA_CONTEXT}
     moments_by_phase = {
@@ -179,7 +185,7 @@ def _estimate(
     return Estimate(device, moments_by_phase, parameters, base, weights, moments)
 
 
-def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal) -> tuple[Attached, Trainer]:
+def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: str) -> tuple[Attached, Trainer]:
     """A conversion from the base without its adapter to what is measured at the end."""
     dtype = plan.train.precision if plan.base.dtype == "auto" else plan.base.dtype
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -190,6 +196,7 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal) -> tuple
         recompute_layers(backend)
     stage.call(ADAPTER, attached.parameters())
     trainer = Trainer(attached, backend, plan)
+    trainer.optimizer.param_groups[0]["foreach"] = kind != "cpu"  # PyTorch's choice: all parameters at once on a GPU
     run = backend.run_trunk
     for step in range(STEPS):
         backend.run_trunk = _announced(stage, trainer, run)  # type: ignore[method-assign]

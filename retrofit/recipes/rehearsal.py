@@ -1,8 +1,9 @@
 """Run training code on tensors that have shapes and no memory, and write down what they would take.
 
-What runs is the code itself, on PyTorch's fake tensors, so its memory is known for any model, device and recipe
+What runs is the code itself, on PyTorch's meta tensors, so its memory is known for any model, device and recipe
 without weights.  Values do not exist: where the code asks for one it gets an answer that leads the longest way, a
 boolean is true, an index by a mask takes every row, all elements are distinct.
+CPU and GPU differ by the sizes that the training cuts its work by, so that no GPU is needed to rehearse one.
 Not here: what is run (`estimate.py`).
 """
 
@@ -17,18 +18,28 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from retrofit.recipes.allocator import CLibrary
+from retrofit.recipes.objective import CHUNK_ELEMENTS
+from retrofit.runtime.backends.attention import FEW_SCORES
+from retrofit.runtime.backends.block_attention import TILE_SCORES
 from retrofit.runtime.sampling import hash_constants
 
 BASE = "base weights"
 NUMBER = 1e-9
 """Any number asked for: small, so that differences are small, and not 0, which nothing could be divided by."""
+
+SIZES: tuple[dict[str, int], ...] = (CHUNK_ELEMENTS, TILE_SCORES, FEW_SCORES)
+"""What the training cuts its work by, by kind of device."""
+BLOCK = 512
+"""Bytes that PyTorch's CUDA allocator gives out a multiple of."""
+
+META = torch.device("meta")
 
 KEPT = "freed, not given back"
 NOTICED = 1 << 10
@@ -79,22 +90,23 @@ class _Block:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the storages of one kind of device as operations make them and as Python and autograd drop them."""
+    """Notes storages as operations make them and as Python and autograd drop them.  block: what sizes are rounded
+    up to a multiple of."""
 
-    def __init__(self, holdings: Holdings, device: str):
+    def __init__(self, holdings: Holdings, block: int):
         super().__init__()
-        self.holdings, self.device, self.kind = holdings, device, BASE
+        self.holdings, self.block, self.kind = holdings, block, BASE
         self.live: dict[int, _Block] = {}
 
     def _add(self, tensor: Tensor) -> None:
-        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         storage = tensor.untyped_storage()
         place = storage._cdata
-        if device.type != self.device or place in self.live:
+        if place in self.live:
             return
-        live, holdings, library, size = self.live, self.holdings, self.holdings.library, storage.nbytes()
+        live, holdings, library = self.live, self.holdings, self.holdings.library
+        size = -(-storage.nbytes() // self.block) * self.block
         # The base lies in the pages of its file, and a real tensor, as an index is, has its memory.
-        apart = library is None or self.kind == BASE or not size or not isinstance(tensor, FakeTensor)
+        apart = library is None or self.kind == BASE or not size or not tensor.is_meta
         address = None if apart else library.make(size)  # type: ignore[union-attr]
 
         def gone(_: Any) -> None:
@@ -115,8 +127,6 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:
-            return args[0].fake_device
         if torch.is_inference_mode_enabled() and func.namespace == "aten":
             with self:  # in this mode operations arrive whole, and what they consist of would not be seen
                 out = func.decompose(*args, **kwargs)
@@ -132,12 +142,16 @@ class _Watch(TorchDispatchMode):
 
 
 def _without_values(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation that fake tensors do not know is taken to give, as it depends on values; NotImplemented for
-    all others."""
+    """What an operation that meta tensors do not know is taken to give, as it depends on values, and what one in place
+    gives, which they take long for; NotImplemented for all others."""
     aten, packet = torch.ops.aten, func.overloadpacket
+    if func.__name__.partition(".")[0].endswith("_") and func._schema.is_mutable and isinstance(args[0], Tensor):
+        return args[0]  # in place: nothing is made
     if packet is aten._local_scalar_dense or packet is aten.item:
         dtype = args[0].dtype
         return True if dtype is torch.bool else NUMBER if dtype.is_floating_point else 1
+    if packet is aten._to_copy and kwargs.get("device") is not None and args[0].is_meta:
+        return func(*args, **{**kwargs, "device": META})  # whatever is moved to the CPU has no values there either
     if packet is aten._unique2:
         flat = args[0].reshape(-1)
         return torch.empty_like(flat), torch.empty_like(args[0], dtype=torch.long), torch.empty_like(flat)
@@ -154,14 +168,36 @@ def _without_values(func: Any, args: Any, kwargs: Any) -> Any:
     return NotImplemented
 
 
-class _Arrays(TorchFunctionMode):
-    """Fake tensors have no array; what asks for one gets zeros."""
+class _Calls(TorchFunctionMode):
+    """Functions that ask for values or for a real device before they become operations."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.numpy, Tensor.tolist) and isinstance(args[0], FakeTensor):
+        if func in (Tensor.numpy, Tensor.tolist) and args[0].is_meta:
             zeros = np.zeros(tuple(args[0].shape), dtype=str(args[0].dtype).removeprefix("torch."))
             return zeros if func is Tensor.numpy else zeros.tolist()
+        if func is F.scaled_dot_product_attention and _is_fused(self.kind, *args, **kwargs):
+            query, key, value = args
+            mask, causal, scale = (kwargs.get(name) for name in ("attn_mask", "is_causal", "scale"))
+            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            return fused(query, key, value, 0.0, bool(causal), attn_mask=mask, scale=scale)[0]
         return func(*args, **(kwargs or {}))
+
+
+def _is_fused(
+    kind: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **others: Any
+) -> bool:
+    """Whether PyTorch attends without a matrix of scores; elsewhere meta tensors show what it takes.
+
+    On a GPU masks and float32 are for the kernels that know no grouped queries.
+    """
+    if len({t.shape[-1] for t in (query, key, value)}) > 1:
+        return False
+    alike = query.shape[1] == key.shape[1]
+    return kind == "cpu" or alike or (attn_mask is None and query.dtype in (torch.float16, torch.bfloat16))
 
 
 class Rehearsal:
@@ -185,22 +221,22 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearsal(device: str, library: CLibrary | None = None) -> Iterator[Rehearsal]:
-    """Inside, tensors that are made have no memory; those of `device` are watched, first as the base's."""
-    watch = _Watch(Holdings(library), torch.device(device).type)
-    swap = torch.utils.swap_tensors
+def rehearsal(kind: str, library: CLibrary | None = None) -> Iterator[Rehearsal]:
+    """Inside, tensors that are made have no memory and are watched, first as the base's.
 
-    def move(to: Tensor, new: Tensor) -> None:
-        try:
-            swap(to, new)
-        except RuntimeError:  # fake tensors may be referred to by PyTorch's own cache of them
-            to.data = new.data
-
+    kind: `cpu`, or `cuda` for a CPU that takes memory as a GPU does.
+    """
+    watch = _Watch(Holdings(library), 1 if kind == "cpu" else BLOCK)
+    fork = torch.random.fork_rng
     try:
         hash_constants.cache_clear()  # no tensor may outlast its world, neither way
-        torch.utils.swap_tensors = move
-        with FakeTensorMode(allow_non_fake_inputs=True), _Arrays(), watch, torch.device(device):
+        torch.random.fork_rng = lambda devices=(): fork(devices=[])  # meta tensors draw nothing
+        for sizes in SIZES:
+            sizes["meta"] = sizes.get(kind, 0)
+        with META, _Calls(kind), watch:
             yield Rehearsal(watch)
     finally:
-        torch.utils.swap_tensors = swap
+        torch.random.fork_rng = fork
+        for sizes in SIZES:
+            del sizes["meta"]
         hash_constants.cache_clear()

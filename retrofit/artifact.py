@@ -262,7 +262,9 @@ def _put(new: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)  # the new artifact is in place; a leftover harms nobody
+    with suppress(OSError):  # a leftover harms nobody under a name that `restore` does not know
+        old = old.rename(old.with_suffix(".part"))
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _replace(path: Path, data: bytes) -> None:

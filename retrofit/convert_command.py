@@ -91,8 +91,8 @@ def convert(
     weights are here.  It exits with 3 when it does not fit into --fit, and with 4 when no change makes it fit.
 
     Several GPUs: put `torchrun --nproc-per-node 8 --no-python` or `accelerate launch --multi_gpu --no_python`
-    before the command. The processes divide each batch, the results stay the same. A base that is too large
-    for one GPU is split by `accelerate launch --use_fsdp --fsdp_version 2 --no_python`.
+    before the command. The processes divide each batch, so the gradients stay the same within rounding. A base
+    that is too large for one GPU is split by `accelerate launch --use_fsdp --fsdp_version 2 --no_python`.
 
     \b
     Examples:
@@ -162,7 +162,8 @@ def _tell(made: artifact.Artifact, as_json: bool) -> None:
         return
     from retrofit.inspection import facts
 
-    say(f"measured on held-out text: {facts(parts['acceptance']) or 'nothing'}")
+    by_slot = {key: value for key, value in parts["acceptance"].items() if key != "ranks"}
+    say(f"measured on held-out text: {facts(by_slot) or 'nothing'}")
     say(f"next: retrofit certify {made.folder}")
     click.echo(made.folder)
 

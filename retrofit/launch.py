@@ -33,8 +33,8 @@ def launched() -> Launch | None:
     """How this process was started; None for a process of its own.  Raises UsageError for FSDP version 1."""
     if not is_launched():
         return None
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+    rank, size, local = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_size = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else local + 1
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
     if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError("FSDP version 1 was asked for", "start with `accelerate launch --use_fsdp --fsdp_version 2`")
@@ -43,6 +43,14 @@ def launched() -> Launch | None:
             raise UsageError("FSDP was asked for with one process", "start two or more, or leave FSDP out")
         return None
     return Launch(rank, size, local, local_size, sharded)
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        hint = "leave RANK, WORLD_SIZE and LOCAL_RANK to the launcher, or unset them"
+        raise UsageError(f"{name}={os.environ[name]} in the environment is no number", hint) from None
 
 
 def speaks() -> bool:

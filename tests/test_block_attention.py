@@ -20,7 +20,7 @@ from benchmarks.naive_training import NaiveTrainer, dense_draft_rows
 from retrofit.adapters import gated_lora
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
-from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
+from retrofit.adapters.rows import MASK, Block, BlockRows, RowPlan, SequenceRows
 from retrofit.recipes import objective
 from retrofit.recipes.data import Document
 from retrofit.recipes.schema import load_recipe
@@ -107,6 +107,27 @@ def test_half_precision_sums_in_full() -> None:
     for got, want in zip(case.run(False, 8, None), exact.run(True, 8, None), strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.float() - want).abs().max() <= 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("gain", [1, 2, 4])
+def test_scores_are_not_rounded_before_the_softmax(gain: int) -> None:
+    """In bfloat16 with scores up to 70: hardly worse than the attention that decodes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    K, D, before = 8, 64, 400
+    q, own, keys = (gain * normal(*shape) for shape in [(8, K, D), (8, K, D), (1, 512, 8, D)])
+    q, own, keys, v, values = (t.bfloat16() for t in (q, own, keys, normal(8, K, D), normal(1, 512, 8, D)))
+    rows = BlockRows([0], [before], [K], K, torch.device("cpu"), None, None)
+    call = block_attention.Call(block_attention.tiles_of(rows, 8, None, False), K, 1, D**-0.5, None)
+    got = block_attention.block_attention(q, own, v, keys, values, call)
+    all_keys = torch.cat([keys[0, :before].transpose(0, 1), own], 1)
+    all_values = torch.cat([values[0, :before].transpose(0, 1), v], 1)
+    decoding = attend(q[None], all_keys[None], all_values[None], None, False, D**-0.5, None)[0]
+    exact = torch.softmax(q.float() @ all_keys.float().transpose(1, 2) * D**-0.5, -1) @ all_values.float()
+    assert (got.float() - exact).norm() <= 2 * (decoding.float() - exact).norm()
 
 
 def test_hidden_keys_are_never_read() -> None:

@@ -19,7 +19,7 @@ from retrofit import cli
 from retrofit.errors import ResourceError
 from retrofit.recipes import convert, tracking
 from retrofit.recipes.checkpoint import folder_of
-from retrofit.recipes.tracking import Tracker, flat
+from retrofit.recipes.tracking import flat
 
 OPTIONS = {"train__steps": 4, "train__probe_every": 2, "train__probe_tokens": 4, "train__probe_prompts": 1}
 
@@ -195,10 +195,9 @@ def test_one_that_does_not_start_is_refused(tmp_path: Path, texts: Path, stub: S
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_main_process_has_a_tracker(tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stray_rank_does_not_turn_tracking_off(
+    tmp_path: Path, texts: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
-    name: Any = stub.__name__
-    tracker = Tracker.open(name, tmp_path / "out", "0123abcd", {}, 0, print)
-    tracker.log({})
-    tracker.close()
-    assert (stub.inits, stub.finished) == ([], 0)
+    run(tmp_path / "out", texts, **OPTIONS, track=stub.__name__)
+    assert len(stub.inits) == 1 and stub.finished == 1

@@ -165,6 +165,11 @@ def shared_checkpoints(out: Path, processes: Processes | None) -> Iterator[Check
     """`checkpoints(out)` of the main process, which holds the lock; the others look on.  Raises what that raises."""
     if processes is not None and not processes.is_main:
         processes.together("lock")
+        if not folder_of(out).is_dir():
+            raise UsageError(
+                f"process {processes.rank} does not see {folder_of(out)}, which the main process has made",
+                "put the output (-o) where all processes see it",
+            )
         yield Looking(folder_of(out))
         return
     with checkpoints(out) as saved:

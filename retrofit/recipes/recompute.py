@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from retrofit.errors import UnsupportedModelError
-from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.backends.hf import HFBackend, instead
 
 
 def decoder_layers(backend: HFBackend) -> list[nn.Module]:
@@ -32,13 +32,12 @@ def decoder_layers(backend: HFBackend) -> list[nn.Module]:
 def recompute_layers(backend: HFBackend) -> Callable[[], None]:
     """Let every layer forget its activations between forward and backward; returns the undo."""
     layers = decoder_layers(backend)
-    for layer in layers:
-        # `forward` and not the call: hooks on the layer, FSDP's among them, run once.
-        layer.forward = _forgetful(layer.forward, backend)
+    # `forward` and not the call: hooks on the layer, FSDP's among them, run once.
+    undone = [instead(layer, _forgetful(layer.forward, backend)) for layer in layers]
 
     def undo() -> None:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        for one in undone:
+            one()
 
     return undo
 

@@ -4,14 +4,13 @@ metrics.jsonl is always written and is the truth; a tracker gets the same figure
 `accept/sampled/1`, `tau`, `rows/draft_per_second`, `probe/tpf`.  A run that goes on from a checkpoint goes on in the
 same run of the tracker, from the right step.  TensorBoard's files lie in OUT.track/RUN beside the artifact and are
 never removed by retrofit: they are what was asked for, and `tensorboard --logdir .` finds them.
-Only the main process of several has a tracker.  One that fails in the middle is given up, with a word; training is not.
+One that fails in the middle is given up, with a word; training is not.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,7 +62,7 @@ class Tracker:
 
         Raises ResourceError where the tracker does not start: no account, no network, no room.
         """
-        if name is None or os.environ.get("RANK", "0") != "0":
+        if name is None:
             return cls(None, "", warn)
         check_installed(name)
         label = f"{out.name}-{run}"

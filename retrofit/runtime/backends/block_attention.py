@@ -158,20 +158,29 @@ class _BlockAttention(torch.autograd.Function):
             slope = view.slope(near)
             near = near.sub_(view.rows(lse[..., None])).exp_()
             view.put_block(d_value, view.per_block_transposed(near, given))
-            d_near = view.per_block(given, v.transpose(1, 2)).float().sub_(mean).mul_(near)
+            d_near = view.per_block(given, v.transpose(1, 2)).sub_(mean).mul_(near)
             d_near = (d_near if slope is None else d_near.mul_(slope)).to(q.dtype)
             view.put_block(d_key, view.per_block_transposed(d_near, q).mul_(call.scaling))
-            into = view.per_block(d_near, k).float()
+            into = view.per_block(d_near, k)
             if tile.high > tile.low:
                 seen = view.cached(keys)
                 far = view.far_scores(q, seen)
                 slope = view.slope(far)
                 far = torch.softmax(far, dim=-1)
-                d_far = torch.bmm(given, view.cached(values).transpose(1, 2)).float().sub_(mean).mul_(far)
+                d_far = product(given, view.cached(values).transpose(1, 2)).sub_(mean).mul_(far)
                 d_far = (d_far if slope is None else d_far.mul_(slope)).to(q.dtype)
                 into = torch.bmm(d_far, seen).float().mul_(view.rows(far_share[..., None])).add_(into)
             view.put(d_query, into.mul_(call.scaling))
         return d_query, d_key, d_value, None, None, None
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """[n, x, y] times [n, y, z] in fp32, whatever type both have: a score is not rounded before the softmax."""
+    if left.dtype == torch.float32:
+        return torch.bmm(left, right)
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,7 @@ class _View:
 
     def far_scores(self, q: Tensor, seen: Tensor) -> Tensor:
         """[Hk, c * G * K, L] fp32."""
-        scores = self._scaled(torch.bmm(q, seen.transpose(1, 2)))
+        scores = self._scaled(product(q, seen.transpose(1, 2)))
         scores.view(-1, *self._shape, scores.shape[-1])[..., self.tile.hidden_from :].add_(self.tile.far_mask)
         return scores
 
@@ -228,7 +237,7 @@ class _View:
         return scores
 
     def _scaled(self, scores: Tensor) -> Tensor:
-        scores = scores.float().mul_(self.call.scaling)
+        scores = scores.mul_(self.call.scaling)
         softcap = self.call.softcap
         return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
@@ -239,9 +248,9 @@ class _View:
         return (scores / self.call.softcap).square_().neg_().add_(1).clamp_(min=0)
 
     def per_block(self, rows: Tensor, own: Tensor) -> Tensor:
-        """[Hk, c * G * K, x] times one matrix [x, y] per block -> [Hk, c * G * K, y]."""
-        product = torch.bmm(rows.reshape(own.shape[0], -1, rows.shape[2]), own)
-        return product.view(rows.shape[0], rows.shape[1], -1)
+        """[Hk, c * G * K, x] times one matrix [x, y] per block -> [Hk, c * G * K, y] in fp32."""
+        found = product(rows.reshape(own.shape[0], -1, rows.shape[2]), own)
+        return found.view(rows.shape[0], rows.shape[1], -1)
 
     def per_block_transposed(self, weights: Tensor, rows: Tensor) -> Tensor:
         """Per block: weights [G * K, K]^T times rows [G * K, D] -> [Hk * c, K, D]."""

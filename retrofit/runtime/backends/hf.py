@@ -252,15 +252,28 @@ def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
 
     Grouped kernels change a row's bits with the rows beside it, and a base row's must not depend on a draft row's.
     """
-    wrapped: list[nn.Module] = []
+    undone: list[Callable[[], None]] = []
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] == "experts" and not isinstance(module, nn.ModuleList):
-            module.forward = _split_rows(module, gate, model.config.get_text_config())
-            wrapped.append(module)
+            undone.append(instead(module, _split_rows(module, gate, model.config.get_text_config())))
 
     def undo() -> None:
-        for module in wrapped:
-            module.__dict__.pop("forward", None)
+        for one in undone:
+            one()
+
+    return undo
+
+
+def instead(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let a module run another `forward`; returns the undo, which gives back one that was the module's own."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+
+    def undo() -> None:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before
 
     return undo
 

@@ -167,9 +167,7 @@ def _tell(made: artifact.Artifact, as_json: bool) -> None:
     click.echo(made.folder)
 
 
-def _dry_run(
-    recipe: Recipe, out: Path, fit: str | None, loading: Loading, skip_bad: bool, as_json: bool
-) -> None:
+def _dry_run(recipe: Recipe, out: Path, fit: str | None, loading: Loading, skip_bad: bool, as_json: bool) -> None:
     """Raises GateError where it does not fit, ResourceError where it cannot be made to."""
     from retrofit.recipes.fit import parse_size, short
 

@@ -228,7 +228,8 @@ def rehearsal(kind: str, library: CLibrary | None = None) -> Iterator[Rehearsal]
     watch = _Watch(Holdings(library), 1 if kind == "cpu" else BLOCK)
     fork = torch.random.fork_rng
     try:
-        torch.random.fork_rng = lambda devices=(): fork(devices=[])  # meta tensors draw nothing
+        # meta tensors draw nothing
+        torch.random.fork_rng = lambda devices=(), enabled=True, **_: fork(devices=[], enabled=enabled)
         for sizes in SIZES:
             sizes["meta"] = sizes.get(kind, 0)
         with META, _Calls(kind), watch:

@@ -23,6 +23,7 @@ from retrofit.recipes.allocator import c_library
 from retrofit.recipes.fit import changed, parse_size, short, steps_down, suggestions
 from retrofit.recipes.prepare import attached_to
 from retrofit.recipes.publish import count
+from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.rehearsal import Holdings, rehearsal
 from retrofit.recipes.schema import FIELDS, load_recipe
 from retrofit.recipes.train import Trainer
@@ -49,6 +50,8 @@ def bare_heap(monkeypatch):
 def real_trainer(name, plan):
     model = ARCHITECTURES[name]()
     attached, backend = attached_to(Base(model, None, name, None, None, {}), plan)
+    if plan.train.checkpointing:
+        recompute_layers(backend)
     return Trainer(attached, backend, plan)
 
 
@@ -104,12 +107,45 @@ def test_rehearsal_takes_what_training_takes(name, bare_heap):
         ("train.batch_size=1", "data.max_length=100"),
         ("adapter.rank=64", "adapter.markov_rank=0", "adapter.confidence=false"),
         ("objective.diffusion_share=0.0", "objective.draft_loss=kl"),
+        ("train.checkpointing=true", "train.anchors=16"),
     ],
-    ids=["long", "rank", "kl"],
+    ids=["long", "rank", "kl", "recomputed"],
 )
 def test_recipes_are_followed(overrides, bare_heap):
     plan = small(*overrides)
-    assert rehearsed_peak("qwen3", plan) == pytest.approx(real_peak(real_trainer("qwen3", plan), plan), rel=0.04)
+    assert rehearsed_peak("qwen3", plan) == pytest.approx(
+        real_peak(real_trainer("qwen3", plan), plan), rel=0.07 if plan.train.checkpointing else 0.04
+    )
+
+
+def test_recomputed_layers_take_less(bare_heap):
+    config, many = CONFIGS["llama"](), ("train.anchors=32", "data.max_length=100")
+    kept, again = (estimate.estimate(small(*many, *more), config) for more in ((), ("train.checkpointing=true",)))
+    assert again.phases[estimate.CHUNKS].total < kept.phases[estimate.CHUNKS].total
+    assert again.phases[estimate.FORWARD].holds[estimate.DRAFT] < kept.phases[estimate.FORWARD].holds[estimate.DRAFT]
+
+
+def test_a_few_layers_stand_for_many(monkeypatch, bare_heap):
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 9
+    monkeypatch.setattr(estimate, "MANY_LAYERS", 9)
+    whole = estimate.estimate(small(), config, "cuda")
+    monkeypatch.setattr(estimate, "MANY_LAYERS", 8)
+    few = estimate.estimate(small(), config, "cuda")
+    assert estimate._alike(config, "cuda") and not estimate._alike(config, "cpu")
+    assert few.parameters == whole.parameters
+    assert (few.base, few.weights, few.moments) == (whole.base, whole.weights, whole.moments)
+    assert few.peak == pytest.approx(whole.peak, rel=0.01)
+    assert all(few.phases[name].total == pytest.approx(m.total, rel=0.03) for name, m in whole.phases.items())
+
+
+def test_a_gpu_updates_all_at_once_in_blocks_of_its_allocator(bare_heap):
+    plan, config = small("train.anchors=32"), CONFIGS["llama"]()
+    on_gpu = estimate.estimate(plan, config, "cuda")
+    loss, step = estimate.CHUNKS, estimate.STEP
+    assert on_gpu.phases[step].holds[estimate.OTHER] > 0.9 * on_gpu.weights
+    assert all(size % 512 == 0 for size in on_gpu.phases[loss].holds.values() if size != estimate.CUDA_CONTEXT)
+    assert estimate.FILES not in {kind for moment in on_gpu.phases.values() for kind, n in moment.holds.items() if n}
 
 
 def test_rehearsal_leaves_no_tensor_without_memory_behind():
@@ -333,6 +369,26 @@ def test_nothing_is_written_and_no_weights_are_needed(folder, monkeypatch, bare_
     assert report["disk"]["download"] == 4 * report["parameters"]["base"]
     assert report["memory"]["peak"]["bytes"] == max(p["bytes"] for p in report["memory"]["phases"].values())
     assert all(sum(p["holds"].values()) == p["bytes"] for p in report["memory"]["phases"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_is_planned_for_without_one(folder, bare_heap):
+    ARCHITECTURES["llama"]().save_pretrained(folder)
+    others = [setting for setting in SMALL if not setting.startswith("base")]
+    given = ["convert", str(folder), "--dry-run", "--fit", "24GB", "--device", "cuda", *others]
+    done = CliRunner().invoke(cli.main, given)
+    assert done.exit_code == 0, done.output
+    assert "not measured: no GPU here" in done.stdout and "it fits" in done.stdout
+    assert estimate.CUDA in done.stdout
+
+
+def test_bad_text_is_found_early(folder, bare_heap):
+    bad = folder.parent / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"text"\n')
+    done = run(folder, "--dry-run", f"data.source={bad}", "-o", folder.parent / "out")
+    assert done.exit_code == 1 and "bad.jsonl:2" in done.stderr
+    done = run(folder, "--dry-run", "data.source=owner/texts", "--json", "-o", folder.parent / "out")
+    assert json.loads(done.stdout)["text"] == {"owner/texts": "not checked: on the Hub"}
 
 
 def test_time_is_measured_where_the_weights_are(folder, bare_heap):

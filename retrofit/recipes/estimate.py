@@ -8,6 +8,7 @@ Not here: disk, time (`dry_run.py`), what to change (`fit.py`).
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import sys
 import warnings
@@ -50,6 +51,10 @@ PUBLISHING, WRITING, REST = "writing the artifact", "writing responses", "betwee
 
 STEPS = 2
 """The second has the optimizer's moments beside it."""
+FEW_LAYERS, MANY_LAYERS = (2, 4), 12
+LARGE = 1_000_000_000
+"""Parameters from which on the heap of a C library, which does not grow evenly with the layers, is estimated by a few
+of them too: with 12 layers of 30M parameters the peak was 0.5 % lower than by all, the later phases 13 %."""
 CUDA_CONTEXT = 500_000_000
 PACKED_TOKEN = 9
 """Bytes of a token in a checkpoint: its id, and whether it is part of a response."""
@@ -120,9 +125,60 @@ def estimate(
 ) -> Estimate:
     """Rehearse a conversion.  Raises UsageError and UnsupportedModelError where converting would, by the same code.
 
+    Of a model of many layers, all the same, FEW_LAYERS are rehearsed: each more adds the same to every phase.
     On the CPU with glibc this is done in a process of its own, whose heap is like that of a conversion's.
     """
     around = around or Surroundings()
+    if not _alike(config, torch.device(device).type):
+        return _whole(plan, config, device, around)
+    fewer, more = (_whole(plan, _shorter(config, number), device, around) for number in FEW_LAYERS)
+    return _extrapolated(fewer, more, (_layers(config) - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0]))
+
+
+def _layers(config: PreTrainedConfig) -> int:
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _alike(config: PreTrainedConfig, kind: str) -> bool:
+    """Whether a model has many layers, and all of them are the same; on the CPU, whether it is large, too."""
+    text = config.get_text_config()
+    if text is not config or _layers(config) <= MANY_LAYERS or len(set(getattr(text, "layer_types", None) or ())) > 1:
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = getattr(model.get_decoder(), "layers", ())
+    shapes = {tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in layers}
+    large = kind != "cpu" or count(model.parameters()) >= LARGE
+    return large and len(layers) == _layers(config) and len(shapes) == 1
+
+
+def _shorter(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    found = copy.deepcopy(config)
+    if getattr(found, "layer_types", None):
+        found.layer_types = found.layer_types[:layers]
+    found.num_hidden_layers = layers
+    return found
+
+
+def _extrapolated(fewer: Estimate, more: Estimate, steps: float) -> Estimate:
+    """What `steps` times the difference of two estimates adds to the smaller one."""
+
+    def on(a: int, b: int) -> int:
+        return max(0, round(a + (b - a) * steps))
+
+    def kinds(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+        return {kind: on(a.get(kind, 0), b.get(kind, 0)) for kind in {**a, **b}}
+
+    one, two = fewer.parameters, more.parameters
+    counted = {name: on(getattr(one, name), getattr(two, name)) for name in vars(one) if name != "modules"}
+    phases = {name: Moment(kinds(moment.holds, more.phases[name].holds)) for name, moment in fewer.phases.items()}
+    sizes = {name: on(getattr(fewer, name), getattr(more, name)) for name in ("base", "weights", "moments")}
+    parameters = Parameters(**counted, modules=kinds(one.modules, two.modules))
+    return Estimate(fewer.device, phases, parameters, **sizes)
+
+
+def _whole(plan: Recipe, config: PreTrainedConfig, device: str, around: Surroundings) -> Estimate:
+    """All layers."""
     if torch.device(device).type == "cpu" and c_library() is not None:
         return _apart(lambda: _estimate(plan, config, device, around, c_library()))
     return _estimate(plan, config, device, around, None)

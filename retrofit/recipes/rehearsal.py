@@ -168,22 +168,13 @@ def _without_values(func: Any, args: Any, kwargs: Any) -> Any:
     return NotImplemented
 
 
-class _Calls(TorchFunctionMode):
-    """Functions that ask for values or for a real device before they become operations."""
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
+class _Arrays(TorchFunctionMode):
+    """Meta tensors have no array; what asks for one gets zeros."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.numpy, Tensor.tolist) and args[0].is_meta:
             zeros = np.zeros(tuple(args[0].shape), dtype=str(args[0].dtype).removeprefix("torch."))
             return zeros if func is Tensor.numpy else zeros.tolist()
-        if func is F.scaled_dot_product_attention and _is_fused(self.kind, *args, **kwargs):
-            query, key, value = args
-            mask, causal, scale = (kwargs.get(name) for name in ("attn_mask", "is_causal", "scale"))
-            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            return fused(query, key, value, 0.0, bool(causal), attn_mask=mask, scale=scale)[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -227,16 +218,27 @@ def rehearsal(kind: str, library: CLibrary | None = None) -> Iterator[Rehearsal]
     kind: `cpu`, or `cuda` for a CPU that takes memory as a GPU does.
     """
     watch = _Watch(Holdings(library), 1 if kind == "cpu" else BLOCK)
-    fork = torch.random.fork_rng
+    fork, attention = torch.random.fork_rng, F.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:
+        if not _is_fused(kind, query, key, value, **others):
+            return attention(query, key, value, **others)
+        mask, causal, scale = (others.get(name) for name in ("attn_mask", "is_causal", "scale"))
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor = fused(query, key, value, 0.0, bool(causal), attn_mask=mask, scale=scale)[0]
+        return out
+
     try:
         hash_constants.cache_clear()  # no tensor may outlast its world, neither way
-        torch.random.fork_rng = lambda devices=(): fork(devices=[])  # meta tensors draw nothing
+        F.scaled_dot_product_attention = attend
+        # meta tensors draw nothing
+        torch.random.fork_rng = lambda devices=(), enabled=True, **_: fork(devices=[], enabled=enabled)
         for sizes in SIZES:
             sizes["meta"] = sizes.get(kind, 0)
-        with META, _Calls(kind), watch:
+        with META, _Arrays(), watch:
             yield Rehearsal(watch)
     finally:
-        torch.random.fork_rng = fork
+        torch.random.fork_rng, F.scaled_dot_product_attention = fork, attention
         for sizes in SIZES:
             del sizes["meta"]
         hash_constants.cache_clear()

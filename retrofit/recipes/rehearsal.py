@@ -230,7 +230,7 @@ def rehearsal(kind: str, library: CLibrary | None = None) -> Iterator[Rehearsal]
 
     try:
         hash_constants.cache_clear()  # no tensor may outlast its world, neither way
-        F.scaled_dot_product_attention = attend
+        F.scaled_dot_product_attention = attend  # type: ignore[assignment]
         # meta tensors draw nothing
         torch.random.fork_rng = lambda devices=(), enabled=True, **_: fork(devices=[], enabled=enabled)
         for sizes in SIZES:

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from benchmarks.common import ROOT, say, table
+from benchmarks.common import ROOT, Bar, say, section, table, write
 from retrofit.recipes.fit import short
 
 RESULTS = ROOT / "results" / "memory-cpu.json"
@@ -77,22 +77,23 @@ def main(only: int | None, job: str | None, given: tuple[str, ...]) -> None:
         rows.append([name, one["phase"], *sizes, f"{one['error']:+.1%}", "met" if one["met"] else "MISSED"])
     print(table(rows, left=2))
     if only is None:
-        write(found, time.perf_counter() - begin)
+        write(RESULTS, {"memory": measured_section(found, time.perf_counter() - begin)})
+        say(f"wrote {RESULTS}")
     sys.exit(0 if all(one["met"] for one in found.values()) else 3)
 
 
-def write(found: dict[str, Any], seconds: float) -> None:
-    from retrofit.eval.speed import hardware
-
-    content = {
-        "command": "python -m benchmarks.memory",
-        "hardware": {**hardware(), "threads": 1},
-        "seconds": round(seconds, 1),
-        "bar": {"over": OVER, "under": UNDER},
-        "settings": found,
-    }
-    RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    say(f"wrote {RESULTS}")
+def measured_section(found: dict[str, Any], seconds: float) -> dict[str, Any]:
+    bars = [
+        Bar(
+            f"dry run's memory against measured, {name}",
+            f"-{UNDER:.0%} to +{OVER:.0%}",
+            f"{one['error']:+.1%} ({short(one['peak'])}, {short(one['measured'])})",
+            one["met"],
+        )
+        for name, one in found.items()
+    ]
+    made = section("python -m benchmarks.memory", seconds, bars, {"settings": found})
+    return {**made, "hardware": {**made["hardware"], "threads": 1}}
 
 
 def make(base: Path, text: Path) -> None:

@@ -30,6 +30,12 @@ TITLES = {
     "adapter": "Adapter size",
     "architectures": "Lossless on every architecture, random tiny models, fp32",
     "help": "Command line",
+    "interrupted": "Interrupted and resumed",
+    "memory": "Dry run, memory",
+    "dense": "Training step, 256 blocks of 16 on 2,048 tokens",
+    "tiny": "Training step, embedded base",
+    "49k": "Training step, 64 blocks of 8 on 1,024 tokens",
+    "150k": "Training step, vocabulary of 151,936",
 }
 HINT = "run python -m benchmarks.readme_numbers"
 VERDICTS = {True: "met", False: "**missed**", None: ""}

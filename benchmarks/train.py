@@ -8,7 +8,6 @@ differs.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -25,12 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from benchmarks.bars import VERDICTS
-from benchmarks.common import ROOT, say, table
+from benchmarks.common import ROOT, Bar, say, section, table, write
 from benchmarks.naive_training import NaiveTrainer
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import RetrofitError
-from retrofit.eval.speed import hardware
 from retrofit.hub import EMBEDDED, load_base
 from retrofit.recipes.data import Document, documents, windows
 from retrofit.recipes.schema import Recipe, load_recipe
@@ -244,7 +242,7 @@ def main(
             begin = time.perf_counter()
             figures = compare(make(), repeats)
             failed |= not show(figures)
-            write(path, name, title, command, time.perf_counter() - begin, figures)
+            write(path, {name: section(command, time.perf_counter() - begin, bars_of(title, figures), figures)})
         if with_memory:
             for window in (False, True):
                 begin, title = (
@@ -252,7 +250,10 @@ def main(
                     f"memory of a step, {'sliding window' if window else 'full attention'}",
                 )
                 say(f"== {title}")
-                write(path, title, title, command, time.perf_counter() - begin, {"bytes": peaks(window)})
+                found = peaks(window)
+                sizes = ", ".join(f"{length:,}: {size / 1e6:.0f} MB" for length, size in found.items())
+                bars = [Bar(f"{title}, by length", "stated", sizes, None)]
+                write(path, {title: section(command, time.perf_counter() - begin, bars, {"bytes": found})})
     except RetrofitError as error:
         say(f"error: {error}" + (f"\n{error.hint}" if error.hint else ""))
         sys.exit(error.exit_code)
@@ -279,20 +280,15 @@ def show(figures: dict[str, Any]) -> bool:
     return same and met
 
 
-def write(path: Path, name: str, title: str, command: str, seconds: float, figures: dict[str, Any]) -> None:
-    """Put one section into the file, beside the others; the file appears whole or not at all."""
-    content = json.loads(path.read_text()) if path.is_file() else {"sections": {}}
-    content["sections"][name] = {
-        "command": command,
-        "hardware": hardware(),
-        "seconds": round(seconds, 1),
-        "what": title,
-        "figures": figures,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+def bars_of(title: str, figures: dict[str, Any]) -> list[Bar]:
+    """What the README says of a setting."""
+    ratio, same = figures["naive_over_ours"], figures["largest_gradient_difference"]
+    rates = f"{figures['step_over_clean_forward']:.1f}, {figures['draft_rows_per_second']:,.0f}"
+    return [
+        Bar(f"straightforward step / ours, {title}", f">= {BAR}", f"{ratio:.2f}", ratio >= BAR),
+        Bar("  largest difference of a gradient", f"<= {SAME:.0e}", f"{same:.1e}", same <= SAME),
+        Bar("  a step in clean forwards, draft rows/s", "stated", rates, None),
+    ]
 
 
 if __name__ == "__main__":

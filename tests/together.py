@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from resuming import RECIPE, run, tokenizer
 from tiny_models import build
 
@@ -52,6 +53,7 @@ class Ended:
 def _child(pipe: Any, variables: dict[str, str], function: Callable[..., Any], arguments: Sequence[Any]) -> None:
     torch.set_num_threads(1)
     os.environ.update(variables)
+    PartialState._reset_state()  # what the parent process may have made of it is not inherited by a started one
     try:
         ended = Ended(function(*arguments))
     except BaseException as error:

@@ -245,13 +245,11 @@ def main(
             write(path, {name: section(command, time.perf_counter() - begin, bars_of(title, figures), figures)})
         if with_memory:
             for window in (False, True):
-                begin, title = (
-                    time.perf_counter(),
-                    f"memory of a step, {'sliding window' if window else 'full attention'}",
-                )
+                begin, kind = time.perf_counter(), "sliding window" if window else "full attention"
+                title = f"memory of a step, {kind}"
                 say(f"== {title}")
                 found = peaks(window)
-                sizes = ", ".join(f"{length:,}: {size / 1e6:.0f} MB" for length, size in found.items())
+                sizes = ", ".join(f"{int(length):,}: {size / 1e6:.0f} MB" for length, size in found.items())
                 bars = [Bar(f"{title}, by length", "stated", sizes, None)]
                 write(path, {title: section(command, time.perf_counter() - begin, bars, {"bytes": found})})
     except RetrofitError as error:

@@ -336,9 +336,10 @@ def folder(tmp_path, monkeypatch):
 
     def remembered(plan, config, device, around):
         key = plan.model_copy(update={"base": plan.base.model_copy(update={"model": ""})}).model_dump_json()
-        if (key, around.stored) not in ESTIMATES:
-            ESTIMATES[key, around.stored] = estimate.estimate(plan, config, device, around)
-        return ESTIMATES[key, around.stored]
+        known = (key, device, around.stored)
+        if known not in ESTIMATES:
+            ESTIMATES[known] = estimate.estimate(plan, config, device, around)
+        return ESTIMATES[known]
 
     monkeypatch.setattr(dry_run, "estimate", remembered)
     base = tmp_path / "base"

@@ -124,7 +124,7 @@ def attach(
         )
     embedding = model.get_input_embeddings().weight
     with torch.no_grad():
-        heads.mask_vector.copy_(embedding.float().mean(0))
+        heads.mask_vector.copy_(embedding.mean(0, dtype=torch.float32))  # no copy of the whole table
     gate = Gate()
     wrong = []
     for name, module in peft_model.named_modules():

@@ -88,7 +88,7 @@ def write(
     to it.  Raises UsageError for a folder that may not be written, ArtifactError for a config that `read` would
     refuse, ResourceError when the disk is full or not writable; none of them leaves anything behind.
     """
-    from safetensors.torch import save
+    from retrofit.tensors import pieces
 
     folder = Path(folder)
     check_writable(folder, overwrite)
@@ -97,21 +97,22 @@ def write(
     contents = {
         CONFIG: json_bytes(config),
         ADAPTER_CONFIG: json_bytes(adapter_config),
-        ADAPTER: save(dict(adapter_state), {"format": "pt"}),
-        HEADS: save(dict(heads), {"format": "pt"}),
         RECIPE: recipe_yaml.encode(),
         CARD: card.encode(),
     }
-    contents[MANIFEST] = json_bytes(_manifest({name: contents[name] for name in LOAD_BEARING}))
+    weights = {ADAPTER: adapter_state, HEADS: heads}
     for name, data in (added or {}).items():
         contents |= {name: data, f"{name}.sha256": _beside_hash(name, data)}
-    with disk(folder, sum(map(len, contents.values()))):
+    size = sum(t.numel() * t.element_size() for tensors in weights.values() for t in tensors.values())
+    with disk(folder, size + sum(map(len, contents.values()))):
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = _beside(folder)
         try:
-            for name, data in contents.items():
-                (new / name).parent.mkdir(parents=True, exist_ok=True)
-                write_file(new / name, data)
+            (new / ADAPTER).parent.mkdir(parents=True)
+            written = {name: write_file(new / name, data) for name, data in contents.items()}
+            written |= {name: write_file(new / name, pieces(tensors)) for name, tensors in weights.items()}
+            manifest = {"files": {name: written[name] for name in LOAD_BEARING}, "format": FORMAT}
+            write_file(new / MANIFEST, json_bytes(manifest))
             for inside in (new / "adapter", new):
                 sync_folder(inside)
             _put(new, folder)
@@ -327,14 +328,6 @@ def _load_json(path: Path) -> dict[str, Any]:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
-
-
-def _manifest(contents: Mapping[str, bytes]) -> dict[str, Any]:
-    def entry(data: bytes) -> dict[str, Any]:
-        return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-
-    entries = {name: entry(data) for name, data in contents.items()}
-    return {"files": entries, "format": FORMAT}
 
 
 def _recorded(root: Path) -> dict[str, tuple[int, str]]:

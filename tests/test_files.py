@@ -14,7 +14,7 @@ from torch import Tensor
 from retrofit import files
 from retrofit.files import write_file
 from retrofit.recipes.checkpoint import Checkpoints
-from retrofit.recipes.tensors import TYPES, pieces
+from retrofit.tensors import TYPES, pieces
 
 
 def tensors() -> dict[str, Tensor]:

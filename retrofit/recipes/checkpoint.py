@@ -34,7 +34,7 @@ from torch import Tensor
 from retrofit import artifact
 from retrofit.errors import ResourceError, UsageError
 from retrofit.files import check_room, disk, json_bytes, sha256, sync_folder, write_file
-from retrofit.recipes.tensors import pieces
+from retrofit.tensors import pieces
 
 try:
     import fcntl

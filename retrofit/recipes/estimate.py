@@ -58,8 +58,6 @@ of them too: with 12 layers of 30M parameters the peak was 0.5 % lower than by a
 CUDA_CONTEXT = 500_000_000
 PACKED_TOKEN = 9
 """Bytes of a token in a checkpoint: its id, and whether it is part of a response."""
-COPIES = 2
-"""Of the artifact's weights: `safetensors.torch.save` builds a file in memory and returns a copy of it."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,7 @@ def _estimate(
     with rehearsal(kind, library) as stage:
         attached, trainer = _rehearse(plan, config, stage, kind)
         base = _bytes(base_parameters(attached)) + _bytes(attached.model.buffers())
-        weights, heads = _bytes(trainer.trained), _bytes(attached.heads.parameters())
+        weights = _bytes(trainer.trained)
         moments = _bytes(t for state in trainer.optimizer.state.values() for t in state.values())
         parameters, dtype = _parameters(attached), attached.model.dtype
     on_host = kind == "cpu"
@@ -229,11 +227,11 @@ def _estimate(
     rest = phases.pop(REST)
     phases.pop("", None)  # how the base came about here is not how it is loaded
     if on_host:
+        # Tensors are written from where they lie, a piece at a time.
         if plan.train.save_every:
-            # The trained tensors are written from where they lie.
             documents = SHUFFLE_BUFFER * plan.data.max_length * PACKED_TOKEN
             phases[SAVING] = {**rest, FILES: AT_ONCE + documents}
-        phases[PUBLISHING] = {**rest, FILES: max(COPIES * (weights - heads), weights + heads)}
+        phases[PUBLISHING] = {**rest, FILES: AT_ONCE}
     beside = {TEXT: _text(plan) + around.tokenizer} if on_host else {CUDA: CUDA_CONTEXT}
     moments_by_phase = {
         name: Moment({k: n for k, n in {**holds, **beside}.items() if n}) for name, holds in phases.items()

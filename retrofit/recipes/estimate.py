@@ -230,8 +230,8 @@ def _estimate(
         # Tensors are written from where they lie, a piece at a time.
         if plan.train.save_every:
             documents = SHUFFLE_BUFFER * plan.data.max_length * PACKED_TOKEN
-            phases[SAVING] = {**rest, FILES: AT_ONCE + documents}
-        phases[PUBLISHING] = {**rest, FILES: AT_ONCE}
+            phases[SAVING] = {**rest, FILES: min(AT_ONCE, moments) + documents}
+        phases[PUBLISHING] = {**rest, FILES: min(AT_ONCE, weights)}
     beside = {TEXT: _text(plan) + around.tokenizer} if on_host else {CUDA: CUDA_CONTEXT}
     moments_by_phase = {
         name: Moment({k: n for k, n in {**holds, **beside}.items() if n}) for name, holds in phases.items()

@@ -31,6 +31,7 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import RetrofitError
 from retrofit.hub import EMBEDDED, load_base
 from retrofit.recipes.data import Document, documents, windows
+from retrofit.recipes.order import Batch
 from retrofit.recipes.schema import Recipe, load_recipe
 from retrofit.recipes.train import Trainer, clean_forward
 from retrofit.runtime.backends.hf import wrap
@@ -42,8 +43,6 @@ PROMPT = 64
 LENGTHS = (1024, 2048, 4096, 8192)
 SAME = 1e-4
 """Largest difference of a gradient from the naive one, relative to its tensor's largest: sums run in other orders."""
-
-Batch = list[tuple[Document, int]]
 
 
 @dataclass(frozen=True)

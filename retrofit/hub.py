@@ -98,6 +98,14 @@ def locate(
         ) from error
 
 
+def _model_folder(name: str, revision: str | None, offline: bool, *, weights: bool = True, code: bool) -> Path:
+    """`locate` of what holds a model's configuration.  Raises what that raises, and UsageError."""
+    folder = locate(name, revision, offline, weights=weights, code=code)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{name} holds no config.json, so it is no transformers model")
+    return folder
+
+
 def load_base(
     name: str,
     revision: str | None = None,
@@ -118,9 +126,7 @@ def load_base(
     from transformers.utils import logging
 
     check_device(device)
-    folder = locate(name, revision, offline, code=trust_remote_code)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{name} holds no config.json, so it is no transformers model")
+    folder = _model_folder(name, revision, offline, code=trust_remote_code)
     if not any(folder.glob("*.safetensors")):
         raise UsageError(f"{name} holds no safetensors weights", "retrofit reads safetensors only")
     bars = logging.is_progress_bar_enabled()
@@ -166,9 +172,7 @@ def load_tokenizer(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = locate(name, revision, offline, weights=False, code=trust_remote_code)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{name} holds no config.json, so it is no transformers model")
+    folder = _model_folder(name, revision, offline, weights=False, code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -188,9 +192,7 @@ def load_config(
     """
     from transformers import AutoConfig
 
-    folder = locate(name, revision, offline, weights=False, code=trust_remote_code)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{name} holds no config.json, so it is no transformers model")
+    folder = _model_folder(name, revision, offline, weights=False, code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), folder
     except Exception as error:

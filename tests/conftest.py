@@ -4,6 +4,7 @@ Where there is no GPU, Triton's kernels run in its interpreter; that is decided 
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,3 +37,19 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text files to convert with."""
+    from resuming import write_texts  # needs what tests of the runtime alone do without
+
+    return write_texts(tmp_path_factory.mktemp("data") / "texts")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's folder."""
+    from together import saved_model
+
+    return saved_model(tmp_path_factory.mktemp("model"))

@@ -40,11 +40,6 @@ from retrofit.recipes.train import StepResult, Trainer
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("data") / "texts")
-
-
-@pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
     out = tmp_path_factory.mktemp("straight") / "out"
     run(out, texts)

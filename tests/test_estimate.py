@@ -23,7 +23,6 @@ from retrofit.recipes.allocator import c_library
 from retrofit.recipes.fit import changed, parse_size, short, steps_down, suggestions
 from retrofit.recipes.prepare import attached_to
 from retrofit.recipes.publish import count
-from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.rehearsal import Holdings, rehearsal
 from retrofit.recipes.schema import FIELDS, load_recipe
 from retrofit.recipes.train import Trainer
@@ -51,8 +50,6 @@ def bare_heap(monkeypatch):
 def real_trainer(name, plan):
     model = ARCHITECTURES[name]()
     attached, backend = attached_to(Base(model, None, name, None, None, {}), plan)
-    if plan.train.checkpointing:
-        recompute_layers(backend)
     return Trainer(attached, backend, plan)
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import accelerate  # noqa: F401  (imported before the processes are forked)
 import pytest
-from resuming import RECIPE, STEPS, curve, steps, write_texts
+from resuming import RECIPE, STEPS, curve, steps
 from together import (
     FSDP,
     rank,
-    saved_model,
     together,
 )
 
@@ -22,16 +21,6 @@ from retrofit.launch import launched
 from retrofit.recipes.checkpoint import folder_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("data") / "texts")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 # Launched

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import randomise
-from resuming import STEPS, child, curve, interrupted, learned, run, steps, tokenizer, write_texts
+from resuming import STEPS, child, curve, interrupted, learned, run, steps, tokenizer
 from safetensors.torch import load_file
 from tiny_models import build
 
@@ -32,11 +32,6 @@ BEST = {**PROBED, "train__publish": "best", "train__patience": 2}
 LAYOUTS = [DraftLayout(4), DraftLayout(4, seed_row="draft"), DraftLayout(3, shift=0, seed_row="draft")]
 FIGURES = [1.0, 1.2, 1.1, 1.2, 1.9]
 """TPF of the probes of a run of 9 steps (after 2, 4, 6, 8 and 9): the best is at step 4, patience 2 ends it at 8."""
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("data") / "texts")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import accelerate  # noqa: F401  (imported before the processes are forked)
 import pytest
 import torch
-from resuming import STEPS, at_step, curve, interrupted, run, steps, write_texts
+from resuming import STEPS, at_step, curve, interrupted, run, steps
 from safetensors.torch import load_file
 from together import FSDP, converts, converts_live, quiet_end, rank, run_folder, saved_model, together, values
 from torch.distributed.tensor import DTensor
@@ -28,16 +28,6 @@ from retrofit.runtime.engine import Engine
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 
 TEN = {"train__steps": 10, "train__batch_size": 4, "train__save_every": 0, "data__max_length": 48}
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("data") / "texts")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

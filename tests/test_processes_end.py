@@ -20,7 +20,6 @@ from together import (
     quiet_end,
     rank,
     run_folder,
-    saved_model,
     together,
 )
 
@@ -31,16 +30,6 @@ from retrofit.recipes.processes import Processes
 from retrofit.recipes.train import Trainer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("data") / "texts")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 # Interrupted and killed

@@ -106,9 +106,9 @@ def test_layers_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_conversion_recomputes_and_may_change_its_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = write_texts(tmp_path / "texts")
     calls = []
-    from retrofit.recipes import convert
+    from retrofit.recipes import convert, prepare
 
-    monkeypatch.setattr(convert, "recompute_layers", lambda backend: calls.append(1) or recompute_layers(backend))
+    monkeypatch.setattr(prepare, "recompute_layers", lambda backend: calls.append(1) or recompute_layers(backend))
     run(tmp_path / "kept", texts, train__steps=3)
     assert calls == []
     run(tmp_path / "again", texts, train__steps=3, train__checkpointing=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from resuming import STEPS, at_step, child, curve, interrupted, learned, run, steps, write_texts
+from resuming import STEPS, at_step, child, curve, interrupted, learned, run, steps
 
 from retrofit.errors import UsageError
 from retrofit.recipes.checkpoint import folder_of
@@ -20,11 +20,6 @@ from retrofit.recipes.session import Session
 from retrofit.runtime.engine import Engine
 
 PROCESSES = multiprocessing.get_context("fork")  # everything slow is imported already
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("data") / "texts")
 
 
 @pytest.fixture(scope="module")

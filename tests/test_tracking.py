@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from resuming import interrupted, learned, run, write_texts
+from resuming import interrupted, learned, run
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from retrofit import cli
@@ -22,11 +22,6 @@ from retrofit.recipes.checkpoint import folder_of
 from retrofit.recipes.tracking import flat
 
 OPTIONS = {"train__steps": 4, "train__probe_every": 2, "train__probe_tokens": 4, "train__probe_prompts": 1}
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("data") / "texts")
 
 
 def records(path: Path) -> list[dict[str, Any]]:

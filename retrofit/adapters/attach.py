@@ -48,10 +48,12 @@ class Attached:
     trainable: list[nn.Parameter]
     """Base parameters that required gradients before; PEFT froze them."""
 
+    def lora_parameters(self) -> list[nn.Parameter]:
+        return [p for n, p in self.peft_model.named_parameters() if "lora_" in n]
+
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained: LoRA and heads."""
-        lora = [p for n, p in self.peft_model.named_parameters() if "lora_" in n]
-        return lora + list(self.heads.parameters())
+        return self.lora_parameters() + list(self.heads.parameters())
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Tensors of `adapter_model.safetensors`, as PEFT names them."""

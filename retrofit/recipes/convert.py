@@ -40,7 +40,6 @@ from retrofit.recipes.probe import live_probe
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.progress import progress
 from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
-from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.regenerate import ResponseCache, check_cache, regenerate, weights_key
 from retrofit.recipes.schema import Recipe, by_key
 from retrofit.recipes.session import Session
@@ -115,10 +114,7 @@ def convert(
             base = open_base(model, plan, loading_device(device, processes), offline, trust_remote_code, tokenizer)
             plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
             attached, backend = attached_to(base, plan)
-            undo = None
             try:
-                if plan.train.checkpointing:
-                    undo = recompute_layers(backend)
                 if processes is not None and processes.sharded:
                     shard(attached, backend, processes)
                 skipped = Skipped() if skip_bad else None
@@ -129,8 +125,6 @@ def convert(
                 with Interrupts() as interrupts:
                     _convert(job, interrupts)
             finally:
-                if undo is not None:
-                    undo()
                 backend.close()
                 if isinstance(model, PreTrainedModel):
                     attached.detach()

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from retrofit.errors import ResourceError, RetrofitError
-from retrofit.hub import EMBEDDED, check_device, load_base, load_config, stored_dtype, weight_files
+from retrofit.hub import EMBEDDED, check_device, load_config, stored_dtype, weight_files
 from retrofit.recipes.checkpoint import KEPT
 from retrofit.recipes.convert import MEASURED
 from retrofit.recipes.data import FILE_SUFFIXES, HUB_ID, documents
@@ -30,8 +30,7 @@ from retrofit.recipes.faults import Skipped
 from retrofit.recipes.fit import changed, short, suggestions
 from retrofit.recipes.measure import held_out_acceptance
 from retrofit.recipes.order import SHUFFLE_BUFFER
-from retrofit.recipes.prepare import attached_to, resolve
-from retrofit.recipes.recompute import recompute_layers
+from retrofit.recipes.prepare import attached_to, open_base, resolve
 from retrofit.recipes.regenerate import cache_folder
 from retrofit.recipes.schema import Data, Recipe
 from retrofit.recipes.train import Trainer
@@ -261,20 +260,9 @@ def _time(
             return {"not_measured": f"it does not fit: {short(free)} are free"}
         batch = 1
     say("measuring a few steps")
-    dtype = plan.train.precision if plan.base.dtype == "auto" else plan.base.dtype
     try:
-        base = load_base(
-            plan.base.model,
-            plan.base.revision,
-            dtype=dtype,
-            device=device,
-            offline=offline,
-            trust_remote_code=trust_remote_code,
-            need_tokenizer=False,
-        )
+        base = open_base(None, plan, device, offline, trust_remote_code, need_tokenizer=False)
         attached, backend = attached_to(base, plan)
-        if plan.train.checkpointing:
-            recompute_layers(backend)
         trainer = Trainer(attached, backend, plan)
         full = windows_of(plan, backend.head.vocab, 0)[:batch]
 

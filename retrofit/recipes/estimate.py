@@ -31,7 +31,6 @@ from retrofit.recipes.measure import held_out_acceptance
 from retrofit.recipes.order import SHUFFLE_BUFFER
 from retrofit.recipes.prepare import attached_to
 from retrofit.recipes.publish import base_parameters, count
-from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.regenerate import BATCH
 from retrofit.recipes.rehearsal import BASE, Rehearsal, rehearsal
 from retrofit.recipes.schema import Recipe
@@ -241,13 +240,10 @@ def _estimate(
 
 def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: str) -> tuple[Attached, Trainer]:
     """A conversion from the base without its adapter to what is measured at the end."""
-    dtype = plan.train.precision if plan.base.dtype == "auto" else plan.base.dtype
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, plan.dtype))
     stage.phase(ATTACHING, OTHER)
     base = Base(model, None, plan.base.model, None, None, {})
     attached, backend = attached_to(base, plan)
-    if plan.train.checkpointing:
-        recompute_layers(backend)
     stage.call(ADAPTER, attached.parameters())
     trainer = Trainer(attached, backend, plan)
     trainer.optimizer.param_groups[0]["foreach"] = kind != "cpu"  # PyTorch's choice: all parameters at once on a GPU
@@ -321,7 +317,7 @@ def _parameters(attached: Attached) -> Parameters:
     named = dict(heads.named_parameters())
     markov = count(p for name, p in named.items() if name.startswith("markov"))
     confidence = count(p for name, p in named.items() if name.startswith("confidence"))
-    lora = count(p for name, p in attached.peft_model.named_parameters() if "lora_" in name)
+    lora = count(attached.lora_parameters())
     modules = Counter(n.rsplit(".", 1)[-1] for n, m in attached.peft_model.named_modules() if hasattr(m, "lora_A"))
     base = count(base_parameters(attached))
     return Parameters(base, lora, count([heads.mask_vector]), markov, confidence, dict(sorted(modules.items())))

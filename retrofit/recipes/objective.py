@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.adapters.heads import Heads
+from retrofit.runtime.sizes import size_for
 
 TV_SHARE = 0.9
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -329,7 +330,7 @@ class Teacher:
         """For blocks with these positions, of which a chunk has at most so many."""
         if self._p is not None and len(self._p) >= self._kept + chunk:
             return
-        budget = KEPT_BYTES.get(self.clean.device.type, KEPT_BYTES["cuda"]) // (4 * self._vocab)
+        budget = size_for(KEPT_BYTES, self.clean.device) // (4 * self._vocab)
         self._kept, self._used = min(budget, len(np.unique(sources))), 0
         self._row[:] = -1
         self._p = torch.empty(self._kept + chunk, self._vocab, device=self.clean.device)
@@ -387,7 +388,7 @@ class Teacher:
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
     """How many rows meet the vocabulary at once."""
-    return max(CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocab, FEWEST_ROWS)
+    return max(size_for(CHUNK_ELEMENTS, device) // vocab, FEWEST_ROWS)
 
 
 def _chunks(B: int, D: int, vocab: int, device: torch.device) -> list[slice]:

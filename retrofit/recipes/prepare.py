@@ -15,6 +15,7 @@ from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
+from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.schema import Recipe, load_recipe
 from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
 
@@ -45,7 +46,9 @@ def open_base(
     device: str,
     offline: bool,
     trust_remote_code: bool,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    need_tokenizer: bool = True,
 ) -> Base:
     """The base of a resolved recipe, or the live model.  Raises UsageError, ResourceError, UnsupportedModelError."""
     if isinstance(model, PreTrainedModel):
@@ -53,19 +56,22 @@ def open_base(
             raise UsageError("a live model needs tokenizer=")
         name = model.config._name_or_path or type(model).__name__
         return Base(model, tokenizer, name, None, None, live_fingerprint(model))
-    dtype = plan.train.precision if plan.base.dtype == "auto" else plan.base.dtype
     return load_base(
         plan.base.model,
         plan.base.revision,
-        dtype=dtype,
+        dtype=plan.dtype,
         device=device,
         offline=offline,
         trust_remote_code=trust_remote_code,
+        need_tokenizer=need_tokenizer,
     )
 
 
 def attached_to(base: Base, plan: Recipe) -> tuple[Attached, HFBackend]:
-    """The base with an untrained adapter on it.  Raises UsageError where the recipe does not fit the model."""
+    """The base with an untrained adapter on it, set up as the recipe trains it; closing the backend undoes that.
+
+    Raises UsageError where the recipe does not fit the model, UnsupportedModelError.
+    """
     layout = DraftLayout(**plan.draft.model_dump())
     refuse_unsupported(base.model)
     context = int(base.model.config.get_text_config().max_position_embeddings)
@@ -89,12 +95,17 @@ def attached_to(base: Base, plan: Recipe) -> tuple[Attached, HFBackend]:
             seed=plan.train.seed,
         ),
     )
-    longest = backend.rope_boundary or backend.context_length
-    if plan.data.max_length > longest:
+    try:
+        longest = backend.rope_boundary or backend.context_length
+        if plan.data.max_length > longest:
+            raise UsageError(
+                f"data.max_length is {plan.data.max_length}, beyond the position where {base.name} changes its RoPE",
+                f"add data.max_length={longest}",
+            )
+        if plan.train.checkpointing:
+            backend.until_closed(recompute_layers(backend))
+    except BaseException:
         backend.close()
         attached.detach()
-        raise UsageError(
-            f"data.max_length is {plan.data.max_length}, beyond the position where {base.name} changes its RoPE",
-            f"add data.max_length={longest}",
-        )
+        raise
     return attached, backend

@@ -82,7 +82,7 @@ def _config(
     session: Session,
 ) -> dict[str, Any]:
     history, published = session.history, session.published
-    lora = count([p for n, p in attached.peft_model.named_parameters() if "lora_" in n])
+    lora = count(attached.lora_parameters())
     return {
         "format": artifact.FORMAT,
         "retrofit": __version__,

@@ -25,17 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from retrofit.recipes.allocator import CLibrary
-from retrofit.recipes.objective import CHUNK_ELEMENTS
-from retrofit.runtime.backends.attention import FEW_SCORES
-from retrofit.runtime.backends.block_attention import TILE_SCORES
 from retrofit.runtime.sampling import hash_constants
+from retrofit.runtime.sizes import standing_in
 
 BASE = "base weights"
 NUMBER = 1e-9
 """Any number asked for: small, so that differences are small, and not 0, which nothing could be divided by."""
 
-SIZES: tuple[dict[str, int], ...] = (CHUNK_ELEMENTS, TILE_SCORES, FEW_SCORES)
-"""What the training cuts its work by, by kind of device."""
 BLOCK = 512
 """Bytes that PyTorch's CUDA allocator gives out a multiple of."""
 
@@ -233,12 +229,8 @@ def rehearsal(kind: str, library: CLibrary | None = None) -> Iterator[Rehearsal]
         F.scaled_dot_product_attention = attend  # type: ignore[assignment]
         # meta tensors draw nothing
         torch.random.fork_rng = lambda devices=(), enabled=True, **_: fork(devices=[], enabled=enabled)
-        for sizes in SIZES:
-            sizes["meta"] = sizes.get(kind, 0)
-        with META, _Arrays(), watch:
+        with standing_in(kind), META, _Arrays(), watch:
             yield Rehearsal(watch)
     finally:
         torch.random.fork_rng, F.scaled_dot_product_attention = fork, attention
-        for sizes in SIZES:
-            del sizes["meta"]
         hash_constants.cache_clear()

@@ -238,6 +238,11 @@ class Recipe(Section):
     data: Data = Data()
     train: Train = Train()
 
+    @property
+    def dtype(self) -> str:
+        """Type the base runs in."""
+        return self.train.precision if self.base.dtype == "auto" else self.base.dtype
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         problems = []

@@ -22,13 +22,14 @@ from retrofit.adapters.rows import RowPlan
 from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.block_attention import Call, block_attention, tiles_of
 from retrofit.runtime.cache import KVCache
+from retrofit.runtime.sizes import size_for
 
 ATTENTION = "retrofit"
 LARGE_MASK = 1 << 22
 """Rows times keys of one sequence from which base rows are masked in pieces."""
 LARGE_SCORES = 1 << 24
 """Heads times rows times keys of one sequence from which soft-capped scores are made in pieces."""
-FEW_SCORES = {"cpu": 1 << 21}
+FEW_SCORES = {"cpu": 1 << 21, "cuda": 0}
 """Up to so many scores draft rows attend by one dense call while training too: many small steps would take longer."""
 PIECE = 1 << 22
 """Elements of a piece's mask, or of its scores, over all sequences."""
@@ -113,7 +114,7 @@ def row_attention(
         group = plan.draft
         assert group is not None
         scores = len(group.slots) * query.shape[1] * group.width * (group.keys + group.width)
-        if scores > FEW_SCORES.get(query.device.type, 0):
+        if scores > size_for(FEW_SCORES, query.device):
             return _training_rows(plan, cache.layers[layer], query, key, value, sliding_window, scale, softcap), None
     query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
     n = plan.num_base

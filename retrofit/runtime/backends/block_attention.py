@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from retrofit.adapters.rows import BlockRows
+from retrofit.runtime.sizes import size_for
 
 TILE_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Scores of one tile, if it has more than one block.  On a CPU they should stay in its cache."""
@@ -62,7 +63,7 @@ class Call:
 
 def tiles_of(rows: BlockRows, heads: int, window: int | None, causal: bool) -> list[Tile]:
     """How the draft rows of a forward are cut up; the same in all layers with this window, so kept in `rows`."""
-    budget = TILE_SCORES.get(rows.device.type, TILE_SCORES["cuda"])
+    budget = size_for(TILE_SCORES, rows.device)
     window = None if window is None or rows.last < window else window
     key = (window, heads, budget)
     if key not in rows.tiles:

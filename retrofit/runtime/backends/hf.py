@@ -104,7 +104,7 @@ class HFBackend:
         if self.rope_boundary is not None and self.config.model_type != "phi3":
             # Only Phi-3's own code recomputes its cache at the crossing, so only there is there something to equal.
             self.context_length, self.rope_boundary = self.rope_boundary, None
-        self._unwrap = separate_experts(model, gate)
+        self._undone = [separate_experts(model, gate)]
         try:
             self._check_model()
         except BaseException:
@@ -113,8 +113,13 @@ class HFBackend:
 
     def close(self) -> None:
         """Give the live model back as it was."""
-        self._unwrap()
+        while self._undone:
+            self._undone.pop()()
         self.model.train(self.was_training)
+
+    def until_closed(self, undo: Callable[[], None]) -> None:
+        """Something was done to the model: undo it when this is closed."""
+        self._undone.append(undo)
 
     def lanes(self, requests: int) -> int:
         return requests

@@ -27,7 +27,7 @@ from retrofit.eval import certify
 from retrofit.hub import file_fingerprint
 from retrofit.runtime import engine, exact, loading
 from retrofit.runtime.backends import interface
-from retrofit.runtime.backends.interface import EXACT
+from retrofit.runtime.levels import EXACT
 
 PROMPT = "def area(radius):"
 TEXT = "def area(radius): return radius * radius\nclass Stack: pass\nfor item in range(3): print(item)\n"

@@ -17,8 +17,9 @@ from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.errors import UnsupportedModelError, UsageError
 from retrofit.runtime import policy
 from retrofit.runtime.backends.fused_gqa import FusedGQA
-from retrofit.runtime.backends.interface import EXACT, Output
+from retrofit.runtime.backends.interface import Output
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.levels import EXACT
 
 FAMILIES = ("llama", "mistral_window", "qwen2", "qwen3")
 FORWARD = ("llama", "llama_tied", "llama_mqa", "mistral_window", "qwen2_window", "qwen3_window")

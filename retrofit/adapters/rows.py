@@ -9,6 +9,8 @@ and the draft rows' own attention work on slices and nothing of a draft row can 
     position    5  6  7   9   6  7  8   10 11 12
     kind        b  b  b   b   d  d  d   d  d  d
 
+Filler rows may stand between the two kinds, where a forward has to have some number of rows; nobody reads them.
+
 Visibility is two ranges per row: base K/V below a limit, and (draft rows) the row's own block.  Only where drafts
 branch it takes a matrix: several base rows then stand at one position, so none of this forward is in the cache yet, a
 row sees the cache below the sequence's start and its own ancestors, and the accepted path is stored afterwards.
@@ -83,7 +85,8 @@ class Group:
     """All sequences start at 0, so the lower triangle is the mask."""
     last: int = 0
     """Largest position of its rows."""
-    masks: dict[tuple[int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
+    masks: dict[Any, Any] = field(default_factory=dict)
+    """What was made of the above for some window, which is the same in every layer that has it."""
 
     def rectangle(self, rows_NHD: Tensor) -> Tensor:
         """[N, H, D] rows of this kind to [S, H, T, D]."""
@@ -121,12 +124,34 @@ class BlockRows:
         return max(start + n - 1 for start, n in zip(self.starts, self.lengths, strict=True))
 
 
+@dataclass
+class Paths:
+    """Tree: the base rows of this forward that each base row follows, itself last; [S, T, D] padded to the deepest."""
+
+    rows: Tensor
+    """Numbers of the rows in their sequence; padding 0."""
+    places: Tensor
+    """Positions the rows would have in a chain: start, start + 1, ..."""
+    there: Tensor
+    """Which entries are no padding."""
+    query: Tensor
+    """[S, T] position of each row."""
+    starts: list[int]
+    stop: int
+    """Behind the last place."""
+
+    def seen(self, window: int | None) -> Tensor:
+        """[S, T, D] which entries a row sees."""
+        return self.there if window is None else self.there & (self.query[..., None] - self.places < window)
+
+
 class RowPlan:
     """The rows of one forward as tensors.
 
     Attributes: `ids` [N] token ids (0 where the mask vector goes), `masked` [M] row numbers of those, `positions`
-    [1, N], `num_base`, `base` and `draft` groups (None when there are no such rows), `logit_rows` [R] base rows whose
-    logits are wanted, `base_slots` and `base_positions` [num_base] where base K/V goes.
+    [1, N], `num_base`, `first_draft` (behind the base rows and the filler), `base` and `draft` groups (None when there
+    are no such rows), `logit_rows` [R] base rows whose logits are wanted, `base_slots` and `base_positions` [num_base]
+    where base K/V goes.
     """
 
     def __init__(
@@ -134,10 +159,13 @@ class RowPlan:
         sequences: Sequence[SequenceRows],
         device: torch.device | str = "cpu",
         causal_blocks: bool = False,
+        least_rows: int = 1,
     ):
+        """least_rows: filler makes up what is missing to so many rows."""
         self.sequences = list(sequences)
         self.device = torch.device(device)
         self.causal_blocks = causal_blocks
+        self.least_rows = least_rows
         self.tree = any(s.parents is not None for s in self.sequences)
         self.logit_rows: Tensor | None
         self.masked: Tensor | None
@@ -148,7 +176,6 @@ class RowPlan:
             self._one_row(self.sequences[0])
             return
         ids, positions = self._flat_rows()
-        self.num_rows = len(ids)
         ids_array = np.asarray(ids, dtype=np.int64)
         masked = np.flatnonzero(ids_array == MASK)
         self.ids = self._tensor(np.maximum(ids_array, 0))
@@ -160,13 +187,14 @@ class RowPlan:
 
     def _one_row(self, seq: SequenceRows) -> None:
         """What `__init__` would make of a single base row, without the detours: the step of plain decoding."""
-        p = seq.start
-        self.num_rows = self.num_base = 1
+        p, rows = seq.start, self.least_rows
+        self.num_rows = self.first_draft = rows
+        self.num_base = 1
         self.max_position = p
-        self.ids = torch.tensor([seq.tokens[0]], device=self.device)
-        self.positions = torch.tensor([[p]], device=self.device)
+        self.ids = torch.tensor([seq.tokens[0]] * rows, device=self.device)
+        self.positions = torch.tensor([[p] * rows], device=self.device)
         self.base_slots = torch.tensor([seq.slot], device=self.device)
-        self.base_positions = self.positions[0]
+        self.base_positions = self.positions[0, :1]
         self.logit_rows = self.masked = None
         self.draft = None
         one = np.ones((1, 1), dtype=np.int64)
@@ -193,6 +221,13 @@ class RowPlan:
         self.logit_rows = None if len(logit_rows) == len(ids) else self._tensor(np.asarray(logit_rows))
         self.base_slots = self._tensor(np.asarray(slots, dtype=np.int64))
         self.base_positions = self._tensor(np.asarray(positions, dtype=np.int64))
+        drafts = sum(len(b.inputs) for seq in self.sequences for b in seq.blocks)
+        self.num_rows = max(self.num_base + drafts, self.least_rows)
+        self.first_draft = self.num_rows - drafts
+        # A token and a position that this forward has anyway: a model may look at the largest of them.
+        filler = self.first_draft - self.num_base
+        ids.extend([ids[0] if ids else 0] * filler)
+        positions.extend([self.sequences[0].start] * filler)
         for seq in self.sequences:
             for block in seq.blocks:
                 ids.extend(block.inputs)
@@ -283,6 +318,41 @@ class RowPlan:
             scatter = self._tensor(np.flatnonzero(there.ravel()))
         return BlockRows(slots, starts, lengths, K, self.device, gather, scatter)
 
+    @cached_property
+    def paths(self) -> Paths:
+        """The base rows' paths, where drafts branch."""
+        group = self.base
+        assert group is not None and group.ancestors is not None
+        starts = [s.start for s in self.sequences if s.tokens]
+        depth = int(group.ancestors.sum(2).max())
+        # Ancestors in the order of their numbers, which is that of their depth.
+        rows = np.argsort(~group.ancestors, axis=2, kind="stable")[:, :, :depth]
+        there = np.arange(depth) < group.ancestors.sum(2, keepdims=True)
+        places = np.broadcast_to(np.asarray(starts)[:, None, None] + np.arange(depth), rows.shape)
+        return Paths(
+            self._tensor(np.where(there, rows, 0)),
+            self._tensor(np.ascontiguousarray(places)),
+            self._tensor(there),
+            self._tensor(group.query),
+            starts,
+            max(starts) + depth,
+        )
+
+    def hidden(self, first: int, stop: int, window: int | None, low: int, high: int) -> Tensor:
+        """[S, stop - first, high - low] which cached keys base rows `first` to `stop` of each sequence do not see."""
+        group = self.base
+        assert group is not None
+        key = (first, stop, window, low, high)
+        if key not in group.masks:
+            query, limit = group.query[:, first:stop, None], group.limit[:, first:stop, None]
+            k = np.arange(low, high)
+            hidden = k >= limit
+            if window is not None:
+                hidden |= query - k >= window
+            hidden[:, :, 0] &= query[:, :, 0] >= 0  # padding: nobody reads it, but it has to be finite
+            group.masks[key] = self._tensor(hidden)
+        return group.masks[key]
+
     def base_part(self, window: int | None, first: int, stop: int) -> tuple[int, int, Tensor]:
         """What base rows `first` to `stop` of each sequence see of the keys `low` to `high`: (low, high, [S, T, keys]).
 
@@ -340,6 +410,18 @@ class RowPlan:
         mask = torch.zeros(seen_STK.shape, dtype=dtype)
         mask.masked_fill_(torch.from_numpy(~seen_STK), float("-inf"))
         return mask[:, None].to(self.device)
+
+
+def base_span(group: Group, first: int, stop: int, window: int | None, step: int) -> tuple[int, int]:
+    """(low, high): cached keys that base rows `first` to `stop` of each sequence see, low a multiple of `step`."""
+    if group.width == 1 and len(group.slots) == 1:
+        lowest = last = group.last
+    else:
+        query = group.query[:, first:stop]
+        there = query[query >= 0]
+        lowest, last = (int(there.min()), int(there.max())) if len(there) else (0, 0)
+    low = 0 if window is None else max(0, lowest - window + 1) // step * step
+    return low, last + 1
 
 
 def base_visibility(group: Group, window: int | None) -> np.ndarray:

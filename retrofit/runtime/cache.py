@@ -8,6 +8,7 @@ must be finite (0 * NaN = NaN).  Draft rows never come here.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,9 +40,12 @@ class KVCache:
         keys[slots, positions] = key_NHD
         values[slots, positions] = value_NHD
 
-    def append(self, layer: int, slot: int, start: int, key_1HND: Tensor, value_1HND: Tensor) -> tuple[Tensor, Tensor]:
-        """Store neighbouring rows of one sequence from `start` on; returns its K and V up to them, as `read` does.
+    def append(
+        self, layer: int, slot: int, start: int, key_1HND: Tensor, value_1HND: Tensor, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store neighbouring rows of one sequence from `start` on; returns its K and V as `read` does.
 
+        length: of positions < length; None: up to these rows.
         The common case of plain decoding, in as few operations as it takes.
         """
         if layer not in self.layers:
@@ -53,7 +57,10 @@ class KVCache:
         count = key_1HND.shape[2]
         keys.narrow(2, start, count).copy_(key_1HND)
         values.narrow(2, start, count).copy_(value_1HND)
-        return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
+        length = start + count if length is None else length
+        if length > self.capacity:
+            return self.read(layer, [slot], length)
+        return keys.narrow(2, 0, length), values.narrow(2, 0, length)
 
     def _allocate(self, layer: int, key_NHD: Tensor, value_NHD: Tensor) -> None:
         self.layers[layer] = (
@@ -72,7 +79,14 @@ class KVCache:
         self.staged = {}
 
     def read(self, layer: int, slots: list[int], length: int) -> tuple[Tensor, Tensor]:
-        """K and V of positions < length as [S, heads, length, width]; a view where the slots are neighbours."""
+        """K and V of positions < length as [S, heads, length, width]; a view where the slots are neighbours.
+
+        Positions beyond the capacity are zeros.
+        """
+        if length > self.capacity:
+            keys, values = self.read(layer, slots, self.capacity)
+            beyond = (0, 0, 0, length - self.capacity)
+            return F.pad(keys, beyond), F.pad(values, beyond)
         keys, values = self.layers[layer]
         first, last = slots[0], slots[-1]
         if slots == list(range(first, last + 1)):

@@ -19,8 +19,9 @@ from retrofit.adapters.attach import ROLES, Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
-from retrofit.runtime.backends.hf import wrap
+from retrofit.runtime.backends.hf import HFBackend, wrap
 from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend
+from retrofit.runtime.exact_rows import Settled, settle
 from retrofit.runtime.host_steps import HostSteps
 from retrofit.runtime.loading import check_options as check_loading
 from retrofit.runtime.loading import check_same_base, fits_fused, fused_backend
@@ -87,6 +88,8 @@ class Engine:
         self.policy = AutoPolicy(self.layout, self.limits, self._acceptance)
         self.device_policy = AutoPolicy(self.layout, self.limits, self._acceptance)
         """What steps planned on the device cost; they are timed apart from those planned on the host."""
+        self.settled: Settled | None = None
+        """How the level of exactness was found, on the hf backend."""
 
     @classmethod
     def load(
@@ -97,7 +100,7 @@ class Engine:
         exact: str = "auto",
         backend: str = "auto",
         *,
-        rows: int = BUCKET_ROWS,
+        rows: int | None = None,
         base: str | None = None,
         offline: bool = False,
         trust_remote_code: bool = False,
@@ -106,9 +109,10 @@ class Engine:
 
         base: folder or Hub id to use in place of the one the artifact names.  dtype auto: what it was trained against.
         backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused on a GPU in half precision,
-        where it knows the model).  exact: how far rows are guaranteed not to depend on each other's number on the fused
-        backend: off, bucket (every decoding forward has `rows` rows), invariant (own kernels throughout); auto is
-        bucket there, and off on hf.
+        where it knows the model).  exact: how far rows are guaranteed not to depend on the rows beside them: off,
+        bucket (every decoding forward has `rows` rows), invariant (any number of rows).  auto is bucket on the fused
+        backend; on hf, in half precision, the cheapest level that a self-test finds to hold here, and off in fp32.
+        `engine.backend.exact` says which it is, `engine.settled` why.
         Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError, and GateError
         where this machine does not keep what the level promises.
         """
@@ -123,9 +127,12 @@ class Engine:
             check_loading(backend, exact, dtype)
         options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
         if backend == "hf":
-            return cls._with_artifact(load_base(name, revision, dtype=dtype, device=device, **options), artifact)
+            loaded = load_base(name, revision, dtype=dtype, device=device, **options)
+            return cls._with_artifact(loaded, artifact, exact, rows)
         files = load_base(name, revision, device=device, with_model=False, **options)
-        fused = fused_backend(files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows)
+        fused = fused_backend(
+            files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows or BUCKET_ROWS
+        )
         if fused.device.type == "cuda" and fused.exact != "off":
             from retrofit.runtime.exact import demand, self_test
 
@@ -141,16 +148,20 @@ class Engine:
         adapter: str | Path | None = None,
         *,
         layout: DraftLayout | None = None,
+        exact: str = "auto",
+        rows: int | None = None,
     ) -> Engine:
         """Wrap a live model.  adapter None: `ar` is the model's own, and `self_spec` runs with an untrained draft.
 
-        The model's projections are wrapped in place, gate closed: its own forward and `generate` stay bit-identical.
+        exact, rows: as in `load`.  The model's projections are wrapped in place, gate closed: its own forward and
+        `generate` stay bit-identical.
         `close()` takes the wrapping off.  Raises as `load` does.
         """
+        check_loading("hf", exact, "auto")
         if adapter is not None:
             artifact = artifacts.read(Path(adapter))
             base = Base(model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model))
-            return cls._with_artifact(base, artifact)
+            return cls._with_artifact(base, artifact, exact, rows)
         attached, backend = wrap(
             model,
             lambda: attach(
@@ -163,10 +174,10 @@ class Engine:
                 confidence=True,
             ),
         )
-        return cls(backend, attached.layout, tokenizer, attached=attached)
+        return cls(backend, attached.layout, tokenizer, attached=attached)._settled(backend, exact, rows)
 
     @classmethod
-    def _with_artifact(cls, base: Base, artifact: artifacts.Artifact) -> Engine:
+    def _with_artifact(cls, base: Base, artifact: artifacts.Artifact, exact: str, rows: int | None) -> Engine:
         config = artifact.config
         check_same_base(base, artifact)
         adapter = config["adapter"]
@@ -191,7 +202,17 @@ class Engine:
             return attached
 
         attached, backend = wrap(base.model, build)
-        return cls(backend, attached.layout, base.tokenizer, config.get("acceptance"), config, base, attached)
+        engine = cls(backend, attached.layout, base.tokenizer, config.get("acceptance"), config, base, attached)
+        return engine._settled(backend, exact, rows)
+
+    def _settled(self, backend: HFBackend, exact: str, rows: int | None) -> Engine:
+        """This engine, at a level of exactness; closed if the level does not hold."""
+        try:
+            self.settled = settle(backend, exact, self.layout.drafts, rows)
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def close(self) -> None:
         """Give the live model back as it was: no adapter, no wrapping."""

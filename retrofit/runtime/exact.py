@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.rows import MASK, Block, SequenceRows
-from retrofit.errors import GateError
 from retrofit.runtime.backends.fused_gqa import FusedGQA, full_precision_reductions
 from retrofit.runtime.backends.weights import Linear
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
 from retrofit.runtime.kernels.norm import embed_rms_norm
 from retrofit.runtime.kernels.rows import PAGE
+from retrofit.runtime.levels import Check, require_equal
 from retrofit.runtime.paged import PagedCache, pages_for
 
 SEED = 0
@@ -36,19 +36,6 @@ ROLES = ("qkv", "o", "gate_up", "down")
 """The products of a layer, in the order of `Weights.linears`."""
 OUTLIER = 50.0
 """How far single features of a deep layer stand out (arXiv 2402.17762 has far larger ones)."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the table."""
-
-    what: str
-    shape: str
-    kernel: str
-    """`ours`, or `library` where products of the library take part, as it is from now on."""
-    rows: str
-    """What was compared; where it is not equal, the first arrangement that differs."""
-    equal: bool
 
 
 @dataclass(frozen=True)
@@ -92,14 +79,11 @@ def self_test(backend: FusedGQA, drafts: int) -> list[Check]:
 
 def demand(checks: Iterable[Check]) -> None:
     """Raises GateError that names the first check which is not equal."""
-    for check in checks:
-        if not check.equal:
-            raise GateError(
-                f"{check.what} {check.shape}: on this machine a row's bits depend on the rows beside it "
-                f"(kernel: {check.kernel}; seen with: {check.rows})",
-                "use exact='invariant', which runs our kernels only; should that fail too, exact='off' decodes "
-                "without the guarantee",
-            )
+    require_equal(
+        checks,
+        "use exact='invariant', which runs our kernels only; should that fail too, exact='off' decodes without the "
+        "guarantee",
+    )
 
 
 def products(backend: FusedGQA, chain: int, size: Size, generator: torch.Generator) -> list[Check]:

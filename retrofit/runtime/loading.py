@@ -16,7 +16,8 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.artifact import Artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError
 from retrofit.hub import Base, locate, same_base
-from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT
+from retrofit.runtime.backends.interface import BUCKET_ROWS
+from retrofit.runtime.levels import EXACT
 
 if TYPE_CHECKING:
     # Needs Triton, which exists on Linux only.
@@ -28,7 +29,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def check_options(backend: str, exact: str, dtype: str) -> None:
-    """Raises UsageError for a name that does not exist, or a level that the backend does not have."""
+    """Raises UsageError for a name that does not exist."""
     for what, given, known in (
         ("backend", backend, BACKENDS),
         ("exact", exact, ("auto", *EXACT)),
@@ -36,11 +37,6 @@ def check_options(backend: str, exact: str, dtype: str) -> None:
     ):
         if given not in known:
             raise UsageError(f"{what}={given!r} does not exist", f"it is one of {', '.join(known)}")
-    if backend == "hf" and exact not in ("auto", "off"):
-        raise UsageError(
-            f"exact={exact!r} needs the fused backend; the hf backend's kernels are the library's own",
-            "use backend='fused' on a GPU, or exact='off'",
-        )
 
 
 def check_same_base(base: Base, artifact: Artifact) -> None:

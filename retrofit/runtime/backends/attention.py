@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from retrofit.adapters.rows import RowPlan
 from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.block_attention import Call, block_attention, tiles_of
+from retrofit.runtime.backends.exact_attention import Form, base_attention, tree_attention
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.sizes import size_for
 
@@ -41,6 +42,8 @@ class ForwardContext:
 
     plan: RowPlan
     cache: KVCache
+    form: Form | None = None
+    """How base rows attend where their bits must not depend on the rows beside them; None: as is fastest."""
     calls: int = 0
     windowed: int = 0
     """Calls that came with a sliding window."""
@@ -107,9 +110,7 @@ def row_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if plan.alone and plan.base is not None:
-        # The rows are a rectangle as they come.
-        k, v = cache.append(layer, plan.base.slots[0], plan.sequences[0].start, key, value)
-        return _base_rows(plan, query, k, v, sliding_window, scale, softcap).transpose(1, 2), None
+        return _alone(context, layer, query, key, value, sliding_window, scale, softcap)[None], None
     if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
         group = plan.draft
         assert group is not None
@@ -117,7 +118,7 @@ def row_attention(
         if scores > size_for(FEW_SCORES, query.device):
             return _training_rows(plan, cache.layers[layer], query, key, value, sliding_window, scale, softcap), None
     query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
-    n = plan.num_base
+    n, first_draft = plan.num_base, plan.first_draft
     out: list[Tensor] = []
     tree: list[tuple[Tensor, Tensor]] = []
     if plan.base is not None:
@@ -126,16 +127,68 @@ def row_attention(
             tree = [(plan.base.rectangle(key_NHD[:n]), plan.base.rectangle(value_NHD[:n]))]
         else:
             cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
-        k, v = _joined([cache.read(layer, plan.base.slots, plan.base.keys), *tree])
-        got = _base_rows(plan, plan.base.rectangle(query_NHD[:n]), k, v, sliding_window, scale, softcap)
-        out.append(plan.base.flatten(got))
+        rows = plan.base.rectangle(query_NHD[:n])
+        out.append(plan.base.flatten(_base_group(context, layer, rows, tree, sliding_window, scale, softcap)))
+    if first_draft > n:
+        out.append(value_NHD.new_zeros(first_draft - n, query.shape[1], value.shape[-1]))
     if plan.draft is not None:
-        block = (plan.draft.rectangle(key_NHD[n:]), plan.draft.rectangle(value_NHD[n:]))
+        block = (plan.draft.rectangle(key_NHD[first_draft:]), plan.draft.rectangle(value_NHD[first_draft:]))
         k, v = _joined([cache.read(layer, plan.draft.slots, plan.draft.keys), *tree, block])
         mask = plan.draft_mask(sliding_window, query.dtype)
-        got = attend(plan.draft.rectangle(query_NHD[n:]), k, v, mask, False, scale, softcap)
+        got = attend(plan.draft.rectangle(query_NHD[first_draft:]), k, v, mask, False, scale, softcap)
         out.append(plan.draft.flatten(got))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def _alone(
+    context: ForwardContext,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Base rows of one sequence and nothing else but filler: a rectangle as they come, [1, H, N, D] -> [N, Hq, Dv]."""
+    plan, form = context.plan, context.form
+    assert plan.base is not None
+    n, filler = plan.num_base, plan.num_rows - plan.num_base
+    if filler:
+        query, key, value = (t[:, :, :n] for t in (query, key, value))
+    slot, start = plan.base.slots[0], plan.sequences[0].start
+    if form is None:
+        k, v = context.cache.append(layer, slot, start, key, value)
+        out = _base_rows(plan, query, k, v, window, scale, softcap)
+    else:
+        k, v = context.cache.append(layer, slot, start, key, value, form.padded(start + n))
+        out = base_attention(plan, query, k, v, window, scale, softcap, form)
+    rows = out[0].transpose(0, 1)
+    return torch.cat([rows, rows.new_zeros(filler, *rows.shape[1:])]) if filler else rows
+
+
+def _base_group(
+    context: ForwardContext,
+    layer: int,
+    query: Tensor,
+    tree: list[tuple[Tensor, Tensor]],
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Base rows [S, Hq, T, D]; tree: K and V of these rows themselves, where drafts branch."""
+    plan, form = context.plan, context.form
+    assert plan.base is not None
+    slots, keys = plan.base.slots, plan.base.keys
+    if form is None:
+        k, v = _joined([context.cache.read(layer, slots, keys), *tree])
+        return _base_rows(plan, query, k, v, window, scale, softcap)
+    if tree:
+        cached = context.cache.read(layer, slots, form.padded(plan.paths.stop))
+        return tree_attention(plan, query, cached, tree[0], window, scale, softcap, form)
+    return base_attention(
+        plan, query, *context.cache.read(layer, slots, form.padded(keys)), window, scale, softcap, form
+    )
 
 
 def _base_rows(

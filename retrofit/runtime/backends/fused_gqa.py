@@ -28,7 +28,7 @@ from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows, base_positions
 from retrofit.errors import ResourceError, UsageError
-from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, Output, eos_set
+from retrofit.runtime.backends.interface import BUCKET_ROWS, Output, eos_set
 from retrofit.runtime.backends.weights import Checkpoint, Linear, Weights, head_width, load
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
 from retrofit.runtime.kernels.interpreter import interpreted, patch
@@ -37,6 +37,7 @@ from retrofit.runtime.kernels.qkv import qkv
 from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
 from retrofit.runtime.kernels.sampling import choose
 from retrofit.runtime.kernels.swiglu import swiglu
+from retrofit.runtime.levels import EXACT
 from retrofit.runtime.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.sampling import SamplingParams
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.attention import ATTENTION, ForwardContext
+from retrofit.runtime.backends.exact_attention import Form
 from retrofit.runtime.backends.interface import Output, eos_set
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.sampling import SamplingParams, choose
@@ -75,8 +77,14 @@ class HFBackend:
     """Runs row plans through a transformers model."""
 
     name = "hf"
-    most_rows: int | None = None
     most_nodes: int | None = None
+    exact = "off"
+    """The level of exactness that is kept; `hold` sets it."""
+    form: Form | None = None
+    """How base rows attend; None: as is fastest."""
+    most_rows: int | None = None
+    least_rows = 1
+    """Rows that every decoding forward is filled up to."""
     prefill_alone = False
 
     def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
@@ -117,6 +125,16 @@ class HFBackend:
             self._undone.pop()()
         self.model.train(self.was_training)
 
+    def hold(self, exact: str, form: Form | None, rows: int = 1) -> None:
+        """Keep a level of exactness from now on: fill every decoding forward up to so many rows.
+
+        At `bucket` none has more.  Whether a level holds on this machine is for `exact_rows.settle` to find out.
+        """
+        self.exact, self.form, self.least_rows = exact, form, rows
+        self.most_rows = rows if exact == "bucket" else None
+        # A prompt's bits then depend on nothing but the prompt, however products of many rows are made.
+        self.prefill_alone = exact != "off"
+
     def until_closed(self, undo: Callable[[], None]) -> None:
         """Something was done to the model: undo it when this is closed."""
         self._undone.append(undo)
@@ -131,18 +149,21 @@ class HFBackend:
         return choose(scores, params, seed, index)
 
     def plan(self, sequences: list[SequenceRows]) -> RowPlan:
-        return RowPlan(sequences, self.device, self.causal_blocks)
+        prefill = any(s.last_logits_only for s in sequences)
+        return RowPlan(sequences, self.device, self.causal_blocks, 1 if prefill else self.least_rows)
 
     def forward(self, plan: RowPlan, cache: KVCache) -> Output:
         """One forward.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
         hidden = self.run_trunk(plan, cache)
         base = hidden[: plan.num_base]
         wanted = base if plan.logit_rows is None else base[plan.logit_rows]
-        return Output(self.head(wanted), wanted, hidden[plan.num_base :])
+        filler = max(0, plan.least_rows - len(wanted))
+        logits = self.head(F.pad(wanted, (0, 0, 0, filler)) if filler else wanted)[: len(wanted)]
+        return Output(logits, wanted, hidden[plan.first_draft :])
 
     def run_trunk(self, plan: RowPlan, cache: KVCache) -> Tensor:
         """[N, H] last hidden states of all rows."""
-        context = ForwardContext(plan, cache)
+        context = ForwardContext(plan, cache, self.form)
         embeds = self.embed(plan)
         with self.switched(plan):
             hidden: Tensor = self.trunk(
@@ -180,9 +201,9 @@ class HFBackend:
         attention, experts = settings["_attn_implementation_internal"], settings["_experts_implementation_internal"]
         before = self.gate.base_rows
         settings["_attn_implementation_internal"] = ATTENTION
-        if experts is not None and plan.num_rows <= FEW_ROWS:
+        if experts is not None and (plan.num_rows <= FEW_ROWS or plan.least_rows > 1):
             settings["_experts_implementation_internal"] = "batched_mm"
-        self.gate.base_rows = plan.num_base
+        self.gate.base_rows = plan.first_draft
         try:
             yield
         finally:

@@ -13,8 +13,6 @@ from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.sampling import SamplingParams
 
-EXACT = ("off", "bucket", "invariant")
-"""How far a row's bits are guaranteed not to depend on the rows beside it (design: one row count, or own kernels)."""
 BUCKET_ROWS = 128
 """Rows of every decoding forward at `exact="bucket"`: so many a datacentre GPU computes at about the price of one."""
 
@@ -65,6 +63,8 @@ class Backend(Protocol):
     """Runs row plans through one model."""
 
     name: str
+    exact: str
+    """The level of exactness that is kept (`levels.py`)."""
     device: torch.device
     dtype: torch.dtype
     heads: Heads | None

@@ -1,0 +1,188 @@
+"""Attention of base rows in a form whose bits do not depend on the rows beside them.
+
+`scaled_dot_product_attention` chooses its kernel, and with it the order of addition, by how many rows and keys there
+are.  Here a row's numbers depend on the row alone:
+
+    products     rows that share a K/V head are rows of one matrix product, of a shape that the form names
+    keys         lie in the order of positions, from a multiple of `piece` on; the product with V is cut at every
+                 multiple of `piece`, and its parts are added in fp32 in that order
+    unseen keys  weigh exactly 0; behind a row's last key, or before its first, they change no bit
+    branches     zeros BETWEEN a row's keys would, so a tree row finds the K/V of its own path side by side
+
+Which form holds on a machine is for the self-test (`exact_rows.py`) to say.  Not here: what a row sees
+(`adapters/rows.py`), and draft rows, whose bits may be anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrofit.adapters.rows import RowPlan, base_span
+
+LEAST = 2
+"""Rows of a product, at least: a single one takes another path through the libraries, which adds in another order."""
+COLUMNS = 16
+"""In tiles of one shape the columns of V are filled up to a multiple of this: fp32 sums of what is left over differ."""
+TILE = 64
+"""Most rows of a sequence that attend at once; a prompt has more, and every tile reads the keys up to its own end."""
+TILE_SCORES = 1 << 24
+"""Most scores that are made at once."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How products are shaped."""
+
+    name: str
+    rows: int
+    """A product has a multiple of so many rows."""
+    keys: int
+    """It reads a multiple of so many keys, from a multiple of `piece` on."""
+    piece: int
+    """Keys per product with V, by absolute position."""
+    dtype: torch.dtype | None = None
+    """What products run in; None: what they are given in."""
+
+    def padded(self, keys: int) -> int:
+        """So many keys, filled up."""
+        return -(-keys // self.keys) * self.keys
+
+
+GROUPED = Form("rows as they are", rows=1, keys=16, piece=1024)
+TILED = Form("tiles of 32 x 256", rows=32, keys=256, piece=256)
+FORMS = (GROUPED, TILED, Form("fp32 tiles of 32 x 256", rows=32, keys=256, piece=256, dtype=torch.float32))
+"""Cheapest first."""
+
+
+def base_attention(
+    plan: RowPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    form: Form,
+) -> Tensor:
+    """Base rows [S, Hq, T, D] over the cached keys [S, Hk, L, .], L = form.padded(plan.base.keys) -> [S, Hq, T, Dv].
+
+    For forwards whose drafts do not branch.
+    """
+    group = plan.base
+    assert group is not None
+    S, H, T = query.shape[:3]
+    window = window if window is not None and group.last >= window else None
+    size = max(1, min(TILE, TILE_SCORES // (S * H * key.shape[2])))
+    outs = []
+    for first in range(0, T, size):
+        stop = min(first + size, T)
+        low, high = base_span(group, first, stop, window, form.piece)
+        high = form.padded(high)
+        scores = _scores(query[:, :, first:stop], key[:, :, low:high], scale, softcap, form)
+        _hide(scores, plan, first, stop, window, low, high)
+        weights = torch.softmax(scores, -1).to(query.dtype).flatten(2, 3)
+        out = _with_values(weights, value[:, :, low:high], form).to(query.dtype)
+        outs.append(out.reshape(S, H, stop - first, -1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def tree_attention(
+    plan: RowPlan,
+    query: Tensor,
+    cached: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    form: Form,
+) -> Tensor:
+    """Base rows [S, Hq, T, D] of a forward whose drafts branch -> [S, Hq, T, Dv].
+
+    cached: K and V [S, Hk, L, .] of the committed positions, L = form.padded(plan.paths.stop); own: those
+    [S, Hk, T, .] of these rows.  A row's path takes the places that its tokens have in a chain: start, start + 1, ...
+    """
+    group, paths = plan.base, plan.paths
+    assert group is not None
+    (key, value), (own_key, own_value) = cached, own
+    (S, H, T), Hk = query.shape[:3], key.shape[1]
+    window = window if window is not None and group.last >= window else None
+    scores = _scores(query, key, scale, softcap, form)
+    scores.masked_fill_(plan.hidden(0, T, window, 0, key.shape[2])[:, None, None], float("-inf"))
+    filled = F.pad(own_key, (0, 0, 0, form.padded(T) - T))
+    rows = paths.rows[:, None, None].expand(S, Hk, H // Hk, *paths.rows.shape[1:])
+    along = _scores(query, filled, scale, softcap, form).gather(-1, rows)
+    along.masked_fill_(~paths.seen(window)[:, None, None], float("-inf"))
+    scores.scatter_(-1, paths.places[:, None, None].expand_as(along), along)
+    weights = torch.softmax(scores, -1).to(query.dtype)
+
+    first = min(paths.starts) // form.piece * form.piece
+    shared = _with_values(weights[..., :first].flatten(2, 3), value[:, :, :first], form) if first else None
+    # From there on each row has values of its own, and a row of every head of the group is a product.
+    tail = value[:, None, :, first:].repeat(1, T, 1, 1, 1)
+    sequence = torch.arange(S, device=value.device)[:, None, None]
+    moved = own_value.transpose(1, 2)[sequence, paths.rows].transpose(2, 3)
+    tail.scatter_(3, (paths.places - first)[:, :, None, :, None].expand_as(moved), moved)
+    apart = weights[..., first:].permute(0, 3, 1, 2, 4).reshape(S * T, Hk, H // Hk, -1)
+    if shared is not None:
+        shared = shared.view(S, Hk, H // Hk, T, -1).permute(0, 3, 1, 2, 4).reshape(S * T, Hk, H // Hk, -1)
+    out = _with_values(apart, tail.flatten(0, 1), form, shared).to(query.dtype)
+    return out.reshape(S, T, H, -1).transpose(1, 2)
+
+
+def _hide(scores_SHGTL: Tensor, plan: RowPlan, first: int, stop: int, window: int | None, low: int, high: int) -> None:
+    """Minus infinity for the keys that a row does not see."""
+    group = plan.base
+    assert group is not None
+    if group.width == 1 and len(group.slots) == 1:
+        scores_SHGTL[..., group.last + 1 - low :] = float("-inf")
+        if window is not None:
+            scores_SHGTL[..., : group.last - window + 1 - low] = float("-inf")
+    else:
+        scores_SHGTL.masked_fill_(plan.hidden(first, stop, window, low, high)[:, None, None], float("-inf"))
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None, form: Form) -> Tensor:
+    """fp32 [S, Hk, G, T, L] of query [S, Hq, T, D] and key [S, Hk, L, D]."""
+    S, H, T, D = query.shape
+    Hk, L = key.shape[1:3]
+    rows = query.reshape(S, Hk, H // Hk * T, D)
+    columns = key.transpose(2, 3)
+    if form.rows > 1:
+        # The number of columns belongs to the shape too.
+        made = [_product(rows, columns[..., a : a + form.keys], form) for a in range(0, L, form.keys)]
+        scores = made[0] if len(made) == 1 else torch.cat(made, -1)
+    else:
+        scores = _product(rows, columns, form)
+    scores = scores.float().mul_(scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores.view(S, Hk, H // Hk, T, L)
+
+
+def _with_values(weights: Tensor, value: Tensor, form: Form, total: Tensor | None = None) -> Tensor:
+    """fp32 [S, Hk, M, Dv]: weights [S, Hk, M, L] by value [S, Hk, L, Dv], added to `total` piece by piece."""
+    width = value.shape[-1]
+    if form.rows > 1 and width % COLUMNS:
+        value = F.pad(value, (0, -width % COLUMNS))
+        total = None if total is None else F.pad(total, (0, -width % COLUMNS))
+    for a in range(0, value.shape[2], form.piece):
+        part = _product(weights[..., a : a + form.piece], value[:, :, a : a + form.piece], form).float()
+        total = part if total is None else total + part
+    assert total is not None
+    return total[..., :width]
+
+
+def _product(left: Tensor, right: Tensor, form: Form) -> Tensor:
+    """left [S, Hk, M, X] by right [S, Hk, X, N], in the shape of the form."""
+    rows = left.shape[2]
+    filled = max(LEAST, -(-rows // form.rows) * form.rows)
+    if filled > rows:
+        left = F.pad(left, (0, 0, 0, filled - rows))
+    if form.dtype is not None:
+        left, right = left.to(form.dtype), right.to(form.dtype)
+    out = left @ right
+    return out if filled == rows else out[:, :, :rows]

@@ -1,0 +1,138 @@
+"""In which form do the rows of a model's attention keep their bits, on this machine?
+
+Over a cache of random K and V, for each distinct shape of the model's layers: a row alone, among its sequence's rows,
+beside another sequence, in another slot, in a tree.  Part of the self-test `exact_rows.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.runtime.backends.attention import ForwardContext, row_attention
+from retrofit.runtime.backends.exact_attention import FORMS, LEAST, Form
+from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.cache import KVCache
+from retrofit.runtime.exact_products import thread_counts, with_threads
+from retrofit.runtime.levels import Check
+
+STARTS = (60, 250, 1020)
+"""Where the rows that attend begin: behind them lie multiples of 64, of a piece of 256 and of one of 1,024."""
+ATTENDING = 33
+"""Rows that attend together: with siblings in a tree, more than a tile of 64."""
+
+
+def exact_form(backend: HFBackend, generator: torch.Generator) -> tuple[Form, list[Check]]:
+    """The cheapest form in which every shape is exact, and its checks; the last form's where none is."""
+    checks: list[Check] = []
+    for form in FORMS:
+        checks = [_attends(backend, form, *case, generator) for case in _shapes(backend)]
+        if all(check.equal for check in checks):
+            return form, checks
+    return FORMS[-1], checks
+
+
+def _shapes(backend: HFBackend) -> list[tuple[int, int, int, int, int | None]]:
+    """(query heads, K/V heads, width of K, width of V, window) of the model's layers."""
+    cache = KVCache(1, LEAST)
+    backend.hold("off", None)
+    backend.forward(backend.plan([SequenceRows(0, 0, [0] * LEAST)]), cache)
+    heads = backend.config.num_attention_heads
+    found = {(heads, k.shape[2], k.shape[3], v.shape[3]) for k, v in cache.layers.values()}
+    windows = {None, backend.config.sliding_window if backend.slides else None}
+    return [(*shape, window) for shape in sorted(found) for window in windows]
+
+
+@dataclass
+class _Attending:
+    """Rows of one chain that attend from `start` on, over a cache of random K and V; slot 1 holds what slot 0 does."""
+
+    form: Form
+    window: int | None
+    start: int
+    cache: KVCache
+    own: tuple[Tensor, ...]
+    """q, k and v of the chain's rows, each [heads, chain, width]."""
+    beside: tuple[Tensor, ...]
+    """The same of other rows."""
+
+    @property
+    def chain(self) -> int:
+        return self.own[0].shape[1]
+
+    def run(self, *sequences: tuple[SequenceRows, list[int]]) -> Tensor:
+        """[N, Hq, Dv]; numbers say which row of the chain each is, and from -1 down which of the others."""
+        numbers = torch.tensor([n for _, rows in sequences for n in rows], device=self.own[0].device)
+        query, key, value = (
+            torch.where((numbers >= 0)[:, None], own[:, numbers.clamp(min=0)], other[:, (-1 - numbers).clamp(min=0)])
+            for own, other in zip(self.own, self.beside, strict=True)
+        )
+        context = ForwardContext(RowPlan([s for s, _ in sequences], query.device), self.cache, self.form)
+        attend: Any = row_attention  # of a module that it asks for its number only
+        layer = SimpleNamespace(layer_idx=0)
+        return attend(
+            layer, query[None], key[None], value[None], None, sliding_window=self.window, retrofit_rows=context
+        )[0][0]
+
+    def rows(self, slot: int, first: int = 0, count: int | None = None) -> tuple[SequenceRows, list[int]]:
+        count = self.chain if count is None else count
+        return SequenceRows(slot, self.start + first, [0] * count), list(range(first, first + count))
+
+    def differing(self) -> str | None:
+        """The first arrangement in which a row of the chain has other bits."""
+        chain = self.chain
+        whole = self.run(self.rows(0))
+        few = min(2, chain)
+        other = SequenceRows(2, self.start // 2, [0] * few), [-1, -2][:few]
+        # Every token of the chain has a sibling that stands before it: 0, then -1 1, -2 2, ...
+        parents = [-1] + [p for i in range(chain - 1) for p in (max(0, 2 * i), max(0, 2 * i))]
+        numbers = [0] + [n for i in range(1, chain) for n in (-i, i)]
+        branched = SequenceRows(0, self.start, [0] * len(numbers), parents=parents)
+        arrangements: dict[str, Callable[[], Tensor]] = {
+            "another slot": lambda: self.run(self.rows(1)),
+            "another sequence": lambda: self.run(other, self.rows(0))[few:],
+            "a tree": lambda: self.run((branched, numbers))[::2],
+            "alone": lambda: torch.cat([self.run(self.rows(0, j, 1)) for j in range(chain)]),
+        }
+        for threads in thread_counts(whole.device):
+            with with_threads(threads):
+                for name, arranged in arrangements.items():
+                    if not torch.equal(arranged(), whole):
+                        return f"{name}, at {self.start}"
+        return None
+
+
+def _attends(
+    backend: HFBackend,
+    form: Form,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    value_width: int,
+    window: int | None,
+    generator: torch.Generator,
+) -> Check:
+    starts, chain = STARTS, ATTENDING
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=backend.dtype, device=backend.device, generator=generator)
+
+    def rows() -> tuple[Tensor, ...]:
+        return drawn(heads, chain, width), drawn(kv_heads, chain, width), drawn(kv_heads, chain, value_width)
+
+    differs = None
+    for start in starts:
+        cache = KVCache(3, start + chain)
+        cache.layers[0] = drawn(3, cache.capacity, kv_heads, width), drawn(3, cache.capacity, kv_heads, value_width)
+        for kept in cache.layers[0]:
+            kept[1] = kept[0]
+        differs = differs or _Attending(form, window, start, cache, rows(), rows()).differing()
+    shape = f"{heads} heads, {kv_heads} K/V, width {width}" + (f", window {window}" if window else "")
+    tried = f"alone, {chain} rows, another sequence, another slot, a tree; at {', '.join(map(str, starts))}"
+    return Check("attention", shape, form.name, differs or tried, differs is None)

@@ -6,6 +6,7 @@ Roles (`q, k, v, o, gate, up, down`) are resolved to the model's own projection 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,9 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "down": ("down_proj",),
 }
 
+WRAPPING = threading.RLock()
+"""Held while an adapter is put on a model or taken off."""
+
 
 @dataclass
 class Attached:
@@ -47,6 +51,7 @@ class Attached:
     layout: DraftLayout
     trainable: list[nn.Parameter]
     """Base parameters that required gradients before; PEFT froze them."""
+    detached: bool = False
 
     def lora_parameters(self) -> list[nn.Parameter]:
         return [p for n, p in self.peft_model.named_parameters() if "lora_" in n]
@@ -87,10 +92,14 @@ class Attached:
         load_heads(self.heads, heads)
 
     def detach(self) -> None:
-        """Give the live model back without the adapter."""
-        self.peft_model.unload()
-        for parameter in self.trainable:
-            parameter.requires_grad_(True)
+        """Give the live model back without the adapter.  A second call does nothing."""
+        with WRAPPING:
+            if self.detached:
+                return
+            self.peft_model.unload()
+            for parameter in self.trainable:
+                parameter.requires_grad_(True)
+            self.detached = True
 
 
 def attach(
@@ -106,8 +115,10 @@ def attach(
 ) -> Attached:
     """Add gated LoRA, mask vector and heads to `model`, in place.  New weights are the identity, drawn from `seed`.
 
-    Raises UsageError for roles that match nothing, UnsupportedModelError where PEFT cannot go.
+    Raises UsageError for roles that match nothing and for a model that has an adapter of ours on it,
+    UnsupportedModelError where PEFT cannot go.
     """
+    refuse_attached(model)
     names = resolve_targets(model, targets)
     trainable = [p for p in model.parameters() if p.requires_grad]
     devices = [] if model.device.type == "cpu" else [model.device]
@@ -141,6 +152,16 @@ def attach(
         )
     heads.to(embedding.device)
     return Attached(model, peft_model, gate, heads, layout, trainable)
+
+
+def refuse_attached(model: nn.Module) -> None:
+    """Raises UsageError for a model that an engine, or a conversion, has its adapter on."""
+    if any(isinstance(module, GatedLoraLinear) for module in model.modules()):
+        raise UsageError(
+            f"this {type(model).__name__} is in use by another engine, which is still open",
+            "close that one first, with its close() or as `with Engine.from_model(...) as engine:`; "
+            "if it is lost, load the model again",
+        )
 
 
 def resolve_targets(model: nn.Module, roles: Sequence[str]) -> list[str]:

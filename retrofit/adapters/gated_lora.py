@@ -8,6 +8,7 @@ arXiv 2507.11851.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -17,18 +18,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class Gate:
-    """How many leading rows of the current forward are base rows; None: all of them (the adapter is off)."""
+class Gate(threading.local):
+    """How many leading rows of this thread's forward are base rows; None: all of them (the adapter is off).
 
-    def __init__(self) -> None:
-        self.base_rows: int | None = None
+    Each thread has its own: what one decodes leaves the model's own forward in another alone.
+    """
+
+    base_rows: int | None = None
+
+    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
+        """A copy of the model has a gate of its own, closed."""
+        return Gate, ()
 
 
 class GatedLoraLinear(lora.Linear):
     """`peft`'s LoRA linear layer, applied to rows >= gate.base_rows of the second-last dimension."""
 
-    gate: Gate
-    plain: nn.Linear | None
+    gate = Gate()
+    """Closed until `close_over`: another thread may run the model while the adapter is being attached."""
+    plain: nn.Linear | None = None
     by_hand = True
     """Whether gradients of draft rows are formed by hand; False is plain autograd, to compare with."""
 

@@ -5,6 +5,7 @@ Owns the loop (admit, prefill, step, retire) and the choice of strategy; knows n
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 MODES = ("ar", "diffusion", "self_spec")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
 
+ENCODING = threading.Lock()
+"""Tokenizers keep truncation and padding in themselves, and refuse to be set while another thread encodes."""
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
@@ -65,7 +69,13 @@ class Event:
 
 
 class Engine:
-    """Decodes with one model in three modes.  Build with `Engine.load` or `Engine.from_model`."""
+    """Decodes with one model in three modes.  Build with `Engine.load` or `Engine.from_model`, and close it after use.
+
+        with Engine.from_model(model) as engine:
+            engine.generate(prompts)
+
+    Several threads may call it at once, and run a live model's own `forward` and `generate` beside it.
+    """
 
     def __init__(
         self,
@@ -154,8 +164,8 @@ class Engine:
         """Wrap a live model.  adapter None: `ar` is the model's own, and `self_spec` runs with an untrained draft.
 
         exact, rows: as in `load`.  The model's projections are wrapped in place, gate closed: its own forward and
-        `generate` stay bit-identical.
-        `close()` takes the wrapping off.  Raises as `load` does.
+        `generate` stay bit-identical; `close()` takes the wrapping off.
+        Raises as `load` does, and UsageError while another engine has the model.
         """
         check_loading("hf", exact, "auto")
         if adapter is not None:
@@ -215,14 +225,25 @@ class Engine:
         return self
 
     def close(self) -> None:
-        """Give the live model back as it was: no adapter, no wrapping."""
+        """Give the live model back as it was: no adapter, no wrapping.  A second call does nothing.
+
+        Waits for the steps that run in other threads.  Calls that are not finished then, streams among them, raise
+        UsageError when they go on, as every later use does.  Raises UsageError itself from inside a step.
+        """
         self.backend.close()
         if self._attached is not None:
             self._attached.detach()
 
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def attached(self) -> Attached:
-        """The transformers model with its adapter.  Raises UsageError: the fused backend has none."""
+        """The transformers model with its adapter.  Raises UsageError: closed, or the fused backend, which has none."""
+        self.backend.turns.check_open()
         if self._attached is None:
             raise UsageError(f"this needs the transformers model, which the {self.backend.name} backend does not hold")
         return self._attached
@@ -283,6 +304,7 @@ class Engine:
         with_text: bool = True,
     ) -> Iterator[Event]:
         """As `generate`, yielding an event whenever a request has new output; its last event holds the result."""
+        self.backend.check_usable()
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         check_options(mode, strategy, prepare, tree, self.layout, min(limits, default=1), batch_size, threshold)
         params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
@@ -301,9 +323,12 @@ class Engine:
             )
 
         def events() -> Iterator[Event]:
+            turn = self.backend.turns.turn
+            with turn():
+                cache = self.backend.new_cache(slots, longest)
             run = Run(
                 self.backend,
-                self.backend.new_cache(slots, longest),
+                cache,
                 params,
                 self.layout,
                 self.limits,
@@ -312,8 +337,9 @@ class Engine:
                 shape=shape,
             )
             try:
-                run.watch(requests)
-                steps = self._stepper(run, slots, requests, mode, strategy, prepare)
+                with turn():
+                    run.watch(requests)
+                    steps = self._stepper(run, slots, requests, mode, strategy, prepare)
                 yield from self._loop(run, steps, requests, slots, with_text)
             finally:
                 run.cache.release()
@@ -336,24 +362,32 @@ class Engine:
         scheduler = Scheduler(requests, slots)
         sent = {r.index: (0, 0) for r in requests}
         while scheduler:
-            begin = time.perf_counter()
-            admitted = scheduler.admit()
-            for request in admitted:
-                request.started = begin
-                run.cache.open(request.slot, len(request.prompt) + request.max_new_tokens)
-            with torch.inference_mode():
-                self._prefill(run, admitted)
-                steps.start([r for r in admitted if not r.done])
-                running = [r for r in scheduler.running if not r.done and r not in admitted]
-                if running:
-                    steps.step(running)
-            touched = list(scheduler.running)
-            for request in scheduler.retire():
-                steps.finish(request)
-                run.cache.close(request.slot)
+            with self.backend.turns.turn():
+                touched = self._turn(run, steps, scheduler)
             for request in touched:
                 if event := self._event(request, sent, with_text):
                     yield event
+                    if request is not touched[-1]:
+                        self.backend.turns.check_open()  # whoever reads a stream may have closed the engine
+
+    def _turn(self, run: Run, steps: HostSteps | DeviceSteps, scheduler: Scheduler) -> list[Request]:
+        """Admit what fits, prefill it, run a step of the others, retire what is done; returns all that took part."""
+        begin = time.perf_counter()
+        admitted = scheduler.admit()
+        for request in admitted:
+            request.started = begin
+            run.cache.open(request.slot, len(request.prompt) + request.max_new_tokens)
+        with torch.inference_mode():
+            self._prefill(run, admitted)
+            steps.start([r for r in admitted if not r.done])
+            running = [r for r in scheduler.running if not r.done and r not in admitted]
+            if running:
+                steps.step(running)
+        touched = list(scheduler.running)
+        for request in scheduler.retire():
+            steps.finish(request)
+            run.cache.close(request.slot)
+        return touched
 
     def _stepper(
         self, run: Run, slots: int, requests: list[Request], mode: str, strategy: str, prepare: str | int
@@ -430,7 +464,8 @@ class Engine:
             raise UsageError(f"{len(limits)} max_new_tokens for {len(prompts)} prompts; give one for all or one each")
         requests = []
         for i, prompt in enumerate(prompts):
-            tokens = self._encode(prompt, i)
+            with ENCODING:
+                tokens = self._encode(prompt, i)
             room = self.limits.context - len(tokens)
             if room < 1:
                 raise UsageError(

@@ -5,6 +5,7 @@ Not here: the cost model itself (`cost.py`), running rows (`modes.py`).
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,7 +61,10 @@ def largest_tree(layout: DraftLayout, rows: int = ROWS) -> int:
 
 
 class AutoPolicy:
-    """Cost models of one engine, greedy and sampled apart, and the step that obeys them."""
+    """Cost models of one engine, greedy and sampled apart, and the step that obeys them.
+
+    Calls in several threads share them: what one has timed and seen accepted, all plan by.
+    """
 
     def __init__(self, layout: DraftLayout, limits: Limits, acceptance: Mapping[str, Any]):
         self.layout = layout
@@ -70,14 +74,17 @@ class AutoPolicy:
         self.calibrated: set[tuple[bool, int]] = set()
         self.decided: dict[tuple[bool, int], tuple[Template, int]] = {}
         """(sampled, batch) -> current plan, and for how many more steps it holds."""
+        self._lock = threading.RLock()
+        """Over all of the above; never held by a step of a call, but for one that times the plans."""
 
     def step(self, run: Run, running: Sequence[Request]) -> None:
         """Run the plan that promises most tokens per second now, and learn from what it did."""
-        costs = self.costs[run.params.temperature > 0]
-        template = self.template(run, len(running))
-        run.shape = template.shape
         room = run.rows_each(len(running))
-        choices = [fitted(self._choice(costs, template, request), self.layout, room) for request in running]
+        with self._lock:
+            costs = self.costs[run.params.temperature > 0]
+            template = self.template(run, len(running))
+            choices = [fitted(self._choice(costs, template, request), self.layout, room) for request in running]
+        run.shape = template.shape
         hoped = [
             r.shape.expected if r.shape is not None and c.verify else None
             for r, c in zip(running, choices, strict=True)
@@ -88,10 +95,11 @@ class AutoPolicy:
         speculative_step(run, running, choices)
         seconds = time.perf_counter() - begin
         rows = sum(r.stats.rows for r in running) - rows
-        costs.observe_time(rows, any(c.prepare for c in choices), seconds)
-        for request, count, expected in zip(running, cycles, hoped, strict=True):
-            if len(request.stats.accepted) > count:
-                costs.observe(request.stats.accepted[-1], request.stats.verified[-1], expected)
+        with self._lock:
+            costs.observe_time(rows, any(c.prepare for c in choices), seconds)
+            for request, count, expected in zip(running, cycles, hoped, strict=True):
+                if len(request.stats.accepted) > count:
+                    costs.observe(request.stats.accepted[-1], request.stats.verified[-1], expected)
 
     def rows(self, run: Run, batch: int) -> int:
         """About how many rows the next step will run."""
@@ -102,11 +110,12 @@ class AutoPolicy:
     def template(self, run: Run, batch: int) -> Template:
         """The best plan, thought over every RETHINK steps."""
         sampled = run.params.temperature > 0
-        known = self.decided.get((sampled, batch))
-        if known is None or known[1] <= 0:
-            known = self.decided[sampled, batch] = (self.costs[sampled].best(batch, run.rows_each(batch)), RETHINK)
-        self.decided[sampled, batch] = (known[0], known[1] - 1)
-        return known[0]
+        with self._lock:
+            known = self.decided.get((sampled, batch))
+            if known is None or known[1] <= 0:
+                known = self.decided[sampled, batch] = (self.costs[sampled].best(batch, run.rows_each(batch)), RETHINK)
+            self.decided[sampled, batch] = (known[0], known[1] - 1)
+            return known[0]
 
     def _choice(self, costs: CostModel, template: Template, request: Request) -> Choice:
         """A template for one request: what it has drafted, and the accept lengths its confidence finds likeliest."""
@@ -123,10 +132,12 @@ class AutoPolicy:
         return Choice(verify, useful(request, lengths, self.layout, self.limits))
 
     def calibrate(self, run: Run, batch: int) -> None:
-        """Time the plans of this batch size once, on a scratch cache, and remember."""
-        sampled = run.params.temperature > 0
-        if (sampled, batch) in self.calibrated:
-            return
+        """Time the plans of this batch size once, on a scratch cache, and remember.  Another thread's waits for it."""
+        with self._lock:
+            if (run.params.temperature > 0, batch) not in self.calibrated:
+                self._calibrate(run, batch)
+
+    def _calibrate(self, run: Run, batch: int) -> None:
         prompt = [1] * min(PROBE_PROMPT, self.limits.context // 4)
         scratch = Run(
             run.backend,
@@ -157,7 +168,7 @@ class AutoPolicy:
         room = min(self.limits.context, PROBE_CAPACITY) - len(prompt)
         with torch.inference_mode():
             prefill_step(scratch, fresh())
-            self.learn(sampled, batch, step, room, run.rows_each(batch))
+            self.learn(run.params.temperature > 0, batch, step, room, run.rows_each(batch))
         scratch.cache.release()
 
     def learn(self, sampled: bool, batch: int, step: Callable[[int, int], float], room: int, rows: int | None) -> None:

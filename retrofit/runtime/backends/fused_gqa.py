@@ -40,7 +40,11 @@ from retrofit.runtime.kernels.swiglu import swiglu
 from retrofit.runtime.levels import EXACT
 from retrofit.runtime.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.turns import Line, Turns
 
+ONE_AT_A_TIME = Line()
+"""Steps of all fused backends of the process: a step being recorded must not meet another, and Triton's interpreter
+keeps its place in a launch in itself."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels are written for.  fp32 is for the interpreter and for comparisons: on a GPU it runs, but slowly."""
 
@@ -76,6 +80,7 @@ class FusedGQA:
             raise UsageError(f"exact={exact!r} does not exist", f"levels are {', '.join(EXACT)}")
         if rows < 1:
             raise UsageError(f"the bucket has {rows} rows; it needs at least 1")
+        self.turns = Turns(ONE_AT_A_TIME)
         self.device = torch.device(device)
         check_kernels(self.device)
         self.config, self.dtype, self.exact, self.layout, self.heads = config, dtype, exact, layout, heads
@@ -107,8 +112,12 @@ class FusedGQA:
         self._stream = self._stream or torch.cuda.Stream(self.device)
         return self._stream
 
+    def check_usable(self) -> None:
+        self.turns.check_open()
+
     def close(self) -> None:
         """Nothing of the user's was changed."""
+        self.turns.end()
 
     def lanes(self, requests: int) -> int:
         """The next power of two, so that few steps have to be recorded."""

@@ -3,15 +3,18 @@
 All rows of a forward travel as one packed sequence [1, N]; the plan goes along as a keyword argument and arrives in the
 attention function of `attention.py`, which keeps base K/V itself (the model runs with `use_cache=False`) and lets every
 row see what the plan says.  Any decoder that calls transformers' AttentionInterface works; the others are refused by
-name.  The model's configuration is set for the forward and restored after it, so a live model keeps working.
+name.  What a forward of ours needs of the shared model (how many base rows, which attention) it sets for its own thread
+only, so a live model keeps working, also in other threads meanwhile.
 
 Not here: which rows to run, sampling, acceptance.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,16 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from retrofit.adapters.attach import Attached
-from retrofit.adapters.gated_lora import Gate
+from retrofit.adapters.attach import WRAPPING, Attached
+from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import RowPlan, SequenceRows
-from retrofit.errors import UnsupportedModelError
+from retrofit.errors import UnsupportedModelError, UsageError
+from retrofit.runtime.backends.answers import answering, by_thread
 from retrofit.runtime.backends.attention import ATTENTION, ForwardContext
 from retrofit.runtime.backends.exact_attention import Form
 from retrofit.runtime.backends.interface import Output, eos_set
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.sampling import SamplingParams, choose
+from retrofit.runtime.turns import Turns
 
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
@@ -41,14 +46,18 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def wrap(model: PreTrainedModel, build: Callable[[], Attached]) -> tuple[Attached, HFBackend]:
-    """Attach an adapter and a backend to a model, or leave the model as it was.  Raises UnsupportedModelError."""
+    """Attach an adapter and a backend to a model, or leave the model as it was.
+
+    Raises UnsupportedModelError, and what `build` raises: UsageError where another engine has the model.
+    """
     refuse_unsupported(model)
-    attached = build()
-    try:
-        return attached, HFBackend(model, attached.gate, attached.heads, attached.layout.causal)
-    except BaseException:
-        attached.detach()
-        raise
+    with WRAPPING:
+        attached = build()
+        try:
+            return attached, HFBackend(model, attached.gate, attached.heads, attached.layout.causal)
+        except BaseException:
+            attached.detach()
+            raise
 
 
 class VocabHead:
@@ -90,7 +99,9 @@ class HFBackend:
     def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
         """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""
         self.model = model
-        self.was_training = model.training
+        self.turns = Turns()
+        self.was_training = [module for module in model.modules() if module.training]
+        """Modules that were in training mode."""
         model.eval()  # dropout and router noise have no place in decoding, nor in the teacher of a drafter
         self.config = model.config.get_text_config()
         self.gate = gate
@@ -112,18 +123,46 @@ class HFBackend:
         if self.rope_boundary is not None and self.config.model_type != "phi3":
             # Only Phi-3's own code recomputes its cache at the crossing, so only there is there something to equal.
             self.context_length, self.rope_boundary = self.rope_boundary, None
-        self._undone = [separate_experts(model, gate)]
+        self.experts: str | None = self.config._experts_implementation
+        """Which experts run: as it was, whatever a `generate` of the user's sets meanwhile."""
+        self._undone = [by_thread(self.config), separate_experts(model, gate), lock_rotation(self.trunk)]
         try:
+            self.check_usable()
             self._check_model()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Give the live model back as it was."""
+        """Give the live model back as it was, once the steps that run are done.  A second call does nothing.
+
+        Raises UsageError from inside a step.
+        """
+        if not self.turns.end():
+            return
         while self._undone:
             self._undone.pop()()
-        self.model.train(self.was_training)
+        for module in self.was_training:
+            module.training = True
+
+    def check_usable(self) -> None:
+        """Raises UsageError when this is closed, or the model compiled: recorded code does not ask whose forward it is.
+
+        The model's own compiled `forward` is another matter: decoding goes past it.
+        """
+        self.turns.check_open()
+        modules = [self.trunk]
+        while modules:
+            module = modules.pop()
+            recorded = hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+            if recorded or module._compiled_call_impl is not None:
+                raise UsageError(
+                    f"a {type(module).__name__} inside this {type(self.model).__name__} went through torch.compile; "
+                    "retrofit cannot decode with recorded code",
+                    "give the engine a model of which at most the whole is compiled, not its parts",
+                )
+            if not isinstance(module, GatedLoraLinear):  # most modules of a model are in those
+                modules.extend(module.children())
 
     def hold(self, exact: str, form: Form | None, rows: int = 1) -> None:
         """Keep a level of exactness from now on: fill every decoding forward up to so many rows.
@@ -162,7 +201,8 @@ class HFBackend:
         return Output(logits, wanted, hidden[plan.first_draft :])
 
     def run_trunk(self, plan: RowPlan, cache: KVCache) -> Tensor:
-        """[N, H] last hidden states of all rows."""
+        """[N, H] last hidden states of all rows.  Raises UsageError when this is closed, or the model being trained."""
+        self.turns.check_open()
         context = ForwardContext(plan, cache, self.form)
         embeds = self.embed(plan)
         with self.switched(plan):
@@ -172,6 +212,11 @@ class HFBackend:
                 use_cache=False,
                 retrofit_rows=context,
             ).last_hidden_state[0]
+        if self.trunk.training:
+            raise UsageError(
+                f"this {type(self.model).__name__} was put into training mode while an engine decodes with it",
+                "call its eval() before decoding, or close the engine before training",
+            )
         if context.windowed == 0 and self.slides:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has a sliding window but does not hand it to its attention function"
@@ -196,20 +241,16 @@ class HFBackend:
 
     @contextmanager
     def switched(self, plan: RowPlan) -> Iterator[None]:
-        """The model's configuration as a forward of these rows needs it."""
-        settings = vars(self.config)  # past the configuration's own __setattr__, which costs more than a small kernel
-        attention, experts = settings["_attn_implementation_internal"], settings["_experts_implementation_internal"]
+        """The model as a forward of these rows needs it, for this thread and no other."""
+        few = plan.num_rows <= FEW_ROWS or plan.least_rows > 1  # filled up: rows must not depend on each other
+        experts = "batched_mm" if self.experts is not None and few else self.experts
         before = self.gate.base_rows
-        settings["_attn_implementation_internal"] = ATTENTION
-        if experts is not None and (plan.num_rows <= FEW_ROWS or plan.least_rows > 1):
-            settings["_experts_implementation_internal"] = "batched_mm"
-        self.gate.base_rows = plan.first_draft
-        try:
-            yield
-        finally:
-            settings["_attn_implementation_internal"] = attention
-            settings["_experts_implementation_internal"] = experts
-            self.gate.base_rows = before
+        with answering(self.config, ATTENTION, experts):
+            try:
+                self.gate.base_rows = plan.first_draft
+                yield
+            finally:
+                self.gate.base_rows = before
 
     @torch.inference_mode()
     def _check_model(self) -> None:
@@ -290,6 +331,45 @@ def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
     return undo
 
 
+def lock_rotation(trunk: nn.Module) -> Callable[[], None]:
+    """Let one thread at a time compute rotations that depend on the longest position of the call; returns the undo.
+
+    Those modules keep in themselves the frequencies they picked, and read them again to use them.
+    """
+    undone: list[Callable[[], None]] = []
+    for module in trunk.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        if any(kind == "longrope" or "dynamic" in (kind or "") for kind in kinds):
+            undone.append(instead(module, _one_thread_at_a_time(module)))
+
+    def undo() -> None:
+        for one in undone:
+            one()
+
+    return undo
+
+
+def _one_thread_at_a_time(module: nn.Module) -> Callable[..., Any]:
+    forward, lock = _unbound(module), threading.Lock()
+
+    def locked(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return forward(self, *arguments, **named)
+        with lock:
+            return forward(self, *arguments, **named)
+
+    return MethodType(locked, module)
+
+
+def _unbound(module: nn.Module) -> Callable[..., Any]:
+    """The module's `forward` as a function of the module, so that a copy of the model runs the copy's."""
+    forward = module.forward
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        return forward.__func__
+    return lambda _, *arguments, **named: forward(*arguments, **named)
+
+
 def instead(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Let a module run another `forward`; returns the undo, which gives back one that was the module's own."""
     before = module.__dict__.get("forward")
@@ -305,22 +385,22 @@ def instead(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None
 
 
 def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Tensor]:
-    forward = experts.forward
+    forward = _unbound(experts)
     per_row = _gathered_bytes_per_row(experts)
 
-    def split(hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def split(self: nn.Module, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
         n = gate.base_rows
         if n is None:
-            return forward(hidden_NH, index_NK, weights_NK)
+            return forward(self, hidden_NH, index_NK, weights_NK)
         parts = [slice(0, n), slice(n, len(hidden_NH))]
-        if config._experts_implementation_internal == "batched_mm":
+        if config._experts_implementation == "batched_mm":
             size = max(1, GATHER_BYTES // (per_row * index_NK.shape[1]))
             parts = [slice(i, min(i + size, p.stop)) for p in parts for i in range(p.start, p.stop, size)]
         parts = [p for p in parts if p.stop > p.start]
-        out = [forward(hidden_NH[p], index_NK[p], weights_NK[p]) for p in parts]
+        out = [forward(self, hidden_NH[p], index_NK[p], weights_NK[p]) for p in parts]
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    return split
+    return MethodType(split, experts)
 
 
 def _gathered_bytes_per_row(experts: nn.Module) -> int:

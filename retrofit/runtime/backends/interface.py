@@ -12,6 +12,7 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.turns import Turns
 
 BUCKET_ROWS = 128
 """Rows of every decoding forward at `exact="bucket"`: so many a datacentre GPU computes at about the price of one."""
@@ -65,6 +66,8 @@ class Backend(Protocol):
     name: str
     exact: str
     """The level of exactness that is kept (`levels.py`)."""
+    turns: Turns
+    """Who decodes with it now; a closed one refuses."""
     device: torch.device
     dtype: torch.dtype
     heads: Heads | None
@@ -101,4 +104,8 @@ class Backend(Protocol):
     def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
         """The token of each row, as `sampling.choose`."""
 
-    def close(self) -> None: ...
+    def check_usable(self) -> None:
+        """Raises UsageError where a call must not begin: closed, or the model has become something else."""
+
+    def close(self) -> None:
+        """Give the live model back, if there is one, once the steps that run are done.  A second call does nothing."""

@@ -155,11 +155,8 @@ def load_base(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        if need_tokenizer:
-            raise UsageError(
-                f"{name} has no tokenizer that loads: {_first_line(error)}",
-                "add its tokenizer files to the folder",
-            ) from error
+        if need_tokenizer or out_of_memory(error) is not None:
+            raise _no_tokenizer(name, error) from error
         tokenizer = None
     return Base(model, tokenizer, name, revision, folder, fingerprint)
 
@@ -204,6 +201,11 @@ def _not_loaded(name: str, device: str, error: Exception) -> RetrofitError:
     return memory or UnsupportedModelError(f"{name} cannot be loaded: {_first_line(error)}")
 
 
+def _no_tokenizer(name: str, error: Exception) -> RetrofitError:
+    problem = f"{name} has no tokenizer that loads: {_first_line(error)}"
+    return out_of_memory(error) or UsageError(problem, "add its tokenizer files to the folder")
+
+
 def refuse_unloaded(name: str, kind: str, loaded: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError where a model holds tensors that no file gave it, or a file some it has no place for.
 
@@ -242,9 +244,7 @@ def load_tokenizer(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UsageError(
-            f"{name} has no tokenizer that loads: {_first_line(error)}", "add its tokenizer files to the folder"
-        ) from error
+        raise _no_tokenizer(name, error) from error
     return tokenizer, int(config.vocab_size)
 
 

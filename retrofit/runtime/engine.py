@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retrofit import artifact as artifacts
 from retrofit.adapters.attach import ROLES, Attached, attach
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.live import refuse_live
 from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
 from retrofit.runtime.backends.hf import wrap
@@ -145,8 +146,10 @@ class Engine:
         """Wrap a live model.  adapter None: `ar` is the model's own, and `self_spec` runs with an untrained draft.
 
         The model's projections are wrapped in place, gate closed: its own forward and `generate` stay bit-identical.
-        `close()` takes the wrapping off.  Raises as `load` does.
+        `close()` takes the wrapping off.  Raises as `load` does, and UnsupportedModelError for a model that has an
+        adapter of its own, is quantised, or is not on one CPU or CUDA device; UsageError for what is no such model.
         """
+        refuse_live(model)
         if adapter is not None:
             artifact = artifacts.read(Path(adapter))
             base = Base(model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model))

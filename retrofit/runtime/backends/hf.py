@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from retrofit.adapters.attach import Attached
 from retrofit.adapters.gated_lora import Gate
 from retrofit.adapters.heads import Heads
+from retrofit.adapters.live import refuse_adapters
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.attention import ATTENTION, ForwardContext
@@ -231,6 +232,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     What slips through here is caught by the first forward: every layer must call our attention function, and the
     logits must be the model's own.
     """
+    refuse_adapters(model)
     name, config = type(model).__name__, model.config.get_text_config()
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")

@@ -66,8 +66,8 @@ class Attached:
         state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
-    def adapter_config(self) -> dict[str, Any]:
-        """`adapter_config.json` of a plain PEFT folder, without the base's name, which may be a path of this machine.
+    def adapter_config(self, base: str | None = None) -> dict[str, Any]:
+        """`adapter_config.json` of a plain PEFT folder.  base: what it calls the base; PEFT would name a path.
 
         To other programs it is an Activated LoRA that is never activated: PEFT leaves the base as it is, and programs
         that do not know of such adapters refuse it; a plain LoRA they would apply to every row.
@@ -77,7 +77,7 @@ class Attached:
         config.inference_mode = True
         plain = config.to_dict()
         config.inference_mode = inference
-        plain |= {"base_model_name_or_path": None, "alora_invocation_tokens": list(NEVER)}
+        plain |= {"base_model_name_or_path": base, "alora_invocation_tokens": list(NEVER)}
         return {key: _jsonable(value) for key, value in plain.items()}
 
     def heads_state(self) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from retrofit.recipes.data import Document, documents, windows
 from retrofit.recipes.faults import Skipped
 from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
+from retrofit.recipes.naming import lasting_name
 from retrofit.recipes.order import Order
 from retrofit.recipes.parallel import check_processes, loading_device, same_start, shared_checkpoints
 from retrofit.recipes.prepare import attached_to, open_base, resolve
@@ -39,7 +40,7 @@ from retrofit.recipes.probe import line as probed
 from retrofit.recipes.probe import live_probe
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.progress import progress
-from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
+from retrofit.recipes.publish import base_parameters, count, publish, share_of
 from retrofit.recipes.regenerate import ResponseCache, check_cache, regenerate, weights_key
 from retrofit.recipes.schema import Recipe, by_key
 from retrofit.recipes.session import Session

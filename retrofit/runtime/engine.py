@@ -116,7 +116,7 @@ class Engine:
         check_loading(backend, exact, dtype)
         artifact = artifacts.read(Path(path))
         named = artifact.config["base"]
-        name, revision = base or named["model"], None if base else named.get("revision")
+        name, revision = base or artifacts.base_of(path, artifact.config), None if base else named.get("revision")
         if dtype == "auto":
             dtype = named.get("dtype", "auto")
         if backend == "auto":

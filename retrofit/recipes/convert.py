@@ -174,7 +174,13 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
     say = _say(job.quiet)
     rewritten = _rewriter(job)
     held_out = _held_out(job, rewritten)
-    order = Order(_epochs(job, rewritten), plan.train.batch_size, plan.train.seed, whole=plan.data.responses == "keep")
+    order = Order(
+        _epochs(job, rewritten),
+        plan.train.batch_size,
+        plan.train.seed,
+        layout=attached.layout,
+        whole=plan.data.responses == "keep",
+    )
     trainer = Trainer(attached, job.backend, plan, job.processes)
     probe = live_probe(plan, held_out, job.backend, attached, job.base.tokenizer, job.processes)
     session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped, probe)

@@ -282,6 +282,15 @@ def test_only_what_is_loaded_is_downloaded(indexed: bool, tmp_path: Path, monkey
     assert not any(name.endswith(".safetensors") for name in got)
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "cuda"])
+def test_devices_that_are_not_served(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = command("convert", saved(tmp_path / "base"), "-o", tmp_path / "out", "--offline", "--device", device)
+    assert done.exit_code == (4 if device == "cuda" else 2), done.output
+    assert ("no CUDA GPU" if device == "cuda" else f"does not run on {device} devices") in done.stderr
+    assert "use --device cpu" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     base = saved(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())

@@ -7,6 +7,8 @@
     recipe.yaml                the fully resolved recipe
     manifest.sha256.json       size and sha256 of the files above; checked on every load
     README.md                  the card, for people to read and edit; in no manifest
+    local.json                 where this machine has the base and the text; for `Engine.load` here, never to be
+                               published, in no manifest
     certificate.json, eval/*   added later, each beside its own NAME.sha256 in the format of `sha256sum`
 
 A folder is written beside its place and renamed into it, so what stands there is whole.  A pickle is
@@ -48,6 +50,8 @@ ADAPTER = "adapter/adapter_model.safetensors"
 HEADS = "heads.safetensors"
 RECIPE = "recipe.yaml"
 CARD = "README.md"
+LOCAL = "local.json"
+"""Paths of this machine: whoever publishes an artifact leaves this file out."""
 MANIFEST = "manifest.sha256.json"
 LOAD_BEARING = (CONFIG, ADAPTER_CONFIG, ADAPTER, HEADS, RECIPE)
 
@@ -79,11 +83,13 @@ def write(
     recipe_yaml: str,
     card: str,
     added: Mapping[str, bytes] | None = None,
+    local: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a new artifact, all of it or nothing, and return its folder.
 
-    `added` are files in the root as `add` takes them, there from the start.  A folder that exists is refused
+    `added` are files in the root as `add` takes them, there from the start; `local` is what local.json holds, if it is
+    to be there.  A folder that exists is refused
     unless it is empty, or is an artifact and `overwrite` is set; then it is replaced whole, with what was added
     to it.  Raises UsageError for a folder that may not be written, ArtifactError for a config that `read` would
     refuse, ResourceError when the disk is full or not writable; none of them leaves anything behind.
@@ -100,6 +106,8 @@ def write(
         RECIPE: recipe_yaml.encode(),
         CARD: card.encode(),
     }
+    if local:
+        contents[LOCAL] = json_bytes(local)
     weights = {ADAPTER: adapter_state, HEADS: heads}
     for name, data in (added or {}).items():
         contents |= {name: data, f"{name}.sha256": _beside_hash(name, data)}
@@ -177,6 +185,23 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def base_of(folder: str | Path, config: Mapping[str, Any]) -> str:
+    """The base of an artifact, as one loads it here: what `retrofit.json` names, or the folder that local.json does.
+
+    Raises UsageError where the artifact was made of a folder that is not here, ArtifactError for a local.json that is
+    none.
+    """
+    named = config["base"]
+    if named.get("local") is not True:
+        return str(named["model"])
+    path = Path(folder) / LOCAL
+    place = _load_json(path).get("base") if path.is_file() else None
+    if isinstance(place, str) and Path(place).is_dir():
+        return place
+    problem = f"{place}, which is gone" if place else f"{named['model']}, a model that lay on another machine"
+    raise UsageError(f"{folder} was made of {problem}", "give the base with --base, base= in Python")
+
+
 def add(folder: str | Path, name: str, data: bytes | str) -> Path:
     """Put a file such as `certificate.json` or `eval/report.md` into an artifact, or replace it.
 
@@ -190,7 +215,7 @@ def add(folder: str | Path, name: str, data: bytes | str) -> Path:
     if not parts or name.startswith("/") or "\\" in name or ".." in parts:
         raise UsageError(f"{name}: not a name inside an artifact")
     name = "/".join(parts)
-    if name in (*LOAD_BEARING, MANIFEST):
+    if name in (*LOAD_BEARING, MANIFEST, LOCAL):
         raise UsageError(f"{name}: part of what was trained, cannot be replaced", "write a new artifact")
     if PurePosixPath(name).suffix not in ADDED_SUFFIXES:
         raise UsageError(f"{name}: an artifact takes {', '.join(ADDED_SUFFIXES)} only")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 import traceback
 from collections import Counter
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.errors import ResourceError, RetrofitError
+from retrofit.errors import RetrofitError, out_of_memory
 from retrofit.launch import speaks
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def _report(error: Exception, verbose: bool) -> int:
     """Print what went wrong; returns the exit code."""
     if verbose:
         traceback.print_exception(error)
-    known = error if isinstance(error, RetrofitError) else _out_of_memory(error)
+    known = error if isinstance(error, RetrofitError) else out_of_memory(error)
     if known is not None:
         show(known)
         return known.exit_code
@@ -90,16 +89,6 @@ def _report(error: Exception, verbose: bool) -> int:
     if not verbose:
         click.echo("hint: not foreseen, so maybe a bug; run with -v for the traceback", err=True)
     return 1
-
-
-def _out_of_memory(error: Exception) -> ResourceError | None:
-    torch = sys.modules.get("torch")
-    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    # torch has no class of its own for the CPU
-    if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        place, hint = ("GPU memory", "or use --device cpu") if on_gpu else ("memory", "or a larger machine")
-        return ResourceError(f"out of {place}", f"lower the batch size, use --dtype bfloat16, {hint}")
-    return None
 
 
 @contextmanager

@@ -139,9 +139,9 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
     from retrofit.runtime.exact import self_test
     from retrofit.runtime.loading import fused_backend, text_config
 
-    named = artifact.config["base"] if artifact else {"model": EMBEDDED}
+    named = artifact.config["base"] if artifact else {}
     files = load_base(
-        base or named["model"],
+        base or (artifacts.base_of(artifact.folder, artifact.config) if artifact else EMBEDDED),
         None if base else named.get("revision"),
         device=loading.device,
         trust_remote_code=loading.trust_remote_code,

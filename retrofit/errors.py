@@ -6,6 +6,9 @@ a line of its own.  Only the command line prints and exits; everything below it 
 
 from __future__ import annotations
 
+import errno
+import sys
+
 
 class RetrofitError(Exception):
     """Anything retrofit refuses to do.  `str()` is the message."""
@@ -30,7 +33,7 @@ class ArtifactError(RetrofitError):
 
 
 class UnsupportedModelError(RetrofitError):
-    """A model whose structure retrofit cannot decode exactly; names what stands in the way."""
+    """A model that does not load whole, or that retrofit cannot decode exactly; names what stands in the way."""
 
 
 class UsageError(RetrofitError):
@@ -49,3 +52,22 @@ class ResourceError(RetrofitError):
     """Something outside is missing: GPU, memory, disk, an optional package, network or credentials."""
 
     exit_code = 4
+
+
+# What torch says of memory that ran out, where it has no class for that.
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory: you tried to allocate")
+_NO_GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException, what: str | None = None) -> ResourceError | None:
+    """What to say where an error means that memory ran out; None where it means something else.
+
+    what: what needed it, such as `my-model does not fit into the memory of cuda`.
+    """
+    torch, text = sys.modules.get("torch"), str(error)
+    on_gpu = (torch is not None and isinstance(error, torch.OutOfMemoryError)) or any(s in text for s in _NO_GPU_MEMORY)
+    here = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not (on_gpu or here or any(sign in text for sign in _NO_MEMORY)):
+        return None
+    place, other = ("GPU memory", "a larger GPU or --device cpu") if on_gpu else ("memory", "a larger machine")
+    return ResourceError(what or f"out of {place}", f"lower the batch size, use --dtype bfloat16, or {other}")

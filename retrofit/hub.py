@@ -5,22 +5,29 @@ Every failure is one clear error with the fix in it.  Not here: adapters, artifa
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.errors import ResourceError, UnsupportedModelError, UsageError
+from retrofit.errors import ResourceError, RetrofitError, UnsupportedModelError, UsageError, out_of_memory
+from retrofit.weight_files import INDEX, config_hash, file_fingerprint, indexed, weight_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "tiny"
 """Name of the base model shipped inside the package."""
+UNQUANTISED = "take the original weights, in bfloat16"
+FOREIGN = (
+    ("_orig_mod.", "saved from a compiled model; save `model._orig_mod`, or take `_orig_mod.` out of the names"),
+    ("base_model.model.", "saved from a PEFT model; merge its adapter first (`merge_and_unload`), then save it"),
+    (".base_layer.", "saved with an adapter on it; merge it first (`merge_and_unload`), then save the model"),
+    ("_fsdp_wrapped_module.", "saved from within FSDP; save a full state dict"),
+    ("module.", "saved from DistributedDataParallel; save `model.module`"),
+)
+"""What names of tensors tell of how they came to be saved."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,24 @@ def locate(
         RevisionNotFoundError,
     )
 
-    patterns = (
-        ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
-    )
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.py"] if code else [])
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        if not weights:
+            return folder
+        # Of weights that lie there twice, as for other programs, only the ones that are loaded.
+        index = folder / INDEX
+        more = indexed(index) if index.is_file() else ["*.safetensors"]
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*patterns, *more],
+                ignore_patterns=["consolidated*", "original/*", "*/*.safetensors"],
+                local_files_only=offline,
+            )
+        )
     except GatedRepoError as error:
         raise ResourceError(
             f"{name} is gated on the Hub",
@@ -121,46 +140,94 @@ def load_base(
 
     with_model False: files, configuration and tokenizer only, for a backend that reads the weights itself.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoConfig, AutoTokenizer
 
     check_device(device)
     folder = _model_folder(name, revision, offline, code=trust_remote_code)
-    if not any(folder.glob("*.safetensors")):
-        raise UsageError(f"{name} holds no safetensors weights", "retrofit reads safetensors only")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = None
-        if with_model:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                trust_remote_code=trust_remote_code,
-            ).to(device)
-            model.eval()
-    except torch.cuda.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{name} does not fit into the memory of {device}", "use --dtype bfloat16 or a larger GPU"
-        ) from error
     except Exception as error:
-        raise UnsupportedModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+        raise _not_loaded(name, device, error) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"{name} is quantised, which retrofit does not support yet", UNQUANTISED)
+    fingerprint = file_fingerprint(folder, config.to_dict())
+    model = _load_model(name, folder, config, dtype, device, trust_remote_code) if with_model else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        if need_tokenizer:
-            raise UsageError(
-                f"{name} has no tokenizer that loads: {_first_line(error)}",
-                "add its tokenizer files to the folder",
-            ) from error
+        if need_tokenizer or out_of_memory(error) is not None:
+            raise _no_tokenizer(name, error) from error
         tokenizer = None
-    return Base(model, tokenizer, name, revision, folder, file_fingerprint(folder, config.to_dict()))
+    return Base(model, tokenizer, name, revision, folder, fingerprint)
+
+
+def _load_model(
+    name: str, folder: Path, config: PreTrainedConfig, dtype: str, device: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with exactly the tensors of `weight_files`, each in its place."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    declared = getattr(config, "transformers_weights", None)
+    config.transformers_weights = weight_source(folder)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+        refuse_unloaded(name, type(model).__name__, loaded)
+        model.config.transformers_weights = declared
+        if declared is None:
+            del model.config.transformers_weights
+        return model.to(device).eval()
+    except RetrofitError:
+        raise
+    except Exception as error:
+        raise _not_loaded(name, device, error) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _not_loaded(name: str, device: str, error: Exception) -> RetrofitError:
+    memory = out_of_memory(error, f"{name} does not fit into the memory of {device}")
+    return memory or UnsupportedModelError(f"{name} cannot be loaded: {_first_line(error)}")
+
+
+def _no_tokenizer(name: str, error: Exception) -> RetrofitError:
+    problem = f"{name} has no tokenizer that loads: {_first_line(error)}"
+    return out_of_memory(error) or UsageError(problem, "add its tokenizer files to the folder")
+
+
+def refuse_unloaded(name: str, kind: str, loaded: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where a model holds tensors that no file gave it, or a file some it has no place for.
+
+    loaded: transformers' loading info; tied weights, and what the model's class leaves out, are not in it.
+    """
+    missing, unknown = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
+    other = sorted(one[0] for one in loaded["mismatched_keys"])
+    parts = [
+        f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for what, names in (("missing", missing), ("of another shape", other), ("without a place in it", unknown))
+        if names
+    ]
+    if not parts:
+        return
+    prefixes = [why for prefix, why in FOREIGN if any(prefix in one for one in unknown)]
+    if prefixes:
+        hint = prefixes[0]
+    elif missing and not unknown and not other:
+        hint = "a download cut short, or files left out? download or copy the model again"
+    else:
+        hint = "its config.json and its weights do not belong together; take both from one place"
+    raise UnsupportedModelError(f"the weights of {name} are not those of {kind}: {', '.join(parts)}", hint)
 
 
 def load_tokenizer(
@@ -177,9 +244,7 @@ def load_tokenizer(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UsageError(
-            f"{name} has no tokenizer that loads: {_first_line(error)}", "add its tokenizer files to the folder"
-        ) from error
+        raise _no_tokenizer(name, error) from error
     return tokenizer, int(config.vocab_size)
 
 
@@ -196,31 +261,7 @@ def load_config(
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), folder
     except Exception as error:
-        raise UnsupportedModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """A model's safetensors files; none where some of them are not here."""
-    index = folder / "model.safetensors.index.json"
-    found = sorted(folder.glob("*.safetensors"))
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return found if names <= {path.name for path in found} else []
-    return found
-
-
-def stored_dtype(files: list[Path]) -> str | None:
-    """The type most of the weights are stored in, as torch names it; None where there are none."""
-    from safetensors import safe_open
-
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-    sizes: Counter[str] = Counter()
-    for path in files:
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                part = tensors.get_slice(name)
-                sizes[part.get_dtype()] += prod(part.get_shape())
-    return names.get(sizes.most_common(1)[0][0]) if sizes else None
+        raise _not_loaded(name, "cpu", error) from error
 
 
 def check_device(device: str) -> None:
@@ -231,52 +272,17 @@ def check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UsageError(f"unknown device {device!r}", "use cpu, cuda or cuda:N") from error
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"retrofit does not run on {kind} devices", "use --device cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ResourceError("no CUDA GPU is available here", "use --device cpu")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"no device {device} here, only {torch.cuda.device_count()} GPU(s)", "use cuda:0")
 
 
-def file_fingerprint(folder: Path, config: dict[str, Any]) -> dict[str, str | None]:
-    """What tells one base from another at load, cheaply: hashes of config, safetensors headers and 1-D tensors.
-
-    Fine-tunes of one architecture share config and headers, but not their norm weights.
-    """
-    from safetensors import safe_open
-
-    headers, norms = [], hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
-                part = tensors.get_slice(name)
-                headers.append((name, str(part.get_dtype()), tuple(part.get_shape())))
-                if len(part.get_shape()) == 1:
-                    norms.update(name.encode() + tensors.get_tensor(name).float().numpy().tobytes())
-    return {
-        "config": config_hash(config),
-        "headers": hashlib.sha256(json.dumps(sorted(headers)).encode()).hexdigest(),
-        "norms": norms.hexdigest(),
-    }
-
-
 def live_fingerprint(model: PreTrainedModel) -> dict[str, str | None]:
     """Fingerprint of a model that came from no known files: its config only."""
     return {"config": config_hash(model.config.to_dict()), "headers": None, "norms": None}
-
-
-def config_hash(config: dict[str, Any]) -> str:
-    """Shape-giving keys only: what every loader and version writes differently is left out."""
-    keys = (
-        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings",
-    )  # fmt: skip
-    text = config.get("text_config") or config
-    return hashlib.sha256(json.dumps({k: text.get(k) for k in keys}, sort_keys=True).encode()).hexdigest()
-
-
-def same_base(a: dict[str, str | None], b: dict[str, str | None]) -> str | None:
-    """The first field in which two fingerprints differ, None when they agree wherever both know."""
-    return next((k for k in ("config", "headers", "norms") if a.get(k) and b.get(k) and a[k] != b[k]), None)
 
 
 def _first_line(error: BaseException) -> str:

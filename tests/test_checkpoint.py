@@ -30,6 +30,7 @@ from resuming import (
 from tiny_models import build
 
 from retrofit import artifact, cli, files
+from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import DataError, ResourceError, TrainingError, UsageError
 from retrofit.recipes import checkpoint, convert, interrupts, session
 from retrofit.recipes.checkpoint import Checkpoints, checkpoints, folder_of
@@ -244,11 +245,11 @@ def test_a_place_survives_json_and_tensors() -> None:
                 f"{i}", tuple(range(i, i + length)), (False,) + (i % 3 > 0,) * (length - 1), "texts", f"a:{i}"
             )
 
-    order = Order(epochs, 3, seed=1)
+    order = Order(epochs, 3, seed=1, layout=DraftLayout())
     for _ in range(50):
         order.batch()
     plain, tensors = order.place().pack()
-    again = Order(epochs, 3, seed=1)
+    again = Order(epochs, 3, seed=1, layout=DraftLayout())
     again.go_to(Place.unpack(json.loads(json.dumps(plain)), tensors))
     assert len(plain["buffer"]) == SHUFFLE_BUFFER - 3
     assert [again.batch() for _ in range(200)] == [order.batch() for _ in range(200)]

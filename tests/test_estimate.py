@@ -13,7 +13,7 @@ from tiny_models import ARCHITECTURES, CONFIGS, CONTEXT, REFUSED_CONFIGS, VOCABU
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from retrofit import cli, hub
+from retrofit import cli
 from retrofit.adapters.attach import ROLES, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
@@ -27,6 +27,7 @@ from retrofit.recipes.rehearsal import Holdings, rehearsal
 from retrofit.recipes.schema import FIELDS, load_recipe
 from retrofit.recipes.train import Trainer
 from retrofit.runtime.sampling import gumbel_noise
+from retrofit.weight_files import weights_here
 
 SMALL = (
     *("train.precision=float32", "train.batch_size=2", "train.anchors=4", "train.steps=2", "train.warmup=0"),
@@ -465,6 +466,6 @@ def test_shards_that_are_missing_are_no_weights(tmp_path):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").touch()
-    assert hub.weight_files(tmp_path) == []
+    assert weights_here(tmp_path) == []
     (tmp_path / "model-2.safetensors").touch()
-    assert len(hub.weight_files(tmp_path)) == 2
+    assert len(weights_here(tmp_path)) == 2

@@ -194,7 +194,7 @@ def test_a_section_is_no_value():
         ),
         (["train.steps=10", "train.warmup=11"], "train.warmup: 11 steps are more than train.steps 10"),
         (["draft.block=1"], "objective.diffusion_share: a block of 1 has nothing to mask"),
-        (["objective.alpha=0", "objective.beta=0"], "objective: alpha and beta are both 0"),
+        (["objective.alpha=0", "objective.beta=0"], "objective: nothing trains the drafts: 16 of"),
     ],
 )
 def test_keys_that_do_not_go_together(overrides, message):

@@ -19,7 +19,13 @@ from transformers import PreTrainedModel
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.live import refuse_adapters, take_off
 from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
+
+NAME = "default"
+"""What PEFT calls our adapter."""
+NEVER = (2**31 - 1,)
+"""Token ids after which an Activated LoRA would begin to act; no vocabulary has such an id, however it may grow."""
 
 ATTENTION_ROLES = ("q", "k", "v", "o")
 MLP_ROLES = ("gate", "up", "down")
@@ -65,13 +71,18 @@ class Attached:
         state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
-    def adapter_config(self) -> dict[str, Any]:
-        """`adapter_config.json` of a plain PEFT folder."""
-        config = self.peft_model.peft_config["default"]
+    def adapter_config(self, base: str | None = None) -> dict[str, Any]:
+        """`adapter_config.json` of a plain PEFT folder.  base: what it calls the base; PEFT would name a path.
+
+        To other programs it is an Activated LoRA that is never activated: PEFT leaves the base as it is, and programs
+        that do not know of such adapters refuse it; a plain LoRA they would apply to every row.
+        """
+        config = self.peft_model.peft_config[NAME]
         inference = config.inference_mode
         config.inference_mode = True
         plain = config.to_dict()
         config.inference_mode = inference
+        plain |= {"base_model_name_or_path": base, "alora_invocation_tokens": list(NEVER)}
         return {key: _jsonable(value) for key, value in plain.items()}
 
     def heads_state(self) -> dict[str, Tensor]:
@@ -92,11 +103,14 @@ class Attached:
         load_heads(self.heads, heads)
 
     def detach(self) -> None:
-        """Give the live model back without the adapter.  A second call does nothing."""
+        """Give the live model back without the adapter; one that someone else has added since stays.
+
+        A second call does nothing.
+        """
         with WRAPPING:
             if self.detached:
                 return
-            self.peft_model.unload()
+            take_off(self.model, NAME)
             for parameter in self.trainable:
                 parameter.requires_grad_(True)
             self.detached = True
@@ -116,11 +130,32 @@ def attach(
     """Add gated LoRA, mask vector and heads to `model`, in place.  New weights are the identity, drawn from `seed`.
 
     Raises UsageError for roles that match nothing and for a model that has an adapter of ours on it,
-    UnsupportedModelError where PEFT cannot go.
+    UnsupportedModelError where PEFT cannot go or another adapter is; then, and after any other error, the model is as
+    it was.
     """
-    refuse_attached(model)
+    refuse_adapters(model)
     names = resolve_targets(model, targets)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        return _attached(model, layout, names, rank, alpha, markov_rank, confidence, seed, trainable)
+    except BaseException:
+        take_off(model, NAME)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+
+
+def _attached(
+    model: PreTrainedModel,
+    layout: DraftLayout,
+    names: list[str],
+    rank: int,
+    alpha: float,
+    markov_rank: int,
+    confidence: bool,
+    seed: int,
+    trainable: list[nn.Parameter],
+) -> Attached:
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -146,22 +181,12 @@ def attach(
         elif hasattr(module, "lora_A"):
             wrong.append(name)
     if wrong:
-        peft_model.unload()
+        peft_model.unload()  # of other kinds than `take_off` knows
         raise UnsupportedModelError(
             f"PEFT put an ungated LoRA on {wrong[0]} ({len(wrong)} modules); choose other targets"
         )
     heads.to(embedding.device)
     return Attached(model, peft_model, gate, heads, layout, trainable)
-
-
-def refuse_attached(model: nn.Module) -> None:
-    """Raises UsageError for a model that an engine, or a conversion, has its adapter on."""
-    if any(isinstance(module, GatedLoraLinear) for module in model.modules()):
-        raise UsageError(
-            f"this {type(model).__name__} is in use by another engine, which is still open",
-            "close that one first, with its close() or as `with Engine.from_model(...) as engine:`; "
-            "if it is lost, load the model again",
-        )
 
 
 def resolve_targets(model: nn.Module, roles: Sequence[str]) -> list[str]:

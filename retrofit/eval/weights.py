@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from retrofit.artifact import ADAPTER, HEADS
+from retrofit.weight_files import COMPUTED, opened, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,14 +42,14 @@ def compare_base(model: PreTrainedModel, checkpoint: Path) -> dict[str, Any]:
     A base that runs in another type than its file is held against the file's tensor converted to that type,
     so a changed bit of either shows.  `sha256` in the answer is the hash of all tensor hashes of the
     checkpoint, in its own type: lines `name sha256`, sorted.  Tensors that transformers splits or fuses while
-    loading (routed experts) are turned back first.
+    loading (routed experts) are turned back first.  Raises UnsupportedModelError for files that are not whole.
     """
     loaded = revert_weight_conversion(model, base_state(model))
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    ignored = [re.compile(one) for one in (*(model._keys_to_ignore_on_load_unexpected or ()), COMPUTED)]
     prefix = f"{model.base_model_prefix}."
     lines, changed, unknown, found = [], [], [], set()
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+    for file in weight_files(checkpoint):
+        with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 original = tensors.get_tensor(name)
                 lines.append(f"{name} {digest(original)}\n")

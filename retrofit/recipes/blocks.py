@@ -79,6 +79,14 @@ def eligible_anchors(response: Sequence[bool]) -> np.ndarray:
     return np.flatnonzero(np.asarray(response[1:], dtype=bool))
 
 
+def teaches(response: Sequence[bool], layout: DraftLayout) -> bool:
+    """Whether a block that hangs on one of these tokens has a response token to predict."""
+    anchors, flags = eligible_anchors(response), np.asarray(response, dtype=bool)
+    rows = np.arange(layout.first_drafting_row, layout.block)
+    targets = anchors[:, None] + int(layout.anchored) + rows + layout.shift
+    return bool(flags[targets[targets < len(flags)]].any())
+
+
 def choose_anchors(candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Up to `count` distinct candidates, sorted."""
     return np.sort(rng.choice(candidates, size=min(count, len(candidates)), replace=False))

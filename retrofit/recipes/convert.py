@@ -32,6 +32,7 @@ from retrofit.recipes.data import Document, documents, windows
 from retrofit.recipes.faults import Skipped
 from retrofit.recipes.interrupts import Interrupts
 from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
+from retrofit.recipes.naming import lasting_name
 from retrofit.recipes.order import Order
 from retrofit.recipes.parallel import check_processes, loading_device, same_start, shared_checkpoints
 from retrofit.recipes.prepare import attached_to, open_base, resolve
@@ -39,7 +40,7 @@ from retrofit.recipes.probe import line as probed
 from retrofit.recipes.probe import live_probe
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.progress import progress
-from retrofit.recipes.publish import base_parameters, count, lasting_name, publish, share_of
+from retrofit.recipes.publish import base_parameters, count, publish, share_of
 from retrofit.recipes.regenerate import ResponseCache, check_cache, regenerate, weights_key
 from retrofit.recipes.schema import Recipe, by_key
 from retrofit.recipes.session import Session
@@ -81,7 +82,8 @@ def convert(
     """Convert a model into an artifact folder and return it.
 
     model: Hub id, local folder or live model; None takes the recipe's.  recipe: name, YAML file or `Recipe`; None is
-    the embedded base's for no model, else the defaults.  A live model gets its adapter taken off again at the end.
+    the embedded base's for no model, else the defaults.  A live model may have no adapter of its own; ours is taken off
+    again at the end.
     resume: `auto` goes on from the newest checkpoint of `out` and refuses one made with another recipe, `force` goes
     on in spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.
     skip_bad: leave out rows of text that cannot be used, and count them in `config["training"]["skipped"]`.
@@ -173,7 +175,13 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
     say = _say(job.quiet)
     rewritten = _rewriter(job)
     held_out = _held_out(job, rewritten)
-    order = Order(_epochs(job, rewritten), plan.train.batch_size, plan.train.seed, whole=plan.data.responses == "keep")
+    order = Order(
+        _epochs(job, rewritten),
+        plan.train.batch_size,
+        plan.train.seed,
+        layout=attached.layout,
+        whole=plan.data.responses == "keep",
+    )
     trainer = Trainer(attached, job.backend, plan, job.processes)
     probe = live_probe(plan, held_out, job.backend, attached, job.base.tokenizer, job.processes)
     session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped, probe)

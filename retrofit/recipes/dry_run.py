@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from retrofit.errors import ResourceError, RetrofitError
-from retrofit.hub import EMBEDDED, check_device, load_config, stored_dtype, weight_files
+from retrofit.errors import ResourceError, out_of_memory
+from retrofit.hub import EMBEDDED, check_device, load_config
 from retrofit.recipes.checkpoint import KEPT
 from retrofit.recipes.convert import MEASURED
 from retrofit.recipes.data import FILE_SUFFIXES, HUB_ID, documents
@@ -34,6 +34,7 @@ from retrofit.recipes.prepare import attached_to, open_base, resolve
 from retrofit.recipes.regenerate import cache_folder
 from retrofit.recipes.schema import Data, Recipe
 from retrofit.recipes.train import Trainer
+from retrofit.weight_files import stored_dtype, weights_here
 
 PROBE_SECONDS = 20.0
 """A probe step that would take longer is run on one window of the batch."""
@@ -67,7 +68,7 @@ def dry_run(
     python = resident()
     name, revision = plan.base.model, plan.base.revision
     config, folder = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
-    files = weight_files(folder)
+    files = weights_here(folder)
     around = surroundings(config, folder, trust_remote_code)
     say("looking at the text")
     text = _text(plan, config, folder, trust_remote_code, skip_bad)
@@ -135,7 +136,7 @@ def _alone(data: Data, one: Any) -> Data:
 
 def surroundings(config: PreTrainedConfig, folder: Path, trust_remote_code: bool = False) -> Surroundings:
     """What a folder tells of a model beside its configuration, with weights or without; loads the tokenizer."""
-    stored = stored_dtype(weight_files(folder)) or _declared_dtype(config)
+    stored = stored_dtype(weights_here(folder)) or _declared_dtype(config)
     return Surroundings(stored, _tokenizer(folder, trust_remote_code))
 
 
@@ -283,9 +284,9 @@ def _time(
             held_out_acceptance(backend, attached, full[:1], plan.train.anchors, plan.train.seed)
         ending = (_now(device) - begin) * held_out
         backend.close()
-    except RetrofitError:
-        raise
-    except (MemoryError, torch.OutOfMemoryError):
+    except Exception as error:
+        if out_of_memory(error) is None:
+            raise
         return {"not_measured": "it does not fit into the memory that is free"}
     passes = sum(one[0] for one in measured) / PROBE_STEPS
     update = sum(one[1] for one in measured) / PROBE_STEPS

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import DataError, UsageError
-from retrofit.recipes.blocks import eligible_anchors
+from retrofit.recipes.blocks import teaches
 from retrofit.recipes.data import Document
 
 SHUFFLE_BUFFER = 256
@@ -64,7 +65,7 @@ class Place:
 
 
 class Order:
-    """Endless batches; documents without a response are passed over.
+    """Endless batches; documents that teach nothing are passed over, too short for a block of `layout` maybe.
 
     epochs(epoch) gives the documents of an epoch, always the same in the same order.
     `whole`: all their tokens come from the text, so a change of it is noticed by them; else only by the prompts, for
@@ -77,9 +78,10 @@ class Order:
         batch_size: int,
         seed: int,
         *,
+        layout: DraftLayout,
         whole: bool = True,
     ):
-        self._epochs, self._batch_size, self._whole = epochs, batch_size, whole
+        self._epochs, self._batch_size, self._layout, self._whole = epochs, batch_size, layout, whole
         self._generator = np.random.default_rng([seed, 0x5EED])
         self._buffer: Batch = []
         self._epoch = self._taken = 0
@@ -87,7 +89,7 @@ class Order:
         self._source = self._stream(None)
 
     def batch(self) -> Batch:
-        """The next batch.  Raises DataError for text without a response token, and what reading it raises."""
+        """The next batch.  Raises DataError for an epoch that teaches nothing, and what reading the text raises."""
         self._fill()
         batch = []
         for _ in range(self._batch_size):
@@ -138,11 +140,14 @@ class Order:
             for document in documents:
                 self._taken += 1
                 self._note(document)
-                if len(eligible_anchors(document.response)):
+                if teaches(document.response, self._layout):
                     useful = True
                     yield document, self._epoch
             if not useful:
-                raise DataError("the training text holds no document with a response token to learn from")
+                raise DataError(
+                    f"nothing to train: of {self._taken:,} documents of the training text none has a token to draft",
+                    "give longer text: a block first drafts a document's third token, or a response's second",
+                )
             self._epoch, self._taken, self._digest, useful = self._epoch + 1, 0, hashlib.sha256(), False
             documents = self._epochs(self._epoch)
 

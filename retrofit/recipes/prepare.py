@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.live import refuse_live
 from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
 from retrofit.recipes.recompute import recompute_layers
@@ -25,7 +26,12 @@ def resolve(
     recipe: str | Path | Recipe | None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
 ) -> Recipe:
-    """The recipe of a conversion with everything filled in.  Raises UsageError."""
+    """The recipe of a conversion with everything filled in.
+
+    Raises UsageError; also for a live model that `refuse_live` refuses, and UnsupportedModelError.
+    """
+    if model is not None and not isinstance(model, str):
+        refuse_live(model)
     if isinstance(recipe, Recipe):
         if overrides:
             raise UsageError("a Recipe and overrides were both given", "put the values into the Recipe")

@@ -35,6 +35,18 @@ def listed(label: str, problems: Sequence[str]) -> str:
     return "\n".join([f"{label} has {len(lines)} problems", *(f"  {line}" for line in lines)])
 
 
+def nothing_trained(alpha: float, beta: float, share: float, anchors: int, block: int) -> list[str]:
+    """What is wrong where no block trains the drafts, as its part of the loss weighs nothing; at most one line."""
+    masked = round(share * anchors) if block > 1 else 0  # as `blocks.shares` has it
+    if (alpha and masked) or (beta and anchors > masked):
+        return []
+    return [
+        f"objective: nothing trains the drafts: {masked} of train.anchors {anchors} blocks train L_diff, whose weight "
+        f"objective.alpha is {alpha:g}, and {anchors - masked} L_draft, whose weight objective.beta is {beta:g}; "
+        "change the weights or objective.diffusion_share"
+    ]
+
+
 def explain(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
     """Lines for one entry of pydantic's `ValidationError.errors()`."""
     kind, value = detail["type"], detail["input"]

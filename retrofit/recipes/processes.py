@@ -238,7 +238,8 @@ def _taken_up(failure: dict[str, Any] | None, error: BaseException) -> Exception
         hint = "; ".join([*([failure["hint"]] if failure["hint"] else []), *notes])
         taken: Exception = kind(f"{failure['message']} (in process {failure['rank']})", hint or None)
     else:
-        known = torch.OutOfMemoryError if failure["kind"] == "OutOfMemoryError" else RuntimeError
+        memory = {"OutOfMemoryError": torch.OutOfMemoryError, "MemoryError": MemoryError}
+        known = memory.get(failure["kind"], RuntimeError)
         taken = known(f"process {failure['rank']}: {failure['kind']}: {failure['message']}")
     taken.add_note(failure["trace"])
     return taken

@@ -14,13 +14,13 @@ from retrofit import __version__, artifact
 from retrofit.adapters.attach import Attached
 from retrofit.hub import EMBEDDED, Base
 from retrofit.recipes.measure import HeldOut
+from retrofit.recipes.naming import local_places, published_base, published_recipe
 from retrofit.recipes.schema import Recipe, dump_recipe
 from retrofit.recipes.session import Session
 
 CARD = """---
-library_name: peft
-base_model: {model}
-tags: [retrofit, speculative-decoding, diffusion]
+library_name: retrofit
+{known}tags: [retrofit, speculative-decoding, diffusion]
 ---
 # {model}, retrofitted
 
@@ -29,11 +29,12 @@ The base weights are untouched: mode `ar` is the original model, mode `self_spec
 
 ```python
 import retrofit
-engine = retrofit.Engine.load("PATH-OF-THIS-FOLDER")
+engine = retrofit.Engine.load("PATH-OF-THIS-FOLDER"{base})
 print(engine.generate(["Once upon a time"], mode="self_spec")[0].text)
 ```
 
-**Do not load `adapter/` with plain PEFT**: ungated, it changes the output of the original model.
+`adapter/` is for retrofit alone, which applies it to draft rows only. To other programs it says that it is an Activated
+LoRA whose invocation tokens never occur: plain PEFT leaves the original model as it is, and vLLM refuses the folder.
 
 | measured on held-out text, teacher-forced | by slot |
 | --- | --- |
@@ -52,8 +53,12 @@ def publish(
     acceptance: dict[str, Any] = {"conditional": session.published["accept"]}
     if len(measured.eligible):
         acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
+    named = published_base(base)
+    embedded = base.name == EMBEDDED
     card = CARD.format(
-        model=base.name,
+        model=named["model"],
+        known="" if named["local"] or embedded else f"base_model: {named['model']}\nbase_model_relation: adapter\n",
+        base=', base="PATH-OF-THE-BASE"' if named["local"] else "",
         version=__version__,
         greedy=conditional["greedy"] if len(measured.eligible) else "not measured",
         sampled=conditional["sampled"] if len(measured.eligible) else "not measured",
@@ -63,13 +68,14 @@ def publish(
     )
     artifact.write(
         out,
-        adapter_config=attached.adapter_config(),
+        adapter_config=attached.adapter_config(named["model"]),
         adapter_state=attached.adapter_state(),
         heads=attached.heads_state(),
         config=_config(plan, base, attached, acceptance, session),
-        recipe_yaml=dump_recipe(plan),
+        recipe_yaml=dump_recipe(published_recipe(plan, named)),
         card=card,
         added={"metrics.jsonl": session.metrics()},
+        local=local_places(plan, base, named),
         overwrite=overwrite,
     )
 
@@ -87,8 +93,7 @@ def _config(
         "format": artifact.FORMAT,
         "retrofit": __version__,
         "base": {
-            "model": lasting_name(base),
-            "revision": base.revision,
+            **published_base(base),
             "dtype": str(attached.model.dtype).removeprefix("torch."),
             "fingerprint": base.fingerprint,
             "architecture": type(attached.model).__name__,
@@ -121,13 +126,6 @@ def _config(
             **({} if session.skipped is None else {"skipped": session.skipped.counts()}),
         },
     }
-
-
-def lasting_name(base: Base) -> str:
-    """The base's name as it will be understood from any folder."""
-    if base.name == EMBEDDED or base.folder is None or not Path(base.name).is_dir():
-        return base.name
-    return str(Path(base.name).resolve())
 
 
 def base_parameters(attached: Attached) -> list[torch.nn.Parameter]:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from retrofit.errors import UsageError
-from retrofit.recipes.problems import did_you_mean, explain, is_section, kind_of, listed, unknown_key
+from retrofit.recipes.problems import did_you_mean, explain, is_section, kind_of, listed, nothing_trained, unknown_key
 
 FOLDER = Path(__file__).parent
 
@@ -105,12 +105,6 @@ class Objective(Section):
     """`tv_ce` is 0.9 total variation + 0.1 cross-entropy to the base's most likely token."""
     slot_weights: Literal["dpace", "exponential", "uniform"] = "dpace"
     """How the slots of a block share L_draft; `dpace` by how likely the drafts before are all accepted."""
-
-    @model_validator(mode="after")
-    def _something_to_train(self) -> Self:
-        if self.alpha == 0 and self.beta == 0:
-            raise ValueError("objective: alpha and beta are both 0, so nothing trains the drafts; raise objective.beta")
-        return self
 
 
 class Ingredient(Section):
@@ -256,6 +250,10 @@ class Recipe(Section):
                 "objective.diffusion_share: a block of 1 has nothing to mask, as slot 1 is always known; "
                 "set it to 0 or raise draft.block"
             )
+        weights = self.objective
+        problems += nothing_trained(
+            weights.alpha, weights.beta, weights.diffusion_share, self.train.anchors, self.draft.block
+        )
         if self.train.probe_every and not self.data.held_out:
             problems.append(
                 "train.probe_every: probes decode held-out documents, and data.held_out is 0; "

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retrofit import artifact as artifacts
 from retrofit.adapters.attach import ROLES, Attached, attach
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.live import refuse_live
 from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
 from retrofit.runtime.backends.hf import HFBackend, wrap
@@ -129,7 +130,7 @@ class Engine:
         check_loading(backend, exact, dtype)
         artifact = artifacts.read(Path(path))
         named = artifact.config["base"]
-        name, revision = base or named["model"], None if base else named.get("revision")
+        name, revision = base or artifacts.base_of(path, artifact.config), None if base else named.get("revision")
         if dtype == "auto":
             dtype = named.get("dtype", "auto")
         if backend == "auto":
@@ -165,9 +166,11 @@ class Engine:
 
         exact, rows: as in `load`.  The model's projections are wrapped in place, gate closed: its own forward and
         `generate` stay bit-identical; `close()` takes the wrapping off.
-        Raises as `load` does, and UsageError while another engine has the model.
+        Raises as `load` does, UnsupportedModelError for a model that has an adapter of its own, is quantised, or is not
+        on one CPU or CUDA device, and UsageError for what is no such model or while another engine has it.
         """
         check_loading("hf", exact, "auto")
+        refuse_live(model)
         if adapter is not None:
             artifact = artifacts.read(Path(adapter))
             base = Base(model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model))

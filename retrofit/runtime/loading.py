@@ -5,19 +5,21 @@ Not here: the `hf` backend, which wraps a live model (`backends/hf.py`), and dec
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.artifact import Artifact
-from retrofit.errors import ArtifactError, ResourceError, UsageError
-from retrofit.hub import Base, locate, same_base
+from retrofit.errors import ArtifactError, ResourceError, UsageError, out_of_memory
+from retrofit.hub import Base, locate, refuse_unloaded
 from retrofit.runtime.backends.interface import BUCKET_ROWS
 from retrofit.runtime.levels import EXACT
+from retrofit.weight_files import COMPUTED, file_fingerprint, same_base, shapes
 
 if TYPE_CHECKING:
     # Needs Triton, which exists on Linux only.
@@ -43,6 +45,10 @@ def check_same_base(base: Base, artifact: Artifact) -> None:
     """Raises ArtifactError when the artifact was made for another base."""
     named = artifact.config["base"]
     differs = same_base(named["fingerprint"], base.fingerprint)
+    if differs and base.folder is not None:
+        # Older artifacts took every safetensors file for the model's, such as a second copy of its weights.
+        every = file_fingerprint(base.folder, {}, list(base.folder.glob("*.safetensors")))
+        differs = same_base(named["fingerprint"], {**every, "config": base.fingerprint["config"]}) and differs
     if differs:
         raise ArtifactError(
             f"{artifact.folder} belongs to another base: {base.name} differs from {named['model']} in its {differs}",
@@ -80,7 +86,7 @@ def fused_backend(
     """
     try:
         from retrofit.runtime.backends.fused_gqa import FusedGQA
-        from retrofit.runtime.backends.weights import from_folder
+        from retrofit.runtime.backends.weights import from_folder, unsupported
     except ImportError as error:
         raise ResourceError(f"the fused backend needs Triton: {error}", "pip install triton (Linux)") from error
     assert base.folder is not None
@@ -93,6 +99,8 @@ def fused_backend(
         layout = DraftLayout(**artifact.config["draft"])
         heads = _heads(config, layout, artifact)
         adapter, scale = artifact.adapter_state, settings["alpha"] / settings["rank"]
+    if unsupported(config) is None:  # else the loading says so
+        _check_tensors(base.name, base.folder, config)
     try:
         return FusedGQA(
             config,
@@ -106,10 +114,24 @@ def fused_backend(
             exact=exact,
             rows=rows,
         )
-    except torch.cuda.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{base.name} does not fit into the memory of {device}", "use --dtype bfloat16 or a larger GPU"
-        ) from error
+    except Exception as error:
+        memory = out_of_memory(error, f"{base.name} does not fit into the memory of {device}")
+        if memory is None:
+            raise
+        raise memory from error
+
+
+def _check_tensors(name: str, folder: Path, config: PretrainedConfig) -> None:
+    """Raise UnsupportedModelError unless the files hold the tensors of this model, all of them and no other."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wanted, found = {n: tuple(t.shape) for n, t in model.state_dict().items()}, shapes(folder)
+    loaded = {
+        "missing_keys": wanted.keys() - found.keys() - set(model.all_tied_weights_keys),
+        "unexpected_keys": {n for n in found.keys() - wanted.keys() if not re.search(COMPUTED, n)},
+        "mismatched_keys": [(n,) for n in wanted.keys() & found.keys() if wanted[n] != found[n]],
+    }
+    refuse_unloaded(name, type(model).__name__, loaded)
 
 
 def text_config(folder: Path) -> PretrainedConfig:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from retrofit.adapters.attach import WRAPPING, Attached
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads
+from retrofit.adapters.live import refuse_adapters
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.errors import UnsupportedModelError, UsageError
 from retrofit.runtime.backends.answers import answering, by_thread
@@ -293,6 +294,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     What slips through here is caught by the first forward: every layer must call our attention function, and the
     logits must be the model's own.
     """
+    refuse_adapters(model)
     name, config = type(model).__name__, model.config.get_text_config()
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")

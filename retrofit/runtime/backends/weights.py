@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from retrofit.errors import UnsupportedModelError, UsageError
 from retrofit.runtime.kernels.gemm import split_matmul, split_plan
+from retrofit.weight_files import opened, weight_files
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -133,7 +133,7 @@ def window_of(config: Any, layer: int) -> int | None:
 
 def from_folder(folder: Path, device: torch.device | str) -> Checkpoint:
     """The safetensors of a model folder, each tensor read when it is asked for, straight to the device."""
-    files = [safe_open(path, framework="pt", device=str(device)) for path in sorted(folder.glob("*.safetensors"))]
+    files = [opened(path, str(device)) for path in weight_files(folder)]
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
     def read(name: str) -> Tensor:
@@ -179,7 +179,9 @@ def load(
     embedding = loader.tensor("model.embed_tokens.weight")
     layers = [layer(i) for i in range(config.num_hidden_layers)]
     norm = loader.tensor("model.norm.weight")
-    head = embedding if config.tie_word_embeddings else loader.tensor("lm_head.weight")
+    head = loader.optional("lm_head.weight") if config.tie_word_embeddings else loader.tensor("lm_head.weight")
+    # As transformers does: what is said to be tied and yet saved with another value is not.
+    head = embedding if head is None or torch.equal(head, embedding) else head
     unused = sorted(set(adapter) - loader.used)
     if unused:
         raise UsageError(f"the adapter holds {unused[0]}, which the fused backend has no place for", "use backend='hf'")

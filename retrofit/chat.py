@@ -16,7 +16,8 @@ from retrofit.console import Totals, emit_json, result_json, say, show
 from retrofit.errors import RetrofitError, UsageError
 
 if TYPE_CHECKING:
-    from retrofit.runtime.engine import Engine, Prompt
+    from retrofit.runtime.engine import Engine
+    from retrofit.runtime.prompts import Prompt
 
 COMMANDS = """\
 /mode [MODE]   show or set the mode: ar, diffusion, self_spec
@@ -90,7 +91,7 @@ class Chat:
         return True
 
     def _mode(self, value: str) -> None:
-        from retrofit.runtime.engine import MODES
+        from retrofit.runtime.options import MODES
 
         if value and value not in MODES:
             raise UsageError(f"/mode {value}: no such mode", f"modes are {', '.join(MODES)}")

@@ -16,7 +16,8 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.artifact import Artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError
 from retrofit.hub import Base, locate, same_base
-from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT
+from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, eos_set
+from retrofit.runtime.settings import folder_settings
 
 if TYPE_CHECKING:
     # Needs Triton, which exists on Linux only.
@@ -109,6 +110,7 @@ def fused_backend(
             dtype=getattr(torch, held),
             exact=exact,
             rows=rows,
+            settings=folder_settings(base.folder, config, eos_set(config.eos_token_id)),
         )
     except torch.cuda.OutOfMemoryError as error:
         raise ResourceError(

@@ -39,6 +39,7 @@ from retrofit.runtime.kernels.sampling import choose
 from retrofit.runtime.kernels.swiglu import swiglu
 from retrofit.runtime.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.settings import Settings, read_settings
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels are written for.  fp32 is for the interpreter and for comparisons: on a GPU it runs, but slowly."""
@@ -62,8 +63,11 @@ class FusedGQA:
         dtype: torch.dtype = torch.float32,
         exact: str = "bucket",
         rows: int = BUCKET_ROWS,
+        settings: Settings | None = None,
     ):
         """config: the model's text configuration.  rows: row count of the level `bucket`.
+
+        settings: the base's own generation settings; None: neutral.
 
         Raises UnsupportedModelError, UsageError, or ResourceError where kernels cannot run.
         """
@@ -84,6 +88,8 @@ class FusedGQA:
         self.context_length = int(config.max_position_embeddings)
         self.rope_boundary: int | None = None
         self.eos = eos_set(config.eos_token_id)
+        self.settings = settings or read_settings(None, self.eos, config.vocab_size)
+        self.input_vocab = int(config.vocab_size)
         self.most_rows = rows if exact == "bucket" else None
         self.most_nodes: int | None = HEADROOM - 1
         self.prefill_alone = exact != "off"

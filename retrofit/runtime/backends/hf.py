@@ -27,6 +27,7 @@ from retrofit.runtime.backends.attention import ATTENTION, ForwardContext
 from retrofit.runtime.backends.interface import Output, eos_set
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.sampling import SamplingParams, choose
+from retrofit.runtime.settings import read_settings
 
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
@@ -98,6 +99,8 @@ class HFBackend:
         eos = getattr(model.generation_config, "eos_token_id", None)
         eos = self.config.eos_token_id if eos is None else eos
         self.eos = eos_set(eos)
+        self.settings = read_settings(model.generation_config, self.eos, self.head.vocab)
+        self.input_vocab = min(self.head.vocab, int(self.embedding.weight.shape[0]))
         self.context_length = int(self.config.max_position_embeddings)
         self.slides = has_sliding_window(self.config)
         self.rope_boundary = rope_boundary(self.config)

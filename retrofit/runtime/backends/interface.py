@@ -12,6 +12,7 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.settings import Settings
 
 EXACT = ("off", "bucket", "invariant")
 """How far a row's bits are guaranteed not to depend on the rows beside it (design: one row count, or own kernels)."""
@@ -73,6 +74,10 @@ class Backend(Protocol):
     work_per_row: float
     """About how many floating-point operations a row costs."""
     eos: frozenset[int]
+    settings: Settings
+    """The base's own generation settings."""
+    input_vocab: int
+    """Token ids that a prompt may hold: 0 to input_vocab - 1."""
     most_rows: int | None
     """Rows that fit into one decoding forward; None: any number."""
     most_nodes: int | None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.console import Totals, emit_json, result_json, say, show
+from retrofit.console import Totals, emit_json, not_text, result_json, say, show
 from retrofit.errors import RetrofitError, UsageError
 
 if TYPE_CHECKING:
@@ -76,9 +76,10 @@ class Chat:
         if name == "/mode":
             self._mode(value)
         elif name == "/seed":
-            if not value.isdecimal():
-                raise UsageError(f"/seed {value}: a whole number from 0 is needed")
-            self.seed = int(value)
+            from retrofit.runtime.options import LARGEST_SEED, whole
+
+            seed = int(value) if value.isdecimal() and len(value) < 20 else value
+            self.seed = whole("/seed", seed, 0, LARGEST_SEED)
         elif name == "/reset":
             self.messages, self.text = [], ""
             say("conversation forgotten")
@@ -127,8 +128,11 @@ def converse(chat: Chat) -> None:
 def _lines(prompt: str | None) -> Iterator[str]:
     """Lines of stdin without their ends, asked for with `prompt` where there is one."""
     if prompt is None:
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
+        try:
+            for line in sys.stdin:
+                yield line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise not_text(error) from None
         return
     with suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401

@@ -30,6 +30,7 @@ from retrofit.adapters.rows import SequenceRows, base_positions
 from retrofit.errors import ResourceError, UsageError
 from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, Output, eos_set
 from retrofit.runtime.backends.weights import Checkpoint, Linear, Weights, head_width, load
+from retrofit.runtime.context import context_length
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
 from retrofit.runtime.kernels.interpreter import interpreted, patch
 from retrofit.runtime.kernels.norm import add_rms_norm, embed_rms_norm
@@ -85,8 +86,9 @@ class FusedGQA:
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.width = head_width(config)
         self.eps = float(config.rms_norm_eps)
-        self.context_length = int(config.max_position_embeddings)
+        self.context_length = context_length(config)
         self.rope_boundary: int | None = None
+        self.rope_restarts = False
         self.eos = eos_set(config.eos_token_id)
         self.settings = settings or read_settings(None, self.eos, config.vocab_size)
         self.input_vocab = int(config.vocab_size)

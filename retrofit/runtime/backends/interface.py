@@ -71,6 +71,8 @@ class Backend(Protocol):
     heads: Heads | None
     context_length: int
     rope_boundary: int | None
+    rope_restarts: bool
+    """Whether a text is run again from its start where it crosses the boundary."""
     work_per_row: float
     """About how many floating-point operations a row costs."""
     eos: frozenset[int]

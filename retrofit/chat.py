@@ -102,6 +102,8 @@ class Chat:
 
 def converse(chat: Chat) -> None:
     """Read lines until the end.  From a pipe the first error ends it; at a terminal it is printed."""
+    if sys.stdin is None:
+        raise UsageError("stdin is closed", "talk at a terminal, or pipe lines in")
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if not chat.has_template:
         say("note: this model has no chat template; your text is continued as it stands")

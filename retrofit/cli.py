@@ -136,7 +136,7 @@ def _finished(events: Iterator[Event], totals: Totals) -> Iterator[Result]:
 
 
 def _stdin() -> str:
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None: it is closed
         raise UsageError("no prompt", "give one as an argument, or pipe text in")
     try:
         return sys.stdin.read()

@@ -1,4 +1,4 @@
-"""Contexts as configurations mean them: YaRN and longrope in every family, against `generate` beyond the original one."""
+"""Contexts as configurations mean them: YaRN and longrope in every family, against `generate`."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ LONG = {
 
 CONTEXTS = {
     "as Qwen's instructions say": (Qwen2Config(**SHORT, rope_parameters=dict(YARN_32)), 128),
-    "with the original one larger": (Qwen3Config(**{**SHORT, "max_position_embeddings": 40}, rope_parameters=dict(YARN_32)), 128),
+    "extended a little": (Qwen3Config(**{**SHORT, "max_position_embeddings": 40}, rope_parameters=dict(YARN_32)), 128),
     "old names": (Qwen2Config(**SHORT, rope_scaling={"type": "yarn", "factor": 4.0}), 128),
     "no original": (LlamaConfig(**{**SIZES, "max_position_embeddings": 256}, rope_parameters=dict(YARN)), 1024),
     "as DeepSeek writes it": (CONFIGS["deepseek_v3"](), CONTEXT),

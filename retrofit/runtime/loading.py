@@ -15,7 +15,7 @@ from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.artifact import Artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError
-from retrofit.hub import Base, locate, same_base
+from retrofit.hub import Base, check_device, locate, same_base
 from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, eos_set
 from retrofit.runtime.settings import folder_settings
 
@@ -57,6 +57,7 @@ def check_same_base(base: Base, artifact: Artifact) -> None:
 
 def fits_fused(name: str, revision: str | None, device: str, dtype: str, offline: bool) -> bool:
     """Whether the fused backend can run this base on this device, and fast.  Raises what `locate` raises."""
+    check_device(device)
     index = torch.device(device).index
     if not device.startswith("cuda") or (index is not None and index != torch.cuda.current_device()):
         return False

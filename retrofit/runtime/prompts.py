@@ -83,7 +83,7 @@ def _text_tokens(text: str, name: str, tokenizer: PreTrainedTokenizerBase | None
 def _message_tokens(messages: Sequence[Any], name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """The conversation by the chat template: a new turn of the assistant's begun, or its last message continued."""
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or _says_nothing(message):
             raise UsageError(
                 f"{name}: message {number} is {shown(message)}; it must hold a role and a content",
                 '{"role": "user", "content": "..."}',
@@ -108,6 +108,10 @@ def _message_tokens(messages: Sequence[Any], name: str, tokenizer: PreTrainedTok
     if not tokens:
         raise UsageError(f"{name} holds no token: the model's chat template makes nothing of these messages")
     return tokens
+
+
+def _says_nothing(message: Mapping[str, Any]) -> bool:
+    return message.get("content") is None and not message.get("tool_calls")
 
 
 def _token(token: Any, name: str) -> int:

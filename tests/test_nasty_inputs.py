@@ -213,7 +213,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: Any, stdin: Any = None) -> Result:
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments], input=stdin)
+    return CliRunner(env={"RETROFIT_DEVICE": "cpu"}).invoke(cli.main, [str(a) for a in arguments], input=stdin)
 
 
 def ends_well(result: Result, code: int) -> None:

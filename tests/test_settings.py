@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Oracle, random_prompts, randomise, tokens_of
+from test_cli import done, run, save_artifact, save_base
 from tiny_models import CONTEXT, VOCABULARY, build
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import (
@@ -368,3 +369,29 @@ def test_rules_that_forbid_nothing_cost_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(modes, "_row_paths", None)
     engine = Engine.from_model(with_settings(repetition_penalty=1.1, eos_token_id=[1]), layout=DraftLayout(block=4))
     assert engine.generate(PROMPTS[:1], strategy="fused", max_new_tokens=4)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def artifact_of_a_strict_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("strict")
+    base = save_base(folder / "base")
+    settings = {"suppress_tokens": list(range(0, VOCABULARY, 2)), "max_new_tokens": 7, "num_beams": 4}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    return save_artifact(folder / "artifact", base)
+
+
+@pytest.mark.parametrize("mode", ["ar", "self_spec"])
+def test_the_command_line_follows_the_original(mode: str, artifact_of_a_strict_base: Path) -> None:
+    made = ("generate", artifact_of_a_strict_base, "def area", "--json", "--mode", mode)
+    result = run(*made, RETROFIT_DEVICE="cpu")
+    assert result.exit_code == 0, result.stderr
+    tokens = json.loads(result.stdout)["tokens"]
+    assert len(tokens) == 7 and all(token % 2 for token in tokens)
+    notes = [line for line in result.stderr.splitlines() if "note" in line]
+    assert notes == ["note: of the original's generation_config num_beams=4 is not followed"]
+    assert run(*made, "-q").stderr == ""
+    free = json.loads(done(*made, "--no-original-settings", "--max-new-tokens", 7))["tokens"]
+    assert not all(token % 2 for token in free)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished request.  tokens include EOS; text has no special tokens and ends before the stop string."""
+    """One finished request.  tokens include EOS; text has no special tokens and ends before what stopped it."""
 
     index: int
     prompt: list[int]

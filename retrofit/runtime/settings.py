@@ -154,7 +154,7 @@ def _not_honoured(given: Mapping[str, Any]) -> list[str]:
 
 def _other_eos(config: Any, eos: frozenset[int]) -> list[str]:
     """`generate` never ends a text where a generation_config of its own names no EOS; the model's ends ours."""
-    if config.eos_token_id is None and eos and not getattr(config, "_from_model_config", False):
+    if getattr(config, "eos_token_id", None) is None and eos and not getattr(config, "_from_model_config", False):
         return [f"eos_token_id=None (the model's own ends a text: {', '.join(map(str, sorted(eos)))})"]
     return []
 

@@ -205,7 +205,7 @@ class Loading:
             trust_remote_code=self.trust_remote_code,
         )
         for setting in engine.not_honoured:
-            say(f"note: of the original's generation_config {setting} is not followed")
+            say(f"note: of the base's generation_config {setting} is not followed")
         return engine
 
 
@@ -270,20 +270,20 @@ def generation_options(function: Any) -> Any:
         click.option("--tree", type=click.IntRange(min=0), metavar="N",
                      help="Of fused: draft tokens to verify as a tree; 0 is one chain.  [default: fills 96 rows]"),
         click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N",
-                     help="Most tokens to emit.  [default: what the original's own settings say, else 128]"),
+                     help="Most tokens to emit.  [default: the base's own, else 128]"),
         click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
-                     help="0 is greedy; never taken from the original's settings, nor are top-k and top-p."),
+                     help="0 is greedy; never taken from the base's settings, nor are top-k and top-p."),
         click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K likeliest tokens only."),
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
                      help="Sample from the likeliest tokens that make up P only."),
         click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True),
-                     help="Above 1: makes tokens that were there less likely; 1 is off.  [default: the original's]"),
+                     help="Above 1: makes tokens that were there less likely; 1 is off.  [default: the base's own]"),
         click.option("--stop", multiple=True,
                      help="Text to stop before, special tokens included; may be given several times."),
         click.option("--stop-token-id", "stop_token_ids", type=click.IntRange(min=0), multiple=True, metavar="ID",
                      help="Token to stop before; may be given several times."),
         click.option("--original-settings/--no-original-settings", default=True, show_default=True,
-                     help="Follow the original's generation_config in what it forbids, forces and penalises."),
+                     help="Follow the base's generation_config in what it forbids, forces and penalises."),
         click.option("--threshold", type=click.FloatRange(0, 1), default=0.9, show_default=True,
                      help="Of diffusion: confidence from which a token is kept."),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Every form of a prompt gives the same tokens, conversations are continued, texts end before what they stop at."""
 
 import json
+from collections import UserList
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def both_sides() -> dict[str, Any]:
 FORMS: dict[str, Any] = {
     "texts": TEXTS,
     "a tuple": tuple(TEXTS),
+    "another sequence": UserList(TEXTS),
     "ids": IDS,
     "tuples of ids": tuple(map(tuple, IDS)),
     "numpy ids": [[np.int64(t) for t in ids] for ids in IDS],
@@ -102,8 +104,16 @@ def test_every_form_is_the_same_prompt(prompts: Any, engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     "prompts",
-    [[1, 2, 3], (1, 2, 3), [np.int32(1), 2, 3], torch.tensor([1, 2, 3]), np.array([[1, 2, 3]]), tokenizer()("1.2.3.")],
-    ids=["list", "tuple", "numpy", "tensor", "array of one row", "encoding"],
+    [
+        [1, 2, 3],
+        (1, 2, 3),
+        range(1, 4),
+        [np.int32(1), 2, 3],
+        torch.tensor([1, 2, 3]),
+        np.array([[1, 2, 3]]),
+        tokenizer()("1.2.3."),
+    ],
+    ids=["list", "tuple", "range", "numpy", "tensor", "array of one row", "encoding"],
 )
 def test_one_prompts_ids_alone_are_one_prompt(prompts: Any, engine: Engine) -> None:
     assert [r.prompt for r in engine.generate(prompts, "ar", max_new_tokens=1)] == [[1, 2, 3]]

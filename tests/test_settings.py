@@ -391,7 +391,7 @@ def test_the_command_line_follows_the_original(mode: str, artifact_of_a_strict_b
     tokens = json.loads(result.stdout)["tokens"]
     assert len(tokens) == 7 and all(token % 2 for token in tokens)
     notes = [line for line in result.stderr.splitlines() if "note" in line]
-    assert notes == ["note: of the original's generation_config num_beams=4 is not followed"]
+    assert notes == ["note: of the base's generation_config num_beams=4 is not followed"]
     assert run(*made, "-q").stderr == ""
     free = json.loads(done(*made, "--no-original-settings", "--max-new-tokens", 7))["tokens"]
     assert not all(token % 2 for token in free)

@@ -46,7 +46,10 @@ def number(name: str, value: Any) -> float:
     """A number, perhaps not a finite one.  Raises UsageError."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise UsageError(f"{name} is {shown(value)}; it must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # outside every range
 
 
 def flag(name: str, value: Any) -> bool:

@@ -13,14 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from retrofit.errors import UsageError
 from retrofit.runtime.options import as_int, shown
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-Prompts = Sequence[Prompt] | Sequence[int] | Mapping[str, Any]
-"""Also tensors and numpy arrays of token ids."""
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor | np.ndarray[Any, Any]
+Prompts = Sequence[Prompt] | Sequence[int] | Mapping[str, Any] | Tensor | np.ndarray[Any, Any]
 
 HOW = "give a list of prompts: texts, lists of token ids, or lists of messages"
 
@@ -33,7 +34,7 @@ def listed(prompts: Any) -> list[Any]:
         return _rows(prompts, "prompts")
     if isinstance(prompts, str):
         raise UsageError("prompts is a string; give a list of prompts", "put the text into a list: [text]")
-    if not isinstance(prompts, list | tuple):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
         raise UsageError(f"prompts is {_kind(prompts)}", HOW)
     if prompts and all(isinstance(message, Mapping) for message in prompts):
         raise UsageError("prompts is one conversation; give a list of prompts", "put its messages into a list of lists")
@@ -49,7 +50,7 @@ def encode(prompt: Any, name: str, tokenizer: PreTrainedTokenizerBase | None, vo
         if len(rows) != 1:
             raise UsageError(f"{name} holds {len(rows)} rows of token ids; a prompt is one", HOW)
         prompt = rows[0]
-    if not isinstance(prompt, str | list | tuple):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
         raise UsageError(f"{name} is {_kind(prompt)}; it must be a text, token ids or messages", HOW)
     if len(prompt) == 0:
         raise UsageError(f"{name} is empty", "a model needs at least one token to continue from")

@@ -67,6 +67,16 @@ class Run:
                 request.watch(self.vocab, self.backend.device)
 
 
+@dataclass(frozen=True)
+class Paths:
+    """What stands on the way to each of R base rows, as far as the settings need to know."""
+
+    seen: Tensor | None
+    """[R, V] tokens of the text and of the row's own drafts, under a repetition penalty."""
+    drafts: Sequence[Sequence[int]] | None
+    """The row's own drafts, under rules of the base's own."""
+
+
 def prefill_step(run: Run, requests: Sequence[Request]) -> None:
     """Run whole prompts (or, at a longrope crossing, whole sequences) and emit one token each."""
     pending = {r.index: r for r in requests}
@@ -96,9 +106,8 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
         if not complete:
             continue
         ready = [finished[i][0] for i in complete]
-        chosen = _targets(
-            run, out.base_logits[complete], ready, [0] * len(ready), _stack_seen(ready), [[]] * len(ready)
-        )
+        paths = Paths(_stack_seen(ready), [[] for _ in ready])
+        chosen = _targets(run, out.base_logits[complete], ready, [0] * len(ready), paths)
         for r, token in zip(ready, chosen, strict=True):
             del pending[r.index]
             r.emit([token], prefill=r.output_index == 0)
@@ -111,16 +120,16 @@ def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Ch
     out = run.backend.forward(plan, run.cache)
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
     steps = [step for row in rows for step in _depths(row)]
-    seen = _path_seen(requests, rows)
     drafted = None if run.rules is None else [path for row in rows for path in _row_paths(row)]
+    on_paths = Paths(_path_seen(requests, rows), drafted)
     if all(c.kind == "ar" for c in choices):
-        for r, token in zip(requests, _targets(run, out.base_logits, owners, steps, seen, drafted), strict=True):
+        for r, token in zip(requests, _targets(run, out.base_logits, owners, steps, on_paths), strict=True):
             r.stats.count("ar", 1)
             r.drafts, r.confidence, r.shape = [], [], None
             r.emit([token])
             r.committed += 1
         return
-    targets = _split(_targets(run, out.base_logits, owners, steps, seen, drafted), rows)
+    targets = _split(_targets(run, out.base_logits, owners, steps, on_paths), rows)
     paths = _paths(rows, targets)
     if plan.tree:
         _store(run, requests, rows, paths)
@@ -254,8 +263,7 @@ def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
         out.base_logits[last],
         owners,
         [len(row.tokens) - 1 for _, row in commits],
-        None if seen is None else seen[last],
-        [list(row.tokens[1:]) for _, row in commits],
+        Paths(None if seen is None else seen[last], [list(row.tokens[1:]) for _, row in commits]),
     )
     bonus = {r.index: target for r, target in zip(owners, targets, strict=True)}
     offset = 0
@@ -311,17 +319,15 @@ def _targets(
     logits_RV: Tensor,
     owners: Sequence[Request],
     steps: Sequence[int],
-    seen_RV: Tensor | None,
-    paths: Sequence[Sequence[int]] | None,
+    paths: Paths,
 ) -> list[int]:
     """y of each base row: row n belongs to owners[n] and stands steps[n] tokens after its seed.
 
-    seen_RV: tokens on each row's own path, where a repetition penalty needs them; paths: the drafts on it, where the
-    base has rules.
+    paths: what stands on the way to each row.
     """
     if not owners:
         return []
-    scores = process_logits(logits_RV, run.params, seen_RV, _constrain(owners, paths))
+    scores = process_logits(logits_RV, run.params, paths.seen, _constrain(owners, paths.drafts))
     device = logits_RV.device
     if run.params.temperature == 0:
         seed = index = torch.empty(0, dtype=torch.int64, device=device)  # a greedy choice draws no noise

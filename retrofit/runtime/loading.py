@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
@@ -17,7 +17,7 @@ from retrofit.artifact import Artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError
 from retrofit.hub import Base, check_device, locate, same_base
 from retrofit.runtime.backends.interface import BUCKET_ROWS, EXACT, eos_set
-from retrofit.runtime.settings import folder_settings
+from retrofit.runtime.settings import folder_settings, stored
 
 if TYPE_CHECKING:
     # Needs Triton, which exists on Linux only.
@@ -122,9 +122,8 @@ def fused_backend(
 def text_config(folder: Path) -> PretrainedConfig:
     """The configuration of a model folder, with the EOS that `generate` would use."""
     config = AutoConfig.from_pretrained(folder).get_text_config()
-    if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id
-        config.eos_token_id = config.eos_token_id if eos is None else eos
+    eos = stored(folder, config).eos_token_id
+    config.eos_token_id = config.eos_token_id if eos is None else eos
     return config
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.processors import Rules
 
 DEFAULT_NEW_TOKENS = 128
@@ -86,11 +87,21 @@ class Settings:
 
 def folder_settings(folder: Path, config: PretrainedConfig, eos: frozenset[int]) -> Settings:
     """Settings of a model folder.  config: its text configuration; eos: what ends a text."""
-    if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
-    else:
-        generation = GenerationConfig.from_model_config(config)
-    return read_settings(generation, eos, config.vocab_size)
+    return read_settings(stored(folder, config), eos, config.vocab_size)
+
+
+def stored(folder: Path, config: PretrainedConfig) -> GenerationConfig:
+    """The generation_config of a model folder, as transformers loads it: made of its configuration where it has none.
+
+    Raises UnsupportedModelError for values that transformers refuses.
+    """
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:  # not there, or no JSON
+        return GenerationConfig.from_model_config(config)
+    except (TypeError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedModelError(f"{folder / 'generation_config.json'}: {first}") from error
 
 
 def read_settings(config: Any, eos: frozenset[int], vocab: int) -> Settings:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.console import Totals, emit_json, result_json, say, show
+from retrofit.console import Totals, emit_json, not_text, result_json, say, show
 from retrofit.errors import RetrofitError, UsageError
 
 if TYPE_CHECKING:
-    from retrofit.runtime.engine import Engine, Prompt
+    from retrofit.runtime.engine import Engine
+    from retrofit.runtime.prompts import Prompt
 
 COMMANDS = """\
 /mode [MODE]   show or set the mode: ar, diffusion, self_spec
@@ -75,9 +76,10 @@ class Chat:
         if name == "/mode":
             self._mode(value)
         elif name == "/seed":
-            if not value.isdecimal():
-                raise UsageError(f"/seed {value}: a whole number from 0 is needed")
-            self.seed = int(value)
+            from retrofit.runtime.options import LARGEST_SEED, whole
+
+            seed = int(value) if value.isdecimal() and len(value) < 20 else value
+            self.seed = whole("/seed", seed, 0, LARGEST_SEED)
         elif name == "/reset":
             self.messages, self.text = [], ""
             say("conversation forgotten")
@@ -90,7 +92,7 @@ class Chat:
         return True
 
     def _mode(self, value: str) -> None:
-        from retrofit.runtime.engine import MODES
+        from retrofit.runtime.options import MODES
 
         if value and value not in MODES:
             raise UsageError(f"/mode {value}: no such mode", f"modes are {', '.join(MODES)}")
@@ -100,6 +102,8 @@ class Chat:
 
 def converse(chat: Chat) -> None:
     """Read lines until the end.  From a pipe the first error ends it; at a terminal it is printed."""
+    if sys.stdin is None:
+        raise UsageError("stdin is closed", "talk at a terminal, or pipe lines in")
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if not chat.has_template:
         say("note: this model has no chat template; your text is continued as it stands")
@@ -126,8 +130,11 @@ def converse(chat: Chat) -> None:
 def _lines(prompt: str | None) -> Iterator[str]:
     """Lines of stdin without their ends, asked for with `prompt` where there is one."""
     if prompt is None:
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
+        try:
+            for line in sys.stdin:
+                yield line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise not_text(error) from None
         return
     with suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401

@@ -24,6 +24,7 @@ from retrofit.console import (
     generation_options,
     is_quiet,
     loading_options,
+    not_text,
     output_options,
     quieten_libraries,
     result_json,
@@ -32,7 +33,7 @@ from retrofit.console import (
 )
 from retrofit.convert_command import convert
 from retrofit.data_commands import data
-from retrofit.errors import DataError, UsageError
+from retrofit.errors import UsageError
 
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Event, Result
@@ -135,12 +136,12 @@ def _finished(events: Iterator[Event], totals: Totals) -> Iterator[Result]:
 
 
 def _stdin() -> str:
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None: it is closed
         raise UsageError("no prompt", "give one as an argument, or pipe text in")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise DataError(f"stdin: not UTF-8 text ({error.reason})", "convert it to UTF-8") from None
+        raise not_text(error) from None
 
 
 @main.command(context_settings=CONTEXT)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.errors import RetrofitError, out_of_memory
+from retrofit.errors import DataError, RetrofitError, out_of_memory
 from retrofit.launch import speaks
 
 if TYPE_CHECKING:
@@ -130,6 +130,11 @@ def say(message: str) -> None:
         click.echo(message, err=True)
 
 
+def not_text(error: UnicodeDecodeError) -> DataError:
+    """What is wrong with stdin that cannot be read as text."""
+    return DataError(f"stdin: not UTF-8 text ({error.reason})", "convert it to UTF-8")
+
+
 def emit_json(content: Any, indent: int | None = None) -> None:
     """Data: one JSON document on stdout; without `indent` on one line."""
     click.echo(json.dumps(content, indent=indent))
@@ -178,7 +183,7 @@ class Loading:
         quieten_libraries()
         from retrofit import Engine
 
-        return Engine.load(
+        engine = Engine.load(
             artifact,
             device=self.device,
             dtype=self.dtype or "auto",
@@ -188,6 +193,9 @@ class Loading:
             offline=self.offline,
             trust_remote_code=self.trust_remote_code,
         )
+        for setting in engine.not_honoured:
+            say(f"note: of the base's generation_config {setting} is not followed")
+        return engine
 
 
 def loading_options(function: Any) -> Any:
@@ -231,8 +239,8 @@ def engine_options(function: Any) -> Any:
 
 
 GENERATION = (
-    *("mode", "strategy", "prepare", "tree", "threshold", "max_new_tokens", "stop"),
-    *("temperature", "top_k", "top_p", "repetition_penalty"),
+    *("mode", "strategy", "prepare", "tree", "threshold", "max_new_tokens", "stop", "stop_token_ids"),
+    *("temperature", "top_k", "top_p", "repetition_penalty", "original_settings"),
 )
 
 
@@ -250,15 +258,21 @@ def generation_options(function: Any) -> Any:
                      help="Of fused: for which accept lengths to draft ahead."),
         click.option("--tree", type=click.IntRange(min=0), metavar="N",
                      help="Of fused: draft tokens to verify as a tree; 0 is one chain.  [default: fills 96 rows]"),
-        click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True),
+        click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N",
+                     help="Most tokens to emit.  [default: the base's own, else 128]"),
         click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
-                     help="0 is greedy."),
+                     help="0 is greedy; never taken from the base's settings, nor are top-k and top-p."),
         click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K likeliest tokens only."),
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
                      help="Sample from the likeliest tokens that make up P only."),
         click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True),
-                     help="Above 1: makes tokens that were there less likely."),
-        click.option("--stop", multiple=True, help="Text to stop before; may be given several times."),
+                     help="Above 1: makes tokens that were there less likely; 1 is off.  [default: the base's own]"),
+        click.option("--stop", multiple=True,
+                     help="Text to stop before, special tokens included; may be given several times."),
+        click.option("--stop-token-id", "stop_token_ids", type=click.IntRange(min=0), multiple=True, metavar="ID",
+                     help="Token to stop before; may be given several times."),
+        click.option("--original-settings/--no-original-settings", default=True, show_default=True,
+                     help="Follow the base's generation_config in what it forbids, forces and penalises."),
         click.option("--threshold", type=click.FloatRange(0, 1), default=0.9, show_default=True,
                      help="Of diffusion: confidence from which a token is kept."),
     )  # fmt: skip
@@ -266,7 +280,7 @@ def generation_options(function: Any) -> Any:
     @wraps(function)
     def run(*arguments: Any, **given: Any) -> Any:
         options = {name: given.pop(name) for name in GENERATION}
-        if options["prepare"].isdecimal():
+        if options["prepare"].isdecimal() and len(options["prepare"]) < 10:
             options["prepare"] = int(options["prepare"])
         return function(*arguments, options=options, **given)
 

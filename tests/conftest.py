@@ -4,6 +4,7 @@ Where there is no GPU, Triton's kernels run in its interpreter; that is decided 
 """
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,21 @@ if interpreter.interpreted():
 @pytest.fixture(autouse=True)
 def fixed_random_state() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def restless_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` changes its plan at every step and measures nothing: any mixture of strategies must be lossless."""
+    from retrofit.runtime import policy
+    from retrofit.runtime.cost import CostModel, Template
+
+    rng = random.Random(0)
+
+    def best(model: CostModel, batch: int, rows: int | None = None) -> Template:
+        return rng.choice([Template("ar"), *model.templates(rows)])
+
+    monkeypatch.setattr(CostModel, "best", best)
+    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
 
 
 @pytest.fixture

@@ -107,6 +107,7 @@ class Oracle:
         params: SamplingParams,
         with_confidence: bool,
         shape: Any = None,
+        guards: Any = None,
     ) -> Drafted:
         B, D, _ = hidden_BDH.shape
         if shape is not None:

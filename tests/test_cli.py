@@ -26,6 +26,7 @@ from retrofit.errors import GateError, ResourceError
 from retrofit.eval import certify
 from retrofit.hub import file_fingerprint
 from retrofit.runtime import engine, exact, loading
+from retrofit.runtime import options as engine_options
 from retrofit.runtime.backends import interface
 from retrofit.runtime.levels import EXACT
 
@@ -172,8 +173,8 @@ def test_defaults_and_choices_are_the_engines(path):
     options = {name: value for name, value in given.items() if name in wanted and value != ()}
     assert options == {name: wanted[name] for name in options}
     assert {"mode", "strategy", "prepare", "max_new_tokens", "temperature", "threshold", "seed"} <= set(options)
-    assert tuple(console.MODES) == engine.MODES
-    assert tuple(console.STRATEGIES) == engine.STRATEGIES
+    assert tuple(console.MODES) == engine_options.MODES
+    assert tuple(console.STRATEGIES) == engine_options.STRATEGIES
     assert tuple(console.BACKENDS) == loading.BACKENDS
     assert tuple(console.EXACT) == ("auto", *EXACT)
 

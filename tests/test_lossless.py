@@ -1,6 +1,5 @@
 """`self_spec` is the original model, token for token: every architecture, strategy, block, batch and temperature."""
 
-import random
 from functools import cache, lru_cache
 from typing import Any
 
@@ -9,8 +8,7 @@ from helpers import Oracle, random_prompts, randomise, reference_greedy, tokens_
 from tiny_models import ARCHITECTURES, CONTEXT, ORIGINAL_CONTEXT, WINDOW, build
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime import modes, policy
-from retrofit.runtime.cost import CostModel, Template
+from retrofit.runtime import modes
 from retrofit.runtime.engine import Engine
 
 BLOCKS = (1, 4, 8, 16)
@@ -46,18 +44,6 @@ def sampled_reference(name: str) -> list[list[int]]:
     """`ar` one request at a time; test_sampling.py shows that its distribution is the model's."""
     engine = Engine.from_model(build(name))
     return tokens_of(engine, prompts(), "ar", max_new_tokens=NEW, seed=SEEDS, batch_size=1, ignore_eos=True, **SAMPLED)
-
-
-@pytest.fixture
-def restless_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` changes its plan at every step and measures nothing: any mixture of strategies must be lossless."""
-    rng = random.Random(0)
-
-    def best(model: CostModel, batch: int, rows: int | None = None) -> Template:
-        return rng.choice([Template("ar"), *model.templates(rows)])
-
-    monkeypatch.setattr(CostModel, "best", best)
-    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
 
 
 def decode(engine: Engine, which: slice = slice(None), **options: Any) -> list[list[int]]:

@@ -14,7 +14,7 @@ import retrofit
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime import modes
-from retrofit.runtime.engine import Engine, Result, stable_text
+from retrofit.runtime.engine import Engine, Result
 from retrofit.runtime.request import Request
 
 TINY = Path(retrofit.__file__).parent / "recipes" / "tiny"
@@ -306,7 +306,7 @@ def test_streamed_text_is_never_taken_back(stop: tuple[str, ...]) -> None:
     sent = ""
     for byte in text.encode():
         request.emit([byte])
-        stable = stable_text(request)
+        stable = request.stable_text()
         assert text.startswith(stable) and stable.startswith(sent)
         whole = request.text()
         open_ends = [n for s in stop for n in range(1, len(s)) if whole.endswith(s[:n])]

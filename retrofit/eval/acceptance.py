@@ -78,6 +78,7 @@ def measure(
         return engine.generate(
             some, mode, strategy=strategy, prepare=prepare, tree=tree, temperature=temperature,
             max_new_tokens=tokens, batch_size=batch_size, seed=seed, ignore_eos=ignore_eos,
+            original_settings=False,
         )  # fmt: skip
 
     if mode == "self_spec" and strategy == "auto":
@@ -198,7 +199,7 @@ def lossless(
     )
     results = engine.generate(
         prompts, "self_spec", strategy=strategy, prepare=prepare, tree=tree, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, ignore_eos=ignore_eos,
+        batch_size=batch_size, ignore_eos=ignore_eos, original_settings=False,
     )  # fmt: skip
     return compare([r.tokens for r in results], expected)
 
@@ -224,12 +225,12 @@ def same_as_ar(
     if expected is None:
         ar = engine.generate(
             prompts, "ar", max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-            batch_size=1, ignore_eos=ignore_eos,
+            batch_size=1, ignore_eos=ignore_eos, original_settings=False,
         )  # fmt: skip
         expected = [r.tokens for r in ar]
     results = engine.generate(
         prompts, "self_spec", strategy=strategy, prepare=prepare, tree=tree, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed, batch_size=batch_size, ignore_eos=ignore_eos,
+        temperature=temperature, seed=seed, batch_size=batch_size, ignore_eos=ignore_eos, original_settings=False,
     )  # fmt: skip
     return compare([r.tokens for r in results], expected)
 

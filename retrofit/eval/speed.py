@@ -85,7 +85,7 @@ def seconds_per_token(
         else:
             results = engine.generate(
                 some, **WAYS[way], max_new_tokens=max_new_tokens, temperature=temperature,
-                batch_size=batch_size, seed=seed, ignore_eos=True,
+                batch_size=batch_size, seed=seed, ignore_eos=True, original_settings=False,
             )  # fmt: skip
             outputs = [result.tokens for result in results]
         synchronize(engine)

@@ -19,6 +19,7 @@ from retrofit.hub import Base, live_fingerprint, load_base
 from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.schema import Recipe, load_recipe
 from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
+from retrofit.runtime.context import context_length
 
 
 def resolve(
@@ -80,7 +81,7 @@ def attached_to(base: Base, plan: Recipe) -> tuple[Attached, HFBackend]:
     """
     layout = DraftLayout(**plan.draft.model_dump())
     refuse_unsupported(base.model)
-    context = int(base.model.config.get_text_config().max_position_embeddings)
+    context = context_length(base.model.config.get_text_config())
     if layout.block >= context:
         raise UsageError(f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block")
     if plan.data.max_length > context:

@@ -55,7 +55,7 @@ class Probe:
             strategy = {"strategy": "fused", "prepare": "all", "tree": 0}
         results = engine.generate(
             self.prompts, "self_spec", max_new_tokens=self.tokens, temperature=self.temperature,
-            seed=self.seeds, batch_size=TOGETHER, **strategy,
+            seed=self.seeds, batch_size=TOGETHER, original_settings=False, **strategy,
         )  # fmt: skip
         stats = [result.stats for result in results]
         tokens, forwards = sum(s.tokens for s in stats), sum(s.decode_forwards for s in stats)

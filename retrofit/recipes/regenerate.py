@@ -182,6 +182,7 @@ def _generated(
         max_new_tokens=[jobs[n].limit for n in numbers],
         seed=[jobs[n].seed for n in numbers],
         batch_size=BATCH,
+        original_settings=False,  # the drafter learns the model's own distribution
         with_text=False,
     )
     with tqdm(

@@ -28,28 +28,34 @@ from retrofit.runtime.host_steps import HostSteps
 from retrofit.runtime.loading import check_options as check_loading
 from retrofit.runtime.loading import check_same_base, fits_fused, fused_backend
 from retrofit.runtime.modes import Run, prefill_step
+from retrofit.runtime.options import (
+    check_options,
+    each,
+    flag,
+    sampling,
+    seeds_of,
+    stop_tokens_of,
+    stops_of,
+    whole,
+)
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.policy import ROWS, AutoPolicy, tree_shape
+from retrofit.runtime.prompts import Prompts, encode, listed
 from retrofit.runtime.request import Request, Stats
-from retrofit.runtime.sampling import SamplingParams
 from retrofit.runtime.scheduler import Scheduler
+from retrofit.runtime.settings import Settings
 
 if TYPE_CHECKING:
     # These need Triton, which exists on Linux only.
     from retrofit.runtime.device_loop import DeviceSteps
 
-MODES = ("ar", "diffusion", "self_spec")
-STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
-
 ENCODING = threading.Lock()
 """Tokenizers keep truncation and padding in themselves, and refuse to be set while another thread encodes."""
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished request.  tokens include EOS; text has no special tokens and ends before the stop string."""
+    """One finished request.  tokens include EOS; text has no special tokens and ends before what stopped it."""
 
     index: int
     prompt: list[int]
@@ -244,6 +250,11 @@ class Engine:
         self.close()
 
     @property
+    def not_honoured(self) -> tuple[str, ...]:
+        """Settings of the base's generation_config that would change what `generate` emits and do not change this."""
+        return self.backend.settings.not_honoured
+
+    @property
     def attached(self) -> Attached:
         """The transformers model with its adapter.  Raises UsageError: closed, or the fused backend, which has none."""
         self.backend.turns.check_open()
@@ -253,71 +264,90 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         mode: str = "self_spec",
         *,
         strategy: str = "auto",
         prepare: str | int = "all",
         tree: int | None = None,
-        max_new_tokens: int | Sequence[int] = 128,
+        max_new_tokens: int | Sequence[int] | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 8,
         ignore_eos: bool = False,
+        original_settings: bool = True,
         threshold: float = 0.9,
     ) -> list[Result]:
         """Generate for every prompt; results in the order of the prompts.
 
-        prompts: text (raw), token ids, or messages (chat template).  seed: one int (prompt i uses seed + i) or one
-        per prompt, as max_new_tokens.  batch_size: how many requests run together.  threshold: diffusion's confidence.
+        prompts: a list of text (raw), token ids, or messages (chat template; a last message of the assistant's is
+        continued); or a tokenizer's output, a tensor [prompts, tokens], or one list of token ids: see `prompts.py`.
+        seed: one int (prompt i uses seed + i) or one per prompt, as max_new_tokens.  batch_size: how many requests run
+        together.  threshold: diffusion's confidence.
+        original_settings: follow the base's generation_config as `generate` does in what forbids, forces or penalises
+        tokens and limits the length; what of it is not followed is in `not_honoured`.  Temperature, top_k and top_p are
+        never taken from it.  repetition_penalty: None is the base's own, 1 is off.  max_new_tokens: None is the base's
+        own, else 128.  stop, stop_token_ids: end a text before themselves; stop strings may hold special tokens.
         tree: with `fused`, how many draft nodes to verify; None: as many as keep a request within ROWS rows a forward,
         where the artifact knows the chances of its candidates; 0: one chain.
-        Raises UsageError for wrong options and for prompts that are empty or longer than the context.
+        Raises UsageError for wrong options, and for prompts that are none or are longer than the context.
         """
         events = self.stream(
             prompts, mode, strategy=strategy, prepare=prepare, tree=tree, max_new_tokens=max_new_tokens,
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, stop=stop,
-            seed=seed, batch_size=batch_size, ignore_eos=ignore_eos, threshold=threshold, with_text=False,
+            stop_token_ids=stop_token_ids, seed=seed, batch_size=batch_size, ignore_eos=ignore_eos,
+            original_settings=original_settings, threshold=threshold, with_text=False,
         )  # fmt: skip
         results = [event.result for event in events if event.result is not None]
         return sorted(results, key=lambda r: r.index)
 
     def stream(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         mode: str = "self_spec",
         *,
         strategy: str = "auto",
         prepare: str | int = "all",
         tree: int | None = None,
-        max_new_tokens: int | Sequence[int] = 128,
+        max_new_tokens: int | Sequence[int] | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 8,
         ignore_eos: bool = False,
+        original_settings: bool = True,
         threshold: float = 0.9,
         with_text: bool = True,
     ) -> Iterator[Event]:
         """As `generate`, yielding an event whenever a request has new output; its last event holds the result."""
         self.backend.check_usable()
-        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        check_options(mode, strategy, prepare, tree, self.layout, min(limits, default=1), batch_size, threshold)
-        params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        requests = self._requests(prompts, seed, limits, stops, ignore_eos)
+        prepare, tree, batch_size, threshold = check_options(
+            mode, strategy, prepare, tree, self.layout, batch_size, threshold
+        )
+        settings = self.backend.settings if flag("original_settings", original_settings) else Settings()
+        params = sampling(temperature, top_k, top_p, settings.penalty(repetition_penalty))
+        rules = settings.rules_without_eos() if flag("ignore_eos", ignore_eos) else settings.rules
+        asked = listed(prompts)
+        requests = self._requests(
+            asked, seeds_of(seed, len(asked)), max_new_tokens, stops_of(stop),
+            stop_tokens_of(stop_token_ids, self.backend.head.vocab), settings, ignore_eos,
+        )  # fmt: skip
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
         slots = min(batch_size, max(1, len(requests)), self.backend.most_rows or batch_size)
         shape = None
         if (mode, strategy) == ("self_spec", "fused"):
-            shape = tree_shape(self.layout, self._acceptance, prepare, tree, temperature > 0, self._rows_each(slots))
+            shape = tree_shape(
+                self.layout, self._acceptance, prepare, tree, params.temperature > 0, self._rows_each(slots)
+            )
 
         nodes = 0 if shape is None else shape.nodes
         if self.backend.most_nodes is not None and nodes > self.backend.most_nodes:
@@ -338,6 +368,7 @@ class Engine:
                 threshold,
                 with_confidence=mode == "self_spec" and (strategy == "auto" or isinstance(prepare, int)),
                 shape=shape,
+                rules=rules if rules.active else None,
             )
             try:
                 with turn():
@@ -396,12 +427,13 @@ class Engine:
         self, run: Run, slots: int, requests: list[Request], mode: str, strategy: str, prepare: str | int
     ) -> HostSteps | DeviceSteps:
         """Steps planned on the device where that is built: the fused backend, but for diffusion, n-gram drafts, a
-        repetition penalty, and blocks without an anchor."""
+        repetition penalty, rules of the base's own, and blocks without an anchor."""
         name = strategy if mode == "self_spec" else mode
         if (
             self.backend.name == "fused"
             and name not in ("diffusion", "prompt_lookup")
             and run.params.repetition_penalty in (None, 1.0)
+            and run.rules is None
             and (name == "ar" or (self.layout.anchored and self.backend.heads is not None))
         ):
             from retrofit.runtime.device_loop import DeviceSteps, loop_over
@@ -434,7 +466,7 @@ class Engine:
         result = self._result(request) if request.done else None
         text = ""
         if self.tokenizer is not None and with_text:
-            stable = result.text if result is not None and result.text is not None else stable_text(request)
+            stable = result.text if result is not None and result.text is not None else request.stable_text()
             text = stable[text_sent:]
         sent[request.index] = (len(emitted), text_sent + len(text))
         return Event(request.index, emitted[tokens_sent:], text, result)
@@ -448,27 +480,29 @@ class Engine:
         assert self.tokenizer is not None
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def _spell(self, tokens: Sequence[int]) -> str:
+        """Text with special tokens."""
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def _requests(
         self,
-        prompts: Sequence[Prompt],
-        seed: int | Sequence[int],
-        limits: Sequence[int],
+        prompts: Sequence[Any],
+        seeds: Sequence[int],
+        max_new_tokens: int | Sequence[int] | None,
         stop: tuple[str, ...],
+        stop_tokens: frozenset[int],
+        settings: Settings,
         ignore_eos: bool,
     ) -> list[Request]:
-        if isinstance(prompts, str):
-            raise UsageError("prompts is a string; give a list of prompts")
-        if stop and (self.tokenizer is None or not all(stop)):
-            raise UsageError("stop strings need a tokenizer" if self.tokenizer is None else "a stop string is empty")
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one int or one seed per prompt")
-        if len(limits) != len(prompts):
-            raise UsageError(f"{len(limits)} max_new_tokens for {len(prompts)} prompts; give one for all or one each")
+        """One request per prompt.  Raises UsageError for a prompt or an option that cannot be."""
+        if stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer; this engine has none", "give stop_token_ids")
+        limits = each("max_new_tokens", max_new_tokens, len(prompts))
         requests = []
         for i, prompt in enumerate(prompts):
             with ENCODING:
-                tokens = self._encode(prompt, i)
+                tokens = encode(prompt, f"prompt {i}", self.tokenizer, self.backend.input_vocab)
             room = self.limits.context - len(tokens)
             if room < 1:
                 raise UsageError(
@@ -476,76 +510,17 @@ class Engine:
                     "at least one more",
                     "shorten the prompt",
                 )
+            limit = settings.new_tokens(len(tokens)) if limits[i] is None else whole("max_new_tokens", limits[i], 1)
+            if limit < 1:
+                raise UsageError(
+                    f"prompt {i} has {len(tokens)} tokens; the model's own generation settings allow {settings.limit}",
+                    "give max_new_tokens",
+                )
             request = Request(
-                i, tokens, seeds[i], min(limits[i], room), frozenset() if ignore_eos else self.backend.eos, stop
-            )
-            request.decode = self._decode if self.tokenizer is not None else None
+                i, tokens, seeds[i], min(limit, room), frozenset() if ignore_eos else self.backend.eos, stop,
+                stop_tokens=stop_tokens, asked=limit,
+            )  # fmt: skip
+            if self.tokenizer is not None:
+                request.decode, request.spell = self._decode, self._spell
             requests.append(request)
         return requests
-
-    def _encode(self, prompt: Prompt, number: int) -> list[int]:
-        if len(prompt) == 0:
-            raise UsageError(f"prompt {number} is empty", "a model needs at least one token to continue from")
-        if not isinstance(prompt, str) and isinstance(prompt[0], int):
-            tokens = [int(t) for t in prompt]  # type: ignore[arg-type]
-            wrong = [t for t in tokens if not 0 <= t < self.backend.head.vocab]
-            if wrong:
-                raise UsageError(
-                    f"prompt {number} holds token id {wrong[0]}; the vocabulary has {self.backend.head.vocab}"
-                )
-            return tokens
-        if self.tokenizer is None:
-            raise UsageError(
-                "text prompts need a tokenizer; this engine has none", "give token ids, or pass tokenizer="
-            )
-        if isinstance(prompt, str):
-            tokens = list(self.tokenizer(prompt)["input_ids"])
-            if not tokens:
-                raise UsageError(f"prompt {number} holds no token: {prompt!r}")
-            return tokens
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise UsageError("messages need a chat template; this model's tokenizer has none", "give plain text")
-        encoded = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
-
-
-def stable_text(request: Request) -> str:
-    """Output text that later tokens cannot change: no half character at the end, no possible start of a stop string."""
-    text = request.text()
-    while text.endswith("\ufffd"):
-        text = text[:-1]
-    for stop in request.stop:
-        for size in range(min(len(stop), len(text)), 0, -1):
-            if text.endswith(stop[:size]):
-                text = text[:-size]
-                break
-    return text
-
-
-def check_options(
-    mode: str,
-    strategy: str,
-    prepare: str | int,
-    tree: int | None,
-    layout: DraftLayout,
-    max_new_tokens: int,
-    batch_size: int,
-    threshold: float,
-) -> None:
-    """Raises UsageError naming the option and what it may be."""
-    if mode not in MODES:
-        raise UsageError(f"mode {mode!r} does not exist", f"modes are {', '.join(MODES)}")
-    if strategy not in STRATEGIES:
-        raise UsageError(f"strategy {strategy!r} does not exist", f"strategies are {', '.join(STRATEGIES)}")
-    if prepare not in ("all", "last") and not (isinstance(prepare, int) and prepare >= 1):
-        raise UsageError(f"prepare is {prepare!r}; it may be all, last, or a number of accept lengths >= 1")
-    if strategy == "fused" and not layout.anchored:
-        raise UsageError("strategy fused needs an artifact with draft.seed_row base", "use two_forward or auto")
-    if tree is not None and not 0 <= tree <= 1024:
-        raise UsageError(f"tree is {tree}; it is a number of draft nodes, 0 to 1024")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
-    if not 0 <= threshold <= 1:
-        raise UsageError(f"threshold is {threshold}; it is a probability, 0 to 1")

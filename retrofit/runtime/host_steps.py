@@ -53,7 +53,7 @@ class HostSteps:
 
     def _step(self, running: list[Request]) -> None:
         run, boundary = self.run, self.run.limits.boundary
-        if boundary is not None and running[0].position >= boundary:
+        if boundary is not None and run.backend.rope_restarts and running[0].position >= boundary:
             crossing = [r for r in running if not r.long_rope]
             if crossing:
                 for request in crossing:

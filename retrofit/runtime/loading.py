@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.artifact import Artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError, out_of_memory
-from retrofit.hub import Base, locate, refuse_unloaded
-from retrofit.runtime.backends.interface import BUCKET_ROWS
+from retrofit.hub import Base, check_device, locate, refuse_unloaded
+from retrofit.runtime.backends.interface import BUCKET_ROWS, eos_set
 from retrofit.runtime.levels import EXACT
+from retrofit.runtime.settings import folder_settings, stored
 from retrofit.weight_files import COMPUTED, file_fingerprint, same_base, shapes
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def check_same_base(base: Base, artifact: Artifact) -> None:
 
 def fits_fused(name: str, revision: str | None, device: str, dtype: str, offline: bool) -> bool:
     """Whether the fused backend can run this base on this device, and fast.  Raises what `locate` raises."""
+    check_device(device)
     index = torch.device(device).index
     if not device.startswith("cuda") or (index is not None and index != torch.cuda.current_device()):
         return False
@@ -113,6 +115,7 @@ def fused_backend(
             dtype=getattr(torch, held),
             exact=exact,
             rows=rows,
+            settings=folder_settings(base.folder, config, eos_set(config.eos_token_id)),
         )
     except Exception as error:
         memory = out_of_memory(error, f"{base.name} does not fit into the memory of {device}")
@@ -137,9 +140,8 @@ def _check_tensors(name: str, folder: Path, config: PretrainedConfig) -> None:
 def text_config(folder: Path) -> PretrainedConfig:
     """The configuration of a model folder, with the EOS that `generate` would use."""
     config = AutoConfig.from_pretrained(folder).get_text_config()
-    if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id
-        config.eos_token_id = config.eos_token_id if eos is None else eos
+    eos = stored(folder, config).eos_token_id
+    config.eos_token_id = config.eos_token_id if eos is None else eos
     return config
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from retrofit.runtime.accept import accepted_length
 from retrofit.runtime.backends.interface import Backend, Cache
 from retrofit.runtime.drafting import draft_tokens
 from retrofit.runtime.plan import Choice, Limits, diffusion_rows, max_verify, new_block, speculative_rows
+from retrofit.runtime.processors import Constrain, Guard, Rules, constrained
 from retrofit.runtime.request import Request
 from retrofit.runtime.sampling import SamplingParams, choose, path_seen, process_logits
 from retrofit.runtime.tree import Shape, accepted_path, depths
@@ -44,6 +46,8 @@ class Run:
     with_confidence: bool = False
     shape: Shape | None = None
     """Shape of the draft trees of this step; None: chains."""
+    rules: Rules | None = None
+    """What the base's own settings forbid and force; None: nothing."""
 
     @property
     def vocab(self) -> int:
@@ -54,10 +58,23 @@ class Run:
         return None if self.backend.most_rows is None else self.backend.most_rows // requests
 
     def watch(self, requests: Sequence[Request]) -> None:
-        """Keep the tokens each request has seen, where a repetition penalty needs them."""
+        """Keep what a repetition penalty and the base's rules need to know of each text."""
+        for request in requests:
+            if self.rules is not None:
+                request.guarded(self.rules)
         if self.params.repetition_penalty not in (None, 1.0):
             for request in requests:
                 request.watch(self.vocab, self.backend.device)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What stands on the way to each of R base rows, as far as the settings need to know."""
+
+    seen: Tensor | None
+    """[R, V] tokens of the text and of the row's own drafts, under a repetition penalty."""
+    drafts: Sequence[Sequence[int]] | None
+    """The row's own drafts, under rules of the base's own."""
 
 
 def prefill_step(run: Run, requests: Sequence[Request]) -> None:
@@ -89,7 +106,8 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
         if not complete:
             continue
         ready = [finished[i][0] for i in complete]
-        chosen = _targets(run, out.base_logits[complete], ready, [0] * len(ready), _stack_seen(ready))
+        paths = Paths(_stack_seen(ready), [[] for _ in ready])
+        chosen = _targets(run, out.base_logits[complete], ready, [0] * len(ready), paths)
         for r, token in zip(ready, chosen, strict=True):
             del pending[r.index]
             r.emit([token], prefill=r.output_index == 0)
@@ -102,15 +120,16 @@ def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Ch
     out = run.backend.forward(plan, run.cache)
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
     steps = [step for row in rows for step in _depths(row)]
-    seen = _path_seen(requests, rows)
+    drafted = None if run.rules is None else [path for row in rows for path in _row_paths(row)]
+    on_paths = Paths(_path_seen(requests, rows), drafted)
     if all(c.kind == "ar" for c in choices):
-        for r, token in zip(requests, _targets(run, out.base_logits, owners, steps, seen), strict=True):
+        for r, token in zip(requests, _targets(run, out.base_logits, owners, steps, on_paths), strict=True):
             r.stats.count("ar", 1)
             r.drafts, r.confidence, r.shape = [], [], None
             r.emit([token])
             r.committed += 1
         return
-    targets = _split(_targets(run, out.base_logits, owners, steps, seen), rows)
+    targets = _split(_targets(run, out.base_logits, owners, steps, on_paths), rows)
     paths = _paths(rows, targets)
     if plan.tree:
         _store(run, requests, rows, paths)
@@ -138,6 +157,15 @@ def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Ch
 def _depths(row: SequenceRows) -> list[int]:
     """How many tokens after the seed each base row stands."""
     return list(range(len(row.tokens))) if row.parents is None else depths(row.parents)
+
+
+def _row_paths(row: SequenceRows) -> list[list[int]]:
+    """Drafts on the way from the seed to each base row, its own included."""
+    paths: list[list[int]] = []
+    for j, token in enumerate(row.tokens):
+        parent = j - 1 if row.parents is None else row.parents[j]
+        paths.append([] if j == 0 else [*paths[parent], token])
+    return paths
 
 
 def _path_seen(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
@@ -207,6 +235,7 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
         run.params,
         run.with_confidence,
         None if run.shape is None else run.shape.cut(width),
+        _guards(requests),
     )
     tokens = drafted.tokens.tolist()
     confidence = drafted.confidence.tolist() if drafted.confidence is not None else [[]] * len(requests)
@@ -234,7 +263,7 @@ def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
         out.base_logits[last],
         owners,
         [len(row.tokens) - 1 for _, row in commits],
-        None if seen is None else seen[last],
+        Paths(None if seen is None else seen[last], [list(row.tokens[1:]) for _, row in commits]),
     )
     bonus = {r.index: target for r, target in zip(owners, targets, strict=True)}
     offset = 0
@@ -266,7 +295,8 @@ def _fill(run: Run, r: Request, hidden_KH: Tensor) -> None:
         seen = r.seen.index_fill(0, known, True).expand(len(rows), -1)
     seed = torch.full((len(rows),), r.seed, dtype=torch.int64, device=device)
     index = torch.tensor([r.output_index + i - 1 for i in open_slots], dtype=torch.int64, device=device)
-    tokens = choose(process_logits(logits, run.params, seen), run.params, seed, index)
+    constrain = _constrain([r] * len(rows), [r.block[1:i] for i in open_slots])
+    tokens = choose(process_logits(logits, run.params, seen, constrain), run.params, seed, index)
     sure = torch.softmax(logits, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
     best = int(sure.argmax())
     for n, (slot, token, confidence) in enumerate(zip(open_slots, tokens.tolist(), sure.tolist(), strict=True)):
@@ -285,15 +315,19 @@ def _end_early(r: Request) -> None:
 
 
 def _targets(
-    run: Run, logits_RV: Tensor, owners: Sequence[Request], steps: Sequence[int], seen_RV: Tensor | None
+    run: Run,
+    logits_RV: Tensor,
+    owners: Sequence[Request],
+    steps: Sequence[int],
+    paths: Paths,
 ) -> list[int]:
     """y of each base row: row n belongs to owners[n] and stands steps[n] tokens after its seed.
 
-    seen_RV: tokens on each row's own path, where a repetition penalty needs them.
+    paths: what stands on the way to each row.
     """
     if not owners:
         return []
-    scores = process_logits(logits_RV, run.params, seen_RV)
+    scores = process_logits(logits_RV, run.params, paths.seen, _constrain(owners, paths.drafts))
     device = logits_RV.device
     if run.params.temperature == 0:
         seed = index = torch.empty(0, dtype=torch.int64, device=device)  # a greedy choice draws no noise
@@ -302,6 +336,17 @@ def _targets(
         index = torch.tensor([r.output_index + j for r, j in zip(owners, steps, strict=True)], device=device)
     chosen: list[int] = run.backend.choose(scores, run.params, seed, index).tolist()
     return chosen
+
+
+def _guards(requests: Sequence[Request]) -> list[Guard] | None:
+    """The rules over each text; None: there are none."""
+    return [r.guard for r in requests if r.guard is not None] or None
+
+
+def _constrain(owners: Sequence[Request], paths: Sequence[Sequence[int]] | None) -> Constrain | None:
+    """The base's rules for rows of these requests, after these drafts; None: there are none."""
+    guards = _guards(owners)
+    return None if guards is None or paths is None else partial(constrained, guards=guards, paths=paths)
 
 
 def _accepted(drafts: list[list[int]], targets: list[list[int]]) -> list[int]:

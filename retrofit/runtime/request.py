@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from retrofit.runtime.processors import Guard, Rules
 from retrofit.runtime.tree import Shape
 
 CYCLES = ("ar", "verify", "fused")
@@ -95,6 +96,12 @@ class Request:
     stop: tuple[str, ...] = ()
     decode: Callable[[Sequence[int]], str] | None = None
     """Text of token ids without special tokens; needed for stop strings."""
+    spell: Callable[[Sequence[int]], str] | None = None
+    """Text of token ids with special tokens, of which stop strings may be made; None: there are none."""
+    stop_tokens: frozenset[int] = frozenset()
+    """End the text before themselves, as stop strings do."""
+    asked: int | None = None
+    """`max_new_tokens` before it was clipped; None: it was not."""
 
     slot: int = -1
     tokens: list[int] = field(default_factory=list)
@@ -113,6 +120,8 @@ class Request:
     stats: Stats = field(default_factory=Stats)
     seen: Tensor | None = None
     """[V] tokens of prompt and output, kept only under a repetition penalty."""
+    guard: Guard | None = None
+    """The base's rules over this text, where it has any."""
     started: float = 0.0
 
     def __post_init__(self) -> None:
@@ -140,6 +149,10 @@ class Request:
     def done(self) -> bool:
         return self.finish_reason is not None
 
+    def guarded(self, rules: Rules) -> None:
+        """Put the text under a base's rules."""
+        self.guard = Guard(rules, self.tokens, len(self.prompt) + (self.asked or self.max_new_tokens))
+
     def watch(self, vocab: int, device: torch.device) -> None:
         """Start keeping `seen`."""
         self.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
@@ -148,7 +161,8 @@ class Request:
     def emit(self, tokens: Sequence[int], *, prefill: bool = False) -> int:
         """Append tokens up to the first that ends the request; returns how many were taken.
 
-        Ends at EOS (kept), at the token completing a stop string (kept in `tokens`, cut from the text), at the limit.
+        Ends at EOS (kept), at a stop token or the token completing a stop string (kept in `tokens`, cut from the text),
+        at the limit.
         """
         taken = 0
         for token in tokens:
@@ -158,7 +172,7 @@ class Request:
                 self.seen[token] = True
             if token in self.eos:
                 self.finish_reason = "eos"
-            elif self.stop and self._stopped():
+            elif token in self.stop_tokens or (self.stop and self._stopped()):
                 self.finish_reason = "stop"
             elif self.remaining <= 0:
                 self.finish_reason = "length"
@@ -171,13 +185,53 @@ class Request:
         return taken
 
     def _stopped(self) -> bool:
+        return any(s in text for text in self._texts() for s in self.stop)
+
+    def _texts(self) -> list[str]:
+        """The output without special tokens, and with them where it can differ."""
         assert self.decode is not None
-        text = self.decode(self.emitted)
-        return any(s in text for s in self.stop)
+        texts = [self.decode(self.emitted)]
+        if self.stop and self.spell is not None:
+            texts.append(self.spell(self.emitted))
+        return texts
 
     def text(self) -> str:
-        """Output without special tokens, cut before the stop string."""
+        """Output without special tokens, cut before the stop string or token."""
         assert self.decode is not None
-        text = self.decode(self.emitted)
-        cuts = [text.find(s) for s in self.stop if s in text] if self.finish_reason == "stop" else []
-        return text[: min(cuts)] if cuts else text
+        plain, *spelled = self._texts()
+        if self.finish_reason != "stop":
+            return plain
+        cuts = [plain[: plain.find(s)] for s in self.stop if s in plain]
+        cuts += [self._before(text.find(s)) for text in spelled for s in self.stop if s in text]
+        if self.tokens[-1] in self.stop_tokens:
+            cuts.append(self.decode(self.emitted[:-1]))
+        return min(cuts, key=len)
+
+    def stable_text(self) -> str:
+        """Output that later tokens cannot change: no half character at the end, no possible start of a stop string."""
+        plain, *spelled = (text.rstrip("\ufffd") for text in self._texts())
+        kept = [plain]
+        for stop in self.stop:
+            if size := _overlap(plain, stop):
+                kept.append(plain[:-size])
+            for text in spelled:
+                if size := _overlap(text, stop):
+                    kept.append(self._before(len(text) - size))
+        return min(kept, key=len)
+
+    def _before(self, end: int) -> str:
+        """The output without special tokens, up to character `end` of that with them."""
+        assert self.decode is not None and self.spell is not None
+        emitted = self.emitted
+        whole = next(n for n in range(len(emitted), -1, -1) if len(self.spell(emitted[:n])) <= end)
+        text = self.decode(emitted[:whole])
+        if whole == len(emitted):
+            return text
+        more = self.decode(emitted[: whole + 1])
+        # A special token adds nothing to the text; of another the characters before `end` belong to it.
+        return more[: len(text) + end - len(self.spell(emitted[:whole]))] if len(more) > len(text) else text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of the text that are the beginning of the stop string."""
+    return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -8,10 +8,12 @@ the same token at any strategy, batch or load, and a draft that uses the same no
 The noise is defined on integers: `hash_bits` is 32-bit arithmetic only, so a uint32 kernel gives the same
 bits; `hash_bits_plain` is its specification in plain Python.
 
-Not here: the model, acceptance, EOS and stop strings, and which tokens a request has seen so far.
+Not here: the model, acceptance, EOS and stop strings, which tokens a request has seen so far, and the tokens that a
+base's own settings forbid (`processors.py`).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -140,15 +142,21 @@ def gumbel_noise(seed: Tensor, index: Tensor, vocab: int) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def process_logits(logits: Tensor, params: SamplingParams, seen: Tensor | None) -> Tensor:
+def process_logits(
+    logits: Tensor,
+    params: SamplingParams,
+    seen: Tensor | None,
+    constrain: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Scores after all processors, in transformers' order and arithmetic; the distribution is their softmax.
 
     logits: [R, V], any float type.  seen: bool [R, V], tokens of each row's own path (`path_seen`), needed
-    only with a repetition penalty.  Returns fp32 [R, V], removed tokens at -inf; it may be `logits` itself,
+    only with a repetition penalty.  constrain: the base's rules for these rows (`processors.constrained`), where it
+    has any.  Returns fp32 [R, V], removed tokens at -inf; it may be `logits` itself,
     which is never written.
 
-    Repetition penalty (Keskar et al. 2019, "CTRL", arXiv 1909.05858), then, unless greedy, temperature, top-k
-    and top-p (Holtzman et al. 2020, arXiv 1904.09751).  On the CPU the result is bitwise that of
+    Repetition penalty (Keskar et al. 2019, "CTRL", arXiv 1909.05858), the rules, then, unless greedy,
+    temperature, top-k and top-p (Holtzman et al. 2020, arXiv 1904.09751).  On the CPU the result is bitwise that of
     transformers' processors, but for tokens exactly tied at the border of top-p: transformers leaves their
     order to an unstable sort, here the lowest ids are removed first.  A row's result does not depend on the
     rows beside it.
@@ -159,6 +167,8 @@ def process_logits(logits: Tensor, params: SamplingParams, seen: Tensor | None) 
         if seen is None:
             raise ValueError("a repetition penalty needs `seen`")
         scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    if constrain is not None:
+        scores = constrain(scores)
     if params.temperature == 0:
         return scores
     if params.temperature != 1:

@@ -30,6 +30,7 @@ from retrofit.adapters.rows import SequenceRows, base_positions
 from retrofit.errors import ResourceError, UsageError
 from retrofit.runtime.backends.interface import BUCKET_ROWS, Output, eos_set
 from retrofit.runtime.backends.weights import Checkpoint, Linear, Weights, head_width, load
+from retrofit.runtime.context import context_length
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
 from retrofit.runtime.kernels.interpreter import interpreted, patch
 from retrofit.runtime.kernels.norm import add_rms_norm, embed_rms_norm
@@ -40,6 +41,7 @@ from retrofit.runtime.kernels.swiglu import swiglu
 from retrofit.runtime.levels import EXACT
 from retrofit.runtime.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.settings import Settings, read_settings
 from retrofit.runtime.turns import Line, Turns
 
 ONE_AT_A_TIME = Line()
@@ -67,8 +69,11 @@ class FusedGQA:
         dtype: torch.dtype = torch.float32,
         exact: str = "bucket",
         rows: int = BUCKET_ROWS,
+        settings: Settings | None = None,
     ):
         """config: the model's text configuration.  rows: row count of the level `bucket`.
+
+        settings: the base's own generation settings; None: neutral.
 
         Raises UnsupportedModelError, UsageError, or ResourceError where kernels cannot run.
         """
@@ -87,9 +92,12 @@ class FusedGQA:
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.width = head_width(config)
         self.eps = float(config.rms_norm_eps)
-        self.context_length = int(config.max_position_embeddings)
+        self.context_length = context_length(config)
         self.rope_boundary: int | None = None
+        self.rope_restarts = False
         self.eos = eos_set(config.eos_token_id)
+        self.settings = settings or read_settings(None, self.eos, config.vocab_size)
+        self.input_vocab = int(config.vocab_size)
         self.most_rows = rows if exact == "bucket" else None
         self.most_nodes: int | None = HEADROOM - 1
         self.prefill_alone = exact != "off"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -33,7 +34,9 @@ from retrofit.runtime.backends.attention import ATTENTION, ForwardContext
 from retrofit.runtime.backends.exact_attention import Form
 from retrofit.runtime.backends.interface import Output, eos_set
 from retrofit.runtime.cache import KVCache
+from retrofit.runtime.context import context_length, restarts_at_boundary, rope_boundary
 from retrofit.runtime.sampling import SamplingParams, choose
+from retrofit.runtime.settings import read_settings
 from retrofit.runtime.turns import Turns
 
 FEW_ROWS = 128
@@ -118,11 +121,17 @@ class HFBackend:
         eos = getattr(model.generation_config, "eos_token_id", None)
         eos = self.config.eos_token_id if eos is None else eos
         self.eos = eos_set(eos)
-        self.context_length = int(self.config.max_position_embeddings)
+        self.settings = read_settings(model.generation_config, self.eos, self.head.vocab)
+        self.input_vocab = min(self.head.vocab, int(self.embedding.weight.shape[0]))
+        self.context_length = context_length(self.config)
         self.slides = has_sliding_window(self.config)
         self.rope_boundary = rope_boundary(self.config)
-        if self.rope_boundary is not None and self.config.model_type != "phi3":
-            # Only Phi-3's own code recomputes its cache at the crossing, so only there is there something to equal.
+        restarts = restarts_at_boundary(model)
+        self.rope_restarts = bool(restarts)
+        if self.rope_boundary is not None and restarts is None:
+            # What the model's own code does at the crossing is not known, so there is nothing to equal.
+            cut = f"max_position_embeddings={self.context_length} (longrope: texts end at {self.rope_boundary})"
+            self.settings = replace(self.settings, not_honoured=(*self.settings.not_honoured, cut))
             self.context_length, self.rope_boundary = self.rope_boundary, None
         self.experts: str | None = self.config._experts_implementation
         """Which experts run: as it was, whatever a `generate` of the user's sets meanwhile."""
@@ -270,14 +279,6 @@ class HFBackend:
                 f"{type(self.model).__name__}: logits through row plans differ from the model's own by {error:.2g} "
                 "(relative); it does something after its last norm or in its attention that retrofit does not know"
             )
-
-
-def rope_boundary(config: Any) -> int | None:
-    """Position at which longrope switches its frequencies for a whole forward; None for every other RoPE."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if parameters.get("rope_type") != "longrope":
-        return None
-    return int(parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings)
 
 
 def has_sliding_window(config: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.settings import Settings
 from retrofit.runtime.turns import Turns
 
 BUCKET_ROWS = 128
@@ -73,9 +74,15 @@ class Backend(Protocol):
     heads: Heads | None
     context_length: int
     rope_boundary: int | None
+    rope_restarts: bool
+    """Whether a text is run again from its start where it crosses the boundary."""
     work_per_row: float
     """About how many floating-point operations a row costs."""
     eos: frozenset[int]
+    settings: Settings
+    """The base's own generation settings."""
+    input_vocab: int
+    """Token ids that a prompt may hold: 0 to input_vocab - 1."""
     most_rows: int | None
     """Rows that fit into one decoding forward; None: any number."""
     most_nodes: int | None

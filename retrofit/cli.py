@@ -255,21 +255,25 @@ def inspect(folder: str, as_json: bool) -> None:
 def doctor(folder: str | None, base: str | None, loading: Loading, as_json: bool) -> None:
     """Show what this machine has, and test exactness on it.
 
-    self_spec can emit exactly what ar emits only if a row's result does not depend on the rows beside it. On
-    a GPU that is a property of its kernels, so it is tried out: every matrix product of the model in its
-    shapes, attention, and whole forwards; a row alone, among others and in other places, compared bit for
+    self_spec can emit exactly what ar emits only if a row's result does not depend on the rows beside it. That
+    is a property of a machine's libraries and kernels, so it is tried out: every matrix product of the model in
+    its shapes, attention, and whole forwards; a row alone, among others and in other places, compared bit for
     bit. The table says what was compared; DIFFER names the first arrangement that differs.
 
     \b
     Levels of --exact, and what each promises:
-      bucket     every decoding forward has one row count (the default on a GPU); a product of the library
-                 that fails is replaced by our kernel
-      invariant  any row count, our kernels only
-      off        nothing; the table then says what would hold
+      bucket     every decoding forward has one row count (the default on a GPU); there, a product of the
+                 library that fails is replaced by our kernel
+      invariant  any row count: our kernels on a GPU; a model's own modules where their products allow it
+      off        nothing beyond rounding
+
+    Where our kernels cannot run, the model's own modules are tested (backend hf), and every level is shown with
+    its price: a step of ar at that level against one at off. auto takes the cheapest level that holds in half
+    precision, and off in fp32.
 
     Without ARTIFACT the test runs the model of --base without an adapter, or the base that ships with
-    retrofit. Where our kernels cannot run it says why, and what does run. Exits with 3 when a level does not
-    hold, and with 4 when the GPU that was asked for is missing.
+    retrofit. Exits with 3 when a level that was asked for does not hold, and with 4 when the GPU that was asked
+    for is missing.
 
     \b
     Examples:

@@ -233,7 +233,7 @@ def engine_options(function: Any) -> Any:
         click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
                      help="hf is transformers' own modules, fused our kernels (GPU); auto is fused where it can run."),
         click.option("--exact", type=click.Choice(EXACT), default="auto", show_default=True,
-                     help="Of fused: how far a row's bits may depend on the rows beside it; see `retrofit doctor`."),
+                     help="Whether a row's bits may depend on the rows beside it; see `retrofit doctor`."),
     )(run)  # fmt: skip
     return loading_options(added)
 

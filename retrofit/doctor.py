@@ -1,8 +1,9 @@
 """What this machine has, and whether the levels of exactness hold on it: `retrofit doctor`.
 
-    environment     versions, processor, GPU, the Hub's cache               on any machine
-    self-test       the table of `runtime/exact.py` for one model           where our kernels can run
-    verdict         in words: what holds here, or why kernels cannot run
+    environment     versions, processor, GPU, the Hub's cache
+    self-test       for one model: the table of `runtime/exact.py` where our kernels can run, else that of
+                    `runtime/exact_rows.py`, with what each level costs `ar`
+    verdict         in words: what holds here
 
 Nothing is written and nothing is downloaded but a base that is not here yet.  Not here: the checks themselves.
 """
@@ -26,7 +27,9 @@ from retrofit.hub import EMBEDDED, check_device, load_base
 if TYPE_CHECKING:
     from retrofit.console import Loading
     from retrofit.runtime.backends.fused_gqa import FusedGQA
-    from retrofit.runtime.exact import Check
+    from retrofit.runtime.backends.hf import HFBackend
+    from retrofit.runtime.exact_rows import Priced
+    from retrofit.runtime.levels import Check
 
 PACKAGES = ("torch", "triton", "transformers", "peft")
 COLUMNS = ("what", "shape", "kernel", "rows", "bits")
@@ -47,6 +50,8 @@ class Diagnosis:
     bucket: int | None = None
     """Rows of every decoding forward, at the level `bucket`."""
     checks: list[Check] = field(default_factory=list)
+    levels: list[Priced] = field(default_factory=list)
+    """On the hf backend: every level, and its price."""
     problem: RetrofitError | None = None
     """What was asked for and is not to be had."""
 
@@ -58,18 +63,39 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         facts = {name: getattr(self, name) for name in ("backend", "model", "device", "dtype", "exact", "bucket")}
         checks = [asdict(check) for check in self.checks]
-        return {**facts, "checks": checks, "holds": self.holds, "verdict": self.verdict}
+        levels = [asdict(level) for level in self.levels]
+        return {**facts, "levels": levels, "checks": checks, "holds": self.holds, "verdict": self.verdict}
 
     def table(self) -> str:
         """The checks and the verdict, for people."""
-        if not self.checks:
+        if not self.checks and not self.levels:
             return self.verdict
-        rows = [COLUMNS, *((c.what, c.shape, c.kernel, c.rows, "equal" if c.equal else "DIFFER") for c in self.checks)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-        lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         bucket = f" of {self.bucket} rows" if self.bucket else ""
-        title = f"{self.model} in {self.dtype} on {self.device}, exact={self.exact}{bucket}"
-        return "\n".join([title, "", *lines, "", self.verdict])
+        parts = [f"{self.model} in {self.dtype} on {self.device}, backend {self.backend}, exact={self.exact}{bucket}"]
+        if self.levels:
+            off = self.levels[0].seconds or 1.0
+            parts.append(
+                _aligned(
+                    [("level", "holds", "rows", "ar, ms a step", "price"), *(_priced(x, off) for x in self.levels)]
+                )
+            )
+        if self.checks:
+            cells = [(c.what, c.shape, c.kernel, c.rows, "equal" if c.equal else "DIFFER") for c in self.checks]
+            parts.append(_aligned([COLUMNS, *cells]))
+        return "\n\n".join([*parts, self.verdict])
+
+
+def _priced(found: Priced, off: float) -> tuple[str, ...]:
+    rows = f"{found.rows}" if found.level == "bucket" else f"{found.rows} and more"
+    if found.seconds is None:
+        return found.level, "no", "", "", ""
+    promises = "yes" if found.level != "off" else "promises nothing"
+    return found.level, promises, rows, f"{1000 * found.seconds:.2f}", f"{found.seconds / off:.2f} x"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def environment() -> dict[str, Any]:
@@ -133,7 +159,9 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
         return _untested(loading, error, asked=True)
     lacking = _lacking(loading)
     if lacking is not None:
-        return _untested(loading, lacking, asked=loading.backend == "fused")
+        if loading.backend == "fused":
+            return _untested(loading, lacking, asked=True)
+        return _own_modules(loading, artifact, base, lacking)
     from retrofit.runtime.backends import interface
     from retrofit.runtime.backends.weights import unsupported
     from retrofit.runtime.exact import self_test
@@ -153,7 +181,9 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
     reason = unsupported(text_config(files.folder))
     if reason is not None:
         unfit = UnsupportedModelError(f"our kernels cannot run {files.name}: {reason}")
-        return _untested(loading, unfit, asked=loading.backend == "fused")
+        if loading.backend == "fused":
+            return _untested(loading, unfit, asked=True)
+        return _own_modules(loading, artifact, base, unfit)
     dtype = named.get("dtype", "auto") if loading.dtype in (None, "auto") else loading.dtype
     exact = "bucket" if loading.exact == "auto" else loading.exact
     backend = fused_backend(files, artifact, loading.device, dtype, exact, interface.BUCKET_ROWS)
@@ -179,12 +209,41 @@ def _lacking(loading: Loading) -> RetrofitError | None:
 
 
 def _untested(loading: Loading, why: RetrofitError, asked: bool) -> Diagnosis:
-    """Only the hf backend runs.  asked: whether what is missing was asked for."""
-    problem: RetrofitError | None = why if asked else None
-    if problem is None and loading.exact not in ("auto", "off"):
-        problem = GateError(f"exact={loading.exact} was asked for, and {why}", why.hint)
-    verdict = f"No self-test: {why}. The hf backend decodes in every mode; it promises no level of exactness (off)."
-    return Diagnosis("hf", loading.device, verdict, problem=problem)
+    """What was asked for is not to be had."""
+    return Diagnosis("hf", loading.device, f"No self-test: {why}.", problem=why if asked else None)
+
+
+def _own_modules(
+    loading: Loading, artifact: artifacts.Artifact | None, base: str | None, why: RetrofitError
+) -> Diagnosis:
+    """The hf backend: every level with its price, and the one that is kept.  why: why our kernels cannot run."""
+    from retrofit.runtime.engine import Engine
+    from retrofit.runtime.exact_rows import settle, survey
+
+    options: dict[str, Any] = {"offline": loading.offline, "trust_remote_code": loading.trust_remote_code}
+    dtype = loading.dtype or "auto"
+    if artifact is not None:
+        engine = Engine.load(artifact.folder, loading.device, dtype, exact="off", backend="hf", base=base, **options)
+        name = base or str(artifact.folder)
+    else:
+        name = base or EMBEDDED
+        loaded = load_base(name, dtype=dtype, device=loading.device, need_tokenizer=False, **options)
+        engine = Engine.from_model(loaded.model, exact="off")
+    with engine:
+        backend: HFBackend = engine.backend  # type: ignore[assignment]
+        drafts = engine.layout.drafts
+        levels = survey(backend, drafts)
+        problem = None
+        try:
+            settled = settle(backend, loading.exact, drafts)
+            verdict, checks = f"{settled.level} is kept: {settled.why}.", settled.checks
+        except GateError as error:
+            problem, checks = error, []
+            verdict = f"{loading.exact} does NOT hold on this machine."
+        kind = str(backend.dtype).removeprefix("torch.")
+        verdict += f" The model's own modules decode, on the hf backend: {why}."
+        place, level, bucket = str(backend.device), backend.exact, backend.most_rows
+    return Diagnosis("hf", place, verdict, level, name, kind, bucket, checks, levels, problem)
 
 
 def _judged(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
@@ -214,7 +273,7 @@ def _judged(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
         verdict += f" {INTERPRETED}"
     dtype = str(backend.dtype).removeprefix("torch.")
     device = str(backend.device)
-    return Diagnosis("fused", device, verdict, level, model, dtype, backend.most_rows, checks, problem)
+    return Diagnosis("fused", device, verdict, level, model, dtype, backend.most_rows, checks, problem=problem)
 
 
 def _gpu(index: int) -> dict[str, Any]:

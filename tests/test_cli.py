@@ -320,16 +320,36 @@ def test_chat_refuses_wrong_commands(made, line):
 # doctor
 
 
-def test_doctor_where_kernels_cannot_run(monkeypatch):
+def test_doctor_where_kernels_cannot_run(base, monkeypatch):
     monkeypatch.setattr(exact, "self_test", None)
-    text = done("doctor", TRITON_INTERPRET="0")
+    options = ("--base", base, "--dtype", "bfloat16")
+    text = done("doctor", *options, TRITON_INTERPRET="0")
     for fact in (torch.__version__, retrofit.__version__, "Hub cache", "our kernels need a CUDA GPU", "hf backend"):
         assert fact in text
-    found = json.loads(done("doctor", "--json", TRITON_INTERPRET="0"))
+    found = json.loads(done("doctor", *options, "--json", TRITON_INTERPRET="0"))
     assert found["environment"]["torch"] == torch.__version__
     assert found["environment"]["cpu"]["cores"] >= 1
     assert found["environment"]["HF_HUB_OFFLINE"] == "1"
-    assert (found["backend"], found["exact"], found["checks"], found["holds"]) == ("hf", "off", [], None)
+    assert found["backend"] == "hf"
+    assert [level["level"] for level in found["levels"]] == ["off", "invariant", "bucket"]
+    assert all((level["seconds"] is not None) == level["holds"] for level in found["levels"])
+    cheapest = next((level for level in found["levels"][1:] if level["holds"]), found["levels"][0])
+    assert found["exact"] == cheapest["level"] and f"{found['exact']} is kept: " in found["verdict"]
+    assert found["holds"] is (True if found["exact"] != "off" else None)
+    assert {"attention", "decoder", "vocabulary"} <= {check["what"] for check in found["checks"]}
+
+
+def test_doctor_says_that_a_level_does_not_hold(base, monkeypatch):
+    """Single precision asked for by name, on a library that treats every number of rows in its own way."""
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, w, b=None: linear(x, w, b) * (1 + x.numel() // x.shape[-1] / 64)
+    )
+    result = run("doctor", "--base", base, "--exact", "invariant", TRITON_INTERPRET="0")
+    assert result.exit_code == 3, result.output
+    assert "invariant does NOT hold on this machine" in result.stdout
+    assert re.search(r"invariant +no\n", result.stdout)
+    assert "a row's bits depend on the rows beside it" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -337,8 +357,6 @@ def test_doctor_where_kernels_cannot_run(monkeypatch):
     [
         (["--backend", "hf"], 0, "the hf backend was asked for"),
         (["--backend", "fused"], 4, "our kernels need a CUDA GPU"),
-        (["--exact", "bucket"], 3, "exact=bucket was asked for, and our kernels need a CUDA GPU"),
-        (["--backend", "hf", "--exact", "invariant"], 3, "exact=invariant was asked for, and the hf backend"),
         (["--exact", "off"], 0, "our kernels need a CUDA GPU"),
         (["--device", "cuda"], 4, "no CUDA GPU"),
         (["--device", "cuda", "--backend", "hf"], 4, "no CUDA GPU"),

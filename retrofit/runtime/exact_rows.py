@@ -14,18 +14,21 @@ Equal is what `torch.equal` calls so.  Not here: our own kernels (`exact.py`), t
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from retrofit.adapters.rows import MASK, Block, SequenceRows
+from retrofit.runtime.backends.exact_attention import Form
 from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.backends.interface import BUCKET_ROWS
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.exact_attends import exact_form
 from retrofit.runtime.exact_products import FLOORS, floor, linear_products, router_products, thread_counts, with_threads
 from retrofit.runtime.levels import Check, require_equal
+from retrofit.runtime.threads import thread_limit
 
 HALF = (torch.bfloat16, torch.float16)
 CPU_BUCKET_ROWS = 32
@@ -34,8 +37,21 @@ PROMPT = 62
 """Tokens before the decoder's rows."""
 ALONE = 3
 """Rows that the decoder also runs one by one."""
+TURNS = 20
+"""How often each level is timed."""
 SEED = 0
 HINT = "use exact='bucket' or exact='auto'; exact='off' decodes without the guarantee"
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A level: whether it holds here, the fewest rows of its decoding forwards, and what that costs `ar`."""
+
+    level: str
+    holds: bool
+    rows: int
+    seconds: float | None
+    """Of a plain decoding step behind PROMPT tokens, the fastest of many; None where the level does not hold."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,30 @@ def self_test(backend: HFBackend, level: str, drafts: int, rows: int | None = No
     checks += [product.check(least) for product in products]
     checks += _lone_experts(backend)
     return [*checks, _decoder(backend, chain, generator)]
+
+
+def survey(backend: HFBackend, drafts: int, rows: int | None = None) -> list[Priced]:
+    """Try out every level, and time `ar` at those that hold, in turns.  The backend keeps `off` afterwards."""
+    kept: dict[str, tuple[Form | None, int, bool]] = {"off": (None, 1, True)}
+    for level in ("invariant", "bucket"):
+        holds = all(check.equal for check in self_test(backend, level, drafts, rows))
+        kept[level] = (backend.form, backend.least_rows, holds)
+    seconds: dict[str, float] = {}
+    cache = KVCache(1, PROMPT + 1)
+    with torch.inference_mode():
+        backend.hold("off", None)
+        backend.forward(backend.plan([SequenceRows(0, 0, [1] * PROMPT, last_logits_only=True)]), cache)
+        for _ in range(TURNS):
+            for level, (form, least, holds) in kept.items():
+                if holds:
+                    backend.hold(level, form, least)
+                    with thread_limit(backend.device, least * backend.work_per_row):
+                        begin = time.perf_counter()
+                        backend.forward(backend.plan([SequenceRows(0, PROMPT, [1])]), cache).base_logits[0, 0].item()
+                        took = time.perf_counter() - begin
+                    seconds[level] = min(seconds.get(level, took), took)
+    backend.hold("off", None)
+    return [Priced(level, holds, least, seconds.get(level)) for level, (_, least, holds) in kept.items()]
 
 
 def _lone_experts(backend: HFBackend) -> list[Check]:

@@ -13,7 +13,7 @@ from retrofit import artifact as artifacts
 from retrofit.adapters import gated_lora
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import ArtifactError, UsageError
-from retrofit.eval import audit, certify, distribution, exactness, weights
+from retrofit.eval import audit, certify, differences, distribution, exactness, replay, weights
 from retrofit.eval.subject import Subject
 from retrofit.hub import load_base
 from retrofit.runtime import host_steps, modes, sampling
@@ -133,7 +133,7 @@ def test_artifact_is_certified_and_the_certificate_goes_into_it(base_folder, tmp
 )
 def test_other_layouts_pass(base_folder, layout):
     subject = Subject(make_engine(base_folder, layout), base_folder)
-    for check in (exactness.gate, exactness.greedy, exactness.sampled, exactness.audit):
+    for check in (exactness.gate, exactness.greedy, exactness.sampled, audit.audit):
         arguments = (PROMPTS,) if check is exactness.gate else (PROMPTS, 12)
         verdict = check(subject, *arguments)
         assert verdict.ok, (check.__name__, verdict)
@@ -175,7 +175,7 @@ def test_bad_arguments(base_folder, tmp_path):
 def test_the_auditors_noise_is_the_engines():
     for seed, index in ((0, 0), (17, 3), (2**40 + 5, 99)):
         own = sampling.gumbel_noise(torch.tensor([seed]), torch.tensor([index]), 300)[0]
-        assert torch.equal(audit.gumbel(seed, index, 300), own)
+        assert torch.equal(replay.gumbel(seed, index, 300), own)
 
 
 def test_chi_square_against_scipy():
@@ -201,12 +201,12 @@ def test_holm_steps_down():
 
 @pytest.mark.parametrize(("ulp", "name"), [(0, "match"), (2, "tie"), (2.1, "near"), (8, "near"), (8.1, "bug")])
 def test_classes(ulp, name):
-    assert audit.classify(ulp) == name
+    assert differences.classify(ulp) == name
 
 
 def test_ulp():
-    assert audit.ulp(20.0, torch.bfloat16) == 0.125
-    assert audit.ulp(-16.0 * -1, torch.float16) == 2.0**-6
+    assert differences.ulp(20.0, torch.bfloat16) == 0.125
+    assert differences.ulp(-16.0 * -1, torch.float16) == 2.0**-6
 
 
 def test_a_wrong_text_is_a_bug_and_a_tie_is_not(base_folder):
@@ -215,10 +215,10 @@ def test_a_wrong_text_is_a_bug_and_a_tie_is_not(base_folder):
     with torch.inference_mode():
         logits = model(torch.tensor([prompt])).logits[0, -1]
     best, worst = int(logits.argmax()), int(logits.argmin())
-    found = audit.class_differences(lambda: model, [prompt], [[best]], [[worst]], torch.float32)
+    found = differences.class_differences(lambda: model, [prompt], [[best]], [[worst]], torch.float32)
     assert found["bug"] == 1
     assert found["first_differences"][0]["got"] == worst
-    same = audit.class_differences(lambda: model, [prompt], [[best]], [[best]], torch.float32)
+    same = differences.class_differences(lambda: model, [prompt], [[best]], [[best]], torch.float32)
     assert (same["match"], same["bug"]) == (1, 0)
 
 
@@ -239,7 +239,7 @@ def test_mutant_accepts_one_too_many(subject, monkeypatch):
 
     monkeypatch.setattr(modes, "accepted_length", mutant)
     assert not exactness.greedy(subject, PROMPTS, LIMIT).ok
-    verdict = exactness.audit(subject, PROMPTS, LIMIT)
+    verdict = audit.audit(subject, PROMPTS, LIMIT)
     assert not verdict.ok
     assert verdict.details["problems"] > 0
 
@@ -276,7 +276,7 @@ def test_mutant_rollback_forgotten(subject, monkeypatch):
                 request.committed = was + 1 + choice.verify
 
     monkeypatch.setattr(host_steps, "speculative_step", mutant)
-    verdict = exactness.audit(subject, PROMPTS, LIMIT)
+    verdict = audit.audit(subject, PROMPTS, LIMIT)
     assert not verdict.ok
     assert any("(rows)" in problem for problem in verdict.details["first_problems"])
 
@@ -302,7 +302,7 @@ def test_mutant_noise_key_reused(subject, monkeypatch):
     right = sampling.gumbel_noise
     monkeypatch.setattr(sampling, "gumbel_noise", lambda seed, index, vocab: right(seed, index * 0, vocab))
     assert not distribution.distribution(400).ok
-    assert not exactness.audit(subject, PROMPTS, LIMIT).ok
+    assert not audit.audit(subject, PROMPTS, LIMIT).ok
 
 
 def test_mutant_noise_key_reused_in_verify_rows(subject, monkeypatch):
@@ -325,7 +325,7 @@ def test_mutant_wrong_temperature_on_verify_rows(subject, monkeypatch):
 
     monkeypatch.setattr(modes, "_targets", mutant)
     assert not exactness.sampled(subject, PROMPTS, LIMIT).ok
-    assert not exactness.audit(subject, PROMPTS, LIMIT).ok
+    assert not audit.audit(subject, PROMPTS, LIMIT).ok
 
 
 def test_mutant_penalty_on_the_committed_prefix_only(monkeypatch):
@@ -338,13 +338,13 @@ def test_mutant_penalty_on_the_committed_prefix_only(monkeypatch):
     )  # fmt: skip
     subject = Subject(Engine.from_model(LlamaForCausalLM(config).eval(), layout=LAYOUT), None)
     prompts = [[i] for i in range(16)]
-    assert exactness.audit(subject, prompts, 8).ok
+    assert audit.audit(subject, prompts, 8).ok
 
     def mutant(seen, drafts):
         return seen.expand(len(drafts) + 1, -1)
 
     monkeypatch.setattr(modes, "path_seen", mutant)
-    verdict = exactness.audit(subject, prompts, 8)
+    verdict = audit.audit(subject, prompts, 8)
     assert not verdict.ok
     assert any("(token)" in problem for problem in verdict.details["first_problems"])
 
@@ -365,7 +365,7 @@ def test_mutant_verify_length_looks_ahead(subject, monkeypatch):
 
     monkeypatch.setattr(host_steps, "speculative_choice", mutant)
     assert exactness.greedy(subject, PROMPTS, LIMIT).ok
-    verdict = exactness.audit(subject, PROMPTS, LIMIT)
+    verdict = audit.audit(subject, PROMPTS, LIMIT)
     assert not verdict.ok
     assert all("(length)" in problem for problem in verdict.details["first_problems"])
 

@@ -49,8 +49,8 @@ def test_every_layout_is_certified(made, name, monkeypatch):
     grown = {way for way, figures in runs.items() if figures["branched"]}
     anchored = "seed draft" not in name
     assert ("fused" in runs) == anchored
-    # Trees are what `fused` runs as soon as the artifact knows its candidates' chances.
-    trees = {"fused", "fused, prepare 2, penalty", "fused, ragged"}
+    # Trees are what `fused` runs as soon as the artifact knows its candidates' chances; sampled ones here are not 0.
+    trees = {"fused, prepare 2, penalty", "fused, ragged"}
     assert trees <= grown if anchored and ranks_of(folder) else not grown & trees
     assert all(figures["targets"] for figures in runs.values())
     assert sum(figures["accepted"] for figures in runs.values()) > 0

@@ -244,11 +244,11 @@ def sampled(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
     engine = subject.fp32()
     differences: list[dict[str, Any]] = []
     compared = accepted = bad = 0
-    for sampling in SAMPLINGS:
+    for sampling, prepare in zip(SAMPLINGS, ("all", "last"), strict=True):
         common = {"max_new_tokens": limit, "ignore_eos": True, "seed": SEED, **sampling.options()}
         want = [r.tokens for r in engine.generate(prompts, "ar", batch_size=BATCH, **common)]
         found: list[dict[str, Any]] = []
-        for options in strategies(engine, "last"):
+        for options in strategies(engine, prepare):
             results = engine.generate(prompts, "self_spec", **options, **common)
             compared += len(results)
             accepted += sum(sum(result.stats.accepted) for result in results)

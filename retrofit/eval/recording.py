@@ -30,6 +30,8 @@ class Proposal:
 
     tokens: list[int]
     parents: list[int]
+    grown: bool = False
+    """Whether it has the shape of a tree that was grown for the run, of however many nodes."""
 
 
 @dataclass
@@ -94,7 +96,7 @@ def _watch_host(engine: Engine, forwards: list[Recorded], caches: list[Any], hoo
         if forwards and any(part is backend.heads for part in rest):  # another engine's drafts are none of ours
             for seed, index, tokens in zip(seeds, indices, made.tokens.tolist(), strict=True):
                 parents = list(range(-1, len(tokens))) if shape is None else list(shape.parents)
-                forwards[-1].proposals[seed, index] = Proposal(tokens, parents)
+                forwards[-1].proposals[seed, index] = Proposal(tokens, parents, shape is not None)
         return made
 
     _replace(backend, "forward", recorded, hooks)
@@ -204,6 +206,8 @@ def _read_back(loop: Any, step: Any, logits: Tensor) -> Recorded:
         count = int(state.num_drafts[slot])
         if count:
             key = int(state.seed[slot]), int(state.length[slot] - state.origin[slot])
-            found.proposals[key] = Proposal(state.drafts[slot, :count].tolist(), list(kind.draft_parents))
+            found.proposals[key] = Proposal(
+                state.drafts[slot, :count].tolist(), list(kind.draft_parents), table is not None
+            )
     found.logits = logits[wanted].detach().cpu().clone()
     return found

@@ -139,6 +139,8 @@ class Auditor:
     accepted: int = 0
     branched: int = 0
     """Forwards of one sequence in which drafts branched."""
+    _tree: tuple[Proposal, int] | None = None
+    """The tree of the run, and how deep it has been seen."""
 
     def replay(self, forwards: Sequence[Recorded]) -> list[list[int]]:
         """The texts that follow from the recorded logits, one per prompt; tokens after the end are none."""
@@ -253,14 +255,23 @@ class Auditor:
         running.due = len(blocks[0].inputs) - self.asked.first_drafting_row if blocks else 0
 
     def _due(self, running: _Sequence) -> None:
-        """A block that came true must have proposed what can be used of it; which tokens is the drafter's business."""
+        """A block that came true proposes a draft for each slot that can be used, or the one tree of the run.
+
+        Which tokens is the drafter's business.
+        """
         wanted, made = min(running.due, self._usable(running)), running.proposal
-        if running.done or self.asked.strategy in ("auto", "prompt_lookup"):
+        if running.done or wanted == 0 or self.asked.strategy in ("auto", "prompt_lookup"):
             return
-        deep = 0 if made is None else max(map(len, paths_of(made.parents) or [[]])) - 1
-        chain = made is None or made.parents == list(range(-1, len(made.tokens)))
-        if (wanted > 0) != (deep > 0) or (chain and self.asked.most_rows is None and deep < wanted):
-            self.problems.append(f"{running.where}: {deep} drafts in a row proposed, {wanted} by its block (length)")
+        if made is None or not made.grown:
+            count = 0 if made is None else len(made.tokens)
+            if count < (wanted if self.asked.most_rows is None else 1):
+                self.problems.append(f"{running.where}: {count} drafts proposed, {wanted} by its block (length)")
+            return
+        known, deep = self._tree or (made, wanted)
+        if cut(known, min(deep, wanted))[1] != cut(made, min(deep, wanted))[1]:
+            self.problems.append(f"{running.where}: another tree than before: {made.parents} (length)")
+        if self._tree is None or wanted > deep:
+            self._tree = (made, wanted)
 
     def _usable(self, running: _Sequence) -> int:
         """Drafts in a row that the budget, the context and longrope's boundary leave room for."""

@@ -109,34 +109,18 @@ def statuses(certificate):
 
 def test_artifact_is_certified_and_the_certificate_goes_into_it(base_folder, tmp_path, small):
     folder = write_artifact(make_engine(base_folder), tmp_path / "made", base_folder)
-    certificate = certify.certify(folder, dtype="bfloat16", progress=False)
+    certificate = certify.certify(folder, dtype="float32", progress=False)
     assert certificate.ok, certificate.to_dict()
     assert certificate.save(folder) == folder / "certificate.json"
     artifacts.check(folder)
     written = json.loads((folder / "certificate.json").read_text())
-    assert written["ok"] and written["dtype"] == "bfloat16" and written["level"] == "quick"
+    assert written["ok"] and written["dtype"] == "float32" and written["level"] == "quick"
     assert written["base"]["model"] == str(base_folder)
     assert len(written["manifest_sha256"]) == 64
     assert written["hardware"]["cpu"]
     assert {check["status"] for check in written["checks"]} == {"passed"}
     sha = next(c for c in written["checks"] if c["name"] == "base-weights")["details"]["sha256"]
     assert sha == certificate.check("base-weights").details["sha256"]
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        DraftLayout(block=3, attention="causal", input="noise"),
-        DraftLayout(block=3, seed_row="draft"),
-        DraftLayout(block=3, seed_row="draft", shift=0, attention="causal"),
-    ],
-)
-def test_other_layouts_pass(base_folder, layout):
-    subject = Subject(make_engine(base_folder, layout), base_folder)
-    for check in (exactness.gate, exactness.greedy, exactness.sampled, audit.audit):
-        arguments = (PROMPTS,) if check is exactness.gate else (PROMPTS, 12)
-        verdict = check(subject, *arguments)
-        assert verdict.ok, (check.__name__, verdict)
 
 
 def test_live_engine_without_checkpoint_is_not_ok(base_folder, small):
@@ -338,13 +322,13 @@ def test_mutant_penalty_on_the_committed_prefix_only(monkeypatch):
     )  # fmt: skip
     subject = Subject(Engine.from_model(LlamaForCausalLM(config).eval(), layout=LAYOUT), None)
     prompts = [[i] for i in range(16)]
-    assert audit.audit(subject, prompts, 8).ok
+    assert audit.audit(subject, prompts, 16).ok
 
     def mutant(seen, drafts):
         return seen.expand(len(drafts) + 1, -1)
 
     monkeypatch.setattr(modes, "path_seen", mutant)
-    verdict = audit.audit(subject, prompts, 8)
+    verdict = audit.audit(subject, prompts, 16)
     assert not verdict.ok
     assert any("(token)" in problem for problem in verdict.details["first_problems"])
 

@@ -77,7 +77,7 @@ def adapter_tensors(engine: Engine) -> list[Tensor]:
     return [*factors, *heads.parameters(), *heads.buffers()]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: the fused backend uses the memory of a cache again
 def gate(subject: Subject, prompts: Prompts) -> Verdict:
     """Base rows of mixed forwards with the trained adapter and with NaN in its place: bitwise the same."""
     engine = subject.run

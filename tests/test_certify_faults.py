@@ -243,6 +243,8 @@ def test_without_a_fault_every_way_passes(folder, monkeypatch):
     monkeypatch.setattr(certify, "token_prompts", lambda *_: [list(p) for p in PROMPTS])
     result, checks = command(folder)
     assert result.exit_code == 0, checks["audit"]["details"]["first_problems"]
+    telling = {name: run["telling"] for name, run in checks["audit"]["details"]["runs"].items() if run["telling"]}
+    assert telling.keys() == {"two_forward, penalty", "auto, penalty", "fused, prepare 2, penalty"}
     assert {name for _, faults in FAULTS.items() for name, _, _ in faults} <= set(checks["audit"]["details"]["runs"])
     accepted = {name: run["accepted"] for name, run in checks["audit"]["details"]["runs"].items()}
     assert all(count > 0 for name, count in accepted.items() if name not in ("fused", "fused, last")), accepted

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GREEDY, SAMPLED = Sampling(), Sampling(0.8)
-PENALTY = Sampling(0.8, top_k=50, repetition_penalty=0.6)
-"""A penalty below 1 favours what the path holds, so a row that forgot its own drafts shows soon."""
+PENALTY = Sampling(0.8, top_k=50, repetition_penalty=3.0)
+"""So strong that a row which forgot the drafts on its own path repeats one of them."""
 RAGGED_BATCH = 3
 PLAN_STEPS = 3
 """Steps that a plan of `auto` holds for: drafts of one are verified by the next of the same plan."""
@@ -48,6 +48,8 @@ class Way:
     options: dict[str, Any]
     sampling: Sampling = GREEDY
     ragged: bool = False
+    short: bool = False
+    """Behind the last tokens of each prompt only: what a path adds to the tokens seen then matters."""
     compared: bool = False
     """Whether its texts are held against `ar`'s."""
 
@@ -59,9 +61,9 @@ def ways(engine: Engine) -> list[Way]:
     fused = {"strategy": "fused", "batch_size": 5}
     made = [
         Way("two_forward", two, compared=True),
-        Way("two_forward, penalty", two, PENALTY),
+        Way("two_forward, penalty", two, PENALTY, short=True),
         Way("auto", auto, SAMPLED),
-        Way("auto, penalty", auto, PENALTY),
+        Way("auto, penalty", auto, PENALTY, short=True),
         Way("prompt_lookup", {"strategy": "prompt_lookup", "batch_size": BATCH}, compared=True),
         Way("ragged", {**two, "batch_size": RAGGED_BATCH}, SAMPLED, ragged=True),
     ]
@@ -70,7 +72,7 @@ def ways(engine: Engine) -> list[Way]:
             Way("fused", fused, compared=True),
             Way("fused, chain", {**fused, "tree": 0}, SAMPLED),
             Way("fused, last", {**fused, "prepare": "last"}),
-            Way("fused, prepare 2, penalty", {**fused, "prepare": 2}, PENALTY),
+            Way("fused, prepare 2, penalty", {**fused, "prepare": 2}, PENALTY, short=True),
             Way("fused, ragged", {**fused, "batch_size": RAGGED_BATCH}, SAMPLED, ragged=True),
         ]
     return made
@@ -91,6 +93,7 @@ class Audited:
             "verified": found.verified,
             "accepted": found.accepted,
             "branched": found.branched,
+            "telling": found.telling,
             "problems": len(self.problems),
         }
 
@@ -209,6 +212,8 @@ def _audited(engine: Engine, way: Way, prompts: Prompts, limit: int) -> Audited:
         eos = an_end(engine, cut, limits, way.sampling)
         with ended_by(engine, eos):
             return audit_run(engine, cut, limits, way.sampling, eos, **way.options)
+    if way.short:
+        prompts = [prompt[-size:] for size in (1, 2) for prompt in prompts]
     limits = [limit] * len(prompts)
     if way.options["strategy"] != "auto":
         return audit_run(engine, prompts, limits, way.sampling, **way.options)

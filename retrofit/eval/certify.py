@@ -180,8 +180,9 @@ def certify(
             # Its tensors do not fit, so there is no engine to check.
             checks += [Check(name, "skipped", "the artifact holds foreign tensors") for name in CHECKS[1:]]
             return Certificate(_subject(folder, None), _environment(device, dtype), level, checks, _now())
-        engine = target if isinstance(target, Engine) else None
-        if engine is None:
+        if isinstance(target, Engine):
+            engine = target
+        else:
             named = None if base is None else str(base)
             engine = Engine.load(
                 target, device, dtype, exact, backend, base=named, offline=offline, trust_remote_code=trust_remote_code

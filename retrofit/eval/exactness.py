@@ -71,7 +71,8 @@ def adapter_tensors(engine: Engine) -> list[Tensor]:
     """Everything the adapter added, as the engine's backend holds it."""
     if engine.backend.name != "fused":
         return [*engine.attached.parameters(), *engine.attached.heads.buffers()]
-    heads, weights = engine.backend.heads, engine.backend.weights  # type: ignore[attr-defined]
+    backend: Any = engine.backend
+    heads, weights = backend.heads, backend.weights
     stacked = [linear for linear in weights.linears() if linear.up is not None]
     factors = [part for linear in stacked for part in (linear.weight[linear.width :], linear.up)]
     return [*factors, *heads.parameters(), *heads.buffers()]

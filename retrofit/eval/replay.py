@@ -139,6 +139,8 @@ class Auditor:
     accepted: int = 0
     branched: int = 0
     """Forwards of one sequence in which drafts branched."""
+    telling: int = 0
+    """Targets that would be others if the drafts on their path were not penalised."""
     _tree: tuple[Proposal, int] | None = None
     """The tree of the run, and how deep it has been seen."""
 
@@ -314,13 +316,19 @@ class Auditor:
             self.checked += 1
 
     def _target(self, logits_V: Tensor, running: _Sequence, path: list[int]) -> int:
-        ids = torch.tensor([[*running.tokens, *path]])
-        sampling = self.asked.sampling
-        scores = sampling.processors()(ids, logits_V.float()[None])[0]
+        sampling, index = self.asked.sampling, len(running.emitted) + len(path)
+        noise: Tensor | float = 0.0
         if sampling.temperature > 0:
-            index = len(running.emitted) + len(path)
-            scores = scores + gumbel(self.asked.seeds[running.number], index, len(scores), self.device)
-        return int(scores.argmax())
+            noise = gumbel(self.asked.seeds[running.number], index, len(logits_V), self.device)
+
+        def target(seen: list[int]) -> int:
+            scores = sampling.processors()(torch.tensor([seen]), logits_V.float()[None])[0]
+            return int((scores + noise).argmax())
+
+        found = target([*running.tokens, *path])
+        if path and sampling.repetition_penalty is not None:
+            self.telling += found != target(running.tokens)
+        return found
 
 
 def parents_of(rows: SequenceRows) -> list[int]:

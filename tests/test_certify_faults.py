@@ -217,7 +217,7 @@ FAULTS = {
     "ragged batch": [
         ("ragged", looks_for_an_end_at_the_end_only, "(token)"),
         ("fused, ragged", looks_for_an_end_at_the_end_only, "(token)"),
-        ("ragged", gives_a_slot_twice, "(rows)"),
+        ("ragged", gives_a_slot_twice, "(token)"),
         ("ragged", keeps_the_last_owners_length, "(rows)"),
         ("ragged", ignores_a_limit, "(token)"),
     ],

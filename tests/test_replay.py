@@ -57,12 +57,14 @@ def one_step(
     own = paths or [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4]]
     seed = SequenceRows(0, 2, [9], [Block(3, [-1] * 4, 0)])
     forwards = [
-        Recorded([SequenceRows(0, 0, prompt, last_logits_only=True)], logits(9), [0, 1], None, 0),
-        Recorded([seed], logits(newest), [2], None, 0, {(0, 2): drafts}),
-        Recorded([SequenceRows(0, start, tokens, parents=parents)], logits(*targets), list(positions), own, 0),
+        Recorded([SequenceRows(0, 0, prompt, last_logits_only=True)], logits(9), [0, 1], None),
+        Recorded([seed], logits(newest), [2], None, {(0, 2): drafts}),
+        Recorded([SequenceRows(0, start, tokens, parents=parents)], logits(*targets), list(positions), own),
     ]
     auditor = Auditor(Asked([prompt], [0], [limit], Sampling(), "fused", frozenset(eos), 64, None, 4, 0))
-    return auditor, auditor.replay(forwards)
+    for forward in forwards:
+        auditor.replay(forward)
+    return auditor, auditor.texts()
 
 
 def test_a_tree_is_followed_by_its_own_targets():
@@ -103,11 +105,13 @@ def test_what_is_wrong_with_a_tree_is_said(changed, rule):
 
 def test_rows_after_the_end():
     forwards = [
-        Recorded([SequenceRows(0, 0, [1], last_logits_only=True)], logits(5), [0], None, 0),
-        Recorded([SequenceRows(0, 1, [5])], logits(5), [1], None, 0),
+        Recorded([SequenceRows(0, 0, [1], last_logits_only=True)], logits(5), [0], None),
+        Recorded([SequenceRows(0, 1, [5])], logits(5), [1], None),
     ]
     auditor = Auditor(Asked([[1]], [0], [1], Sampling(), "auto", frozenset(), 64, None, 4, 0))
-    assert auditor.replay(forwards) == [[5]]
+    for forward in forwards:
+        auditor.replay(forward)
+    assert auditor.texts() == [[5]]
     assert auditor.problems == ["slot 0: rows where no text is being written (rows)"]
 
 

@@ -108,7 +108,13 @@ def audit_run(
 ) -> Audited:
     """Generate, replay, compare.  eos: tokens that end a text; empty: none does."""
     seeds = [1000 + i for i in range(len(prompts))]
-    with recording(engine) as forwards:
+    layout, limited = engine.layout, engine.limits
+    asked = Asked(
+        prompts, seeds, limits, sampling, options["strategy"], eos, limited.context, limited.boundary,
+        layout.block, layout.first_drafting_row, engine.backend.most_rows,
+    )  # fmt: skip
+    auditor = Auditor(asked, engine.backend.device)
+    with recording(engine, auditor.replay):
         results = engine.generate(
             prompts,
             "self_spec",
@@ -118,13 +124,7 @@ def audit_run(
             **sampling.options(),
             **options,
         )
-    layout, limited = engine.layout, engine.limits
-    asked = Asked(
-        prompts, seeds, limits, sampling, options["strategy"], eos, limited.context, limited.boundary,
-        layout.block, layout.first_drafting_row, engine.backend.most_rows,
-    )  # fmt: skip
-    auditor = Auditor(asked, engine.backend.device)
-    wanted = auditor.replay(forwards)
+    wanted = auditor.texts()
     # Wrong tokens first: they make the rows after them look wrong too.
     problems = _emitted(results, wanted, eos) + auditor.problems
     return Audited(auditor, [result.tokens for result in results], problems)
@@ -155,7 +155,7 @@ def every_plan(engine: Engine) -> Iterator[None]:
         yield
     finally:
         for policy, (costs, calibrated) in zip(policies, kept, strict=True):
-            del policy.template, policy.learn
+            del policy.template, policy.learn, policy.calibrate
             policy.costs, policy.calibrated = costs, calibrated
 
 
@@ -173,7 +173,10 @@ def _restless(policy: AutoPolicy) -> None:
     def learn(sampled: bool, batch: int, step: Callable[[int, int], float], room: int, rows: int | None) -> None:
         AutoPolicy.learn(policy, sampled, batch, step, 0, rows)  # no room, so no probe
 
-    policy.template, policy.learn = template, learn  # type: ignore[method-assign]
+    def calibrate(run: Run, batch: int) -> None:
+        learn(run.params.temperature > 0, batch, lambda *_: 0.0, 0, None)
+
+    policy.template, policy.learn, policy.calibrate = template, learn, calibrate  # type: ignore[method-assign]
 
 
 @contextmanager

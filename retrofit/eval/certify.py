@@ -153,12 +153,12 @@ def certify(
 
     level: quick = 8 prompts of 64 new tokens, full = 64 of 128.  device, dtype: where and in what type a
     folder is loaded (an engine stays as it is).  backend, exact: as `Engine.load`, which the folder is loaded by: what
-    is certified is what runs.  base: folder or Hub id of the original checkpoint; a folder
-    knows its own, a live engine needs it for the check of the base weights.  prompts: texts or token ids in
-    place of held-out text of the recipe's source.  progress: a bar on stderr.
+    is certified is what runs.  base: folder or Hub id of the original checkpoint; a folder knows its own, a live
+    engine needs it for the check of the base weights.  prompts: texts or token ids in place of held-out text of the
+    recipe's source.  progress: a bar on stderr.
 
     A check that fails is part of the answer; raises only what loading raises (UsageError, ArtifactError,
-    ResourceError, UnsupportedModelError).
+    ResourceError, UnsupportedModelError, and GateError for a level that does not hold here).
     """
     if level not in LEVELS:
         raise UsageError(f"level {level!r} does not exist", f"levels are {', '.join(LEVELS)}")

@@ -7,7 +7,7 @@ Either way a forward becomes `SequenceRows`, the same for both backends.  Not he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,23 +45,36 @@ class Recorded:
     """Of all base rows, as the model was given them."""
     paths: list[list[int]] | None
     """Trees: for each base row the rows of its sequence that it stands on and sees, itself last.  None: chains."""
-    cache: int
     proposals: dict[Key, Proposal] = field(default_factory=dict)
     """What was drafted after it."""
 
 
+class _Tape:
+    """Hands each forward on as soon as the next one begins, when all that belongs to it is there."""
+
+    def __init__(self, sink: Callable[[Recorded], None]):
+        self.sink = sink
+        self.last: Recorded | None = None
+
+    def put(self, forward: Recorded | None) -> None:
+        if self.last is not None:
+            self.sink(self.last)
+        self.last = forward
+
+
 @contextmanager
-def recording(engine: Engine) -> Iterator[list[Recorded]]:
-    """Collect the forwards of the generation inside.  Those on other caches (timing probes) are left out."""
-    forwards: list[Recorded] = []
-    caches: list[Any] = []  # kept alive, so that an id is one cache's only
+def recording(engine: Engine, sink: Callable[[Recorded], None]) -> Iterator[None]:
+    """Hand every forward of the generation inside to `sink`, one after another, none of them kept.
+
+    A draft tree's logits are many: those of a large vocabulary would not fit into memory together.
+    """
+    tape = _Tape(sink)
     with ExitStack() as hooks:
-        _watch_host(engine, forwards, caches, hooks)
+        _watch_host(engine, tape, hooks)
         if engine.backend.name == "fused":
-            _watch_device(engine, forwards, caches, hooks)
-        yield forwards
-    last = forwards[-1].cache if forwards else 0
-    forwards[:] = [f for f in forwards if f.cache == last]
+            _watch_device(engine, tape, hooks)
+        yield
+    tape.put(None)
 
 
 def _replace(owner: Any, name: str, value: Any, hooks: ExitStack) -> None:
@@ -71,13 +84,12 @@ def _replace(owner: Any, name: str, value: Any, hooks: ExitStack) -> None:
     hooks.callback(lambda: setattr(owner, name, before) if own else delattr(owner, name))
 
 
-def _watch_host(engine: Engine, forwards: list[Recorded], caches: list[Any], hooks: ExitStack) -> None:
+def _watch_host(engine: Engine, tape: _Tape, hooks: ExitStack) -> None:
     backend, forward, draft = engine.backend, engine.backend.forward, modes.draft_tokens
     ran: list[Any] = []
 
     def recorded(plan: Any, cache: Any, *rest: Any, **named: Any) -> Any:
         out = forward(plan, cache, *rest, **named)
-        caches.append(cache)
         count = sum(len(s.tokens) for s in plan.sequences)
         tree = any(s.parents is not None for s in plan.sequences)
         if ran:
@@ -86,17 +98,19 @@ def _watch_host(engine: Engine, forwards: list[Recorded], caches: list[Any], hoo
         else:
             positions, paths = plan.positions[0, :count].tolist(), _group_paths(plan) if tree else None
         logits = out.base_logits.detach().cpu().clone()
-        forwards.append(Recorded(list(plan.sequences), logits, positions, paths, id(cache)))
+        tape.put(Recorded(list(plan.sequences), logits, positions, paths))
         ran.clear()
         return out
 
     def drafted(hidden: Any, previous: Any, seeds: Sequence[int], indices: Sequence[int], *rest: Any) -> Any:
         made = draft(hidden, previous, seeds, indices, *rest)
         shape = rest[-1]
-        if forwards and any(part is backend.heads for part in rest):  # another engine's drafts are none of ours
+        if tape.last is not None and any(
+            part is backend.heads for part in rest
+        ):  # another engine's drafts are none of ours
             for seed, index, tokens in zip(seeds, indices, made.tokens.tolist(), strict=True):
                 parents = list(range(-1, len(tokens))) if shape is None else list(shape.parents)
-                forwards[-1].proposals[seed, index] = Proposal(tokens, parents, shape is not None)
+                tape.last.proposals[seed, index] = Proposal(tokens, parents, shape is not None)
         return made
 
     _replace(backend, "forward", recorded, hooks)
@@ -141,21 +155,21 @@ class _Watched:
         return self.logits
 
 
-def _watch_device(engine: Engine, forwards: list[Recorded], caches: list[Any], hooks: ExitStack) -> None:
+def _watch_device(engine: Engine, tape: _Tape, hooks: ExitStack) -> None:
     backend, stepper = engine.backend, engine._stepper
     head = _Watched(backend.head)
 
     def with_steps(*arguments: Any) -> Any:
         steps = stepper(*arguments)
         if hasattr(steps, "loop"):
-            _watch_loop(steps.loop, head, forwards, caches, hooks)
+            _watch_loop(steps.loop, head, tape, hooks)
         return steps
 
     _replace(backend, "head", head, hooks)
     _replace(engine, "_stepper", with_steps, hooks)
 
 
-def _watch_loop(loop: Any, head: _Watched, forwards: list[Recorded], caches: list[Any], hooks: ExitStack) -> None:
+def _watch_loop(loop: Any, head: _Watched, tape: _Tape, hooks: ExitStack) -> None:
     right = loop.step
 
     def stepped(kind: Any, lanes: int) -> Any:
@@ -163,8 +177,7 @@ def _watch_loop(loop: Any, head: _Watched, forwards: list[Recorded], caches: lis
         assert head.logits is not None
         forward = _read_back(loop, step, head.logits)
         if forward.sequences:
-            caches.append(loop.cache)
-            forwards.append(forward)
+            tape.put(forward)
         return step
 
     _replace(loop, "step", stepped, hooks)
@@ -179,7 +192,7 @@ def _read_back(loop: Any, step: Any, logits: Tensor) -> Recorded:
     ids, positions, limits = rows.ids.tolist(), rows.positions.tolist(), rows.limits.tolist()
     high = rows.high.tolist()
     table = None if rows.paths is None else rows.paths.tolist()
-    found = Recorded([], logits[:0], [], None if table is None else [], id(loop.cache))
+    found = Recorded([], logits[:0], [], None if table is None else [])
     wanted: list[int] = []
     for lane, slot in enumerate(loop.lanes[: base // W].tolist()):
         used = [j for j in range(W) if limits[lane * W + j] > 0]

@@ -141,57 +141,53 @@ class Auditor:
     """Forwards of one sequence in which drafts branched."""
     telling: int = 0
     """Targets that would be others if the drafts on their path were not penalised."""
+    _slots: dict[int, _Sequence] = field(default_factory=dict)
+    _started: dict[int, _Sequence] = field(default_factory=dict)
+    """By number of the prompt."""
     _tree: tuple[Proposal, int] | None = None
     """The tree of the run, and how deep it has been seen."""
 
-    def replay(self, forwards: Sequence[Recorded]) -> list[list[int]]:
-        """The texts that follow from the recorded logits, one per prompt; tokens after the end are none."""
-        slots: dict[int, _Sequence] = {}
-        started: dict[int, _Sequence] = {}
-        for forward in forwards:
-            logits = place = 0
-            for rows in forward.sequences:
-                count = len(rows.tokens)
-                given = slice(place, place + count)
-                paths = None if forward.paths is None else forward.paths[given]
-                place += count
-                if rows.last_logits_only:
-                    self._prefill(rows, forward.logits[logits], forward.positions[given], slots, started)
-                    logits += 1
-                    continue
-                running = slots.get(rows.slot)
-                if running is None or running.done:
-                    self.problems.append(f"slot {rows.slot}: rows where no text is being written (rows)")
-                else:
-                    room = None
-                    if self.asked.most_rows is not None:
-                        room = self.asked.most_rows // len(forward.sequences)
-                    own = forward.logits[logits : logits + count]
-                    self._step(rows, own, forward.positions[given], paths, room, running)
-                    key = self.asked.seeds[running.number], len(running.emitted)
-                    running.proposal = forward.proposals.get(key)
-                    self._due(running)
-                logits += count
+    def replay(self, forward: Recorded) -> None:
+        """Judge the next forward."""
+        logits = place = 0
+        for rows in forward.sequences:
+            count = len(rows.tokens)
+            given = slice(place, place + count)
+            paths = None if forward.paths is None else forward.paths[given]
+            place += count
+            if rows.last_logits_only:
+                self._prefill(rows, forward.logits[logits], forward.positions[given])
+                logits += 1
+                continue
+            running = self._slots.get(rows.slot)
+            if running is None or running.done:
+                self.problems.append(f"slot {rows.slot}: rows where no text is being written (rows)")
+            else:
+                most = self.asked.most_rows
+                room = None if most is None else most // len(forward.sequences)
+                own = forward.logits[logits : logits + count]
+                self._step(rows, own, forward.positions[given], paths, room, running)
+                key = self.asked.seeds[running.number], len(running.emitted)
+                running.proposal = forward.proposals.get(key)
+                self._due(running)
+            logits += count
+
+    def texts(self) -> list[list[int]]:
+        """What follows from the recorded logits, one text per prompt; tokens after its end are none."""
+        started = self._started
         return [started[n].emitted if n in started else [] for n in range(len(self.asked.prompts))]
 
-    def _prefill(
-        self,
-        rows: SequenceRows,
-        logits_V: Tensor,
-        positions: list[int],
-        slots: dict[int, _Sequence],
-        started: dict[int, _Sequence],
-    ) -> None:
-        running = slots.get(rows.slot)
+    def _prefill(self, rows: SequenceRows, logits_V: Tensor, positions: list[int]) -> None:
+        running = self._slots.get(rows.slot)
         if rows.start == 0 and (running is None or running.done):
-            number = self._which(rows.tokens, started)
+            number = self._which(rows.tokens)
             if number is None:
                 self.problems.append(f"slot {rows.slot}: a prompt that nobody gave (rows)")
                 return
             prompt = list(self.asked.prompts[number])
             limit = min(self.asked.limits[number], self.asked.context - len(prompt))
-            running = started[number] = _Sequence(number, prompt, list(prompt), limit, self.asked.eos)
-            slots[rows.slot] = running
+            running = _Sequence(number, prompt, list(prompt), limit, self.asked.eos)
+            self._started[number] = self._slots[rows.slot] = running
         if running is None or running.done:
             self.problems.append(f"slot {rows.slot}: prompt rows where no text is being written (rows)")
             return
@@ -202,9 +198,9 @@ class Auditor:
             self._emit(running, [self._target(logits_V, running, [])])
             running.due, running.proposal = 0, None
 
-    def _which(self, tokens: Sequence[int], started: dict[int, _Sequence]) -> int | None:
+    def _which(self, tokens: Sequence[int]) -> int | None:
         """The prompt that begins with these rows: one they hold whole, else the first of those not yet started."""
-        waiting = [n for n in range(len(self.asked.prompts)) if n not in started]
+        waiting = [n for n in range(len(self.asked.prompts)) if n not in self._started]
         begins = [n for n in waiting if list(self.asked.prompts[n][: len(tokens)]) == list(tokens)]
         whole = [n for n in begins if len(self.asked.prompts[n]) == len(tokens)]
         return next(iter(whole or begins), None)

@@ -193,7 +193,7 @@ def ended_by(engine: Engine, eos: frozenset[int]) -> Iterator[None]:
 def ragged(prompts: Prompts, limit: int) -> tuple[list[list[int]], list[int]]:
     """(prompts of different lengths, from one token up; new tokens of each)."""
     cut = [list(prompt[-max(1, len(prompt) * (1 + 5 * i % 8) // 8) :]) for i, prompt in enumerate(prompts)]
-    return cut, [max(1, limit - 5 * i % max(1, limit // 2)) for i in range(len(prompts))]
+    return cut, [max(1, limit - 3 * i % max(1, limit // 2)) for i in range(len(prompts))]
 
 
 def an_end(engine: Engine, prompts: Prompts, limits: Sequence[int], sampling: Sampling) -> frozenset[int]:

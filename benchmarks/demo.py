@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,12 @@ def report(figures: dict[str, Any], folder: Path) -> str:
 def certificate_lines(figures: dict[str, Any]) -> str:
     """The verdict of `retrofit certify`, and its checks."""
     verdict = "certified" if figures["ok"] else "NOT certified"
-    checks = table([[c["name"], c["status"], c["detail"]] for c in figures["checks"]], left=3)
-    return f"The certificate ({verdict}: {figures['what']})\n{checks}"
+    width = max(len(c["name"]) for c in figures["checks"])
+    lines = [
+        textwrap.fill(f"  {c['name']:<{width}}  {c['status']}  {c['detail']}", 90, subsequent_indent=" " * (width + 4))
+        for c in figures["checks"]
+    ]
+    return "\n".join([f"The certificate ({verdict}: {figures['what']})", *lines])
 
 
 def forwards_table(figures: dict[str, Any]) -> str:

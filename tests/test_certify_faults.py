@@ -40,7 +40,7 @@ def accepts_one_too_many(patch):
 def uses_the_seeds_noise_in_all_rows(patch):
     right = modes._targets
     patch.setattr(
-        modes, "_targets", lambda run, logits, owners, steps, seen: right(run, logits, owners, [0] * len(steps), seen)
+        modes, "_targets", lambda run, logits, owners, steps, *rest: right(run, logits, owners, [0] * len(steps), *rest)
     )
 
 

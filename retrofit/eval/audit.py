@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from retrofit.eval.differences import CLASSES, class_differences, first_difference, token_at
-from retrofit.eval.exactness import BATCH, LISTED, Prompts, Verdict
+from retrofit.eval.exactness import BATCH, LISTED, PLAIN, Prompts, Verdict
 from retrofit.eval.recording import recording
 from retrofit.eval.replay import Asked, Auditor, Sampling
 from retrofit.eval.subject import Subject
@@ -121,6 +121,7 @@ def audit_run(
             max_new_tokens=limits,
             seed=seeds,
             ignore_eos=not eos,
+            original_settings=False,
             **sampling.options(),
             **options,
         )
@@ -200,7 +201,7 @@ def an_end(engine: Engine, prompts: Prompts, limits: Sequence[int], sampling: Sa
     """A token that ends some of the texts early: the one that stands inside the most of them."""
     seeds = [1000 + i for i in range(len(prompts))]
     results = engine.generate(
-        prompts, "ar", max_new_tokens=limits, seed=seeds, ignore_eos=True, batch_size=BATCH, **sampling.options()
+        prompts, "ar", max_new_tokens=limits, seed=seeds, batch_size=BATCH, **PLAIN, **sampling.options()
     )
     inside: dict[int, int] = {}
     for result in results:
@@ -258,7 +259,7 @@ def _free_runs(
     subject: Subject, prompts: Prompts, limit: int, texts: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Differences of texts from `ar`'s by class, and of `ar`'s from its own in another batch: the noise floor."""
-    common: dict[str, Any] = {"max_new_tokens": limit, "ignore_eos": True}
+    common: dict[str, Any] = {"max_new_tokens": limit, **PLAIN}
     want = [r.tokens for r in subject.run.generate(prompts, "ar", batch_size=BATCH, **common)]
     again = [r.tokens for r in subject.run.generate(prompts, "ar", batch_size=2, **common)]
     wider = torch.float64 if subject.dtype == torch.float32 else torch.float32

@@ -3,19 +3,20 @@
 A level of exactness above `off` promises that a row's bits do not depend on the rows beside it, so every text must be
 `ar`'s, and `ar`'s own must not depend on the batch.  At `off` nothing is promised.  In fp32 that shows only where two
 tokens are as good as equal (an fp64 margin excuses); in half precision texts part, and what is left to say is how many.
-Beside it stands what transformers itself keeps of its own text when it decodes in another batch.
+The base's own generation settings hold, as they do for users.  Beside it stands what transformers itself keeps of its
+own text when it decodes in another batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from retrofit.errors import ResourceError
-from retrofit.eval.exactness import LISTED, SEED, Prompts, Verdict, differing, excuse, reference
+from retrofit.eval.exactness import LISTED, PLAIN, SEED, Prompts, Verdict, differing, excuse, reference
 from retrofit.eval.replay import Sampling
 from retrofit.eval.subject import Subject
 from retrofit.runtime.engine import Engine
@@ -47,12 +48,10 @@ def bitwise(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
     compared = bad = 0
     exact = level != "off"
     half = subject.dtype in HALF
-    greedy_ar: list[list[int]] = []
     for sampling in SAMPLINGS:
-        common = {"ignore_eos": True, "seed": SEED, **sampling.options()}
+        common: dict[str, Any] = {"ignore_eos": True, "seed": SEED, **sampling.options()}
         first = engine.generate(prompts, "ar", max_new_tokens=limit, batch_size=BATCHES[0], **common)
         want = [r.tokens for r in first]
-        greedy_ar = greedy_ar or want
         found: list[dict[str, Any]] = []
         for mode, options, count, tokens in runs(engine, len(prompts), limit):
             results = engine.generate(prompts[:count], mode, max_new_tokens=tokens, **options, **common)
@@ -72,7 +71,7 @@ def bitwise(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
     }
     said = f"{equal} of {compared} texts equal ar's"
     if half:
-        details["control"], text = _control(subject, prompts, limit, greedy_ar)
+        details["control"], text = _control(subject, prompts, limit)
         said += text
     if exact:
         return Verdict(compared > 0 and not differences, f"level {level}, {name}: {said}", details)
@@ -84,19 +83,21 @@ def bitwise(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
     return Verdict(compared > 0 and not bad, f"level off, {name}: {said}", details)
 
 
-def _control(subject: Subject, prompts: Prompts, limit: int, ar: Sequence[Sequence[int]]) -> tuple[dict[str, Any], str]:
+def _control(subject: Subject, prompts: Prompts, limit: int) -> tuple[dict[str, Any], str]:
     """What transformers keeps of its own greedy texts in another batch, and of `ar`'s: figures, not a verdict."""
     try:
         model = subject.base(subject.dtype)
     except ResourceError as error:
         return {"skipped": str(error)}, ""
+    plain = subject.run.generate(prompts, "ar", max_new_tokens=limit, batch_size=BATCHES[0], **PLAIN)
+    ar = [r.tokens for r in plain]
     alone = [reference(model, prompt, limit) for prompt in prompts]
     shortest = min(map(len, prompts))
     even = [list(prompt[-shortest:]) for prompt in prompts]  # a batch of equal lengths needs no padding
     together = _together(model, even, limit)
     one_by_one = alone if all(len(p) == shortest for p in prompts) else [reference(model, p, limit) for p in even]
     kept = sum(a == b for a, b in zip(one_by_one, together, strict=True))
-    own = sum(list(a) == b for a, b in zip(ar, alone, strict=True))
+    own = sum(a == b for a, b in zip(ar, alone, strict=True))
     figures = {"texts": len(prompts), "transformers_in_another_batch": kept, "ar_equals_transformers": own}
     text = f" (transformers keeps {kept} of {len(prompts)} of its own from batch 1 to {len(prompts)}; ar equals {own})"
     return figures, text

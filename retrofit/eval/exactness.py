@@ -7,7 +7,7 @@ Each returns a `Verdict`; one that cannot be had for lack of memory raises Resou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ EXCUSED_MARGIN = 1e-5
 """fp64 scores closer than this: fp32 cannot tell the two tokens apart."""
 SAMPLINGS = (Sampling(0.8), Sampling(0.8, top_k=50, top_p=0.95, repetition_penalty=1.2))
 SEED = 17
+PLAIN: Mapping[str, Any] = {"ignore_eos": True, "original_settings": False}
+"""Texts of one length, and none of the base's own generation settings: the references know none either."""
 LISTED = 16
 
 
@@ -175,9 +177,7 @@ def greedy(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
     differences: list[dict[str, Any]] = []
     compared = 0
     for options in strategies(engine, "all"):
-        results = engine.generate(
-            prompts, "self_spec", max_new_tokens=limit, ignore_eos=True, temperature=0.0, **options
-        )
+        results = engine.generate(prompts, "self_spec", max_new_tokens=limit, temperature=0.0, **PLAIN, **options)
         differences += differing(options, want, [r.tokens for r in results])
         compared += len(results)
     bad = excuse(subject, prompts, want, differences)
@@ -246,7 +246,7 @@ def sampled(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
     differences: list[dict[str, Any]] = []
     compared = accepted = bad = 0
     for sampling, prepare in zip(SAMPLINGS, ("all", "last"), strict=True):
-        common = {"max_new_tokens": limit, "ignore_eos": True, "seed": SEED, **sampling.options()}
+        common = {"max_new_tokens": limit, "seed": SEED, **PLAIN, **sampling.options()}
         want = [r.tokens for r in engine.generate(prompts, "ar", batch_size=BATCH, **common)]
         found: list[dict[str, Any]] = []
         for options in strategies(engine, prepare):

@@ -20,6 +20,8 @@ from retrofit.runtime import modes
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
 
+SHAPE = 5
+"""Which of the arguments of `draft_tokens` behind the first four is the tree's shape."""
 Key = tuple[int, int]
 """(request seed, output index of the first draft)."""
 
@@ -104,7 +106,7 @@ def _watch_host(engine: Engine, tape: _Tape, hooks: ExitStack) -> None:
 
     def drafted(hidden: Any, previous: Any, seeds: Sequence[int], indices: Sequence[int], *rest: Any) -> Any:
         made = draft(hidden, previous, seeds, indices, *rest)
-        shape = rest[-1]
+        shape = rest[SHAPE]
         if tape.last is not None and any(
             part is backend.heads for part in rest
         ):  # another engine's drafts are none of ours

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from certifying import command, converted, flat_base, ranks_of, small
+from transformers import GenerationConfig
 
 from retrofit.adapters import rows as row_plans
 from retrofit.eval import audit, certify
 from retrofit.runtime import host_steps, modes, policy
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.processors import Guard
 from retrofit.runtime.request import Request
 from retrofit.runtime.scheduler import Scheduler
 from retrofit.runtime.tree import accepted_path
@@ -300,3 +302,18 @@ def test_the_faults_are_the_engines(folder):
         with pytest.MonkeyPatch.context() as patch:
             plant(patch)
             assert [r.tokens for r in engine.generate(PROMPTS, "ar", **options)] == want
+
+
+def test_the_bases_own_settings_hold_in_bitwise(tmp_path, texts, monkeypatch):
+    """A rule of the base's generation_config that forgets the drafts on a row's path parts the texts from `ar`'s."""
+    base = flat_base(tmp_path / "base")
+    GenerationConfig(no_repeat_ngram_size=1).save_pretrained(base)
+    made = converted(tmp_path / "artifact", base, texts)
+    small(monkeypatch, 4, 24, only=("bitwise",))
+    monkeypatch.setattr(certify, "token_prompts", lambda *_: [[i, i + 1] for i in range(4)])
+    assert command(made)[0].exit_code == 0
+    right = Guard.banned
+    monkeypatch.setattr(Guard, "banned", lambda self, path: right(self, []))
+    result, checks = command(made)
+    assert result.exit_code == 3
+    assert checks["bitwise"]["status"] == "failed"

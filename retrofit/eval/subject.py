@@ -81,10 +81,10 @@ class Subject:
             return self.run
         if self._fp32 is None:
             fused = self.run.backend.name == "fused"
-            self._fp32 = self._refused() if fused else self._converted(self._fresh(torch.float32))
+            self._fp32 = self._fused_in_fp32() if fused else self._converted(self._fresh(torch.float32))
         return self._fp32
 
-    def _refused(self) -> Engine:
+    def _fused_in_fp32(self) -> Engine:
         """The fused backend in fp32, nothing promised of its bits: what fp32 cannot tell is excused anyway."""
         assert self.artifact is not None and self.run.base is not None
         self._require_memory(torch.float32)

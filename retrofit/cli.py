@@ -23,7 +23,6 @@ from retrofit.console import (
     engine_options,
     generation_options,
     is_quiet,
-    loading_options,
     not_text,
     output_options,
     quieten_libraries,
@@ -184,7 +183,7 @@ def chat(
     help="How many prompts and tokens to check.",
 )
 @base_option
-@loading_options
+@engine_options
 @output_options
 def certify(
     folder: str,
@@ -196,7 +195,8 @@ def certify(
     """Prove that ARTIFACT leaves its base alone.
 
     Runs the checks on this machine, writes certificate.json into the artifact, and exits with 3 when one of
-    them is not met.
+    them is not met. What is certified is what runs: the backend, the type and the level of exactness that
+    `retrofit generate` takes with the same options; the certificate names them.
 
     \b
     Example:
@@ -210,6 +210,8 @@ def certify(
         level=level,
         device=loading.device,
         dtype=loading.dtype or "auto",
+        backend=loading.backend,
+        exact=loading.exact,
         base=base,
         offline=loading.offline,
         trust_remote_code=loading.trust_remote_code,
@@ -222,6 +224,7 @@ def certify(
         width = max(len(check.name) for check in certificate.checks)
         for check in certificate.checks:
             click.echo(f"{check.status:<8}  {check.name:<{width}}  {check.detail}")
+    say(f"certified was {certificate.what}")
     say(f"wrote {path}")
     certificate.require()
 

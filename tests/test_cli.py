@@ -187,7 +187,7 @@ def test_common_options_are_the_same_everywhere():
         options = {o.name: (o.opts, str(o.type), o.help) for o in command.params if isinstance(o, click.Option)}
         assert {"as_json", "quiet", "verbose"} <= set(options), path
         common = {"as_json", "quiet", "verbose", "device", "dtype", "offline", "trust_remote_code", "backend", "exact"}
-        assert ("backend" in options) == (path[0] in ("generate", "chat", "doctor"))
+        assert ("backend" in options) == (path[0] in ("generate", "chat", "certify", "doctor"))
         for name in common & set(options):
             assert seen.setdefault(name, options[name]) == options[name]
 
@@ -667,7 +667,7 @@ def test_an_adapter_for_another_base(made, tmp_path):
 
 def test_certify_writes_the_certificate_and_prints_the_checks(own, monkeypatch):
     monkeypatch.setitem(certify.LEVELS, "quick", certify.Size(prompts=2, tokens=8, samples=0))
-    monkeypatch.setattr(certify, "distribution", lambda samples: certify.Verdict(True, "not run here", {}))
+    monkeypatch.setattr(certify, "distribution", lambda *_: certify.Verdict(True, "not run here", {}))
     result = run("certify", own, "--dtype", "float32")
     assert result.exit_code == 0, result.output
     content = json.loads((own / "certificate.json").read_text())
@@ -675,7 +675,9 @@ def test_certify_writes_the_certificate_and_prints_the_checks(own, monkeypatch):
     assert [line.split()[:2] for line in result.stdout.splitlines()] == [
         ["passed", check["name"]] for check in content["checks"]
     ]
-    assert result.stderr == f"wrote {own / 'certificate.json'}\n"
+    assert result.stderr == (
+        f"certified was the hf backend, exact={content['exact']}, in float32 on cpu\nwrote {own / 'certificate.json'}\n"
+    )
     artifact.check(own)
     assert "certificate  ok" in done("inspect", own)
 

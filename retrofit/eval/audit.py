@@ -1,362 +1,271 @@
-"""The auditor: recomputes what an engine should have emitted, from the base-row logits of its own forwards.
+"""The check `audit`: every way of decoding that a user can choose, replayed by the auditor, in the type that runs.
 
-It shares no code with the engine's modes, acceptance or sampling: forwards are recorded as they pass, then
-replayed by a loop of its own, with transformers' processors and a noise function written from the
-specification a second time.
+    two_forward, fused (a tree where the artifact knows its candidates' chances, and a chain), auto, prompt lookup;
+    greedy, sampled, under a repetition penalty; and a ragged batch: prompts of different lengths and limits, more than
+    run at once, so that slots are used again, ending at an EOS or at their limit
 
-    rows      every base row stands right after the committed prefix, and its input is the newest token
-    length    how many drafts are verified follows from what precedes them: all that the block proposed, cut
-              to the budget and the context (so fixed strategies only; `auto` asks its cost model)
-    token     every emitted token is the target of its row on the row's own path; nothing else is emitted
-
-and classes where the text differs from token-by-token decoding in the type the engine runs in.
+`auto` chooses by measured times, so what it would choose differs from run to run; here it takes every plan it knows.
+Then texts against `ar`'s: where they part, rounding must explain it.  Not here: the rules (`replay.py`).
 """
 
 from __future__ import annotations
 
-import math
+import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.eval.differences import CLASSES, class_differences, first_difference, token_at
+from retrofit.eval.exactness import BATCH, LISTED, PLAIN, Prompts, Verdict
+from retrofit.eval.recording import recording
+from retrofit.eval.replay import Asked, Auditor, Sampling
+from retrofit.eval.subject import Subject
+from retrofit.runtime.cost import Template
+from retrofit.runtime.engine import Engine, Result
+from retrofit.runtime.modes import Run
+from retrofit.runtime.policy import AutoPolicy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from retrofit.runtime.backends.hf import Output
-    from retrofit.runtime.cache import KVCache
-    from retrofit.runtime.engine import Engine
-
-TIE_ULP, NEAR_ULP = 2, 8
-CLASSES = ("match", "tie", "near", "bug")
-_WORD = 0xFFFFFFFF
+GREEDY, SAMPLED = Sampling(), Sampling(0.8)
+PENALTY = Sampling(0.8, top_k=50, repetition_penalty=3.0)
+"""So strong that a row which forgot the drafts on its own path repeats one of them."""
+RAGGED_BATCH = 3
+PLAN_STEPS = 3
+"""Steps that a plan of `auto` holds for: drafts of one are verified by the next of the same plan."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """The options of one audited run, by the names `Engine.generate` gives them."""
+class Way:
+    """One audited generation."""
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-
-    def options(self) -> dict[str, Any]:
-        return {
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "repetition_penalty": self.repetition_penalty,
-        }
-
-    def processors(self) -> LogitsProcessorList:
-        """transformers' own, in its order; temperature 0 leaves the penalty only."""
-        made: list[LogitsProcessor] = []
-        if self.repetition_penalty is not None:
-            made.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature > 0:
-            made.append(TemperatureLogitsWarper(self.temperature))
-            if self.top_k is not None:
-                made.append(TopKLogitsWarper(self.top_k))
-            if self.top_p is not None:
-                made.append(TopPLogitsWarper(self.top_p))
-        return LogitsProcessorList(made)
+    name: str
+    options: dict[str, Any]
+    sampling: Sampling = GREEDY
+    ragged: bool = False
+    short: bool = False
+    """Behind the last tokens of each prompt only: what a path adds to the tokens seen then matters."""
+    compared: bool = False
+    """Whether its texts are held against `ar`'s."""
 
 
-@dataclass
-class Recorded:
-    """One forward: its rows, and the logits [R, V] of its base rows, on the CPU."""
-
-    sequences: list[SequenceRows]
-    logits: Tensor
-    cache: int
-
-
-@contextmanager
-def recording(engine: Engine) -> Iterator[list[Recorded]]:
-    """Collect the forwards of the generation inside.  Those on other caches (timing probes) are left out."""
-    forwards: list[Recorded] = []
-    caches: list[KVCache] = []  # kept alive, so that an id is one cache's only
-    forward = engine.backend.forward
-
-    def recorded(plan: RowPlan, cache: KVCache) -> Output:
-        out = forward(plan, cache)
-        caches.append(cache)
-        forwards.append(Recorded(plan.sequences, out.base_logits.detach().cpu().clone(), id(cache)))
-        return out
-
-    engine.backend.forward = recorded  # type: ignore[method-assign]
-    try:
-        yield forwards
-    finally:
-        del engine.backend.forward
-        last = forwards[-1].cache if forwards else 0
-        forwards[:] = [f for f in forwards if f.cache == last]
+def ways(engine: Engine) -> list[Way]:
+    """What is audited of this engine; layouts without an anchor have no `fused`."""
+    two = {"strategy": "two_forward", "batch_size": BATCH}
+    auto = {"strategy": "auto", "batch_size": 4}
+    fused = {"strategy": "fused", "batch_size": 5}
+    made = [
+        Way("two_forward", two, compared=True),
+        Way("two_forward, penalty", two, PENALTY, short=True),
+        Way("auto", auto, SAMPLED),
+        Way("auto, penalty", auto, PENALTY, short=True),
+        Way("prompt_lookup", {"strategy": "prompt_lookup", "batch_size": BATCH}, compared=True),
+        Way("ragged", {**two, "batch_size": RAGGED_BATCH}, SAMPLED, ragged=True),
+    ]
+    if engine.layout.anchored:
+        made += [
+            Way("fused", fused, compared=True),
+            Way("fused, chain", {**fused, "tree": 0}, SAMPLED),
+            Way("fused, last", {**fused, "prepare": "last"}),
+            Way("fused, prepare 2, penalty", {**fused, "prepare": 2}, PENALTY, short=True),
+            Way("fused, ragged", {**fused, "batch_size": RAGGED_BATCH}, SAMPLED, ragged=True),
+        ]
+    return made
 
 
 @dataclass
-class _Sequence:
-    number: int
-    prompt: list[int]
-    tokens: list[int]
-    limit: int
-    drafts: int = 0
-    """Drafts proposed for what comes next."""
+class Audited:
+    """What one way's audit found.  texts: the emitted tokens of each prompt."""
 
-    @property
-    def emitted(self) -> list[int]:
-        return self.tokens[len(self.prompt) :]
-
-    @property
-    def remaining(self) -> int:
-        return self.limit - len(self.emitted)
-
-
-@dataclass
-class Auditor:
-    """Replays recorded forwards.  problems: what broke a rule; checked: how many tokens were recomputed."""
-
-    prompts: Sequence[Sequence[int]]
-    sampling: Sampling
-    seeds: Sequence[int]
-    limit: int
-    context: int
-    boundary: int | None
-    """Where longrope re-runs a sequence; drafts are dropped there and no forward spans it."""
-    first_drafting_row: int
+    auditor: Auditor
+    texts: list[list[int]]
     problems: list[str] = field(default_factory=list)
-    checked: int = 0
 
-    def replay(self, forwards: Sequence[Recorded]) -> list[list[int]]:
-        """The texts that follow from the recorded logits, one per prompt; tokens after the limit are none."""
-        slots: dict[int, _Sequence] = {}
-        started: list[_Sequence] = []
-        for forward in forwards:
-            row = 0
-            for rows in forward.sequences:
-                if rows.last_logits_only:
-                    self._prefill(rows, forward.logits[row], slots, started)
-                    row += 1
-                elif rows.slot in slots:
-                    self._step(rows, forward.logits[row : row + len(rows.tokens)], slots[rows.slot])
-                    row += len(rows.tokens)
-                else:
-                    self.problems.append(f"slot {rows.slot}: rows before any prompt")
-                    row += len(rows.tokens)
-        return [sequence.emitted for sequence in started]
-
-    def _prefill(
-        self, rows: SequenceRows, logits_V: Tensor, slots: dict[int, _Sequence], started: list[_Sequence]
-    ) -> None:
-        running = slots.get(rows.slot)
-        if rows.start == 0 and (running is None or running.remaining <= 0):
-            if len(started) == len(self.prompts):
-                self.problems.append(f"slot {rows.slot}: a prompt nobody gave")
-                return
-            prompt = list(self.prompts[len(started)])
-            running = _Sequence(len(started), prompt, list(prompt), min(self.limit, self.context - len(prompt)))
-            started.append(running)
-            slots[rows.slot] = running
-        assert running is not None
-        end = rows.start + len(rows.tokens)
-        if list(rows.tokens) != running.tokens[rows.start : end]:
-            self.problems.append(f"prompt {running.number}: rows at {rows.start} do not hold the text so far")
-        if end == len(running.tokens):
-            self._emit(running, self._target(logits_V, running, []))
-            running.drafts = 0
-
-    def _step(self, rows: SequenceRows, logits_TV: Tensor, running: _Sequence) -> None:
-        position, drafts = len(running.tokens) - 1, list(rows.tokens[1:])
-        where = f"prompt {running.number}, token {len(running.emitted)}"
-        end = self.context
-        if self.boundary is not None and position < self.boundary:
-            end = min(end, self.boundary)
-        expected = max(0, min(running.drafts, running.remaining - 1, end - 1 - position))
-        if len(drafts) != expected:
-            self.problems.append(f"{where}: {len(drafts)} drafts verified, {expected} by what precedes them (length)")
-        if rows.tokens:
-            if rows.start != position:
-                self.problems.append(f"{where}: base rows start at position {rows.start}, not {position} (rows)")
-            if rows.tokens[0] != running.tokens[-1]:
-                self.problems.append(f"{where}: the first base row does not hold the newest token (rows)")
-            path: list[int] = []
-            targets = []
-            for j, logits_V in enumerate(logits_TV):
-                targets.append(self._target(logits_V, running, path))
-                if j == len(drafts) or drafts[j] != targets[-1]:
-                    break
-                path = [*path, drafts[j]]
-            for token in targets:
-                self._emit(running, token)
-        # The block that came true begins where the newest token stands now, hung on a base row or not.
-        blocks = [b for b in rows.blocks if b.start == len(running.tokens) - 1]
-        running.drafts = len(blocks[0].inputs) - self.first_drafting_row if blocks else 0
-
-    def _emit(self, running: _Sequence, token: int) -> None:
-        if running.remaining > 0:
-            running.tokens.append(token)
-            self.checked += 1
-
-    def _target(self, logits_V: Tensor, running: _Sequence, path: list[int]) -> int:
-        ids = torch.tensor([[*running.tokens, *path]])
-        scores = self.sampling.processors()(ids, logits_V.float()[None])[0]
-        if self.sampling.temperature > 0:
-            index = len(running.emitted) + len(path)
-            scores = scores + gumbel(self.seeds[running.number], index, len(scores))
-        return int(scores.argmax())
-
-
-def gumbel(seed: int, index: int, vocab: int) -> Tensor:
-    """Gumbel noise of all tokens of one row, fp32 [V], keyed by (request seed, output index, token id).
-
-    The noise of this format: 32-bit words, every operation modulo 2^32; x is hashed by
-    x ^= x >> 16; x *= 21f0aaad; x ^= x >> 15; x *= d35a2d97; x ^= x >> 15, u = (top 23 bits + 1/2) / 2^23.
-    """
-
-    def key(start: int) -> int:
-        x = seed + start & _WORD
-        x = ((x ^ x >> 16) * 0x21F0AAAD & _WORD) ^ (seed >> 32 & _WORD)
-        x = ((x ^ x >> 15) * 0xD35A2D97 & _WORD) ^ (index & _WORD)
-        x = (x ^ x >> 16) * 0x21F0AAAD & _WORD
-        x = (x ^ x >> 15) * 0xD35A2D97 & _WORD
-        return x ^ x >> 15
-
-    first, second = np.uint32(key(0x9E3779B9)), np.uint32(key(0x6A09E667))
-    m1, m2, s15, s16 = np.uint32(0x21F0AAAD), np.uint32(0xD35A2D97), np.uint32(15), np.uint32(16)
-    x = np.arange(vocab, dtype=np.uint32) + np.uint32(0xBB67AE85)
-    x = (x ^ (x >> s16)) * m1
-    x = (x ^ (x >> s15)) * m2
-    x = (x ^ (x >> s15)) ^ first
-    x = ((x ^ (x >> s16)) * m1) ^ second
-    x = (x ^ (x >> s15)) * m2
-    bits = (x ^ (x >> s15)) >> np.uint32(9)
-    uniform = torch.from_numpy((bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23))
-    return -torch.log(-torch.log(uniform))
+    def figures(self) -> dict[str, int]:
+        found = self.auditor
+        return {
+            "targets": found.checked,
+            "verified": found.verified,
+            "accepted": found.accepted,
+            "branched": found.branched,
+            "telling": found.telling,
+            "problems": len(self.problems),
+        }
 
 
 def audit_run(
     engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    limit: int,
+    prompts: Prompts,
+    limits: Sequence[int],
     sampling: Sampling,
+    eos: frozenset[int] = frozenset(),
     **options: Any,
-) -> tuple[Auditor, list[list[int]]]:
-    """Generate, replay, compare.  Returns the auditor, with every problem found, and the emitted texts."""
+) -> Audited:
+    """Generate, replay, compare.  eos: tokens that end a text; empty: none does."""
     seeds = [1000 + i for i in range(len(prompts))]
-    with recording(engine) as forwards:
+    layout, limited = engine.layout, engine.limits
+    asked = Asked(
+        prompts, seeds, limits, sampling, options["strategy"], eos, limited.context, limited.boundary,
+        layout.block, layout.first_drafting_row, engine.backend.most_rows,
+    )  # fmt: skip
+    auditor = Auditor(asked, engine.backend.device)
+    with recording(engine, auditor.replay):
         results = engine.generate(
             prompts,
             "self_spec",
-            max_new_tokens=limit,
+            max_new_tokens=limits,
             seed=seeds,
-            ignore_eos=True,
+            ignore_eos=not eos,
+            original_settings=False,
             **sampling.options(),
             **options,
         )
-    limits = engine.limits
-    auditor = Auditor(
-        prompts, sampling, seeds, limit, limits.context, limits.boundary, engine.layout.first_drafting_row
-    )
-    texts = auditor.replay(forwards)
-    wrong = []
-    for number, result in enumerate(results):
-        want = texts[number] if number < len(texts) else []
+    wanted = auditor.texts()
+    # Wrong tokens first: they make the rows after them look wrong too.
+    problems = _emitted(results, wanted, eos) + auditor.problems
+    return Audited(auditor, [result.tokens for result in results], problems)
+
+
+def _emitted(results: Sequence[Result], wanted: Sequence[Sequence[int]], eos: frozenset[int]) -> list[str]:
+    """Emitted texts against the targets, and the reasons they ended for."""
+    problems = []
+    for number, (result, want) in enumerate(zip(results, wanted, strict=True)):
         at = first_difference(want, result.tokens)
         if at is not None:
-            wrong.append(
-                f"prompt {number}, token {at}: emitted {_at(result.tokens, at)}, the target is {_at(want, at)} (token)"
-            )
-    auditor.problems[:0] = wrong  # first: a wrong token makes the rows after it look wrong too
-    return auditor, [result.tokens for result in results]
+            got, target = token_at(result.tokens, at), token_at(want, at)
+            problems.append(f"prompt {number}, token {at}: emitted {got}, the target is {target} (token)")
+        elif (result.finish_reason == "eos") != (result.tokens[-1] in eos):
+            problems.append(f"prompt {number}: ended by {result.finish_reason}, at token {result.tokens[-1]} (end)")
+    return problems
 
 
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first token in which two texts differ, None when they are equal."""
-    if list(a) == list(b):
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+@contextmanager
+def every_plan(engine: Engine) -> Iterator[None]:
+    """Let `auto` change its plan every few steps, through all that it could choose, and time nothing."""
+    policies = [engine.policy, engine.device_policy]
+    kept = [(policy.costs, policy.calibrated) for policy in policies]
+    for policy in policies:
+        policy.costs, policy.calibrated = {}, set()
+        _restless(policy)
+    try:
+        yield
+    finally:
+        for policy, (costs, calibrated) in zip(policies, kept, strict=True):
+            del policy.template, policy.learn, policy.calibrate
+            policy.costs, policy.calibrated = costs, calibrated
 
 
-def _at(tokens: Sequence[int], at: int | None) -> int | None:
-    return tokens[at] if at is not None and at < len(tokens) else None
+def _restless(policy: AutoPolicy) -> None:
+    drawn, steps = random.Random(0), itertools.count()
+    held = Template("ar")
+
+    def template(run: Run, batch: int) -> Template:
+        nonlocal held
+        if next(steps) % PLAN_STEPS == 0:
+            costs = policy.costs[run.params.temperature > 0]
+            held = drawn.choice([Template("ar"), *costs.templates(run.rows_each(batch))])
+        return held
+
+    def learn(sampled: bool, batch: int, step: Callable[[int, int], float], room: int, rows: int | None) -> None:
+        AutoPolicy.learn(policy, sampled, batch, step, 0, rows)  # no room, so no probe
+
+    def calibrate(run: Run, batch: int) -> None:
+        learn(run.params.temperature > 0, batch, lambda *_: 0.0, 0, None)
+
+    policy.template, policy.learn, policy.calibrate = template, learn, calibrate  # type: ignore[method-assign]
 
 
-def ulp(size: float, dtype: torch.dtype) -> float:
-    """Distance of neighbouring numbers of `dtype` at magnitude `size`: eps * 2^floor(log2 size)."""
-    return float(torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(size, 2.0**-14))))
+@contextmanager
+def ended_by(engine: Engine, eos: frozenset[int]) -> Iterator[None]:
+    """Let other tokens end a text."""
+    own = engine.backend.eos
+    engine.backend.eos = eos
+    try:
+        yield
+    finally:
+        engine.backend.eos = own
 
 
-def classify(margin_ulp: float) -> str:
-    """match: the token is the likeliest; tie, near: rounding can explain it; bug: it cannot."""
-    if margin_ulp <= 0:
-        return "match"
-    if margin_ulp <= TIE_ULP:
-        return "tie"
-    return "near" if margin_ulp <= NEAR_ULP else "bug"
+def ragged(prompts: Prompts, limit: int) -> tuple[list[list[int]], list[int]]:
+    """(prompts of different lengths, from one token up; new tokens of each)."""
+    cut = [list(prompt[-max(1, len(prompt) * (1 + 5 * i % 8) // 8) :]) for i, prompt in enumerate(prompts)]
+    return cut, [max(1, limit - 3 * i % max(1, limit // 2)) for i in range(len(prompts))]
 
 
-@torch.inference_mode()
-def margins(model: PreTrainedModel, prompt: Sequence[int], text: Sequence[int], dtype: torch.dtype) -> list[float]:
-    """By how many ulp of `dtype` each token of a text falls short of the likeliest, teacher-forced."""
-    ids = torch.tensor([[*prompt, *text[:-1]]], device=model.device)
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-    rows = logits[len(prompt) - 1 :]
-    chosen = rows.gather(1, torch.tensor(text, device=rows.device)[:, None])[:, 0]
-    short = (rows.amax(dim=1) - chosen).tolist()
-    sizes = rows.abs().amax(dim=1).tolist()
-    return [s / ulp(size, dtype) for s, size in zip(short, sizes, strict=True)]
+def an_end(engine: Engine, prompts: Prompts, limits: Sequence[int], sampling: Sampling) -> frozenset[int]:
+    """A token that ends some of the texts early: the one that stands inside the most of them."""
+    seeds = [1000 + i for i in range(len(prompts))]
+    results = engine.generate(
+        prompts, "ar", max_new_tokens=limits, seed=seeds, batch_size=BATCH, **PLAIN, **sampling.options()
+    )
+    inside: dict[int, int] = {}
+    for result in results:
+        for token in set(result.tokens[1:-1]) - set(result.tokens[:1]):
+            inside[token] = inside.get(token, 0) + 1
+    return frozenset([max(inside, key=lambda token: (inside[token], -token))]) if inside else frozenset()
 
 
-def class_differences(
-    model: Callable[[], PreTrainedModel],
-    prompts: Sequence[Sequence[int]],
-    expected: Sequence[Sequence[int]],
-    texts: Sequence[Sequence[int]],
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Positions of `texts` by class, and every first difference from `expected` with its margin.
+def _audited(engine: Engine, way: Way, prompts: Prompts, limit: int) -> Audited:
+    if way.ragged:
+        cut, limits = ragged(prompts, limit)
+        eos = an_end(engine, cut, limits, way.sampling)
+        with ended_by(engine, eos):
+            return audit_run(engine, cut, limits, way.sampling, eos, **way.options)
+    if way.short:
+        prompts = [prompt[-size:] for size in (1, 2) for prompt in prompts]
+    limits = [limit] * len(prompts)
+    if way.options["strategy"] != "auto":
+        return audit_run(engine, prompts, limits, way.sampling, **way.options)
+    with every_plan(engine):
+        return audit_run(engine, prompts, limits, way.sampling, **way.options)
 
-    model: gives the base in a wider type; called when a difference is there.  Before the first difference a
-    position is a match by definition; after it prefixes differ and only margins can speak.
-    """
-    counts = dict.fromkeys(CLASSES, 0)
-    firsts: list[dict[str, Any]] = []
-    for number, (prompt, want, got) in enumerate(zip(prompts, expected, texts, strict=True)):
-        at = first_difference(want, got)
-        counts["match"] += len(got) if at is None else min(at, len(got))
-        if at is None:
-            continue
-        if at == len(got) or at == len(want):
-            counts["bug"] += 1
-            firsts.append({"prompt": number, "token": at, "expected": _at(want, at), "got": _at(got, at)})
-            continue
-        short = margins(model(), prompt, got, dtype)
-        # At the first difference both tokens are on trial: whichever of them is the less likely tells.
-        gap = max(short[at], margins(model(), prompt, [*got[:at], want[at]], dtype)[at])
-        for value in (gap, *short[at + 1 :]):
-            counts[classify(value)] += 1
-        firsts.append(
-            {
-                "prompt": number,
-                "token": at,
-                "expected": want[at],
-                "got": got[at],
-                "ulp": round(gap, 3),
-                "class": classify(gap),
-            }
-        )
-    return {**counts, "first_differences": firsts}
+
+def audit(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
+    """Targets recomputed from stored logits, then the texts against `ar`, in the type the engine runs in."""
+    engine = subject.run
+    problems: list[str] = []
+    texts: list[list[list[int]]] = []
+    runs: dict[str, dict[str, int]] = {}
+    for way in ways(engine):
+        # What is compared with `ar` runs in full; the others show their rules in half of it.
+        found = _audited(engine, way, prompts, limit if way.compared else max(1, limit // 2))
+        problems += [f"{way.name}: {problem}" for problem in found.problems]
+        runs[way.name] = found.figures()
+        if way.compared:
+            texts.append(found.texts)
+    free, control = _free_runs(subject, prompts, limit, texts)
+    counts = {name: sum(run[name] for run in free) for name in CLASSES}
+    checked = sum(run["targets"] for run in runs.values())
+    firsts = [first for run in free for first in run["first_differences"]]
+    details = {
+        "targets_recomputed": checked,
+        "runs": runs,
+        "problems": len(problems),
+        "first_problems": problems[:LISTED],
+        "free_run": {**counts, "first_differences": firsts[:LISTED]},
+        "ar_against_ar": {**control, "first_differences": control["first_differences"][:LISTED]},
+    }
+    detail = f"{checked} targets recomputed in {len(runs)} ways of decoding, {len(problems)} problems; against ar "
+    detail += ", ".join(f"{name} {counts[name]}" for name in CLASSES)
+    return Verdict(all(run["targets"] for run in runs.values()) and not problems and not counts["bug"], detail, details)
+
+
+def _free_runs(
+    subject: Subject, prompts: Prompts, limit: int, texts: Sequence[Sequence[Sequence[int]]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Differences of texts from `ar`'s by class, and of `ar`'s from its own in another batch: the noise floor."""
+    common: dict[str, Any] = {"max_new_tokens": limit, **PLAIN}
+    want = [r.tokens for r in subject.run.generate(prompts, "ar", batch_size=BATCH, **common)]
+    again = [r.tokens for r in subject.run.generate(prompts, "ar", batch_size=2, **common)]
+    wider = torch.float64 if subject.dtype == torch.float32 else torch.float32
+
+    def model() -> PreTrainedModel:
+        return subject.base(wider)
+
+    control = class_differences(model, prompts, want, again, subject.dtype)
+    return [class_differences(model, prompts, want, text, subject.dtype) for text in texts], control

@@ -3,12 +3,15 @@
     artifact       the artifact holds no tensor but the adapter's and the heads'
     base-weights   every tensor of the loaded base is the original checkpoint's, by sha256
     gate           with NaN for an adapter every base row stays as it was, bit for bit
-    audit          in the run type: targets recomputed from stored logits; differences from `ar` are rounding
+    audit          in the run type, every way of decoding: targets recomputed from stored logits; differences from
+                   `ar` are rounding
+    bitwise        in the run type, every way of decoding: `self_spec` equals `ar`, token for token
     greedy-fp32    `self_spec` equals transformers `generate`, token for token
     sampled-fp32   `self_spec` equals `ar` at equal seed, token for token
     distribution   `ar` draws from the model's distribution
 
-The certificate is `ok` when every check passed; one that could not run is `skipped`, and then it is not.
+The certificate is `ok` when every check passed; one that could not run, or had no promise to hold the engine to, is
+`skipped`, and then it is not.  It holds for the backend and the level of exactness that it names.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ from retrofit import __version__
 from retrofit import artifact as artifacts
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.eval import exactness, weights
+from retrofit.eval.audit import audit
+from retrofit.eval.bitwise import bitwise
 from retrofit.eval.distribution import distribution
 from retrofit.eval.exactness import Verdict
 from retrofit.eval.subject import Subject, token_prompts
@@ -54,6 +59,10 @@ class Size:
     """Continuations drawn for each case of the distribution check."""
 
 
+CHECKS = (
+    *("artifact", "base-weights", "gate", "audit"),
+    *("bitwise", "greedy-fp32", "sampled-fp32", "distribution"),
+)
 LEVELS = {"quick": Size(8, 64, 2000), "full": Size(64, 128, 20000)}
 
 
@@ -77,6 +86,14 @@ class Certificate:
     level: str
     checks: list[Check]
     date: str
+
+    @property
+    def what(self) -> str:
+        """What ran: `the fused backend, exact=bucket, in bfloat16 on cuda`."""
+        where = self.environment
+        if where.get("backend") is None:
+            return "nothing could be run"
+        return f"the {where['backend']} backend, exact={where['exact']}, in {where['dtype']} on {where['device']}"
 
     @property
     def ok(self) -> bool:
@@ -124,6 +141,8 @@ def certify(
     *,
     device: str = "cpu",
     dtype: str = "auto",
+    backend: str = "auto",
+    exact: str = "auto",
     base: str | Path | None = None,
     prompts: Sequence[str | Sequence[int]] | None = None,
     offline: bool = False,
@@ -133,12 +152,13 @@ def certify(
     """Check an artifact folder, or a live engine, against its base.  Writes nothing; see `Certificate.save`.
 
     level: quick = 8 prompts of 64 new tokens, full = 64 of 128.  device, dtype: where and in what type a
-    folder is loaded (an engine stays as it is).  base: folder or Hub id of the original checkpoint; a folder
-    knows its own, a live engine needs it for the check of the base weights.  prompts: texts or token ids in
-    place of held-out text of the recipe's source.  progress: a bar on stderr.
+    folder is loaded (an engine stays as it is).  backend, exact: as `Engine.load`, which the folder is loaded by: what
+    is certified is what runs.  base: folder or Hub id of the original checkpoint; a folder knows its own, a live
+    engine needs it for the check of the base weights.  prompts: texts or token ids in place of held-out text of the
+    recipe's source.  progress: a bar on stderr.
 
     A check that fails is part of the answer; raises only what loading raises (UsageError, ArtifactError,
-    ResourceError, UnsupportedModelError).
+    ResourceError, UnsupportedModelError, and GateError for a level that does not hold here).
     """
     if level not in LEVELS:
         raise UsageError(f"level {level!r} does not exist", f"levels are {', '.join(LEVELS)}")
@@ -146,9 +166,8 @@ def certify(
     folder = None if isinstance(target, Engine) else Path(target)
     if folder is not None:
         artifacts.check(folder)
-    names = ("artifact", "base-weights", "gate", "audit", "greedy-fp32", "sampled-fp32", "distribution")
     checks: list[Check] = []
-    with tqdm(total=len(names), disable=not progress, file=sys.stderr, leave=False, unit="check") as bar:
+    with tqdm(total=len(CHECKS), disable=not progress, file=sys.stderr, leave=False, unit="check") as bar:
 
         def run(name: str, function: Callable[[], Verdict]) -> Check:
             bar.set_description(name)
@@ -159,39 +178,41 @@ def certify(
         kept = run("artifact", lambda: _artifact(target))
         if kept.status == "failed" and folder is not None:
             # Its tensors do not fit, so there is no engine to check.
-            checks += [Check(name, "skipped", "the artifact holds foreign tensors") for name in names[1:]]
+            checks += [Check(name, "skipped", "the artifact holds foreign tensors") for name in CHECKS[1:]]
             return Certificate(_subject(folder, None), _environment(device, dtype), level, checks, _now())
-        engine = (
-            target
-            if isinstance(target, Engine)
-            else Engine.load(
-                target,
-                device,
-                dtype,
-                backend="hf",  # what is certified is the original model's own modules with the adapter on
-                base=None if base is None else str(base),
-                offline=offline,
-                trust_remote_code=trust_remote_code,
+        if isinstance(target, Engine):
+            engine = target
+        else:
+            named = None if base is None else str(base)
+            engine = Engine.load(
+                target, device, dtype, exact, backend, base=named, offline=offline, trust_remote_code=trust_remote_code
             )
-        )
-        subject = Subject(engine, _checkpoint(engine, base, offline), trust_remote_code)
+        subject = Subject(engine, _checkpoint(engine, base, offline), trust_remote_code, folder)
         room = max(1, engine.limits.context - size.tokens)
         texts = token_prompts(engine, prompts, size.prompts, room, _from_stdlib(folder, engine))
-        run("base-weights", lambda: _base_weights(subject))
-        run("gate", lambda: exactness.gate(subject, texts))
-        run("audit", lambda: exactness.audit(subject, texts, size.tokens))
-        run("greedy-fp32", lambda: exactness.greedy(subject, texts, size.tokens))
-        run("sampled-fp32", lambda: exactness.sampled(subject, texts, size.tokens))
-        run("distribution", lambda: distribution(size.samples))
-    environment = _environment(str(subject.device), str(subject.dtype).removeprefix("torch."))
-    return Certificate(_subject(folder, engine), environment, level, checks, _now())
+        for name, function in _checks(subject, texts, size).items():
+            run(name, function)
+    return Certificate(_subject(folder, engine), _environment_of(subject), level, checks, _now())
+
+
+def _checks(subject: Subject, texts: Sequence[Sequence[int]], size: Size) -> dict[str, Callable[[], Verdict]]:
+    """Those that need an engine, in the order of CHECKS."""
+    return {
+        "base-weights": lambda: _base_weights(subject),
+        "gate": lambda: exactness.gate(subject, texts),
+        "audit": lambda: audit(subject, texts, size.tokens),
+        "bitwise": lambda: bitwise(subject, texts, size.tokens),
+        "greedy-fp32": lambda: exactness.greedy(subject, texts, size.tokens),
+        "sampled-fp32": lambda: exactness.sampled(subject, texts, size.tokens),
+        "distribution": lambda: distribution(size.samples, subject.run.backend),
+    }
 
 
 def _run(name: str, function: Callable[[], Verdict]) -> Check:
     begin = time.perf_counter()
     try:
         ok, detail, details = function()
-        status: Literal["passed", "failed", "skipped"] = "passed" if ok else "failed"
+        status: Literal["passed", "failed", "skipped"] = "skipped" if ok is None else "passed" if ok else "failed"
     except (ResourceError, torch.cuda.OutOfMemoryError) as error:
         status, detail, details = "skipped", str(error).splitlines()[0], {}
     return Check(name, status, detail, details, round(time.perf_counter() - begin, 3))
@@ -199,6 +220,8 @@ def _run(name: str, function: Callable[[], Verdict]) -> Check:
 
 def _artifact(target: str | Path | Engine) -> Verdict:
     if isinstance(target, Engine):
+        if target.backend.name == "fused":
+            raise UsageError("an engine of the fused backend is certified by its artifact", "give the folder")
         files = weights.engine_shapes(target)
         markov = target.attached.heads.markov_w1
         rank = target.attached.peft_model.peft_config["default"].r
@@ -217,7 +240,11 @@ def _artifact(target: str | Path | Engine) -> Verdict:
 def _base_weights(subject: Subject) -> Verdict:
     if subject.checkpoint is None:
         raise ResourceError("the original checkpoint is unknown; give its folder or Hub id as base")
-    found = weights.compare_base(subject.run.attached.model, subject.checkpoint)
+    backend: Any = subject.run.backend
+    if backend.name == "fused":
+        found = weights.compare_fused(backend, subject.checkpoint)
+    else:
+        found = weights.compare_base(subject.run.attached.model, subject.checkpoint)
     bad = {kind: found[kind] for kind in ("changed", "not_loaded", "not_in_checkpoint") if found[kind]}
     same = found["compared"] - found["changed"]
     detail = f"{same} of {found['tensors']} tensors identical to the checkpoint's"
@@ -254,7 +281,14 @@ def _subject(folder: Path | None, engine: Engine | None) -> dict[str, Any]:
     return {"base": base, "manifest_sha256": manifest}
 
 
-def _environment(device: str, dtype: str) -> dict[str, Any]:
+def _environment_of(subject: Subject) -> dict[str, Any]:
+    backend = subject.run.backend
+    level = getattr(backend, "exact", "off")
+    dtype = str(subject.dtype).removeprefix("torch.")
+    return _environment(str(subject.device), dtype, backend.name, level)
+
+
+def _environment(device: str, dtype: str, backend: str | None = None, exact: str | None = None) -> dict[str, Any]:
     cuda = device.startswith("cuda") and torch.cuda.is_available()
     return {
         "retrofit": __version__,
@@ -263,6 +297,8 @@ def _environment(device: str, dtype: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": device,
         "dtype": dtype,
+        "backend": backend,
+        "exact": exact,
         "hardware": {
             "cpu": _cpu_name(),
             "threads": torch.get_num_threads(),

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from retrofit.eval.audit import Sampling
+from retrofit.adapters.layout import DraftLayout
 from retrofit.eval.exactness import Verdict
+from retrofit.eval.replay import Sampling
+from retrofit.runtime.backends.interface import Backend
 from retrofit.runtime.engine import Engine
 
 VOCABULARY, TOKENS = 5, 3
@@ -43,10 +45,27 @@ def tiny_model() -> PreTrainedModel:
         return LlamaForCausalLM(config).float().eval()
 
 
-def distribution(samples: int) -> Verdict:
-    """`samples` continuations for each case, seeds 0, 1, ...; Holm-corrected over the cases."""
+def tiny_engine(backend: Backend | None) -> Engine:
+    """The tiny model in fp32, on the kind of backend, the level and the device that `backend` is of; None: `hf`."""
+    model = tiny_model()
+    if backend is None or backend.name != "fused":
+        return Engine.from_model(model)
+    from retrofit.runtime.backends.fused_gqa import FusedGQA
+
+    layout, tensors = DraftLayout(), model.state_dict()
+    own = FusedGQA(
+        model.config, lambda name: tensors[name], layout, device=backend.device, exact=getattr(backend, "exact", "off")
+    )
+    return Engine(own, layout, None)
+
+
+def distribution(samples: int, backend: Backend | None = None) -> Verdict:
+    """`samples` continuations for each case, seeds 0, 1, ...; Holm-corrected over the cases.
+
+    backend: what the tiny model runs on, see `tiny_engine`.
+    """
     exact = [continuations(tiny_model().double(), prompt, sampling) for prompt, sampling in CASES]
-    engine = Engine.from_model(tiny_model())
+    engine = tiny_engine(backend)
     cases, values = [], []
     for (prompt, sampling), probability in zip(CASES, exact, strict=True):
         results = engine.generate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from retrofit import artifact as artifacts
 from retrofit.adapters.attach import ROLES, attach
 from retrofit.errors import DataError, ResourceError, UsageError
-from retrofit.eval.weights import base_state
+from retrofit.eval.weights import artifact_shapes, base_state
 from retrofit.hub import load_base
 from retrofit.recipes.library import held_out_prompts
 from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.loading import fused_backend
 
 PROMPT_TOKENS = 48
 HEADROOM = 1.2
@@ -41,11 +44,15 @@ GENERIC_PROMPTS = (
 
 @dataclass
 class Subject:
-    """run: the engine as it is used.  checkpoint: folder of the base's own safetensors, None if unknown."""
+    """run: the engine as it is used.  checkpoint: folder of the base's own safetensors, None if unknown.
+
+    artifact: its folder; an engine of the fused backend is built from it again.
+    """
 
     run: Engine
     checkpoint: Path | None
     trust_remote_code: bool = False
+    artifact: Path | None = None
     _bases: dict[torch.dtype, PreTrainedModel] = field(default_factory=dict)
     _fp32: Engine | None = None
 
@@ -73,11 +80,20 @@ class Subject:
         if self.dtype == torch.float32:
             return self.run
         if self._fp32 is None:
-            self._fp32 = self._converted(self._fresh(torch.float32))
+            fused = self.run.backend.name == "fused"
+            self._fp32 = self._fused_in_fp32() if fused else self._converted(self._fresh(torch.float32))
         return self._fp32
 
+    def _fused_in_fp32(self) -> Engine:
+        """The fused backend in fp32, nothing promised of its bits: what fp32 cannot tell is excused anyway."""
+        assert self.artifact is not None and self.run.base is not None
+        self._require_memory(torch.float32)
+        artifact = artifacts.read(self.artifact)
+        backend = fused_backend(self.run.base, artifact, str(self.device), "float32", "off")
+        config = artifact.config
+        return Engine(backend, backend.layout, self.run.tokenizer, config.get("acceptance"), config, self.run.base)
+
     def _fresh(self, dtype: torch.dtype) -> PreTrainedModel:
-        own = self.run.attached.model
         self._require_memory(dtype)
         if self.checkpoint is not None:
             model = load_base(
@@ -88,6 +104,7 @@ class Subject:
                 need_tokenizer=False,
             ).model
         else:
+            own = self.run.attached.model
             model = type(own)(copy.deepcopy(own.config))
             model.load_state_dict(base_state(own))
             model = model.to(self.device, dtype).eval()
@@ -115,7 +132,12 @@ class Subject:
         return Engine(backend, run.layout, run.tokenizer, run.config.get("acceptance"), run.config, run.base, attached)
 
     def _require_memory(self, dtype: torch.dtype) -> None:
-        count = sum(t.numel() for t in base_state(self.run.attached.model).values())
+        if self.run.backend.name == "fused":
+            assert self.checkpoint is not None
+            shapes = artifact_shapes(self.checkpoint).values()
+            count = sum(math.prod(shape) for file in shapes for shape in file.values())
+        else:
+            count = sum(t.numel() for t in base_state(self.run.attached.model).values())
         need, free = HEADROOM * count * dtype.itemsize, free_memory(self.device)
         if free is not None and need > free:
             name = str(dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from retrofit.weight_files import COMPUTED, opened, weight_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from retrofit.runtime.backends.fused_gqa import FusedGQA
     from retrofit.runtime.engine import Engine
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,16 +38,66 @@ def base_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def compare_base(model: PreTrainedModel, checkpoint: Path) -> dict[str, Any]:
-    """Every tensor of the loaded base against the checkpoint's safetensors, by sha256.
+    """Every tensor of the loaded base against the checkpoint's; see `compare`.
+
+    Tensors that transformers splits or fuses while loading (routed experts) are turned back first.
+    """
+    loaded = revert_weight_conversion(model, base_state(model))
+    return compare(loaded, checkpoint, f"{model.base_model_prefix}.", model._keys_to_ignore_on_load_unexpected or ())
+
+
+def compare_fused(backend: FusedGQA, checkpoint: Path) -> dict[str, Any]:
+    """Likewise every weight that the fused backend's products read, taken out of their stacks."""
+    return compare(fused_state(backend), checkpoint, "model.", ())
+
+
+def fused_state(backend: FusedGQA) -> dict[str, Tensor]:
+    """The base's tensors in the fused backend under the checkpoint's names; no copies."""
+    w, config, width = backend.weights, backend.config, backend.width
+    q, kv = config.num_attention_heads * width, config.num_key_value_heads * width
+    hidden, inner = config.hidden_size, config.intermediate_size
+    state = {
+        "model.embed_tokens.weight": w.embedding,
+        "model.norm.weight": w.norm,
+        "lm_head.weight": w.head.weight,
+    }
+    for number, layer in enumerate(w.layers):
+        at = f"model.layers.{number}"
+        parts = (
+            (layer.qkv, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
+            (layer.o, {"self_attn.o_proj": hidden}),
+            (layer.gate_up, {"mlp.gate_proj": inner, "mlp.up_proj": inner}),
+            (layer.down, {"mlp.down_proj": hidden}),
+        )
+        for linear, sizes in parts:
+            first = 0
+            for name, size in sizes.items():
+                state[f"{at}.{name}.weight"] = linear.weight[first : first + size]
+                if linear.bias is not None:
+                    state[f"{at}.{name}.bias"] = linear.bias[first : first + size]
+                first += size
+        norms = {
+            "input_layernorm": layer.input_norm,
+            "post_attention_layernorm": layer.post_norm,
+            "self_attn.q_norm": layer.q_norm,
+            "self_attn.k_norm": layer.k_norm,
+        }
+        state |= {f"{at}.{name}.weight": norm for name, norm in norms.items() if norm is not None}
+    return state
+
+
+def compare(
+    loaded: Mapping[str, Tensor], checkpoint: Path, prefix: str, ignored_names: Iterable[str]
+) -> dict[str, Any]:
+    """Tensors that run against the checkpoint's safetensors, by sha256.
 
     A base that runs in another type than its file is held against the file's tensor converted to that type,
     so a changed bit of either shows.  `sha256` in the answer is the hash of all tensor hashes of the
-    checkpoint, in its own type: lines `name sha256`, sorted.  Tensors that transformers splits or fuses while
-    loading (routed experts) are turned back first.  Raises UnsupportedModelError for files that are not whole.
+    checkpoint, in its own type: lines `name sha256`, sorted.  prefix: what names in the file may lack.
+    ignored_names: patterns of names in the file that the model has no use for.  Raises UnsupportedModelError for files
+    that are not whole.
     """
-    loaded = revert_weight_conversion(model, base_state(model))
-    ignored = [re.compile(one) for one in (*(model._keys_to_ignore_on_load_unexpected or ()), COMPUTED)]
-    prefix = f"{model.base_model_prefix}."
+    ignored = [re.compile(one) for one in (*ignored_names, COMPUTED)]
     lines, changed, unknown, found = [], [], [], set()
     for file in weight_files(checkpoint):
         with opened(file) as tensors:
@@ -67,7 +118,7 @@ def compare_base(model: PreTrainedModel, checkpoint: Path) -> dict[str, Any]:
         "tensors": len(lines),
         "compared": len(found),
         "sha256": hashlib.sha256("".join(sorted(lines)).encode()).hexdigest(),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(iter(loaded.values())).dtype).removeprefix("torch."),
         **_named("changed", changed),
         **_named("not_loaded", unknown),
         **_named("not_in_checkpoint", extra),

@@ -1,0 +1,228 @@
+"""What an engine runs while it generates, as it passes: the rows of every forward, their logits, what was drafted.
+
+Forwards planned on the host are watched where the backend runs them.  Steps planned on the device (`device_loop.py`)
+are read back from the rows that the kernels laid and ran; on a GPU they then run one launch at a time, not as graphs.
+Either way a forward becomes `SequenceRows`, the same for both backends.  Not here: judging any of it (`replay.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from retrofit.adapters.rows import MASK, Block, SequenceRows
+from retrofit.runtime import modes
+
+if TYPE_CHECKING:
+    from retrofit.runtime.engine import Engine
+
+SHAPE = 5
+"""Which of the arguments of `draft_tokens` behind the first four is the tree's shape."""
+Key = tuple[int, int]
+"""(request seed, output index of the first draft)."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Drafted tokens; parents of row 0, the seed, and of each of them (a chain: -1, 0, 1, ...)."""
+
+    tokens: list[int]
+    parents: list[int]
+    grown: bool = False
+    """Whether it has the shape of a tree that was grown for the run, of however many nodes."""
+
+
+@dataclass
+class Recorded:
+    """One forward.  All of it is on the CPU."""
+
+    sequences: list[SequenceRows]
+    logits: Tensor
+    """[R, V] of the base rows whose logits were wanted."""
+    positions: list[int]
+    """Of all base rows, as the model was given them."""
+    paths: list[list[int]] | None
+    """Trees: for each base row the rows of its sequence that it stands on and sees, itself last.  None: chains."""
+    proposals: dict[Key, Proposal] = field(default_factory=dict)
+    """What was drafted after it."""
+
+
+class _Tape:
+    """Hands each forward on as soon as the next one begins, when all that belongs to it is there."""
+
+    def __init__(self, sink: Callable[[Recorded], None]):
+        self.sink = sink
+        self.last: Recorded | None = None
+
+    def put(self, forward: Recorded | None) -> None:
+        if self.last is not None:
+            self.sink(self.last)
+        self.last = forward
+
+
+@contextmanager
+def recording(engine: Engine, sink: Callable[[Recorded], None]) -> Iterator[None]:
+    """Hand every forward of the generation inside to `sink`, one after another, none of them kept.
+
+    A draft tree's logits are many: those of a large vocabulary would not fit into memory together.
+    """
+    tape = _Tape(sink)
+    with ExitStack() as hooks:
+        _watch_host(engine, tape, hooks)
+        if engine.backend.name == "fused":
+            _watch_device(engine, tape, hooks)
+        yield
+    tape.put(None)
+
+
+def _replace(owner: Any, name: str, value: Any, hooks: ExitStack) -> None:
+    """Set an attribute until the hooks are taken off, on the instance or module itself."""
+    own, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    hooks.callback(lambda: setattr(owner, name, before) if own else delattr(owner, name))
+
+
+def _watch_host(engine: Engine, tape: _Tape, hooks: ExitStack) -> None:
+    backend, forward, draft = engine.backend, engine.backend.forward, modes.draft_tokens
+    ran: list[Any] = []
+
+    def recorded(plan: Any, cache: Any, *rest: Any, **named: Any) -> Any:
+        out = forward(plan, cache, *rest, **named)
+        count = sum(len(s.tokens) for s in plan.sequences)
+        tree = any(s.parents is not None for s in plan.sequences)
+        if ran:
+            positions = ran[-1].positions[:count].tolist()
+            paths = _fused_paths(ran[-1], count) if tree else None
+        else:
+            positions, paths = plan.positions[0, :count].tolist(), _group_paths(plan) if tree else None
+        logits = out.base_logits.detach().cpu().clone()
+        tape.put(Recorded(list(plan.sequences), logits, positions, paths))
+        ran.clear()
+        return out
+
+    def drafted(hidden: Any, previous: Any, seeds: Sequence[int], indices: Sequence[int], *rest: Any) -> Any:
+        made = draft(hidden, previous, seeds, indices, *rest)
+        shape = rest[SHAPE]
+        if tape.last is not None and any(
+            part is backend.heads for part in rest
+        ):  # another engine's drafts are none of ours
+            for seed, index, tokens in zip(seeds, indices, made.tokens.tolist(), strict=True):
+                parents = list(range(-1, len(tokens))) if shape is None else list(shape.parents)
+                tape.last.proposals[seed, index] = Proposal(tokens, parents, shape is not None)
+        return made
+
+    _replace(backend, "forward", recorded, hooks)
+    _replace(modes, "draft_tokens", drafted, hooks)
+    if backend.name == "fused":
+        run = backend.run  # type: ignore[attr-defined]
+
+        def watched(rows: Any, *rest: Any, **named: Any) -> Any:
+            ran[:] = [rows]
+            return run(rows, *rest, **named)
+
+        _replace(backend, "run", watched, hooks)
+
+
+def _group_paths(plan: Any) -> list[list[int]]:
+    """What each base row of a tree forward sees of its sequence's rows, from the matrix that attention gets."""
+    group, paths = plan.base, []
+    rows = [len(s.tokens) for s in plan.sequences if s.tokens]
+    for seen, count in zip(group.ancestors, rows, strict=True):
+        paths += [[int(j) for j in seen[t].nonzero()[0]] for t in range(count)]
+    return paths
+
+
+def _fused_paths(rows: Any, count: int) -> list[list[int]]:
+    """Likewise from the table of the kernels: place of position start + d is start + paths[d]."""
+    depth = (rows.positions[:count] - rows.starts[:count]).tolist()
+    return [path[: d + 1] for path, d in zip(rows.paths[:count].tolist(), depth, strict=True)]
+
+
+class _Watched:
+    """A vocabulary projection that keeps what it last gave."""
+
+    def __init__(self, head: Any):
+        self._head = head
+        self.logits: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._head, name)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.logits = self._head(hidden)
+        return self.logits
+
+
+def _watch_device(engine: Engine, tape: _Tape, hooks: ExitStack) -> None:
+    backend, stepper = engine.backend, engine._stepper
+    head = _Watched(backend.head)
+
+    def with_steps(*arguments: Any) -> Any:
+        steps = stepper(*arguments)
+        if hasattr(steps, "loop"):
+            _watch_loop(steps.loop, head, tape, hooks)
+        return steps
+
+    _replace(backend, "head", head, hooks)
+    _replace(engine, "_stepper", with_steps, hooks)
+
+
+def _watch_loop(loop: Any, head: _Watched, tape: _Tape, hooks: ExitStack) -> None:
+    right = loop.step
+
+    def stepped(kind: Any, lanes: int) -> Any:
+        step = right(kind, lanes)
+        assert head.logits is not None
+        forward = _read_back(loop, step, head.logits)
+        if forward.sequences:
+            tape.put(forward)
+        return step
+
+    _replace(loop, "step", stepped, hooks)
+    _replace(loop, "steps", {}, hooks)  # a recorded graph shows nothing of what happens in it
+    _replace(loop, "_capture", lambda step: None, hooks)
+
+
+def _read_back(loop: Any, step: Any, logits: Tensor) -> Recorded:
+    """The rows that a step on the device ran, lane by lane; lanes without a request have none in use."""
+    kind, rows, state, K = step.kind, step.rows, loop.state, loop.layout.block
+    W, base, blocks = kind.rows, rows.num_base, kind.blocks
+    ids, positions, limits = rows.ids.tolist(), rows.positions.tolist(), rows.limits.tolist()
+    high = rows.high.tolist()
+    table = None if rows.paths is None else rows.paths.tolist()
+    found = Recorded([], logits[:0], [], None if table is None else [])
+    wanted: list[int] = []
+    for lane, slot in enumerate(loop.lanes[: base // W].tolist()):
+        used = [j for j in range(W) if limits[lane * W + j] > 0]
+        if not used:
+            continue
+        number, first = {j: n for n, j in enumerate(used)} | {-1: -1}, lane * W
+        start = positions[first]
+        hung = []
+        for m in range(blocks):
+            begin = (lane * blocks + m) * K
+            own = [base + begin + i for i in range(K) if high[begin + i] > 0]
+            if own:
+                depth = positions[own[0]] - start - 1
+                anchor = depth if table is None else number[table[own[0]][depth]]
+                hung.append(Block(positions[own[0]], [MASK if ids[r] < 0 else ids[r] for r in own], anchor))
+        parents = None if table is None else [number.get(kind.parents[j], W) for j in used]
+        found.sequences.append(SequenceRows(slot, start, [ids[first + j] for j in used], hung, parents=parents))
+        found.positions += [positions[first + j] for j in used]
+        if table is not None and found.paths is not None:
+            found.paths += [
+                [number.get(i, W) for i in table[first + j][: positions[first + j] - start + 1]] for j in used
+            ]
+        wanted += [first + j for j in used]
+        count = int(state.num_drafts[slot])
+        if count:
+            key = int(state.seed[slot]), int(state.length[slot] - state.origin[slot])
+            found.proposals[key] = Proposal(
+                state.drafts[slot, :count].tolist(), list(kind.draft_parents), table is not None
+            )
+    found.logits = logits[wanted].detach().cpu().clone()
+    return found

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from retrofit.adapters.attach import ROLES, attach
+from retrofit.adapters.attach import attach
+from retrofit.adapters.roles import ROLES
 from retrofit.errors import DataError, ResourceError, UsageError
 from retrofit.eval.weights import base_state
 from retrofit.hub import load_base
@@ -109,6 +110,7 @@ class Subject:
             targets=saved.get("targets", ROLES),
             markov_rank=0 if markov is None else markov.shape[1],
             confidence=run.attached.heads.confidence_weight is not None,
+            modules=sorted(lora.target_modules),
         )
         attached.load(run.attached.adapter_state(), run.attached.heads_state())
         backend = HFBackend(model, attached.gate, attached.heads, run.layout.causal)

@@ -162,9 +162,8 @@ def test_windows_go_where_the_configuration_has_them() -> None:
         num_hidden_layers=2,
         layer_types=["sliding_attention", "full_attention"],
         sliding_window=8,
-        max_position_embeddings=64,
     )
-    load_check.check_calls("M", mixed, [(0, 8), (1, None)])
+    load_check.check_calls("M", mixed, 64, [(0, 8), (1, None)])
     for calls, reason in (
         ([(0, None), (1, None)], "does not hand it to its attention function .layer 0."),
         ([(0, 8), (1, 8)], "to a layer that sees everything"),
@@ -173,7 +172,7 @@ def test_windows_go_where_the_configuration_has_them() -> None:
         ([(0, 8), (1, None), (1, None)], "attends 2 times in layer 1"),
     ):
         with pytest.raises(UnsupportedModelError, match=reason):
-            load_check.check_calls("M", mixed, calls)
+            load_check.check_calls("M", mixed, 64, calls)
 
 
 def test_a_small_window_is_crossed_and_a_large_one_costs_nothing() -> None:

@@ -89,17 +89,19 @@ def test_no_lora_goes_into_a_tower(name: str) -> None:
     assert names and all(n.startswith(layers) for n in names)
     assert len(names) % model.config.get_text_config().num_hidden_layers == 0
 
-    plain = get_peft_model(decoders.build(name), LoraConfig(**saved_config(attached)))
+    plain = plain_peft(decoders.build(name), attached)
     assert {n for n, m in plain.get_base_model().named_modules() if hasattr(m, "lora_A")} == set(names)
+
+
+def plain_peft(model: Any, attached: Attached) -> PeftModel:
+    """The model with the adapter by PEFT alone, on every row."""
+    saved = attached.adapter_config()
+    shape = {k: saved[k] for k in ("r", "lora_alpha", "target_modules", "fan_in_fan_out", "task_type")}
+    plain = get_peft_model(model, LoraConfig(**shape))
     report = set_peft_model_state_dict(plain, attached.adapter_state())
     assert not report.unexpected_keys
     assert not [key for key in report.missing_keys if "lora" in key]
-
-
-def saved_config(attached: Attached) -> dict[str, Any]:
-    """What plain PEFT takes from `adapter_config.json`."""
-    known = LoraConfig().to_dict()
-    return {k: v for k, v in attached.adapter_config().items() if k in known and k not in ("peft_type", "auto_mapping")}
+    return plain
 
 
 def test_an_artifact_that_names_its_modules_by_ending_still_loads(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_modules_that_the_model_does_not_have() -> None:
 # GPT-2's Conv1D keeps its weight the other way round
 
 
-def test_draft_rows_of_a_conv1d_are_those_of_plain_peft(tmp_path: Path) -> None:
+def test_draft_rows_of_a_conv1d_are_those_of_plain_peft() -> None:
     """A causal block from position 0 is a plain forward with the adapter on."""
     engine = randomise(Engine.from_model(decoders.build("gpt2"), layout=DraftLayout(block=4, attention="causal")))
     attached, backend = engine.attached, engine.backend
@@ -162,8 +164,7 @@ def test_draft_rows_of_a_conv1d_are_those_of_plain_peft(tmp_path: Path) -> None:
         cache = KVCache(1, 8)
         backend.forward(backend.plan([SequenceRows(0, 0, [1])]), cache)  # a cache to read from
         drafted = backend.head(backend.run_trunk(plan, cache))
-    written(tmp_path / "artifact", attached, ["c_attn"])
-    plain = PeftModel.from_pretrained(decoders.build("gpt2"), tmp_path / "artifact" / "adapter")
+    plain = plain_peft(decoders.build("gpt2"), attached)
     with torch.inference_mode():
         own = plain(input_ids=torch.tensor([tokens])).logits[0]
         merged = plain.merge_and_unload()(input_ids=torch.tensor([tokens])).logits[0]

@@ -103,7 +103,7 @@ def row_logits(backend: HFBackend, plan: RowPlan, cache: KVCache) -> Tensor:
     context = ForwardContext(plan, cache)
     with adapter_off(backend):
         hidden = backend.run_trunk(plan, cache, context)
-    check_calls(type(backend.model).__name__, backend.config, context.calls)
+    check_calls(type(backend.model).__name__, backend.config, backend.context_length, context.calls)
     return backend.head(hidden).float()
 
 
@@ -121,7 +121,7 @@ def adapter_off(backend: HFBackend) -> Iterator[None]:
             module.gate = backend.gate
 
 
-def check_calls(name: str, config: Any, calls: list[tuple[int, int | None]]) -> None:
+def check_calls(name: str, config: Any, context_length: int, calls: list[tuple[int, int | None]]) -> None:
     """Every layer once, and each with its own window."""
     layers = Counter(layer for layer, _ in calls)
     if any(count > 1 for count in layers.values()):
@@ -135,7 +135,7 @@ def check_calls(name: str, config: Any, calls: list[tuple[int, int | None]]) -> 
             f"{name}: {len(layers)} of {config.num_hidden_layers} layers call transformers' attention interface; "
             "retrofit needs all of them"
         )
-    if not has_sliding_window(config):
+    if not has_sliding_window(config, context_length):
         return
     kinds = getattr(config, "layer_types", None)
     for layer, window in calls:

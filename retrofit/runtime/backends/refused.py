@@ -76,10 +76,10 @@ def unsupported_yet(name: str, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{name} {what}, which retrofit does not support yet")
 
 
-def has_sliding_window(config: Any) -> bool:
+def has_sliding_window(config: Any, context: int) -> bool:
     """Whether any layer sees less than the context; where layers are not typed, all do."""
     window = getattr(config, "sliding_window", None)
-    if not window or window >= config.max_position_embeddings:
+    if not window or window >= context:
         return False
     types = getattr(config, "layer_types", None)
     if types:

@@ -20,22 +20,20 @@ assert SPEC is not None and SPEC.loader is not None
 sweep = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(sweep)
 
-FEW_TOKENS = 5
-"""An output of fewer different tokens would hardly notice a wrong mask."""
-
 
 @pytest.mark.parametrize("name", ["gpt2", "dbrx", "gemma3n_text", "opt"])
 def test_entries_that_are_identical(name: str) -> None:
     found = sweep.measure(name)
     assert found["outcome"] == "identical", found
     assert found["equal"] == found["total"] == len(sweep.RUNS) * len(sweep.PROMPTS)
-    assert found["distinct_tokens"] >= FEW_TOKENS
+    assert found["distinct_tokens"] >= sweep.FEW_TOKENS
 
 
 @pytest.mark.parametrize(("name", "outcome", "reason"), [
     ("bart", "refused", "positions"),
     ("mamba", "refused", "recurrent"),
     ("blt", "not built", "more than a tiny model's"),
+    ("roc_bert", "not built", "hardly varies"),
 ])  # fmt: skip
 def test_entries_that_are_not_run(name: str, outcome: str, reason: str) -> None:
     found = sweep.measure(name)
@@ -102,5 +100,5 @@ def test_the_results_cover_the_mapping_and_mean_something(measured: dict[str, An
     assert measured["figures"]["counts"] == sweep.counted(entries)
     identical = {n: e for n, e in entries.items() if e["outcome"] == "identical"}
     assert all(e["equal"] == e["total"] > 0 and e["modules"] for e in identical.values())
-    assert {n: e["distinct_tokens"] for n, e in identical.items() if e["distinct_tokens"] < FEW_TOKENS} == {}
+    assert min(e["distinct_tokens"] for e in identical.values()) >= sweep.FEW_TOKENS
     assert all(e["reason"] for e in entries.values() if e["outcome"] != "identical")

@@ -43,13 +43,13 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     if getattr(config, "attention_chunk_size", None):
         kinds.add("chunked_attention")
     recurrent = sorted(kinds - set(OTHER_LAYERS))
+    if kinds and not recurrent:
+        raise unsupported_yet(name, OTHER_LAYERS[min(kinds)])
     if recurrent or getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(
             f"{name} has recurrent or linear-attention layers ({', '.join(recurrent) or 'a recurrent state'}), "
             "whose state cannot be rolled back"
         )
-    if kinds:
-        raise unsupported_yet(name, OTHER_LAYERS[min(kinds)])
     if any(hasattr(m, "sinks") for m in model.modules()):
         raise unsupported_yet(name, ATTENTION_ARGUMENTS["sinks"])
     if not model._can_set_attn_implementation():

@@ -29,6 +29,7 @@ TITLES = {
     "speed": "Speed",
     "adapter": "Adapter size",
     "architectures": "Lossless on every architecture, random tiny models, fp32",
+    "sweep": "Every decoder of transformers' causal-LM mapping, random tiny models, fp32",
     "help": "Command line",
     "interrupted": "Interrupted and resumed",
     "memory": "Dry run, memory",

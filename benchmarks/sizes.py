@@ -17,9 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from retrofit.adapters.attach import resolve_targets
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.roles import is_target, resolve_targets
 from retrofit.hub import EMBEDDED, embedded_folder
 from retrofit.recipes.schema import Recipe, load_recipe, recipe_names
 
@@ -72,7 +72,7 @@ def adapter_size(recipe: Recipe) -> tuple[int, int]:
     lora = sum(
         adapter.rank * (module.in_features + module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in names
+        if isinstance(module, nn.Linear) and is_target(name, names)
     )
     return lora + count(heads), count(model)
 

@@ -64,7 +64,7 @@ def table(described: dict[str, Any]) -> str:
     heads = [f"Markov rank {adapter['markov_rank']}"] if adapter["markov_rank"] else []
     heads += ["confidence"] if adapter["confidence"] else []
     revision = f" @ {base['revision']}" if base["revision"] else ""
-    modules = ", ".join(adapter["modules"])
+    modules = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapter["modules"]}))
     lines = {
         "artifact": described["artifact"],
         "written by": f"retrofit {described['retrofit']}, format {described['format']}",

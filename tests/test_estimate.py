@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from retrofit import cli
-from retrofit.adapters.attach import ROLES, attach
+from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.roles import ROLES
 from retrofit.errors import UsageError
 from retrofit.hub import Base
 from retrofit.recipes import dry_run, estimate

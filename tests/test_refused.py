@@ -7,8 +7,9 @@ import torch
 from tiny_models import ARCHITECTURES, CONTEXT, REFUSED, build
 from torch import nn
 
-from retrofit.adapters.attach import attach, resolve_targets
+from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.roles import resolve_targets
 from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
 from retrofit.runtime.backends import hf
 from retrofit.runtime.engine import Engine
@@ -161,11 +162,11 @@ def test_unknown_and_unmatched_roles() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.c_attn = nn.Linear(2, 2)
+            self.mixer = nn.Linear(2, 2)
 
     with pytest.raises(UsageError, match="role 'q' matches no module of Other") as caught:
         resolve_targets(Other(), ["q"])
-    assert "c_attn" in str(caught.value.hint)
+    assert "mixer" in str(caught.value.hint)
     with pytest.raises(UsageError, match="leaves nothing to adapt"):
         resolve_targets(build("qwen3_moe"), ["gate", "up", "down"])
 

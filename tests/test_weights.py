@@ -11,7 +11,8 @@ from tiny_models import CONFIGS
 from torch import Tensor
 
 from retrofit import artifact as artifacts
-from retrofit.adapters.attach import ROLES, attach
+from retrofit.adapters.attach import attach
+from retrofit.adapters.roles import ROLES
 from retrofit.errors import ArtifactError, ResourceError, UnsupportedModelError, UsageError
 from retrofit.hub import load_base
 from retrofit.runtime import loading

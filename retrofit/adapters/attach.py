@@ -1,7 +1,7 @@
 """Put the adapter on a model, and take its tensors off again.
 
-Roles (`q, k, v, o, gate, up, down`) are resolved to the model's own projection names; the LoRA itself is PEFT's, with
-`GatedLoraLinear` as its layer, so what is saved is a plain PEFT folder.  A plain PEFT reload of that folder is ungated.
+Roles are resolved to the model's own projections (`roles.py`); the LoRA itself is PEFT's, with `GatedLoraLinear` as its
+layer, so what is saved is a plain PEFT folder.  A plain PEFT reload of that folder is ungated.
 """
 
 from __future__ import annotations
@@ -15,32 +15,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.live import refuse_adapters, take_off
-from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
+from retrofit.adapters.roles import is_target, resolve_targets
+from retrofit.errors import ArtifactError, UnsupportedModelError
 
 NAME = "default"
 """What PEFT calls our adapter."""
 NEVER = (2**31 - 1,)
 """Token ids after which an Activated LoRA would begin to act; no vocabulary has such an id, however it may grow."""
-
-ATTENTION_ROLES = ("q", "k", "v", "o")
-MLP_ROLES = ("gate", "up", "down")
-ROLES = ATTENTION_ROLES + MLP_ROLES
-
-# MLA never adapts kv_b_proj: absorbed implementations fold it into the query and the output.
-PROJECTIONS: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj", "qkv_proj", "q_a_proj", "q_b_proj"),
-    "k": ("k_proj", "qkv_proj", "kv_a_proj_with_mqa"),
-    "v": ("v_proj", "qkv_proj", "kv_a_proj_with_mqa"),
-    "o": ("o_proj",),
-    "gate": ("gate_proj", "gate_up_proj"),
-    "up": ("up_proj", "gate_up_proj"),
-    "down": ("down_proj",),
-}
 
 WRAPPING = threading.RLock()
 """Held while an adapter is put on a model or taken off."""
@@ -126,15 +113,17 @@ def attach(
     markov_rank: int,
     confidence: bool,
     seed: int = 0,
+    modules: Sequence[str] | None = None,
 ) -> Attached:
     """Add gated LoRA, mask vector and heads to `model`, in place.  New weights are the identity, drawn from `seed`.
 
+    modules: what an artifact says its roles meant, as PEFT reads it; without it they are resolved here.
     Raises UsageError for roles that match nothing and for a model that has an adapter of ours on it,
     UnsupportedModelError where PEFT cannot go or another adapter is; then, and after any other error, the model is as
     it was.
     """
     refuse_adapters(model)
-    names = resolve_targets(model, targets)
+    names = list(modules or resolve_targets(model, targets))
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         return _attached(model, layout, names, rank, alpha, markov_rank, confidence, seed, trainable)
@@ -156,11 +145,24 @@ def _attached(
     seed: int,
     trainable: list[nn.Parameter],
 ) -> Attached:
+    wanted = [module for name, module in model.named_modules() if is_target(name, names)]
+    if not wanted:
+        raise ArtifactError(
+            f"{type(model).__name__} has none of the modules that carry the adapter: {', '.join(names)}"
+        )
+    transposed = any(isinstance(module, Conv1D) for module in wanted)
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, bias="none", task_type="CAUSAL_LM")
-        config._register_custom_module({nn.Linear: GatedLoraLinear})
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=names,
+            bias="none",
+            task_type="CAUSAL_LM",
+            fan_in_fan_out=transposed,
+        )
+        config._register_custom_module({nn.Linear: GatedLoraLinear, Conv1D: GatedLoraLinear})
         peft_model = get_peft_model(model, config)
         text = model.config.get_text_config()
         heads = Heads(
@@ -187,35 +189,6 @@ def _attached(
         )
     heads.to(embedding.device)
     return Attached(model, peft_model, gate, heads, layout, trainable)
-
-
-def resolve_targets(model: nn.Module, roles: Sequence[str]) -> list[str]:
-    """Projection names for the roles, e.g. ["q_proj", "v_proj"]; on MoE models attention roles only.
-
-    PEFT turns MLP names of MoE models into LoRA on the routed experts, so those roles are left out there.
-    Raises UsageError when a role is unknown or matches nothing, listing what the model has.
-    """
-    unknown = [role for role in roles if role not in PROJECTIONS]
-    if unknown:
-        raise UsageError(f"adapter.targets: unknown role {unknown[0]!r}", f"roles are {', '.join(ROLES)}")
-    linears = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
-    has_experts = any(n.rsplit(".", 1)[-1] == "experts" for n, _ in model.named_modules())
-    usable = [role for role in roles if not (has_experts and role in MLP_ROLES)]
-    found: list[str] = []
-    for role in usable:
-        names = [name for name in PROJECTIONS[role] if name in linears]
-        if not names:
-            raise UsageError(
-                f"adapter.targets: role {role!r} matches no module of {type(model).__name__}",
-                f"this model has {', '.join(sorted(linears))}",
-            )
-        found.extend(name for name in names if name not in found)
-    if not found:
-        raise UsageError(
-            f"adapter.targets: {list(roles)} leaves nothing to adapt",
-            "on mixture-of-experts models the roles are q, k, v, o" if has_experts else f"roles are {', '.join(ROLES)}",
-        )
-    return found
 
 
 def _jsonable(value: Any) -> Any:

@@ -18,7 +18,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from retrofit import artifact as artifacts
-from retrofit.adapters.attach import ROLES, attach
+from retrofit.adapters.attach import attach
+from retrofit.adapters.roles import ROLES
 from retrofit.errors import DataError, ResourceError, UsageError
 from retrofit.eval.weights import artifact_shapes, base_state
 from retrofit.hub import load_base
@@ -126,6 +127,7 @@ class Subject:
             targets=saved.get("targets", ROLES),
             markov_rank=0 if markov is None else markov.shape[1],
             confidence=run.attached.heads.confidence_weight is not None,
+            modules=sorted(lora.target_modules),
         )
         attached.load(run.attached.adapter_state(), run.attached.heads_state())
         backend = HFBackend(model, attached.gate, attached.heads, run.layout.causal)

@@ -18,7 +18,8 @@ from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
 from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.schema import Recipe, load_recipe
-from retrofit.runtime.backends.hf import HFBackend, refuse_unsupported, wrap
+from retrofit.runtime.backends.hf import HFBackend, wrap
+from retrofit.runtime.backends.refused import refuse_unsupported
 from retrofit.runtime.context import context_length
 
 

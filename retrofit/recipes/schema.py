@@ -51,7 +51,7 @@ class Adapter(Section):
     alpha: float = Field(64.0, gt=0, le=8192)
     """LoRA scale: the update is multiplied by alpha / rank."""
     targets: tuple[Role, ...] = Field(get_args(Role), min_length=1, strict=False)
-    """Roles of the projections that get a LoRA; on models with routed experts only q, k, v and o."""
+    """Roles of the projections that get a LoRA: all of them are those the model has; with routed experts q, k, v, o."""
     markov_rank: int = Field(128, ge=0, le=1024)
     """Rank of the Markov head, which tells a draft row the token drafted to its left; 0 leaves it out."""
     confidence: bool = True

@@ -16,9 +16,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit import artifact as artifacts
-from retrofit.adapters.attach import ROLES, Attached, attach
+from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.live import refuse_live
+from retrofit.adapters.roles import ROLES
 from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
 from retrofit.runtime.backends.hf import HFBackend, wrap
@@ -210,6 +211,7 @@ class Engine:
                 targets=adapter["targets"],
                 markov_rank=adapter["markov_rank"],
                 confidence=adapter["confidence"],
+                modules=adapter["modules"],
             )
             try:
                 attached.load(artifact.adapter_state, artifact.heads)

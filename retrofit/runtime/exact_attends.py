@@ -18,6 +18,7 @@ from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.runtime.backends.attention import ForwardContext, row_attention
 from retrofit.runtime.backends.exact_attention import FORMS, LEAST, Form
 from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.backends.refused import has_sliding_window
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.exact_products import thread_counts, with_threads
 from retrofit.runtime.levels import Check
@@ -45,7 +46,8 @@ def _shapes(backend: HFBackend) -> list[tuple[int, int, int, int, int | None]]:
     backend.forward(backend.plan([SequenceRows(0, 0, [0] * LEAST)]), cache)
     heads = backend.config.num_attention_heads
     found = {(heads, k.shape[2], k.shape[3], v.shape[3]) for k, v in cache.layers.values()}
-    windows = {None, backend.config.sliding_window if backend.slides else None}
+    slides = has_sliding_window(backend.config, backend.context_length)
+    windows = {None, backend.config.sliding_window if slides else None}
     return [(*shape, window) for shape in sorted(found) for window in windows]
 
 

@@ -10,7 +10,7 @@ Not here: what a row sees (`adapters/rows.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from retrofit.adapters.rows import RowPlan
 from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.block_attention import Call, block_attention, tiles_of
 from retrofit.runtime.backends.exact_attention import Form, base_attention, tree_attention
+from retrofit.runtime.backends.refused import refuse_call
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.sizes import size_for
 
@@ -44,9 +45,12 @@ class ForwardContext:
     cache: KVCache
     form: Form | None = None
     """How base rows attend where their bits must not depend on the rows beside them; None: as is fastest."""
-    calls: int = 0
-    windowed: int = 0
-    """Calls that came with a sliding window."""
+    calls: list[tuple[int, int | None]] = field(default_factory=list)
+    """(layer, sliding window) of every call."""
+
+
+class NoRowPlan(RuntimeError):
+    """The attention function was called by something other than a forward of ours."""
 
 
 def attend(
@@ -101,13 +105,11 @@ def row_attention(
     Base rows write their K/V first and then read base K/V only; draft rows read base K/V and their own block.
     """
     if retrofit_rows is None:
-        raise RuntimeError("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(f"{type(module).__name__} has attention sinks, which retrofit does not support yet")
+        raise NoRowPlan("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
+    refuse_call(module, attention_mask, kwargs)
     context, plan, cache = retrofit_rows, retrofit_rows.plan, retrofit_rows.cache
-    context.calls += 1
-    context.windowed += sliding_window is not None
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = layer_of(module)
+    context.calls.append((layer, sliding_window))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if plan.alone and plan.base is not None:
         return _alone(context, layer, query, key, value, sliding_window, scale, softcap)[None], None
@@ -138,6 +140,14 @@ def row_attention(
         got = attend(plan.draft.rectangle(query_NHD[first_draft:]), k, v, mask, False, scale, softcap)
         out.append(plan.draft.flatten(got))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def layer_of(module: nn.Module) -> int:
+    """Which layer's K/V this is.  Raises UnsupportedModelError."""
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
+    return int(layer)
 
 
 def _alone(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,15 @@ from transformers import PreTrainedModel
 from retrofit.adapters.attach import WRAPPING, Attached
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads
-from retrofit.adapters.live import refuse_adapters
+from retrofit.adapters.roles import trunk_of
 from retrofit.adapters.rows import RowPlan, SequenceRows
-from retrofit.errors import UnsupportedModelError, UsageError
+from retrofit.errors import UsageError
 from retrofit.runtime.backends.answers import answering, by_thread
 from retrofit.runtime.backends.attention import ATTENTION, ForwardContext
 from retrofit.runtime.backends.exact_attention import Form
 from retrofit.runtime.backends.interface import Output, eos_set
+from retrofit.runtime.backends.load_check import check_model
+from retrofit.runtime.backends.refused import refuse_unsupported
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.context import context_length, restarts_at_boundary, rope_boundary
 from retrofit.runtime.sampling import SamplingParams, choose
@@ -45,8 +47,6 @@ CACHE_STEP = 256
 """The K/V cache grows in steps of so many positions."""
 GATHER_BYTES = 1 << 28
 """Expert weights that one `batched_mm` call may gather; more rows run in several calls, with the same bits."""
-
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def wrap(model: PreTrainedModel, build: Callable[[], Attached]) -> tuple[Attached, HFBackend]:
@@ -69,6 +69,8 @@ class VocabHead:
 
     def __init__(self, model: PreTrainedModel):
         self.linear: nn.Module = model.get_output_embeddings()
+        self.project = outermost(model, self.linear, beside=trunk_of(model))
+        """What holds it: itself, or in BERT's family a block of its own with a layer before it."""
         config = model.config.get_text_config()
         self.vocab = int(self.linear.weight.shape[0])
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -78,7 +80,7 @@ class VocabHead:
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> [N, V]."""
-        logits: Tensor = self.linear(hidden_NH)
+        logits: Tensor = self.project(hidden_NH)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -111,20 +113,20 @@ class HFBackend:
         self.gate = gate
         self.heads = heads
         self.causal_blocks = causal_blocks
-        self.trunk: nn.Module = model.get_decoder()
+        self.trunk = trunk_of(model)
         self.embedding = model.get_input_embeddings()
         self.head = VocabHead(model)
+        self.per_layer: Callable[[Tensor], Tensor] | None = per_layer_inputs(self.trunk)
         self.device = self.embedding.weight.device
         self.dtype = self.embedding.weight.dtype
         self.work_per_row = 2.0 * sum(p.numel() for p in model.parameters())
         """About how many floating-point operations a row costs."""
         eos = getattr(model.generation_config, "eos_token_id", None)
-        eos = self.config.eos_token_id if eos is None else eos
+        eos = getattr(self.config, "eos_token_id", None) if eos is None else eos
         self.eos = eos_set(eos)
         self.settings = read_settings(model.generation_config, self.eos, self.head.vocab)
         self.input_vocab = min(self.head.vocab, int(self.embedding.weight.shape[0]))
         self.context_length = context_length(self.config)
-        self.slides = has_sliding_window(self.config)
         self.rope_boundary = rope_boundary(self.config)
         restarts = restarts_at_boundary(model)
         self.rope_restarts = bool(restarts)
@@ -138,7 +140,7 @@ class HFBackend:
         self._undone = [by_thread(self.config), separate_experts(model, gate), lock_rotation(self.trunk)]
         try:
             self.check_usable()
-            self._check_model()
+            check_model(self)
         except BaseException:
             self.close()
             raise
@@ -210,31 +212,24 @@ class HFBackend:
         logits = self.head(F.pad(wanted, (0, 0, 0, filler)) if filler else wanted)[: len(wanted)]
         return Output(logits, wanted, hidden[plan.first_draft :])
 
-    def run_trunk(self, plan: RowPlan, cache: KVCache) -> Tensor:
+    def run_trunk(self, plan: RowPlan, cache: KVCache, context: ForwardContext | None = None) -> Tensor:
         """[N, H] last hidden states of all rows.  Raises UsageError when this is closed, or the model being trained."""
         self.turns.check_open()
-        context = ForwardContext(plan, cache, self.form)
+        context = context or ForwardContext(plan, cache, self.form)
         embeds = self.embed(plan)
+        extra = {} if self.per_layer is None else {"per_layer_inputs": self.per_layer(plan.ids[None])}
         with self.switched(plan):
             hidden: Tensor = self.trunk(
                 inputs_embeds=embeds[None],
                 position_ids=plan.positions,
                 use_cache=False,
                 retrofit_rows=context,
+                **extra,
             ).last_hidden_state[0]
         if self.trunk.training:
             raise UsageError(
                 f"this {type(self.model).__name__} was put into training mode while an engine decodes with it",
                 "call its eval() before decoding, or close the engine before training",
-            )
-        if context.windowed == 0 and self.slides:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} has a sliding window but does not hand it to its attention function"
-            )
-        if context.calls != self.config.num_hidden_layers:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}: {context.calls} of {self.config.num_hidden_layers} layers call "
-                "transformers' attention interface; retrofit needs all of them"
             )
         return hidden
 
@@ -262,59 +257,24 @@ class HFBackend:
             finally:
                 self.gate.base_rows = before
 
-    @torch.inference_mode()
-    def _check_model(self) -> None:
-        """Our forward must reproduce the model's own logits on a short prompt, soft-caps and multipliers included."""
-        tokens = [(7 * i + 3) % self.head.vocab for i in range(6)]
-        was_training = self.model.training
-        self.model.eval()
-        want = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=False).logits[0].float()
-        plan = self.plan([SequenceRows(slot=0, start=0, tokens=tokens)])
-        got = self.forward(plan, KVCache(1, len(tokens))).base_logits.float()
-        self.model.train(was_training)
-        tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(self.dtype, 0.15)
-        error = (got - want).abs().max().item() / max(1.0, want.abs().max().item())
-        if not error <= tolerance:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}: logits through row plans differ from the model's own by {error:.2g} "
-                "(relative); it does something after its last norm or in its attention that retrofit does not know"
-            )
+
+def outermost(model: nn.Module, inner: nn.Module, beside: nn.Module) -> nn.Module:
+    """The largest module that holds `inner` and not `beside`."""
+    for child in model.children():
+        inside = set(child.modules())
+        if inner in inside:
+            return outermost(child, inner, beside) if beside in inside and child is not beside else child
+    return inner
 
 
-def has_sliding_window(config: Any) -> bool:
-    """Whether any layer sees a window only; where layers are not typed, all do."""
-    types = getattr(config, "layer_types", None)
-    if types:
-        return "sliding_attention" in types
-    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True) is not False
+def per_layer_inputs(trunk: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The decoder's second look-up of token ids, one vector for each layer (Gemma 3n, 4), where it has one.
 
-
-def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError for what retrofit cannot do, by name.
-
-    What slips through here is caught by the first forward: every layer must call our attention function, and the
-    logits must be the model's own.
+    It goes by ids alone, so a draft row without a token takes that of id 0, as `RowPlan.ids` says.
     """
-    refuse_adapters(model)
-    name, config = type(model).__name__, model.config.get_text_config()
-    if model.get_output_embeddings() is None:
-        raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; retrofit converts decoder-only models")
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if "chunked_attention" in kinds or getattr(config, "attention_chunk_size", None):
-        raise UnsupportedModelError(f"{name} uses chunked attention, which retrofit does not support yet")
-    if kinds - ATTENTION_LAYERS or getattr(model, "_is_stateful", False):
-        other = ", ".join(sorted(kinds - ATTENTION_LAYERS)) or "a recurrent state"
-        raise UnsupportedModelError(
-            f"{name} has recurrent or linear-attention layers ({other}), whose state cannot be rolled back"
-        )
-    if any(hasattr(m, "sinks") for m in model.modules()):
-        raise UnsupportedModelError(f"{name} has attention sinks, which retrofit does not support yet")
-    if not model._can_set_attn_implementation() or not hasattr(config, "max_position_embeddings"):
-        raise UnsupportedModelError(
-            f"{name} does not call transformers' attention interface, which retrofit drives it by"
-        )
+    if not getattr(trunk, "hidden_size_per_layer_input", None):
+        return None
+    return cast(Callable[[Tensor], Tensor], trunk.get_per_layer_inputs)
 
 
 def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
@@ -391,17 +351,18 @@ def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Te
     forward = _unbound(experts)
     per_row = _gathered_bytes_per_row(experts)
 
-    def split(self: nn.Module, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def split(self: nn.Module, hidden: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
         n = gate.base_rows
         if n is None:
-            return forward(self, hidden_NH, index_NK, weights_NK)
+            return forward(self, hidden, index_NK, weights_NK)
+        hidden_NH = hidden.reshape(-1, hidden.shape[-1])  # DBRX hands [1, N, H] on
         parts = [slice(0, n), slice(n, len(hidden_NH))]
         if config._experts_implementation == "batched_mm":
             size = max(1, GATHER_BYTES // (per_row * index_NK.shape[1]))
             parts = [slice(i, min(i + size, p.stop)) for p in parts for i in range(p.start, p.stop, size)]
         parts = [p for p in parts if p.stop > p.start]
         out = [forward(self, hidden_NH[p], index_NK[p], weights_NK[p]) for p in parts]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        return (out[0] if len(out) == 1 else torch.cat(out)).reshape(hidden.shape)
 
     return MethodType(split, experts)
 

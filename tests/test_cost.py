@@ -6,8 +6,8 @@ import pytest
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.cost import CostModel, Template, calibrate, probe_rows
-from retrofit.runtime.policy import RETHINK, AutoPolicy
 from retrofit.runtime.plan import Limits
+from retrofit.runtime.policy import RETHINK, AutoPolicy
 from retrofit.runtime.tree import Shape
 
 BLOCK = DraftLayout(block=2)  # a block is two rows and drafts two tokens

@@ -48,7 +48,8 @@ class KnownBackend:
         return hidden
 
 
-def attached(layout: DraftLayout = DraftLayout(block=2), markov_rank: int = 0) -> Any:
+def attached(block: int = 2, markov_rank: int = 0) -> Any:
+    layout = DraftLayout(block=block)
     heads = Heads(V, V, layout.drafts, markov_rank, True).requires_grad_(False)
     return SimpleNamespace(heads=heads, layout=layout)
 
@@ -109,7 +110,7 @@ def test_sampled_candidates_share_the_noise_of_their_targets() -> None:
 
 def test_the_previous_token_counts() -> None:
     """A Markov head that turns the drafter into the base itself: everything is accepted, every target comes first."""
-    same = attached(DraftLayout(block=1), V)
+    same = attached(1, V)
     same.heads.markov_w1[:V] = torch.eye(V)
     same.heads.markov_w2.copy_((P.log() - Q[0].log()).T)
     got = held_out(same)

@@ -8,8 +8,8 @@ import pytest
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.kinds import fixed_template, kinds_of
-from retrofit.runtime.policy import UNKNOWN_CHANCE, AutoPolicy, tree_shape
 from retrofit.runtime.plan import Limits
+from retrofit.runtime.policy import UNKNOWN_CHANCE, AutoPolicy, tree_shape
 from retrofit.runtime.tree import Shape, accepted_path, grow
 
 Path = tuple[int, ...]  # of a node: the rank of each step from the seed

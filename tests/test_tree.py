@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import pytest
+from helpers import random_prompts, randomise, tokens_of
+from tiny_models import build
 
 from retrofit.adapters.layout import DraftLayout
+from retrofit.runtime.engine import Engine
 from retrofit.runtime.kinds import fixed_template, kinds_of
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.policy import UNKNOWN_CHANCE, AutoPolicy, tree_shape
@@ -184,3 +187,15 @@ def test_trees_of_tables_with_zeros_are_drafted_and_verified(name: str) -> None:
             assert kind.blocks and len(kind.draft_parents) > 1
     empty = {"ranks": {"greedy": [[]] * layout.block}}
     assert AutoPolicy(layout, Limits(100), empty)._cost_model("greedy").shapes == []
+
+
+@pytest.mark.parametrize("table", [[[0.0] * 4] * 4, [[0.0, 0.3, 0.0, 0.2], *[[0.0] * 4] * 3]], ids=["zeros", "holes"])
+def test_fused_with_such_a_table_verifies_drafts_and_emits_what_ar_does(table: list[list[float]]) -> None:
+    made = randomise(Engine.from_model(build("llama"), layout=DraftLayout(block=4)))
+    engine = Engine(made.backend, made.layout, None, {"ranks": {"greedy": table, "sampled": table}})
+    prompts = random_prompts((5, 9))
+    for temperature in (0.0, 0.8):
+        options = {"max_new_tokens": 12, "temperature": temperature}
+        results = engine.generate(prompts, strategy="fused", **options)
+        assert [r.tokens for r in results] == tokens_of(engine, prompts, "ar", **options)
+        assert all(sum(r.stats.verified) > 0 for r in results)

@@ -198,4 +198,5 @@ def test_fused_with_such_a_table_verifies_drafts_and_emits_what_ar_does(table: l
         options = {"max_new_tokens": 12, "temperature": temperature}
         results = engine.generate(prompts, strategy="fused", **options)
         assert [r.tokens for r in results] == tokens_of(engine, prompts, "ar", **options)
-        assert all(sum(r.stats.verified) > 0 for r in results)
+        for r in results:
+            assert 1 <= max(r.stats.verified) <= 4 < r.stats.widest, "slots that were verified, not nodes"

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.modes import Run, _draft
+from retrofit.adapters.rows import MASK
+from retrofit.runtime.modes import Run, _draft, _end_early, _fill
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.request import Request
 from retrofit.runtime.sampling import SamplingParams, hash_bits_plain
@@ -18,7 +19,7 @@ from retrofit.runtime.tree import Shape
 V, BLOCK = 8, 3
 
 
-def known_run(follows: float, params: SamplingParams | None = None, shape: Shape | None = None) -> Run:
+def known_run(follows: float, params: SamplingParams | None = None, shape: Shape | None = None, **options: Any) -> Run:
     """After token t the Markov head adds `follows` to token t + 1; what the trunk says are its hidden states."""
     heads = Heads(V, V, BLOCK, V + 1, True).requires_grad_(False)
     heads.markov_w1.copy_(torch.eye(V + 1))
@@ -26,8 +27,8 @@ def known_run(follows: float, params: SamplingParams | None = None, shape: Shape
     heads.markov_w2[(torch.arange(V) + 1) % V, torch.arange(V)] = follows
     backend: Any = SimpleNamespace(heads=heads, head=lambda hidden: hidden, device=torch.device("cpu"))
     cache: Any = None
-    made = params or SamplingParams()
-    return Run(backend, cache, made, DraftLayout(BLOCK), Limits(99), with_confidence=shape is None, shape=shape)
+    options = {"layout": DraftLayout(BLOCK), "with_confidence": shape is None, "shape": shape, **options}
+    return Run(backend, cache, params or SamplingParams(), limits=Limits(99), **options)
 
 
 def request(last: int, most: int = 20, seed: int = 0) -> Request:
@@ -89,3 +90,65 @@ def test_a_penalty_on_what_was_seen_reaches_the_drafts_of_the_same_block() -> No
     trunk = torch.tensor([[2.0, 0.1, 2.2, 0.1, 0.1, 0.1, 1.0, 0.1]] * 3)
     _draft(known_run(0.0, SamplingParams(repetition_penalty=4.0)), [(one, trunk)])
     assert one.drafts == [6, 2, 2], "once 6 was drafted it counts 1/4, and 2 more than that"
+
+
+# Filling a block in mode `diffusion`
+
+
+def filled(run: Run, block: list[int], hidden: Tensor, seed: int = 0) -> list[int]:
+    one = request(block[0], seed=seed)
+    one.block = list(block)
+    _fill(run, one, hidden)
+    return one.block
+
+
+def test_what_is_sure_enough_is_filled_in_and_the_surest_in_any_case() -> None:
+    """A row predicts the token after it.  Of weight w, a token has e^w / (e^w + 7): w = 5 gives .955, 4 gives .886."""
+    open_block = [3, MASK, MASK, MASK]
+    run = known_run(0.0, threshold=0.9)
+    assert filled(run, open_block, best(4, 5, 6) * 5) == [3, 4, 5, 6]
+    assert filled(run, open_block, best(4, 5, 6) * torch.tensor([[4.0], [5.0], [4.0]])) == [3, MASK, 5, MASK]
+    assert filled(run, open_block, best(4, 5, 6) * torch.tensor([[1.0], [2.0], [3.0]])) == [3, MASK, MASK, 6]
+    assert filled(run, [3, MASK, 5, MASK], best(4, 5, 6) * 5) == [3, 4, 5, 6]
+    assert filled(run, [3, MASK, 1, MASK], best(4, 5, 6) * torch.tensor([[2.0], [9.0], [1.0]])) == [3, 4, 1, MASK]
+    # all have exactly 1/8
+    assert filled(known_run(0.0, threshold=0.125), open_block, torch.zeros(3, V)) == [3, 0, 0, 0]
+
+
+def test_a_row_of_shift_0_predicts_its_own_token() -> None:
+    run = known_run(0.0, layout=DraftLayout(4, shift=0, seed_row="draft"))
+    assert filled(run, [3, MASK, MASK, MASK], best(7, 4, 5, 6) * 5) == [3, 4, 5, 6]
+
+
+def test_a_left_neighbour_that_is_masked_is_unknown() -> None:
+    """After t comes t + 1; after a token that is not known, 6."""
+    run = known_run(5.0, threshold=0.9)
+    run.backend.heads.markov_w2[6, V] = 5.0
+    assert filled(run, [3, MASK, MASK, MASK], torch.zeros(3, V)) == [3, 4, 6, 6]
+    assert filled(run, [3, 1, MASK, MASK], torch.zeros(3, V)) == [3, 1, 2, 6]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_filled_tokens_are_drawn_with_the_noise_of_their_outputs_and_as_sure_as_without_it(seed: int) -> None:
+    run = known_run(0.0, SamplingParams(temperature=0.7), threshold=0.0)
+    trunk = best(6, 6, 6)
+    want = [int((trunk[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
+    assert filled(run, [3, MASK, MASK, MASK], trunk, seed) == [3, *want]
+    # untempered, one of weight 4 has .886 and stays open beside a surer one, though at T = 0.7 it would have .977
+    run = known_run(0.0, SamplingParams(temperature=0.7), threshold=0.9)
+    got = filled(run, [3, MASK, MASK, MASK], best(4, 5, 6) * torch.tensor([[4.0], [40.0], [4.0]]), seed)
+    assert got == [3, MASK, 5, MASK]
+
+
+def test_a_block_ends_its_request_where_nothing_more_can_come() -> None:
+    for block, most, eos, emitted, reason in (
+        ([3, 4, 5, MASK], 20, 5, [4, 5], "eos"),
+        ([3, MASK, 5, MASK], 20, 5, [], None),  # what is left of EOS is not known yet
+        ([3, 4, 5, 6], 5, 7, [4, 5, 6], "length"),  # three tokens were left: no forward to commit them
+        ([3, 4, 5, 6], 6, 7, [], None),
+    ):
+        one = Request(0, [2, 0], 0, most, frozenset({eos}), slot=0)
+        one.emit([0, 3])
+        one.block = list(block)
+        _end_early(one)
+        assert (one.emitted[2:], one.finish_reason) == (emitted, reason)

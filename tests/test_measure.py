@@ -82,6 +82,14 @@ def test_candidates_by_hand() -> None:
     assert greedy == [padded(0.5, 0, 0, 0.5), pytest.approx(padded(2 / 3, 0, 0, 1 / 3), abs=1e-4)]
 
 
+def test_targets_beyond_the_last_candidate_count_as_none() -> None:
+    """Ranks 15, 16 and 99 of a large vocabulary: one is the last that is kept, two are beyond."""
+    ranks = torch.tensor([[[15, 0]], [[16, 0]], [[99, 0]], [[0, 0]]])
+    live = torch.tensor([[True], [True], [True], [False]])
+    got = HeldOut(None, torch.zeros(4, 1, 2), ranks, live).rank_chances()
+    assert got == {"greedy": [[0.0] * 15 + [0.3333]], "sampled": [padded(1)]}
+
+
 def noisy(chances: Tensor, position: int) -> list[float]:
     """log p / 0.8 + g with the noise of decoding, one token at a time."""
     scores = []
@@ -182,5 +190,8 @@ def test_a_conversion_writes_what_it_measured(tmp_path: Path, texts: Path, monke
     made = run(tmp_path / "out", texts, data__held_out=2)
     (measured,) = taken
     assert made.config["acceptance"] == {"conditional": measured.conditional(), "ranks": measured.rank_chances()}
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said, kind in (("greedy acceptance", "greedy"), ("sampled acceptance, 1 - TV", "sampled")):
+        assert f"| {said} | {measured.conditional()[kind]} |" in card
     temperature = load_file(tmp_path / "out" / "heads.safetensors")["confidence_temperature"]
     assert temperature.shape == (2, 4) and (temperature != 1).any()

@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
-from retrofit.recipes.blocks import BlockBatch
+from retrofit.recipes.blocks import BlockBatch, missed_anchors, shares
 from retrofit.recipes.data import Document
 from retrofit.recipes.objective import Teacher
 from retrofit.recipes.schema import load_recipe
@@ -153,6 +153,39 @@ def test_gradients_are_clipped_to_the_norm_of_the_recipe() -> None:
         torch.testing.assert_close(q.grad, p.grad * 0.01 / norm, rtol=1e-3, atol=1e-8)
 
 
+# Which blocks
+
+
+def test_the_second_group_hangs_where_the_first_one_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each document as many anchors as were missed, up to the share; all are response tokens or the one before."""
+    trainer = trainer_for(DraftLayout(4), **{"train.anchors": 12})
+    made: list[tuple[BlockBatch, Any]] = []
+    right = trainer._group
+    monkeypatch.setattr(
+        trainer, "_group", lambda group, *rest: made.append((group, right(group, *rest))) or made[-1][1]
+    )
+    found = trainer.gradients(BATCHES).anchors
+    uniform, again, masked = shares(12, 0.3, 4)
+    assert (uniform, again, masked) == (4, 4, 4)
+    missed = [anchors for batch in (0, 1) for anchors in missed_by(made[3 * batch], len(BATCHES[batch]))]
+    assert [len(a["missed"]) for a in found] == [min(again, len(m)) for m in missed] and all(missed)
+    for anchors, wanted, document in zip(found, missed, DOCUMENTS, strict=True):
+        assert set(anchors["missed"]) <= set(wanted)
+        assert len(anchors["uniform"]) == uniform and len(anchors["masked"]) == masked
+        assert min(min(chosen) for chosen in anchors.values()) >= 2  # two tokens of prompt stand before
+        assert max(max(chosen) for chosen in anchors.values()) <= len(document.tokens) - 2
+
+
+def missed_by(group: tuple[BlockBatch, Tensor], documents: int) -> list[list[int]]:
+    batch, best = group
+    return missed_anchors(batch, best.numpy(), documents)
+
+
+def test_blocks_are_drawn_by_the_seed_of_the_recipe() -> None:
+    drawn = [trainer_for(DraftLayout(4), **{"train.seed": seed}).gradients(BATCHES).anchors for seed in (5, 5, 6)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 # Learning rate
 
 
@@ -192,6 +225,22 @@ def test_each_step_moves_at_its_own_rate() -> None:
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     down = [1e-3 * (1 - 0.95 * n / 5) for n in range(4)]
     assert rates == pytest.approx([0.5e-3, 0.75e-3, 1e-3, *down])
+
+
+def test_the_second_step_is_adams() -> None:
+    """Betas .9 and .95, no weight decay: the moments of two gradients, worked out."""
+    trainer = trainer_for(DraftLayout(4), **{"train.lr": 1e-3, "train.warmup": 0, "train.schedule": "constant"})
+    weight = trainer.attached.heads.confidence_weight
+    gradients, places = [], []
+    for batches in (BATCHES, BATCHES[:1]):
+        trainer.gradients(batches)
+        gradients.append(weight.grad.clone())
+        trainer.update()
+        places.append(weight.detach().clone())
+    (one, two), (before, after) = gradients, places
+    mean = (0.9 * 0.1 * one + 0.1 * two) / (1 - 0.9**2)
+    square = (0.95 * 0.05 * one**2 + 0.05 * two**2) / (1 - 0.95**2)
+    torch.testing.assert_close(after - before, -1e-3 * mean / square.sqrt(), rtol=1e-2, atol=1e-6)
 
 
 # What is logged

@@ -193,7 +193,7 @@ def test_what_is_timed_of_a_batch_size() -> None:
     # three requests of 1, 3, 5 base rows; of 5, 10, 11, 15 rows that draft; the first round was the fastest
     assert model.times == {False: {3: 1, 9: 2, 15: 3}, True: {15: 4, 30: 5, 33: 6, 45: 7}}
     ran.clear()
-    calibrate(CostModel(layout, [0.5] * 4, trees), 1, step, 7, repeats=1)
+    calibrate(CostModel(layout, [0.5] * 4, trees), 1, step, 8, repeats=1)
     assert ran == [(0, 0), (2, 0), (4, 0), (0, 1), (1, 2), (2, 2), (2, 3)]
     ran.clear()
     calibrate(CostModel(layout, [0.5] * 4, trees), 1, step, 9, repeats=1)

@@ -3,11 +3,25 @@
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
-from retrofit.eval.distribution import CASES, TOKENS, VOCABULARY, Sampling, chi_square, continuations, tiny_model
+from retrofit.eval.distribution import (
+    CASES,
+    LEAST_EXPECTED,
+    TOKENS,
+    VOCABULARY,
+    Sampling,
+    chi_square,
+    continuations,
+    distribution,
+    tiny_model,
+)
+from retrofit.runtime import modes
+from retrofit.runtime.request import Request
 
 
 def softmax(scores: list[float]) -> list[float]:
@@ -46,6 +60,45 @@ def test_probabilities_of_all_continuations(prompt: tuple[int, ...], sampling: S
             path = (*prompt, *text[:n])
             chance *= next_token(logits[len(path) - 1], path, sampling)[token]
         assert found[text] == pytest.approx(chance, abs=1e-9), text
+
+
+# What the check must catch
+
+
+@pytest.mark.parametrize(("prompt", "sampling"), CASES, ids=str)
+def test_a_case_has_much_that_can_come(prompt: tuple[int, ...], sampling: Sampling) -> None:
+    """A distribution of one continuation would agree with anything."""
+    found = continuations(tiny_model().double(), prompt, sampling)
+    assert sum(1000 * chance >= LEAST_EXPECTED for chance in found.values()) > 5
+
+
+def test_the_engine_passes() -> None:
+    assert distribution(400).ok
+
+
+@pytest.mark.parametrize("fault", ["output unseen", "no top-k", "no top-p", "no temperature"])
+def test_planted_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    emit, process = Request.emit, modes.process_logits
+
+    def without_seeing(self: Request, tokens: Sequence[int], **options: bool) -> int:
+        kept, self.seen = self.seen, None
+        taken = emit(self, tokens, **options)
+        self.seen = kept
+        return taken
+
+    left_out = {"no top-k": {"top_k": None}, "no top-p": {"top_p": None}, "no temperature": {"temperature": 1.0}}
+    if fault == "output unseen":
+        monkeypatch.setattr(Request, "emit", without_seeing)
+    else:
+        monkeypatch.setattr(
+            modes,
+            "process_logits",
+            lambda logits, params, seen: process(logits, replace(params, **left_out[fault]), seen),
+        )
+    assert not distribution(400).ok
+
+
+# Its parts, by hand
 
 
 def counted(*seen: int) -> Counter[tuple[int, ...]]:

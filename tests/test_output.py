@@ -142,9 +142,9 @@ def test_prompts_are_prefilled_in_pieces_of_so_many_rows(monkeypatch: pytest.Mon
     engine, rows = random_engine(), []
     plan = engine.backend.plan
 
-    def recorded(sequences: Sequence[SequenceRows]) -> Any:
+    def recorded(sequences: Sequence[SequenceRows], *rest: Any) -> Any:
         rows.append(sum(len(sequence.tokens) for sequence in sequences))
-        return plan(sequences)
+        return plan(sequences, *rest)
 
     monkeypatch.setattr(engine.backend, "plan", recorded)
     assert tokens_of(engine, prompts(), "ar", max_new_tokens=2, batch_size=4) == [t[:2] for t in free_run()]

@@ -51,6 +51,16 @@ def test_each_draft_follows_the_one_before_it_and_the_first_the_newest_token() -
     assert one.drafts == [7, 1, 2], "a trunk that is surer"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_confidence_is_that_of_the_slot_and_of_how_tokens_are_chosen(temperature: float) -> None:
+    run, one = known_run(0.0, SamplingParams(temperature=temperature)), request(3)
+    run.backend.heads.confidence_bias.copy_(torch.tensor([2.0, -3.0]))  # greedy, sampled
+    run.backend.heads.confidence_temperature.copy_(torch.tensor([[1.0, 2.0, 4.0], [3.0, 6.0, 1.0]]))
+    _draft(run, [(one, best(0, 0, 0))])
+    logits = torch.tensor([-1.0, -0.5, -3.0] if temperature else [2.0, 1.0, 0.5])
+    assert one.confidence == pytest.approx(torch.sigmoid(logits).tolist())
+
+
 def test_no_more_is_drafted_than_can_be_used() -> None:
     """Two tokens are left to the first: one draft and the bonus; none to the second; the third's block was cut."""
     requests = [request(3, most=4), request(3, most=3), request(3)]
@@ -75,11 +85,11 @@ def test_sampled_drafts_share_the_noise_of_the_tokens_they_stand_for(seed: int) 
 def test_drafts_of_a_tree() -> None:
     #   seed -> a (rank 0) -> c (rank 0) -> e (rank 0);  seed -> b (rank 1) -> d (rank 1)
     shape = Shape((-1, 0, 0, 1, 2, 3), (0, 0, 1, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1, 0.1))
-    trunk = best(0, 0, 0) * 1.5
+    trunk = best(0, 0, 7) * torch.tensor([[1.5], [1.5], [3.0]])
     one, short = request(3), request(3, most=5)
     _draft(known_run(2.0, shape=shape), [(one, trunk), (short, trunk)])
-    # 4 follows 3 and 0 is second; 5 follows 4; of the followers of 0, 1 is first and 0 second; 6 follows 5
-    assert one.drafts == [4, 0, 5, 0, 6] and one.shape == shape
+    # 4 follows 3 and 0 is second; 5 follows 4; of the followers of 0, 1 is first and 0 second; in slot 3 stands 7
+    assert one.drafts == [4, 0, 5, 0, 7] and one.shape == shape
     # three tokens are left: two drafts and a bonus
     assert short.drafts == [4, 0, 5, 0] and short.shape == shape.cut(2)
 

@@ -128,9 +128,9 @@ def test_cut_first_and_likeliest_ends_by_hand() -> None:
     assert shape.cut(2) is shape
     # the path ends at 0 with 1 - .5 - .2 - .15 = .15, at 1 with .2, 2 .3, 3 .08, 4 .15, 5 .12
     assert [shape.likeliest_ends(n) for n in (1, 2, 3, 5)] == [(2,), (1, 2), (0, 1, 2), (0, 1, 2, 4, 5)]
-    # without its first nodes a path keeps its parents' new numbers
-    deep = Shape((-1, 0, 1, 0, 3), (0, 0, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1))
-    assert deep.cut(1).parents == (-1, 0, 0)
+    # 0 - 1 - 2 - 3 and 0 - 4 - 5: without 3, node 5 becomes 4 and its parent 3
+    deep = Shape((-1, 0, 1, 2, 0, 4), (0, 0, 0, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.2, 0.1))
+    assert deep.cut(2) == Shape((-1, 0, 1, 0, 3), (0, 0, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1))
 
 
 def test_the_accepted_path_follows_the_target_of_each_row() -> None:
@@ -180,7 +180,10 @@ def test_trees_of_tables_with_zeros_are_drafted_and_verified(name: str) -> None:
     costs = policy._cost_model("greedy")
     assert costs.shapes and all(s.nodes for s in costs.shapes)
     templates = [p for p in costs.templates() if p.shape is not None]
-    templates += [fixed_template("fused", prepare, layout, shape, None) for prepare in ("all", 2)]
+    templates += [
+        fixed_template("fused", prepare, layout, shape, rows) for prepare in ("all", 2) for rows in (5, 9, None)
+    ]
+    assert templates[-6].shape == shape.first(5 - 1 - layout.block), "one block and what fits beside it"
     for template in templates:
         for kind in kinds_of(template):
             assert kind.rows == 1 + template.verify

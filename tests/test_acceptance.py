@@ -1,5 +1,7 @@
 """Metrics on hand-worked traces, and the comparisons on tiny random models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import randomise
@@ -220,3 +222,66 @@ def test_hardware_says_what_a_figure_needs():
     assert got["cpu"] and got["cores"] >= 1 and got["threads"] >= 1
     assert got["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert {"commit", "date", "gpu", "python", "retrofit"} <= set(got)
+
+
+def test_requests_without_a_cycle_have_no_part_in_the_mean():
+    ended = result([1], forwards={"prefill": 1})
+    got = summary([ended, result([1, 2, 3], accepted=[1], verified=[1], rows=2, forwards={"prefill": 1, "verify": 1})])
+    assert (got["tau_macro"], got["tau"], got["requests"]) == (2.0, 2.0, 2)
+
+
+class Asked:
+    """An engine that emits the tokens 7 and 8, and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, object]]] = []
+        self.backend = SimpleNamespace(eos={9, 3})
+
+    def generate(self, prompts, mode="self_spec", **options):
+        self.calls.append((mode, options))
+        return [result([7, 8], forwards={"prefill": 1, "ar": 1}) for _ in prompts]
+
+
+WAY = {"strategy": "two_forward", "prepare": 3, "tree": 5, "max_new_tokens": 6, "batch_size": 4, "ignore_eos": False}
+
+
+def test_what_is_compared_is_what_was_asked_for():
+    """Each option reaches the engine: a comparison of `ar` with itself would always succeed."""
+    engine = Asked()
+    assert lossless(engine, [[7, 8]] * 3, PROMPTS, **WAY).all_equal
+    assert engine.calls == [("self_spec", WAY)]
+
+    engine = Asked()
+    assert same_as_ar(engine, PROMPTS, **WAY, temperature=0.7, seed=5).all_equal
+    alone = {"max_new_tokens": 6, "batch_size": 1, "ignore_eos": False, "temperature": 0.7, "seed": 5}
+    assert engine.calls == [("ar", alone), ("self_spec", {**WAY, "temperature": 0.7, "seed": 5})]
+    assert not same_as_ar(engine, PROMPTS, **WAY, temperature=0.7, expected=[[7, 8], [7, 9], [7, 8]]).all_equal
+    assert len(engine.calls) == 3, "what is known already is not decoded again"
+
+    engine = Asked()
+    measure(engine, PROMPTS, **WAY, temperature=0.7, seed=5)
+    assert engine.calls == [("self_spec", {**WAY, "temperature": 0.7, "seed": 5})]
+    measure(engine, PROMPTS, strategy="auto", batch_size=2)
+    assert [options["max_new_tokens"] for _, options in engine.calls[1:]] == [1, 128], "probes come first"
+
+
+def test_lossless_ends_where_the_engine_does(original):
+    plain = reference_tokens(original, PROMPTS, max_new_tokens=8)
+    model = build("llama")
+    model.generation_config.eos_token_id = plain[0][2]
+    ending = randomise(Engine.from_model(model, layout=DraftLayout(block=4)))
+    for ignore_eos in (False, True):
+        assert lossless(ending, original, PROMPTS, max_new_tokens=8, ignore_eos=ignore_eos).all_equal
+
+
+def test_a_sampled_reference_draws_from_the_whole_distribution(original, monkeypatch):
+    configs = []
+    monkeypatch.setattr(
+        original, "generate", lambda ids, generation_config, **_: configs.append(generation_config) or ids
+    )
+    reference_tokens(original, PROMPTS[:1], max_new_tokens=4, temperature=0.7)
+    reference_tokens(original, PROMPTS[:1], max_new_tokens=4)
+    hot, greedy = configs
+    assert (hot.do_sample, hot.temperature, hot.top_k, hot.top_p) == (True, 0.7, 0, 1.0)
+    assert not greedy.do_sample
+    assert all((c.repetition_penalty, c.num_beams) == (1.0, 1) for c in configs)

@@ -19,6 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V, B, K = 40, 2, 3
 CHANCE = [[0.6, 0.3, 0.2], [0.5, 0.3, 0.1], [0.4, 0.2, 0.1]]
 TREE = grow(CHANCE, 7)
+HOLES = grow([[0.0, 0.3, 0.2], [0.0, 0.0, 0.3], [0.4, 0.2, 0.1]], 5)
+"""Ranks 1 and 2 of the first slot, 2 of the second: likelier ones need not have been measured so."""
 CHAIN = Shape((-1, 0, 1, 2), (0, 0, 0, 0), (1.0,) * 4)
 
 
@@ -56,7 +58,7 @@ def drafted(given: dict, shape: Shape, temperature: float) -> Tensor:
     return draft(**given, parents=parents, ranks=ranks, depths=depths, temperature=temperature)
 
 
-@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("shape", [CHAIN, TREE, HOLES], ids=["chain", "tree", "holes"])
 @pytest.mark.parametrize("temperature", [0, 0.8])
 @pytest.mark.parametrize(
     ("count", "rank", "dtype"),

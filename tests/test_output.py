@@ -136,6 +136,30 @@ def test_statistics_of_ar() -> None:
     assert (result.stats.tokens, result.stats.rows, result.stats.tpf, result.stats.tau) == (8, 8, 1, 1)
 
 
+def test_prompts_are_prefilled_in_pieces_of_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four prompts of 32 tokens in all, eight rows a forward; then a row of each."""
+    monkeypatch.setattr(modes, "PREFILL_ROWS", 8)
+    engine, rows = random_engine(), []
+    plan = engine.backend.plan
+
+    def recorded(sequences: Sequence[SequenceRows], *rest: Any) -> Any:
+        rows.append(sum(len(sequence.tokens) for sequence in sequences))
+        return plan(sequences, *rest)
+
+    monkeypatch.setattr(engine.backend, "plan", recorded)
+    assert tokens_of(engine, prompts(), "ar", max_new_tokens=2, batch_size=4) == [t[:2] for t in free_run()]
+    assert rows == [8, 8, 8, 8, 4]
+
+
+def test_a_sequence_run_again_at_a_longrope_boundary_counts_as_decoding() -> None:
+    """32 positions with the short factors; the token that crosses them comes of a forward over the whole sequence."""
+    (prompt,) = random_prompts((27,))
+    (result,) = random_engine("phi3_longrope").generate([prompt], "ar", max_new_tokens=12)
+    stats = result.stats
+    assert (stats.forwards, stats.tpf, stats.tau) == ({"prefill": 1, "ar": 11}, 1.0, 1.0)
+    assert stats.rows == stats.widest + 10 and stats.widest == 33
+
+
 def test_statistics_of_diffusion_count_denoise_and_commit_forwards() -> None:
     """Threshold 0 fills a block (seed + 3 tokens) by one denoise forward; its commit forward emits the next."""
     (result,) = random_engine().generate(prompts()[:1], "diffusion", max_new_tokens=9, threshold=0.0)

@@ -201,6 +201,15 @@ def test_processors_are_bitwise_those_of_transformers(
         assert torch.equal(process_logits(scores[row : row + 1], params, seen[row : row + 1])[0], result[row])
 
 
+def test_top_p_at_its_borders() -> None:
+    """Of four tokens of 1/4 each, .75 keeps three; and however little is asked for, the likeliest stays."""
+    kept = process_logits(torch.zeros(1, 4), SamplingParams(temperature=1.0, top_p=0.75), None).isfinite()
+    assert kept.tolist() == [[False, True, True, True]]
+    scores = torch.randn(200, 999, generator=torch.Generator().manual_seed(12))
+    scores = process_logits(scores, SamplingParams(temperature=1.0, top_p=1e-12), None)
+    assert (scores.isfinite().sum(1) == 1).all()
+
+
 def test_penalty_without_seen_tokens_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="needs `seen`"):
         process_logits(torch.zeros(1, 3), SamplingParams(repetition_penalty=1.2), None)

@@ -28,9 +28,10 @@ LEAST_EXPECTED = 5.0
 CASES: tuple[tuple[tuple[int, ...], Sampling], ...] = (
     ((0,), Sampling(0.8)),
     ((3, 1, 4), Sampling(1.0, top_k=4)),
-    ((2, 2, 0, 1), Sampling(0.8, top_p=0.9)),
-    ((1, 4, 3, 0, 2), Sampling(1.3, repetition_penalty=1.5)),
+    ((4, 3, 4), Sampling(1.0, top_p=0.9)),
+    ((0,), Sampling(1.3, repetition_penalty=2.0)),
 )
+"""Prompts after which much can come, and, under the penalty, words that only the output can make seen."""
 
 
 def tiny_model() -> PreTrainedModel:

@@ -52,7 +52,8 @@ def tree_shape(
         tree = largest_tree(layout, rows) if prepare == "all" else rows - 1 - int(prepare) * layout.block
         if tree <= layout.drafts:
             return None
-    return grow(chance or UNKNOWN_CHANCE * layout.drafts, tree)
+    shape = grow(chance or UNKNOWN_CHANCE * layout.drafts, tree)
+    return shape if shape.nodes else None
 
 
 def largest_tree(layout: DraftLayout, rows: int = ROWS) -> int:
@@ -191,4 +192,4 @@ class AutoPolicy:
         chance = self.acceptance.get("ranks", {}).get(kind)
         largest = largest_tree(self.layout)
         sizes = sorted({largest // 4, largest // 2, largest} - {0}) if chance and self.layout.anchored else []
-        return CostModel(self.layout, prior, [grow(chance, n) for n in sizes])
+        return CostModel(self.layout, prior, [shape for n in sizes if (shape := grow(chance, n)).nodes])

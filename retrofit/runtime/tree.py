@@ -78,28 +78,32 @@ def depths(parents: Sequence[int]) -> list[int]:
 
 
 def grow(chance: Sequence[Sequence[float]], nodes: int) -> Shape:
-    """The tree of so many nodes with the largest expected accepted length.
+    """The tree of so many nodes with the largest expected accepted length; smaller only where candidates run out.
 
-    chance[slot][rank]: probability that the target is that candidate, given that the path before it came true.
-    Greedy is optimal: a child never survives more often than its parent.
+    chance[slot][rank]: probability that the target is that candidate, given that the path before it came true; need
+    not fall with the rank.  Greedy is optimal: a child never survives more often than its parent.
+    A chance of 0 says that few were measured, not that the candidate never comes true: such nodes are taken last, in
+    the order they would have if every rank came true half as often as the one before it.
     """
     parents, ranks, survival, level = [-1], [0], [1.0], [0]
-    heap: list[tuple[float, int, int]] = []
+    halvings = [0]
+    """Of each node: how often 1 is halved on its path, once a step and once more a rank."""
+    heap: list[tuple[float, int, int, int, int]] = []
 
-    def offer(parent: int, rank: int) -> None:
-        slot = level[parent]
-        if slot < len(chance) and rank < len(chance[slot]) and chance[slot][rank] > 0:
-            heapq.heappush(heap, (-survival[parent] * chance[slot][rank], parent, rank))
+    def offer(parent: int) -> None:
+        for rank, c in enumerate(chance[level[parent]] if level[parent] < len(chance) else ()):
+            alive, halved = survival[parent] * c, halvings[parent] + rank + 1
+            heapq.heappush(heap, (-alive, 0 if alive else halved, parent, rank, halved))
 
-    offer(0, 0)
+    offer(0)
     while heap and len(parents) <= nodes:
-        minus, parent, rank = heapq.heappop(heap)
+        minus, _, parent, rank, halved = heapq.heappop(heap)
         parents.append(parent)
         ranks.append(rank)
-        survival.append(-minus)
+        survival.append(abs(minus))
+        halvings.append(halved)
         level.append(level[parent] + 1)
-        offer(parent, rank + 1)
-        offer(len(parents) - 1, 0)
+        offer(len(parents) - 1)
     return Shape(tuple(parents), tuple(ranks), tuple(survival))
 
 

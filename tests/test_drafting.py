@@ -1,0 +1,164 @@
+"""Drafts of a block by hand: a head that is the identity, and a Markov head that says which token follows which."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrofit.adapters.heads import Heads
+from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.rows import MASK
+from retrofit.runtime.modes import Run, _draft, _end_early, _fill
+from retrofit.runtime.plan import Limits
+from retrofit.runtime.request import Request
+from retrofit.runtime.sampling import SamplingParams, hash_bits_plain
+from retrofit.runtime.tree import Shape
+
+V, BLOCK = 8, 3
+
+
+def known_run(follows: float, params: SamplingParams | None = None, shape: Shape | None = None, **options: Any) -> Run:
+    """After token t the Markov head adds `follows` to token t + 1; what the trunk says are its hidden states."""
+    heads = Heads(V, V, BLOCK, V + 1, True).requires_grad_(False)
+    heads.markov_w1.copy_(torch.eye(V + 1))
+    heads.markov_w2.zero_()
+    heads.markov_w2[(torch.arange(V) + 1) % V, torch.arange(V)] = follows
+    backend: Any = SimpleNamespace(heads=heads, head=lambda hidden: hidden, device=torch.device("cpu"))
+    cache: Any = None
+    options = {"layout": DraftLayout(BLOCK), "with_confidence": shape is None, "shape": shape, **options}
+    return Run(backend, cache, params or SamplingParams(), limits=Limits(99), **options)
+
+
+def request(last: int, most: int = 20, seed: int = 0) -> Request:
+    """The newest token is `last`; the one before it, 0, would be followed by 1."""
+    one = Request(0, [2, 0], seed, most, frozenset(), slot=0)
+    one.emit([0, last])
+    return one
+
+
+def best(*tokens: int) -> Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(tokens), V).float()
+
+
+def test_each_draft_follows_the_one_before_it_and_the_first_the_newest_token() -> None:
+    one, other = request(3), request(5)
+    _draft(known_run(2.0), [(one, best(0, 0, 0)), (other, best(0, 0, 0))])
+    assert (one.drafts, other.drafts) == ([4, 5, 6], [6, 7, 0])
+    assert one.confidence == [0.5] * 3 and one.shape is None
+    _draft(known_run(0.5), [(one, best(7, 1, 2))])
+    assert one.drafts == [7, 1, 2], "a trunk that is surer"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_confidence_is_that_of_the_slot_and_of_how_tokens_are_chosen(temperature: float) -> None:
+    run, one = known_run(0.0, SamplingParams(temperature=temperature)), request(3)
+    run.backend.heads.confidence_bias.copy_(torch.tensor([2.0, -3.0]))  # greedy, sampled
+    run.backend.heads.confidence_temperature.copy_(torch.tensor([[1.0, 2.0, 4.0], [3.0, 6.0, 1.0]]))
+    _draft(run, [(one, best(0, 0, 0))])
+    logits = torch.tensor([-1.0, -0.5, -3.0] if temperature else [2.0, 1.0, 0.5])
+    assert one.confidence == pytest.approx(torch.sigmoid(logits).tolist())
+
+
+def test_no_more_is_drafted_than_can_be_used() -> None:
+    """Two tokens are left to the first: one draft and the bonus; none to the second; the third's block was cut."""
+    requests = [request(3, most=4), request(3, most=3), request(3)]
+    _draft(known_run(2.0), [(r, best(0, 0, 0)[:n]) for r, n in zip(requests, (3, 3, 2), strict=True)])
+    assert [r.drafts for r in requests] == [[4], [], [4, 5]]
+    assert [len(r.confidence) for r in requests] == [1, 0, 2]
+
+
+def noise(seed: int, index: int) -> Tensor:
+    bits = torch.tensor([hash_bits_plain(seed, index, token) >> 9 for token in range(V)], dtype=torch.float64)
+    return -(-((bits + 0.5) * 2.0**-23).log()).log()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_sampled_drafts_share_the_noise_of_the_tokens_they_stand_for(seed: int) -> None:
+    """Two tokens were emitted, so the drafts are for outputs 2, 3 and 4 of the request."""
+    one = request(3, seed=seed)
+    _draft(known_run(0.0, SamplingParams(temperature=0.7)), [(one, best(6, 6, 6))])
+    assert one.drafts == [int((best(6)[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
+
+
+def test_drafts_of_a_tree() -> None:
+    #   seed -> a (rank 0) -> c (rank 0) -> e (rank 0);  seed -> b (rank 1) -> d (rank 1)
+    shape = Shape((-1, 0, 0, 1, 2, 3), (0, 0, 1, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1, 0.1))
+    trunk = best(0, 0, 7) * torch.tensor([[1.5], [1.5], [3.0]])
+    one, short = request(3), request(3, most=5)
+    _draft(known_run(2.0, shape=shape), [(one, trunk), (short, trunk)])
+    # 4 follows 3 and 0 is second; 5 follows 4; of the followers of 0, 1 is first and 0 second; in slot 3 stands 7
+    assert one.drafts == [4, 0, 5, 0, 7] and one.shape == shape
+    # three tokens are left: two drafts and a bonus
+    assert short.drafts == [4, 0, 5, 0] and short.shape == shape.cut(2)
+
+
+def test_a_penalty_on_what_was_seen_reaches_the_drafts_of_the_same_block() -> None:
+    one = request(3)
+    one.watch(V, torch.device("cpu"))  # 0, 2 and 3 were seen, so of them a quarter is left
+    trunk = torch.tensor([[2.0, 0.1, 2.2, 0.1, 0.1, 0.1, 1.0, 0.1]] * 3)
+    _draft(known_run(0.0, SamplingParams(repetition_penalty=4.0)), [(one, trunk)])
+    assert one.drafts == [6, 2, 2], "once 6 was drafted it counts 1/4, and 2 more than that"
+
+
+# Filling a block in mode `diffusion`
+
+
+def filled(run: Run, block: list[int], hidden: Tensor, seed: int = 0) -> list[int]:
+    one = request(block[0], seed=seed)
+    one.block = list(block)
+    _fill(run, one, hidden)
+    return one.block
+
+
+def test_what_is_sure_enough_is_filled_in_and_the_surest_in_any_case() -> None:
+    """A row predicts the token after it.  Of weight w, a token has e^w / (e^w + 7): w = 5 gives .955, 4 gives .886."""
+    open_block = [3, MASK, MASK, MASK]
+    run = known_run(0.0, threshold=0.9)
+    assert filled(run, open_block, best(4, 5, 6) * 5) == [3, 4, 5, 6]
+    assert filled(run, open_block, best(4, 5, 6) * torch.tensor([[4.0], [5.0], [4.0]])) == [3, MASK, 5, MASK]
+    assert filled(run, open_block, best(4, 5, 6) * torch.tensor([[1.0], [2.0], [3.0]])) == [3, MASK, MASK, 6]
+    assert filled(run, [3, MASK, 5, MASK], best(4, 5, 6) * 5) == [3, 4, 5, 6]
+    assert filled(run, [3, MASK, 1, MASK], best(4, 5, 6) * torch.tensor([[2.0], [9.0], [1.0]])) == [3, 4, 1, MASK]
+    # all have exactly 1/8
+    assert filled(known_run(0.0, threshold=0.125), open_block, torch.zeros(3, V)) == [3, 0, 0, 0]
+
+
+def test_a_row_of_shift_0_predicts_its_own_token() -> None:
+    run = known_run(0.0, layout=DraftLayout(4, shift=0, seed_row="draft"))
+    assert filled(run, [3, MASK, MASK, MASK], best(7, 4, 5, 6) * 5) == [3, 4, 5, 6]
+
+
+def test_a_left_neighbour_that_is_masked_is_unknown() -> None:
+    """After t comes t + 1; after a token that is not known, 6."""
+    run = known_run(5.0, threshold=0.9)
+    run.backend.heads.markov_w2[6, V] = 5.0
+    assert filled(run, [3, MASK, MASK, MASK], torch.zeros(3, V)) == [3, 4, 6, 6]
+    assert filled(run, [3, 1, MASK, MASK], torch.zeros(3, V)) == [3, 1, 2, 6]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_filled_tokens_are_drawn_with_the_noise_of_their_outputs_and_as_sure_as_without_it(seed: int) -> None:
+    run = known_run(0.0, SamplingParams(temperature=0.7), threshold=0.0)
+    trunk = best(6, 6, 6)
+    want = [int((trunk[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
+    assert filled(run, [3, MASK, MASK, MASK], trunk, seed) == [3, *want]
+    # untempered, one of weight 4 has .886 and stays open beside a surer one, though at T = 0.7 it would have .977
+    run = known_run(0.0, SamplingParams(temperature=0.7), threshold=0.9)
+    got = filled(run, [3, MASK, MASK, MASK], best(4, 5, 6) * torch.tensor([[4.0], [40.0], [4.0]]), seed)
+    assert got == [3, MASK, 5, MASK]
+
+
+def test_a_block_ends_its_request_where_nothing_more_can_come() -> None:
+    for block, most, eos, emitted, reason in (
+        ([3, 4, 5, MASK], 20, 5, [4, 5], "eos"),
+        ([3, MASK, 5, MASK], 20, 5, [], None),  # what is left of EOS is not known yet
+        ([3, 4, 5, 6], 5, 7, [4, 5, 6], "length"),  # three tokens were left: no forward to commit them
+        ([3, 4, 5, 6], 6, 7, [], None),
+    ):
+        one = Request(0, [2, 0], 0, most, frozenset({eos}), slot=0)
+        one.emit([0, 3])
+        one.block = list(block)
+        _end_early(one)
+        assert (one.emitted[2:], one.finish_reason) == (emitted, reason)

@@ -1,0 +1,89 @@
+"""A request by itself: where its output ends, its text is cut, and what it counted; worked out by hand."""
+
+import pytest
+import torch
+
+from retrofit.runtime.request import Request, Stats
+from retrofit.runtime.scheduler import Scheduler
+
+LETTERS = "abcdefgh "
+
+
+def spell(tokens: list[int]) -> str:
+    return "".join(LETTERS[t] for t in tokens)
+
+
+def tokens_of(text: str) -> list[int]:
+    return [LETTERS.index(letter) for letter in text]
+
+
+def request(stop: tuple[str, ...] = (), most: int = 20, eos: str = "") -> Request:
+    return Request(0, tokens_of("hh"), 0, most, frozenset(tokens_of(eos)), stop, decode=spell)
+
+
+@pytest.mark.parametrize(
+    ("stop", "emitted", "text"),
+    [
+        # both strings are complete with the last token; the text ends before the one that begins first
+        (("cd", "abcd"), "abcd", ""),
+        (("abcd", "cd"), "abcd", ""),
+        (("d", "cd", "bcd"), "abcd", "a"),
+        (("ef", "bc"), "abc", "a"),
+        (("h", "g"), "abcdefg", "abcdef"),
+    ],
+)
+def test_the_first_of_several_stop_strings_cuts_the_text(stop: tuple[str, ...], emitted: str, text: str) -> None:
+    one = request(stop)
+    assert one.emit(tokens_of("abcdefgh")) == len(emitted)
+    assert (one.finish_reason, spell(one.emitted), one.text()) == ("stop", emitted, text)
+
+
+def test_a_stop_string_cuts_nothing_unless_it_ended_the_request() -> None:
+    one = request(("cd",), eos="d")
+    one.emit(tokens_of("abcd"))  # the token that completes it is EOS, which counts first
+    assert (one.finish_reason, one.text()) == ("eos", "abcd")
+    one = request(("b",), most=3)
+    one.emit(tokens_of("aaa"))
+    assert (one.finish_reason, one.text()) == ("length", "aaa")
+
+
+def test_what_is_emitted_ends_at_the_first_end() -> None:
+    for most, eos, taken, reason in ((9, "c", 3, "eos"), (2, "c", 2, "length"), (3, "c", 3, "eos"), (9, "", 4, None)):
+        one = request(most=most, eos=eos)
+        assert one.emit(tokens_of("abcd")) == taken
+        assert (one.finish_reason, one.stats.tokens, one.remaining) == (reason, taken, most - taken)
+        assert (one.output_index, one.position) == (taken, 2 + taken - 1)
+
+
+def test_the_token_of_a_prefill_is_not_counted_but_seen() -> None:
+    one = request()
+    one.watch(len(LETTERS), torch.device("cpu"))
+    one.emit(tokens_of("a"), prefill=True)
+    one.emit(tokens_of("bc"))
+    assert one.stats.tokens == 2 and one.seen is not None
+    assert one.seen.nonzero().flatten().tolist() == tokens_of("abch")
+
+
+def test_statistics_by_hand() -> None:
+    stats = Stats(tokens=12)
+    for kind, rows in (("prefill", 30), ("draft", 5), ("fused", 21), ("fused", 9), ("verify", 3), ("ar", 1)):
+        stats.count(kind, rows)
+    assert stats.forwards == {"prefill": 1, "draft": 1, "fused": 2, "verify": 1, "ar": 1}
+    assert (stats.rows, stats.widest) == (39, 21)
+    assert stats.decode_forwards == 5
+    assert stats.tpf == 12 / 5
+    assert stats.tau == 12 / 4, "a drafting forward belongs to the cycle of its drafts"
+    assert stats.rows_per_token == 39 / 12
+    assert stats.to_dict()["tau"] == 3.0 and stats.to_dict()["rows_per_token"] == 3.25
+    assert (Stats().tpf, Stats().tau, Stats().rows_per_token) == (0, 0, 0)
+
+
+def test_places_are_given_in_order_and_given_again() -> None:
+    requests = [request(most=1) for _ in range(4)]
+    scheduler = Scheduler(requests, 2)
+    assert [r.slot for r in scheduler.admit()] == [0, 1]
+    assert scheduler.admit() == []
+    requests[0].emit([0])
+    assert list(scheduler.retire()) == requests[:1]
+    assert [(r.slot, r is requests[2]) for r in scheduler.admit()] == [(0, True)]
+    assert len(scheduler.running) == 2

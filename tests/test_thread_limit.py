@@ -1,0 +1,45 @@
+"""A small step runs on one thread, and the number of threads is as before once it is over, whatever happened."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from retrofit.runtime.threads import LEAST_WORK, thread_limit
+
+CPU, SMALL = torch.device("cpu"), LEAST_WORK / 2
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_thread_for_a_small_step_and_two_again_after_it() -> None:
+    with thread_limit(CPU, SMALL):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_two_threads_again_after_an_error() -> None:
+    with pytest.raises(KeyboardInterrupt), thread_limit(CPU, SMALL):
+        raise KeyboardInterrupt
+    assert torch.get_num_threads() == 2
+
+
+def test_one_inside_another_ends_with_what_the_outer_one_found() -> None:
+    with thread_limit(CPU, SMALL):
+        with thread_limit(CPU, SMALL):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("device", "work"), [("cpu", LEAST_WORK), ("meta", SMALL)])
+def test_large_steps_and_other_devices_keep_their_threads(device: str, work: float) -> None:
+    with thread_limit(torch.device(device), work):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 2

@@ -22,7 +22,7 @@ from retrofit.adapters.heads import Heads
 from retrofit.recipes.blocks import BlockBatch
 from retrofit.recipes.objective import Sums, Teacher
 from retrofit.recipes.train import Trainer
-from retrofit.runtime.backends.attention import ATTENTION
+from retrofit.runtime.backends.attention import ATTENTION, layer_of
 from retrofit.runtime.cache import KVCache
 
 
@@ -143,11 +143,10 @@ def dense_attention(
 ) -> tuple[Tensor, None]:
     """Draft rows alone: query [1, Hq, N, D], key and value [1, Hkv, N, .] -> [1, N, Hq, Dv]."""
     context, group = retrofit_rows, retrofit_rows.plan.draft
-    context.calls += 1
-    context.windowed += sliding_window is not None
+    context.calls.append((layer_of(module), sliding_window))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (group.rectangle(t[0].transpose(0, 1)) for t in (query, key, value))
-    clean_k, clean_v = context.cache.read(int(module.layer_idx), group.slots, group.keys)  # type: ignore[arg-type]
+    clean_k, clean_v = context.cache.read(layer_of(module), group.slots, group.keys)
     k, v = torch.cat([clean_k, k], dim=2), torch.cat([clean_v, v], dim=2)
     mask = context.plan.draft_mask(sliding_window, query.dtype)
     if softcap is None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import DataError, UsageError
 from retrofit.recipes.data import Document
 from retrofit.recipes.order import SHUFFLE_BUFFER, Batch, Order, describe
@@ -25,7 +26,7 @@ def order_of(documents: list[Document], seed: int = 1, whole: bool = True) -> Or
     def epochs(number: int) -> Iterator[Document]:
         return iter(documents)
 
-    return Order(epochs, 4, seed, whole=whole)
+    return Order(epochs, 4, seed, whole=whole, layout=DraftLayout())
 
 
 def drawn(order: Order, batches: int) -> Batch:
@@ -84,7 +85,7 @@ def test_a_text_that_ends_before_the_place_is_another() -> None:
 
 
 def test_text_without_a_response_is_refused() -> None:
-    with pytest.raises(DataError, match="no document with a response token"):
+    with pytest.raises(DataError, match="nothing to train: of 1 documents"):
         order_of(text()[:1]).batch()
 
 

@@ -17,8 +17,9 @@ from together import saved_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from retrofit import artifact, cli
-from retrofit.adapters.attach import ROLES, Attached, attach
+from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.roles import ROLES
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.eval import certify
 from retrofit.hub import Base

@@ -243,24 +243,26 @@ class Asked:
 
 
 WAY = {"strategy": "two_forward", "prepare": 3, "tree": 5, "max_new_tokens": 6, "batch_size": 4, "ignore_eos": False}
+OWN = {"original_settings": False}
+"""What is measured is the model's own distribution, not what its settings make of it."""
 
 
 def test_what_is_compared_is_what_was_asked_for():
     """Each option reaches the engine: a comparison of `ar` with itself would always succeed."""
     engine = Asked()
     assert lossless(engine, [[7, 8]] * 3, PROMPTS, **WAY).all_equal
-    assert engine.calls == [("self_spec", WAY)]
+    assert engine.calls == [("self_spec", {**WAY, **OWN})]
 
     engine = Asked()
     assert same_as_ar(engine, PROMPTS, **WAY, temperature=0.7, seed=5).all_equal
     alone = {"max_new_tokens": 6, "batch_size": 1, "ignore_eos": False, "temperature": 0.7, "seed": 5}
-    assert engine.calls == [("ar", alone), ("self_spec", {**WAY, "temperature": 0.7, "seed": 5})]
+    assert engine.calls == [("ar", {**alone, **OWN}), ("self_spec", {**WAY, **OWN, "temperature": 0.7, "seed": 5})]
     assert not same_as_ar(engine, PROMPTS, **WAY, temperature=0.7, expected=[[7, 8], [7, 9], [7, 8]]).all_equal
     assert len(engine.calls) == 3, "what is known already is not decoded again"
 
     engine = Asked()
     measure(engine, PROMPTS, **WAY, temperature=0.7, seed=5)
-    assert engine.calls == [("self_spec", {**WAY, "temperature": 0.7, "seed": 5})]
+    assert engine.calls == [("self_spec", {**WAY, **OWN, "temperature": 0.7, "seed": 5})]
     measure(engine, PROMPTS, strategy="auto", batch_size=2)
     assert [options["max_new_tokens"] for _, options in engine.calls[1:]] == [1, 128], "probes come first"
 

@@ -93,7 +93,7 @@ def test_planted_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             modes,
             "process_logits",
-            lambda logits, params, seen: process(logits, replace(params, **left_out[fault]), seen),
+            lambda logits, params, *rest: process(logits, replace(params, **left_out[fault]), *rest),
         )
     assert not distribution(400).ok
 

@@ -146,7 +146,7 @@ def test_fused_needs_an_anchored_layout() -> None:
 def test_load_refuses_what_is_no_artifact(tmp_path: Any) -> None:
     with pytest.raises(ArtifactError):
         Engine.load(tmp_path)
-    for options in ({"backend": "fpga"}, {"exact": "very"}, {"exact": "invariant", "backend": "hf"}):
+    for options in ({"backend": "fpga"}, {"exact": "very"}):
         with pytest.raises(UsageError, match=next(iter(options.values()))):
             Engine.load(tmp_path, **options)
 

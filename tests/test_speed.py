@@ -68,5 +68,6 @@ def test_every_way_takes_every_place_over_the_same_prompts(engine: KnownEngine) 
         ("ar", [[1], [2]]), ("fused_last", [[1], [2]]),
         ("fused_last", [[3], [1]]), ("ar", [[3], [1]]),
     ]  # fmt: skip
-    asked = {"max_new_tokens": 128, "temperature": 0.0, "batch_size": 1, "seed": 7, "ignore_eos": True}
+    asked = {"max_new_tokens": 128, "temperature": 0.0, "batch_size": 1, "seed": 7, "ignore_eos": True,
+             "original_settings": False}  # fmt: skip
     assert engine.options == [asked] * 6

@@ -47,7 +47,8 @@ HALF_TYPICAL, HALF_LARGEST = 0.1, 0.5
 def check_model(backend: HFBackend) -> None:
     """Raises UnsupportedModelError with the reason why this model's rows do not come out as its own."""
     name = type(backend.model).__name__
-    length = check_length(backend.config, backend.context_length)
+    # Beyond a longrope boundary the model's own forward would see other frequencies than rows before it.
+    length = min(check_length(backend.config, backend.context_length), backend.rope_boundary or backend.context_length)
     tokens, other = ([(7 * i + first) % backend.head.vocab for i in range(length)] for first in (3, 5))
     routed = any("experts" in module_name.split(".") for module_name, _ in backend.model.named_modules())
     own = _or_refused(name, "its own forward", lambda: own_logits(backend, [tokens, other]))

@@ -181,7 +181,8 @@ def load(
     norm = loader.tensor("model.norm.weight")
     head = loader.optional("lm_head.weight") if config.tie_word_embeddings else loader.tensor("lm_head.weight")
     # As transformers does: what is said to be tied and yet saved with another value is not.
-    head = embedding if head is None or torch.equal(head, embedding) else head
+    tied = head is None or (not head.is_meta and torch.equal(head, embedding))
+    head = embedding if head is None or tied else head
     unused = sorted(set(adapter) - loader.used)
     if unused:
         raise UsageError(f"the adapter holds {unused[0]}, which the fused backend has no place for", "use backend='hf'")

@@ -98,7 +98,8 @@ def compare(
         options = {"max_new_tokens": tokens, "temperature": temperature, "seed": 7, "ignore_eos": True}
         truth = [r.tokens for r in engine.generate(prompts, "ar", batch_size=1, **options)]
         yield f"ar, batch 8, T = {temperature:g}", *counted(engine, prompts, truth, mode="ar", batch_size=8, **options)
-        oracle = from_tests("helpers").Oracle({7 + i: text for i, text in enumerate(truth)}, vocab=subject.vocab)
+        known = {0: truth[0], **{7 + i: text for i, text in enumerate(truth)}}  # 0: what `auto` times its plans with
+        oracle = from_tests("helpers").Oracle(known, vocab=subject.vocab)
         planted = patch.object(modes, "draft_tokens", oracle) if subject.oracle else nullcontext()
         with planted:
             for way in ways:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.console import Totals, emit_json, not_text, result_json, say, show
+from retrofit.console import Totals, decodes_as, emit_json, not_text, result_json, say, show
 from retrofit.errors import RetrofitError, UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Chat:
             self.messages, self.text = [], ""
             say("conversation forgotten")
         elif name == "/stats":
-            click.echo(f"{self.totals.requests} answers, {self.totals.line()}", err=True)
+            click.echo(f"{self.totals.requests} answers, {self.totals.line()}; {decodes_as(self.engine)}", err=True)
         elif name == "/help":
             click.echo(COMMANDS, err=True)
         else:

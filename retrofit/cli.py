@@ -19,6 +19,7 @@ from retrofit.console import (
     Loading,
     Totals,
     base_option,
+    decodes_as,
     emit_json,
     engine_options,
     generation_options,
@@ -112,7 +113,7 @@ def generate(
             click.echo()
         else:
             click.echo(f"==> prompt {result.index + 1} <==\n{result.text}")
-    say(totals.line())
+    say(f"{totals.line()}; {decodes_as(engine)}")
 
 
 def _finished(events: Iterator[Event], totals: Totals) -> Iterator[Result]:

@@ -198,6 +198,12 @@ class Loading:
         return engine
 
 
+def decodes_as(engine: Engine) -> str:
+    """`hf in bfloat16, exact=invariant`: which backend decodes, and the level of exactness it keeps."""
+    backend = engine.backend
+    return f"{backend.name} in {str(backend.dtype).removeprefix('torch.')}, exact={backend.exact}"
+
+
 def loading_options(function: Any) -> Any:
     """Adds --device, --dtype, --offline, --trust-remote-code; the command gets them as `loading`."""
 

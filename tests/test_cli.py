@@ -215,6 +215,7 @@ def test_generated_text_is_on_stdout_and_talk_on_stderr(made):
     assert "8 tokens in" in result.stderr
     assert "tokens/s" in result.stderr
     assert "TPF 1.00" in result.stderr
+    assert result.stderr.endswith("; hf in float32, exact=off\n")
     assert len(result.stderr.splitlines()) == 1
 
 

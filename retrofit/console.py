@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.errors import DataError, RetrofitError, out_of_memory
+from retrofit.errors import DataError, RetrofitError, disk_full, out_of_memory
 from retrofit.launch import speaks
 
 if TYPE_CHECKING:
@@ -41,6 +41,14 @@ QUIET = "retrofit.quiet"
 
 class Cli(click.Group):
     """A group whose commands may raise anything."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().main(*arguments, **options)
+        except OSError as error:  # from --help and --version, which print before any command is there
+            if disk_full(error) is None:
+                raise
+            raise SystemExit(_report(error, verbose=False)) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -80,7 +88,7 @@ def _report(error: Exception, verbose: bool) -> int:
     """Print what went wrong; returns the exit code."""
     if verbose:
         traceback.print_exception(error)
-    known = error if isinstance(error, RetrofitError) else out_of_memory(error)
+    known = error if isinstance(error, RetrofitError) else out_of_memory(error) or disk_full(error)
     if known is not None:
         show(known)
         return known.exit_code

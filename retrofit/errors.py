@@ -71,3 +71,11 @@ def out_of_memory(error: BaseException, what: str | None = None) -> ResourceErro
         return None
     place, other = ("GPU memory", "a larger GPU or --device cpu") if on_gpu else ("memory", "a larger machine")
     return ResourceError(what or f"out of {place}", f"lower the batch size, use --dtype bfloat16, or {other}")
+
+
+def disk_full(error: BaseException) -> ResourceError | None:
+    """What to say where an error means that there is no room for output; None where it means something else."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    return ResourceError(f"{place}no space left to write the output", "free some, or send it elsewhere")

@@ -1,7 +1,8 @@
 """Which files of a model's folder hold its weights, and what can be told from them without loading the model.
 
     what config.json names as `transformers_weights`, as transformers does
-    else model.safetensors.index.json   its shards, and no other file
+    else model.safetensors.index.json   its shards, and no other file; one left over from earlier, whose shards are
+                                        gone while model.safetensors is there, does not count
     else model.safetensors              alone
     else                                the only *.safetensors there is; several without an index are refused
 
@@ -34,7 +35,7 @@ def weight_source(folder: Path) -> str:
     Raises UsageError where there are no safetensors, UnsupportedModelError where nothing says which are the weights.
     """
     for name in (_declared(folder), INDEX, SINGLE):
-        if name is not None and (folder / name).is_file():
+        if name is not None and (folder / name).is_file() and not (name == INDEX and _left_over(folder)):
             return name
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if not found:
@@ -73,6 +74,13 @@ def _declared(folder: Path) -> str | None:
         return None  # whoever loads the configuration says what is wrong with it
     ends = (".safetensors", ".safetensors.index.json")
     return name if isinstance(name, str) and Path(name).name == name and name.endswith(ends) else None
+
+
+def _left_over(folder: Path) -> bool:
+    """Whether the index is of earlier weights: `save_pretrained` removes old shards, but leaves their index there."""
+    if not (folder / SINGLE).is_file():
+        return False
+    return not any((folder / name).is_file() for name in indexed(folder / INDEX))
 
 
 def _names(folder: Path) -> list[str]:

@@ -186,6 +186,16 @@ def test_an_index_wins_over_a_single_file(shards: Path, tmp_path: Path) -> None:
     assert compare_base(loaded.model, base)["changed"] == 0
 
 
+def test_an_index_left_over_does_not_count(shards: Path, tmp_path: Path) -> None:
+    """`save_pretrained` into a folder of shards removes them, and leaves their index there."""
+    base = tmp_path / "base"
+    shutil.copytree(shards, base)
+    load(base).model.save_pretrained(base)
+    assert (base / INDEX).is_file()
+    assert [path.name for path in weight_files(base)] == [path.name for path in base.glob("*.safetensors")]
+    assert torch.equal(load(base).model.state_dict()[NORM], build("llama").state_dict()[NORM])
+
+
 def test_a_shard_that_is_missing_is_named(shards: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(shards, base)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -50,7 +51,11 @@ def tiny_engine(backend: Backend | None) -> Engine:
     """The tiny model in fp32, on the kind of backend, the level and the device that `backend` is of; None: `hf`."""
     model = tiny_model()
     if backend is None or backend.name != "fused":
-        return Engine.from_model(model)
+        engine = Engine.from_model(model, exact="off")
+        if backend is not None:
+            kept: Any = backend
+            engine.backend.hold(kept.exact, kept.form, kept.least_rows)  # type: ignore[attr-defined]
+        return engine
     from retrofit.runtime.backends.fused_gqa import FusedGQA
 
     layout, tensors = DraftLayout(), model.state_dict()

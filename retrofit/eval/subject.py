@@ -77,7 +77,11 @@ class Subject:
         return self._bases[dtype]
 
     def fp32(self) -> Engine:
-        """The engine in fp32: the run engine itself, or a second one with the same adapter and heads."""
+        """The engine in fp32: the run engine itself, or a second one with the same adapter and heads.
+
+        At the run engine's level it runs what that puts in place of the model's own (attention, filler rows), so that
+        the base judges it too; bits are promised for the run type only.
+        """
         if self.dtype == torch.float32:
             return self.run
         if self._fp32 is None:
@@ -131,6 +135,8 @@ class Subject:
         )
         attached.load(run.attached.adapter_state(), run.attached.heads_state())
         backend = HFBackend(model, attached.gate, attached.heads, run.layout.causal)
+        kept: Any = run.backend
+        backend.hold(kept.exact, kept.form, kept.least_rows)
         return Engine(backend, run.layout, run.tokenizer, run.config.get("acceptance"), run.config, run.base, attached)
 
     def _require_memory(self, dtype: torch.dtype) -> None:

@@ -230,7 +230,7 @@ def loading_options(function: Any) -> Any:
         click.option("--device", default="auto", show_default=True,
                      help="cpu, cuda, cuda:N, or auto: a GPU where there is one."),
         click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-                     help="Type the base's weights are held in; auto is the checkpoint's own."),
+                     help="Type the base's weights are held in; auto is an artifact's, else the file's own."),
         click.option("--offline", is_flag=True, help="Use no network, only what is on this machine."),
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model."),
     )(run)  # fmt: skip

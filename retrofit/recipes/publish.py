@@ -68,7 +68,7 @@ def publish(
     )
     artifact.write(
         out,
-        adapter_config=attached.adapter_config(named["model"]),
+        adapter_config=attached.adapter_config(None if named["local"] else named["model"]),
         adapter_state=attached.adapter_state(),
         heads=attached.heads_state(),
         config=_config(plan, base, attached, acceptance, session),

@@ -20,11 +20,14 @@ from retrofit.runtime.backends.exact_attention import FORMS, LEAST, Form
 from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.backends.refused import has_sliding_window
 from retrofit.runtime.cache import KVCache
-from retrofit.runtime.exact_products import thread_counts, with_threads
+from retrofit.runtime.exact_products import NEARLY, cancelled, cancelling, thread_counts, with_threads
 from retrofit.runtime.levels import Check
 
 STARTS = (60, 250, 1020)
 """Where the rows that attend begin: behind them lie multiples of 64, of a piece of 256 and of one of 1,024."""
+LONGER = 400
+"""By so many positions another sequence is longer: the keys that it adds weigh nothing for a row of this one."""
+SPREAD = 3.0
 ATTENDING = 33
 """Rows that attend together: with siblings in a tree, more than a tile of 64."""
 
@@ -91,7 +94,11 @@ class _Attending:
         chain = self.chain
         whole = self.run(self.rows(0))
         few = min(2, chain)
-        other = SequenceRows(2, self.start // 2, [0] * few), [-1, -2][:few]
+        other, longer = (
+            (SequenceRows(2, start, [0] * few), [-1, -2][:few]) for start in (self.start // 2, self.start + LONGER)
+        )
+        places = ((1, self.start // 2), (2, self.start + LONGER))
+        first, last = ((SequenceRows(slot, at, [0]), [-1]) for slot, at in places)
         # Every token of the chain has a sibling that stands before it: 0, then -1 1, -2 2, ...
         parents = [-1] + [p for i in range(chain - 1) for p in (max(0, 2 * i), max(0, 2 * i))]
         numbers = [0] + [n for i in range(1, chain) for n in (-i, i)]
@@ -99,7 +106,11 @@ class _Attending:
         arrangements: dict[str, Callable[[], Tensor]] = {
             "another slot": lambda: self.run(self.rows(1)),
             "another sequence": lambda: self.run(other, self.rows(0))[few:],
+            "a longer one": lambda: self.run(longer, self.rows(0))[few:],
             "a tree": lambda: self.run((branched, numbers))[::2],
+            "one row beside others": lambda: torch.cat(
+                [self.run(first, last, self.rows(0, j, 1))[2:] for j in range(chain)]
+            ),
             "alone": lambda: torch.cat([self.run(self.rows(0, j, 1)) for j in range(chain)]),
         }
         for threads in thread_counts(whole.device):
@@ -120,21 +131,47 @@ def _attends(
     window: int | None,
     generator: torch.Generator,
 ) -> Check:
-    starts, chain = STARTS, ATTENDING
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=backend.dtype, device=backend.device, generator=generator)
-
-    def rows() -> tuple[Tensor, ...]:
-        return drawn(heads, chain, width), drawn(kv_heads, chain, width), drawn(kv_heads, chain, value_width)
-
     differs = None
-    for start in starts:
-        cache = KVCache(3, start + chain)
-        cache.layers[0] = drawn(3, cache.capacity, kv_heads, width), drawn(3, cache.capacity, kv_heads, value_width)
-        for kept in cache.layers[0]:
-            kept[1] = kept[0]
-        differs = differs or _Attending(form, window, start, cache, rows(), rows()).differing()
+    for start in STARTS:
+        differs = differs or _drawn(backend, form, heads, kv_heads, width, value_width, window, start, generator)
     shape = f"{heads} heads, {kv_heads} K/V, width {width}" + (f", window {window}" if window else "")
-    tried = f"alone, {chain} rows, another sequence, another slot, a tree; at {', '.join(map(str, starts))}"
+    tried = f"alone, {ATTENDING} rows, beside others, another slot, a tree; at {', '.join(map(str, STARTS))}"
     return Check("attention", shape, form.name, differs or tried, differs is None)
+
+
+def _drawn(
+    backend: HFBackend,
+    form: Form,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    value_width: int,
+    window: int | None,
+    start: int,
+    generator: torch.Generator,
+) -> str | None:
+    """What `differing` says of random rows in which most of every sum cancels out, so that its order shows."""
+    length, dtype, device = start + ATTENDING, backend.dtype, backend.device
+    key = cancelling(kv_heads * length, width, torch.empty(0, dtype=dtype, device=device), generator)
+    key = key.view(kv_heads, length, width)
+    value = torch.randn(kv_heads, length, value_width, device=device, generator=generator)
+    # Sizes far apart: sums of neighbours in size are exact in fp32, in whatever order.
+    value = (value * torch.exp(SPREAD * torch.randn(value.shape, device=device, generator=generator))).to(dtype)
+    # Keys come in pairs three places apart, with opposite values: 0 1 2 -0 -1 -2 3 4 5 -3 ...
+    second = torch.arange(length, device=device)
+    second = second[second % 6 >= 3]
+    key[:, second] = key[:, second - 3]
+    near = 1 + NEARLY * torch.randn(kv_heads, len(second), value_width, device=device, generator=generator)
+    value[:, second] = (-value[:, second - 3] * near).to(dtype)
+    query = cancelled(heads * ATTENDING, width, dtype, device, generator).view(heads, ATTENDING, width)
+
+    cache = KVCache(3, start + LONGER + ATTENDING)
+    cache.layers[0] = tuple(  # type: ignore[assignment]
+        torch.randn(3, cache.capacity, kv_heads, w, device=device, generator=generator).to(dtype)
+        for w in (width, value_width)
+    )
+    for kept, drawn in zip(cache.layers[0], (key, value), strict=True):
+        kept[:2, :start] = drawn[:, :start].transpose(0, 1)
+    own = query, key[:, start:], value[:, start:]
+    beside = tuple(torch.randn(t.shape, device=device, generator=generator).to(dtype) for t in own)
+    return _Attending(form, window, start, cache, own, beside).differing()

@@ -5,6 +5,7 @@ Tried with one thread and with all: small steps run with one (`threads.py`).  Pa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ FLOORS = (2, 4, 8, 16, 32)
 """To so many rows a decoding forward may be filled up at `invariant`."""
 GROUPS = 24
 """So many times are rows of one count taken together."""
+NEARLY = 2.0**-6
 ROUTER_ROWS = 32
 
 
@@ -76,8 +78,10 @@ def linear_products(backend: HFBackend, generator: torch.Generator, rows: int | 
             alike.setdefault(shape, (module, {}))[1][role] = None
     products = []
     for shape, (module, roles) in alike.items():
-        x = _activations(rows or COUNTS[-1], _inputs(module), module.weight, generator)
-        differ, threads = _differing(partial(_batched, module), x, generator, rows)
+        weight = cancelling(_outputs(module), _inputs(module), module.weight, generator)
+        x = cancelled(rows or COUNTS[-1], weight.shape[1], module.weight.dtype, weight.device, generator)
+        alone = _with_weight(module, weight.T.contiguous() if isinstance(module, Conv1D) else weight)
+        differ, threads = _differing(partial(_batched, alone), x, generator, rows)
         products.append(Product(", ".join(roles), shape, differ, threads))
     return products
 
@@ -89,17 +93,49 @@ def router_products(backend: HFBackend, generator: torch.Generator) -> list[Prod
         weight = module._parameters.get("weight")
         if isinstance(module, (*LINEAR, nn.Embedding)) or ".lora_" in name or weight is None or weight.dim() != 2:
             continue
-        x = _activations(COUNTS[-1], weight.shape[1], weight, generator).to(backend.dtype)
-        differ, threads = _differing(partial(_first, module.forward), x, generator)
+        alone = _with_weight(module, cancelling(weight.shape[0], weight.shape[1], weight, generator))
+        x = cancelled(COUNTS[-1], weight.shape[1], backend.dtype, weight.device, generator)
+        differ, threads = _differing(partial(_first, alone.forward), x, generator)
         how = ""
         if differ:
-            tiled = _in_tiles(module.forward)
             how = f", rows in tiles of {ROUTER_ROWS}"
-            differ, threads = _differing(partial(_first, tiled), x, generator)
-            backend.until_closed(instead(module, _while_decoding(module.forward, tiled, backend)))
+            differ, threads = _differing(partial(_first, _in_tiles(alone.forward)), x, generator)
+            tiled = _while_decoding(module.forward, _in_tiles(module.forward), backend)
+            backend.until_closed(instead(module, tiled))
         shape = f"[{', '.join(map(str, weight.shape))}]{how}"
         products[shape] = Product("router", shape, differ, threads)
     return list(products.values())
+
+
+def cancelling(outputs: int, inputs: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """[outputs, inputs] whose second half is the first with the other sign: by `cancelled`, sums are small.
+
+    The last bits of a sum then are not rounded away with its size, and another order of addition shows in every row.
+    """
+    half = inputs // 2
+    weight = torch.zeros(outputs, inputs, dtype=like.dtype, device=like.device)
+    weight[:, :half].normal_(generator=generator)
+    weight[:, half : 2 * half] = -weight[:, :half]
+    return weight
+
+
+def cancelled(rows: int, width: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """[rows, width] whose second half is nearly the first; some rows and some features stand out, as in a model."""
+    half = width // 2
+    x = torch.randn(rows, width, device=device, generator=generator)
+    x *= torch.exp(torch.randn(rows, width, device=device, generator=generator))
+    near = 1 + NEARLY * torch.randn(rows, half, device=device, generator=generator)
+    x[:, half : 2 * half] = x[:, :half].to(dtype) * near
+    return x.to(dtype)
+
+
+def _with_weight(module: Any, weight: Tensor) -> Any:
+    """The module with another weight and without a bias; the one in the model stays as it is."""
+    other = copy.copy(module)
+    parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    kept = {n: None if p is None else torch.zeros_like(p) for n, p in module._parameters.items()}
+    other.__dict__["_parameters"] = {**kept, **parameters}
+    return other
 
 
 def _inputs(module: Any) -> int:
@@ -108,14 +144,6 @@ def _inputs(module: Any) -> int:
 
 def _outputs(module: Any) -> int:
     return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.out_features)
-
-
-def _activations(rows: int, width: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """[rows, width] in which some rows and some features stand out, as they do in a model."""
-    x = torch.randn(rows, width, device=like.device, generator=generator)
-    x *= torch.exp(torch.randn(rows, 1, device=like.device, generator=generator))
-    x[:, torch.randint(width, (2,), device=like.device, generator=generator)] *= 50
-    return x.to(like.dtype)
 
 
 def _differing(

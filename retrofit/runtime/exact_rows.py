@@ -146,7 +146,10 @@ def _decoder(backend: HFBackend, chain: int, generator: torch.Generator) -> Chec
     prompt = max(1, min(PROMPT, backend.context_length - 2 * chain - 1, (backend.rope_boundary or 1 << 30) - chain - 1))
     tokens = torch.randint(vocab, (prompt + chain,), generator=generator, device=backend.device).tolist()
     rows, siblings = tokens[prompt:], [(t + 1) % vocab for t in tokens[prompt:]]
-    cache = KVCache(2, prompt + 2 * chain)
+    # More rows than any forward is filled up to; at `bucket` as many as there is room for.
+    end = backend.rope_boundary or backend.context_length
+    beside = min(max(chain, backend.least_rows), prompt, end - prompt - 1)
+    cache = KVCache(2, prompt + max(2 * chain, beside))
 
     def forward(*sequences: SequenceRows) -> Tensor:
         return backend.forward(backend.plan(list(sequences)), cache).base_logits
@@ -155,7 +158,7 @@ def _decoder(backend: HFBackend, chain: int, generator: torch.Generator) -> Chec
     forward(SequenceRows(1, 0, tokens[1 : prompt + 1], last_logits_only=True))
     alone = torch.cat([forward(SequenceRows(0, prompt + j, [rows[j]])) for j in range(min(ALONE, chain))])
     room = (bucket or 1 << 30) - chain
-    others = [SequenceRows(1, prompt, siblings[: min(chain, room)])] if room else []
+    others = [SequenceRows(1, prompt, tokens[: min(beside, room)])] if room else []
     blocks = [Block(prompt + 1, [MASK] * chain)] if backend.heads is not None and room >= 2 * chain else []
     tried = {f"{chain} together beside others": (*others, SequenceRows(0, prompt, rows, blocks))}
     if chain > 1 and (bucket or 3) >= 3:

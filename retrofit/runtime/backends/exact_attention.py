@@ -26,7 +26,7 @@ from retrofit.adapters.rows import RowPlan, base_span
 LEAST = 2
 """Rows of a product, at least: a single one takes another path through the libraries, which adds in another order."""
 COLUMNS = 16
-"""In tiles of one shape the columns of V are filled up to a multiple of this: fp32 sums of what is left over differ."""
+"""The columns of V are filled up to a multiple of this: sums of what would be left over are made in another order."""
 TILE = 64
 """Most rows of a sequence that attend at once; a prompt has more, and every tile reads the keys up to its own end."""
 TILE_SCORES = 1 << 24
@@ -166,7 +166,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None, for
 def _with_values(weights: Tensor, value: Tensor, form: Form, total: Tensor | None = None) -> Tensor:
     """fp32 [S, Hk, M, Dv]: weights [S, Hk, M, L] by value [S, Hk, L, Dv], added to `total` piece by piece."""
     width = value.shape[-1]
-    if form.rows > 1 and width % COLUMNS:
+    if width % COLUMNS:
         value = F.pad(value, (0, -width % COLUMNS))
         total = None if total is None else F.pad(total, (0, -width % COLUMNS))
     for a in range(0, value.shape[2], form.piece):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 ROWS = 12
 SMALL = 64
+FEWEST = 4
 BESIDE = 3
 """Rows of the other sequence."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -49,6 +50,8 @@ def check_model(backend: HFBackend) -> None:
     name = type(backend.model).__name__
     # Beyond a longrope boundary the model's own forward would see other frequencies than rows before it.
     length = min(check_length(backend.config, backend.context_length), backend.rope_boundary or backend.context_length)
+    if length < FEWEST:
+        raise UnsupportedModelError(f"{name} has a context of {length} positions, too few to draft in")
     tokens, other = ([(7 * i + first) % backend.head.vocab for i in range(length)] for first in (3, 5))
     routed = any("experts" in module_name.split(".") for module_name, _ in backend.model.named_modules())
     own = _or_refused(name, "its own forward", lambda: own_logits(backend, [tokens, other]))

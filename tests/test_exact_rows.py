@@ -227,12 +227,14 @@ def test_a_product_that_depends_on_the_number_of_rows_leaves_the_bucket(monkeypa
 
 
 def test_rows_are_filled_up_to_what_the_products_need(monkeypatch: Any) -> None:
-    """A library that treats up to five rows in another way leaves a floor of eight."""
+    """A library that treats up to 17 rows in another way leaves a floor of 32."""
     engine = Engine.from_model(build("llama").to(torch.bfloat16), layout=LAYOUT, exact="off")
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w, b=None: linear(x, w, b) + (x.numel() // x.shape[-1] <= 5))
     assert settle(engine.backend, "auto", LAYOUT.drafts).level == "invariant"
-    assert engine.backend.least_rows == 8
+    needed = engine.backend.least_rows  # by this machine's own
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: linear(x, w, b) + (x.numel() // x.shape[-1] <= 17))
+    assert settle(engine.backend, "auto", LAYOUT.drafts).level == "invariant"
+    assert engine.backend.least_rows == 32 >= needed
 
 
 def test_no_level_is_claimed_where_none_holds(monkeypatch: Any) -> None:

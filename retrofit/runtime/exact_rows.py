@@ -158,8 +158,10 @@ def _decoder(backend: HFBackend, chain: int, generator: torch.Generator) -> Chec
     forward(SequenceRows(1, 0, tokens[1 : prompt + 1], last_logits_only=True))
     alone = torch.cat([forward(SequenceRows(0, prompt + j, [rows[j]])) for j in range(min(ALONE, chain))])
     room = (bucket or 1 << 30) - chain
-    others = [SequenceRows(1, prompt, tokens[: min(beside, room)])] if room else []
-    blocks = [Block(prompt + 1, [MASK] * chain)] if backend.heads is not None and room >= 2 * chain else []
+    drafts = chain if backend.heads is not None and room >= 2 * chain else 0
+    beside = min(beside, room - drafts)
+    others = [SequenceRows(1, prompt, tokens[:beside])] if beside else []
+    blocks = [Block(prompt + 1, [MASK] * drafts)] if drafts else []
     tried = {f"{chain} together beside others": (*others, SequenceRows(0, prompt, rows, blocks))}
     if chain > 1 and (bucket or 3) >= 3:
         tried["a tree"] = (SequenceRows(0, prompt, [rows[0], siblings[0], rows[1]], parents=[-1, 0, 0]),)

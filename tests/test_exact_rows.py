@@ -263,6 +263,9 @@ def test_a_router_whose_product_depends_on_its_rows_gets_them_in_tiles(monkeypat
     assert settled.level == "invariant", settled
     assert any("tiles" in check.shape for check in settled.checks)
     assert torch.equal(model(ids).logits, before)
+    wrapped = router.forward
+    assert settle(engine.backend, "auto", LAYOUT.drafts).level == "invariant"
+    assert router.forward is wrapped, "a second test leaves it as it is"
     engine.close()
     assert "forward" not in router.__dict__
 

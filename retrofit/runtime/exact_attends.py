@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,14 +36,24 @@ def exact_form(backend: HFBackend, generator: torch.Generator) -> tuple[Form, li
     """The cheapest form in which every shape is exact, and its checks; the last form's where none is."""
     checks: list[Check] = []
     for form in FORMS:
-        checks = [_attends(backend, form, *case, generator) for case in _shapes(backend)]
+        checks = [_attends(backend, form, case, generator) for case in _shapes(backend)]
         if all(check.equal for check in checks):
             return form, checks
     return FORMS[-1], checks
 
 
-def _shapes(backend: HFBackend) -> list[tuple[int, int, int, int, int | None]]:
-    """(query heads, K/V heads, width of K, width of V, window) of the model's layers."""
+class _Shape(NamedTuple):
+    """Of the attention of a layer."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    window: int | None
+
+
+def _shapes(backend: HFBackend) -> list[_Shape]:
+    """Those of the model's layers."""
     cache = KVCache(1, LEAST)
     backend.hold("off", None)
     backend.forward(backend.plan([SequenceRows(0, 0, [0] * LEAST)]), cache)
@@ -51,7 +61,7 @@ def _shapes(backend: HFBackend) -> list[tuple[int, int, int, int, int | None]]:
     found = {(heads, k.shape[2], k.shape[3], v.shape[3]) for k, v in cache.layers.values()}
     slides = has_sliding_window(backend.config, backend.context_length)
     windows = {None, backend.config.sliding_window if slides else None}
-    return [(*shape, window) for shape in sorted(found) for window in windows]
+    return [_Shape(*sizes, window) for sizes in sorted(found) for window in windows]
 
 
 @dataclass
@@ -121,36 +131,19 @@ class _Attending:
         return None
 
 
-def _attends(
-    backend: HFBackend,
-    form: Form,
-    heads: int,
-    kv_heads: int,
-    width: int,
-    value_width: int,
-    window: int | None,
-    generator: torch.Generator,
-) -> Check:
+def _attends(backend: HFBackend, form: Form, shape: _Shape, generator: torch.Generator) -> Check:
     differs = None
     for start in STARTS:
-        differs = differs or _drawn(backend, form, heads, kv_heads, width, value_width, window, start, generator)
-    shape = f"{heads} heads, {kv_heads} K/V, width {width}" + (f", window {window}" if window else "")
+        differs = differs or _drawn(backend, form, shape, start, generator)
+    said = f"{shape.heads} heads, {shape.kv_heads} K/V, width {shape.width}"
+    said += f", window {shape.window}" if shape.window else ""
     tried = f"alone, {ATTENDING} rows, beside others, another slot, a tree; at {', '.join(map(str, STARTS))}"
-    return Check("attention", shape, form.name, differs or tried, differs is None)
+    return Check("attention", said, form.name, differs or tried, differs is None)
 
 
-def _drawn(
-    backend: HFBackend,
-    form: Form,
-    heads: int,
-    kv_heads: int,
-    width: int,
-    value_width: int,
-    window: int | None,
-    start: int,
-    generator: torch.Generator,
-) -> str | None:
+def _drawn(backend: HFBackend, form: Form, shape: _Shape, start: int, generator: torch.Generator) -> str | None:
     """What `differing` says of random rows in which most of every sum cancels out, so that its order shows."""
+    heads, kv_heads, width, value_width, window = shape
     length, dtype, device = start + ATTENDING, backend.dtype, backend.device
     key = cancelling(kv_heads * length, width, torch.empty(0, dtype=dtype, device=device), generator)
     key = key.view(kv_heads, length, width)

@@ -417,9 +417,12 @@ def base_span(group: Group, first: int, stop: int, window: int | None, step: int
     if group.width == 1 and len(group.slots) == 1:
         lowest = last = group.last
     else:
-        query = group.query[:, first:stop]
-        there = query[query >= 0]
-        lowest, last = (int(there.min()), int(there.max())) if len(there) else (0, 0)
+        key = ("rows", first, stop)
+        if key not in group.masks:
+            query = group.query[:, first:stop]
+            there = query[query >= 0]
+            group.masks[key] = (int(there.min()), int(there.max())) if len(there) else (0, 0)
+        lowest, last = group.masks[key]
     low = 0 if window is None else max(0, lowest - window + 1) // step * step
     return low, last + 1
 

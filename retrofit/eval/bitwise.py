@@ -12,18 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel
-
 from retrofit.errors import ResourceError
-from retrofit.eval.exactness import LISTED, PLAIN, SEED, Prompts, Verdict, differing, excuse, reference
+from retrofit.eval.exactness import LISTED, PLAIN, SEED, Prompts, Verdict, differing, excuse, reference, references
 from retrofit.eval.replay import Sampling
 from retrofit.eval.subject import Subject
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.levels import HALF
 
 BATCHES = (8, 3, 1)
 SAMPLINGS = (Sampling(), Sampling(0.8))
-HALF = (torch.bfloat16, torch.float16)
 
 
 def runs(engine: Engine, prompts: int, limit: int) -> Iterator[tuple[str, dict[str, Any], int, int]]:
@@ -43,7 +40,7 @@ def runs(engine: Engine, prompts: int, limit: int) -> Iterator[tuple[str, dict[s
 
 def bitwise(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
     """Every text against `ar`'s at the largest batch, greedy and sampled, by token."""
-    engine, level = subject.run, getattr(subject.run.backend, "exact", "off")
+    engine, level = subject.run, subject.run.backend.exact
     differences: list[dict[str, Any]] = []
     compared = bad = 0
     exact = level != "off"
@@ -94,18 +91,10 @@ def _control(subject: Subject, prompts: Prompts, limit: int) -> tuple[dict[str, 
     alone = [reference(model, prompt, limit) for prompt in prompts]
     shortest = min(map(len, prompts))
     even = [list(prompt[-shortest:]) for prompt in prompts]  # a batch of equal lengths needs no padding
-    together = _together(model, even, limit)
+    together = references(model, even, limit)
     one_by_one = alone if all(len(p) == shortest for p in prompts) else [reference(model, p, limit) for p in even]
     kept = sum(a == b for a, b in zip(one_by_one, together, strict=True))
     own = sum(a == b for a, b in zip(ar, alone, strict=True))
     figures = {"texts": len(prompts), "transformers_in_another_batch": kept, "ar_equals_transformers": own}
     text = f" (transformers keeps {kept} of {len(prompts)} of its own from batch 1 to {len(prompts)}; ar equals {own})"
     return figures, text
-
-
-@torch.inference_mode()
-def _together(model: PreTrainedModel, prompts: Prompts, limit: int) -> list[list[int]]:
-    ids = torch.tensor([list(p) for p in prompts], device=model.device)
-    neutral = GenerationConfig(max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=neutral)
-    return [[int(token) for token in row] for row in out[:, ids.shape[1] :]]

@@ -283,7 +283,7 @@ def _subject(folder: Path | None, engine: Engine | None) -> dict[str, Any]:
 
 def _environment_of(subject: Subject) -> dict[str, Any]:
     backend = subject.run.backend
-    level = getattr(backend, "exact", "off")
+    level = backend.exact
     dtype = str(subject.dtype).removeprefix("torch.")
     return _environment(str(subject.device), dtype, backend.name, level)
 

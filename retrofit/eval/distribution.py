@@ -59,9 +59,7 @@ def tiny_engine(backend: Backend | None) -> Engine:
     from retrofit.runtime.backends.fused_gqa import FusedGQA
 
     layout, tensors = DraftLayout(), model.state_dict()
-    own = FusedGQA(
-        model.config, lambda name: tensors[name], layout, device=backend.device, exact=getattr(backend, "exact", "off")
-    )
+    own = FusedGQA(model.config, lambda name: tensors[name], layout, device=backend.device, exact=backend.exact)
     return Engine(own, layout, None)
 
 

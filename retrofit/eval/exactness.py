@@ -230,14 +230,20 @@ def _equality(
     return Verdict(compared > 0 and not bad, detail, details)
 
 
-@torch.inference_mode()
 def reference(model: PreTrainedModel, prompt: Sequence[int], limit: int) -> list[int]:
     """New tokens of transformers' own greedy decoding of one prompt, no EOS."""
-    ids = torch.tensor([list(prompt)], device=model.device)
-    # The padding id must be given, but pads nothing: one prompt at a time, and the mask is explicit.
+    return references(model, [prompt], limit)[0]
+
+
+@torch.inference_mode()
+def references(model: PreTrainedModel, prompts: Prompts, limit: int) -> list[list[int]]:
+    """Those of prompts of one length, in one batch."""
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+    # The padding id must be given, but pads nothing: the prompts have one length, and the mask is explicit.
     neutral = GenerationConfig(max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=neutral)
-    return [int(token) for token in out[0, ids.shape[1] :]]
+    tokens: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return tokens
 
 
 def sampled(subject: Subject, prompts: Prompts, limit: int) -> Verdict:

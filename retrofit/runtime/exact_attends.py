@@ -20,8 +20,9 @@ from retrofit.runtime.backends.exact_attention import FORMS, LEAST, Form
 from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.backends.refused import has_sliding_window
 from retrofit.runtime.cache import KVCache
-from retrofit.runtime.exact_products import NEARLY, cancelled, cancelling, thread_counts, with_threads
+from retrofit.runtime.exact_products import NEARLY, cancelled, cancelling
 from retrofit.runtime.levels import Check
+from retrofit.runtime.threads import thread_limit, work_sizes
 
 STARTS = (60, 250, 1020)
 """Where the rows that attend begin: behind them lie multiples of 64, of a piece of 256 and of one of 1,024."""
@@ -123,8 +124,8 @@ class _Attending:
             ),
             "alone": lambda: torch.cat([self.run(self.rows(0, j, 1)) for j in range(chain)]),
         }
-        for threads in thread_counts(whole.device):
-            with with_threads(threads):
+        for work in work_sizes(whole.device):
+            with thread_limit(whole.device, work):
                 for name, arranged in arrangements.items():
                     if not torch.equal(arranged(), whole):
                         return f"{name}, at {self.start}"

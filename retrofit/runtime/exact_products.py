@@ -6,8 +6,7 @@ Tried with one thread and with all: small steps run with one (`threads.py`).  Pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from retrofit.runtime.backends.hf import HFBackend, instead
 from retrofit.runtime.levels import Check
+from retrofit.runtime.threads import thread_limit, work_sizes
 
 LINEAR = (nn.Linear, Conv1D)
 COUNTS = (2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 129)
@@ -51,20 +51,6 @@ def floor(products: Sequence[Product]) -> int | None:
     """The fewest rows from which on every product keeps every row's bits; None where there are none."""
     worst = max((n for product in products for n in product.differ), default=0)
     return next((n for n in FLOORS if n > worst), None)
-
-
-@contextmanager
-def with_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def thread_counts(device: torch.device) -> list[int]:
-    return sorted({1, torch.get_num_threads()}) if device.type == "cpu" else [torch.get_num_threads()]
 
 
 def linear_products(backend: HFBackend, generator: torch.Generator, rows: int | None = None) -> list[Product]:
@@ -154,12 +140,12 @@ def _differing(
     whole = product(x_RN)
     differ: set[int] = set()
     shown = 0
-    for threads in thread_counts(x_RN.device):
-        with with_threads(threads):
+    for work in work_sizes(x_RN.device):
+        with thread_limit(x_RN.device, work):
             for n in (rows,) if rows else COUNTS:
                 if n not in differ and not _equal(product, x_RN, whole, n, generator, replaced=rows is not None):
                     differ.add(n)
-                    shown = threads
+                    shown = torch.get_num_threads()
     return tuple(sorted(differ)), shown
 
 

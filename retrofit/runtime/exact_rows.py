@@ -26,11 +26,10 @@ from retrofit.runtime.backends.hf import HFBackend
 from retrofit.runtime.backends.interface import BUCKET_ROWS
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.exact_attends import exact_form
-from retrofit.runtime.exact_products import FLOORS, floor, linear_products, router_products, thread_counts, with_threads
-from retrofit.runtime.levels import Check, require_equal
-from retrofit.runtime.threads import thread_limit
+from retrofit.runtime.exact_products import FLOORS, floor, linear_products, router_products
+from retrofit.runtime.levels import HALF, Check, require_equal
+from retrofit.runtime.threads import thread_limit, work_sizes
 
-HALF = (torch.bfloat16, torch.float16)
 CPU_BUCKET_ROWS = 32
 """Rows of every decoding forward at `bucket` on a CPU: extra rows are dearer there."""
 PROMPT = 62
@@ -166,8 +165,8 @@ def _decoder(backend: HFBackend, chain: int, generator: torch.Generator) -> Chec
     if chain > 1 and (bucket or 3) >= 3:
         tried["a tree"] = (SequenceRows(0, prompt, [rows[0], siblings[0], rows[1]], parents=[-1, 0, 0]),)
     differs = None
-    for threads in thread_counts(backend.device):
-        with with_threads(threads):
+    for work in work_sizes(backend.device):
+        with thread_limit(backend.device, work):
             for name, sequences in tried.items():
                 got = forward(*sequences)
                 got, n = (got[[0, 2]], 2) if name == "a tree" else (got[len(got) - chain :], len(alone))

@@ -12,9 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from retrofit.errors import GateError
 
 EXACT = ("off", "bucket", "invariant")
+HALF = (torch.bfloat16, torch.float16)
+"""Types in which the order of addition parts texts."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from retrofit.artifact import Artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError, out_of_memory
 from retrofit.hub import Base, check_device, locate, refuse_unloaded
 from retrofit.runtime.backends.interface import BUCKET_ROWS, eos_set
-from retrofit.runtime.levels import EXACT
+from retrofit.runtime.levels import EXACT, HALF
 from retrofit.runtime.settings import folder_settings, stored
 from retrofit.weight_files import COMPUTED, file_fingerprint, same_base, shapes
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from retrofit.runtime.backends.fused_gqa import FusedGQA
 
 BACKENDS = ("auto", "hf", "fused")
-HALF = ("bfloat16", "float16")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -71,7 +70,7 @@ def fits_fused(name: str, revision: str | None, device: str, dtype: str, offline
         return False  # no Triton, or a model that needs code of its own: hf says what is wrong, if anything is
     held = str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype
     # Models of several parts, such as vision and text, name their tensors otherwise.
-    return held in HALF and config.get_text_config() is config and unsupported(config) is None
+    return getattr(torch, held, None) in HALF and config.get_text_config() is config and unsupported(config) is None
 
 
 def fused_backend(

@@ -37,6 +37,11 @@ def thread_limit(device: torch.device, work: float) -> Iterator[None]:
         undo()
 
 
+def work_sizes(device: torch.device) -> tuple[float, ...]:
+    """A size of step for each number of threads that `thread_limit` lets steps run with."""
+    return (0.0, LEAST_WORK) if device.type == "cpu" and torch.get_num_threads() > 1 else (LEAST_WORK,)
+
+
 def _one_thread(before: int) -> Callable[[], None]:
     """Let the calling thread compute alone; returns the undo.
 

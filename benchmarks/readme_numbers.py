@@ -30,8 +30,10 @@ TITLES = {
     "adapter": "Adapter size",
     "architectures": "Lossless on every architecture, random tiny models, fp32",
     "sweep": "Every decoder of transformers' causal-LM mapping, random tiny models, fp32",
-    "exact, llama": "Exact in bfloat16, random llama, 32 prompts x 64 tokens, batch 1 3 8, greedy and T = 0.8",
-    "exact, phi3": "Exact in bfloat16, random phi3, 32 prompts x 64 tokens, batch 1 3 8, greedy and T = 0.8",
+    **{
+        f"exact, {family}": f"Exact in bfloat16, random {family}, batch 1 3 8, greedy and T = 0.8"
+        for family in ("llama", "qwen3", "gemma3", "phi3", "qwen3_moe", "deepseek_v3")
+    },
     "help": "Command line",
     "interrupted": "Interrupted and resumed",
     "memory": "Dry run, memory",

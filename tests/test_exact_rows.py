@@ -18,13 +18,14 @@ from torch import Tensor
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
 from retrofit.errors import GateError, UsageError
-from retrofit.runtime import exact_rows, modes
+from retrofit.runtime import exact_attends, exact_products, exact_rows, modes
 from retrofit.runtime.backends import exact_attention
 from retrofit.runtime.backends.attention import ForwardContext, row_attention
 from retrofit.runtime.backends.exact_attention import FORMS, GROUPED
 from retrofit.runtime.cache import KVCache
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.exact_rows import self_test, settle
+from retrofit.runtime.threads import LEAST_WORK
 
 LAYOUT = DraftLayout(block=4)
 PROMPTS = random_prompts((1, 7, 30, 12))
@@ -217,6 +218,16 @@ def test_the_self_test_names_what_depends_on_other_rows(plant: Any, monkeypatch:
     with pytest.raises(GateError, match="depend on the rows beside it"):
         settle(engine.backend, "invariant", LAYOUT.drafts)
     assert engine.backend.exact == "off" and engine.backend.form is None
+
+
+def test_the_self_test_finds_the_same_as_often_as_it_looks(monkeypatch: Any) -> None:
+    """It looks once for each number of threads that steps run with, and what it wrote the first time stands there."""
+    engine = Engine.from_model(build("llama").to(torch.bfloat16), layout=LAYOUT, exact="off")
+    once = self_test(engine.backend, "invariant", LAYOUT.drafts)
+    assert all(check.equal for check in once)
+    for module in (exact_attends, exact_products, exact_rows):
+        monkeypatch.setattr(module, "work_sizes", lambda device: (LEAST_WORK,) * 3)
+    assert self_test(engine.backend, "invariant", LAYOUT.drafts) == once
 
 
 def test_a_product_that_depends_on_the_number_of_rows_leaves_the_bucket(monkeypatch: Any) -> None:

@@ -108,7 +108,8 @@ class _Attending:
         other, longer = (
             (SequenceRows(2, start, [0] * few), [-1, -2][:few]) for start in (self.start // 2, self.start + LONGER)
         )
-        places = ((1, self.start // 2), (2, self.start + LONGER))
+        # Not in slot 1: what is written there would be in the way of "another slot", the next time.
+        places = ((2, self.start // 2), (3, self.start + LONGER))
         first, last = ((SequenceRows(slot, at, [0]), [-1]) for slot, at in places)
         # Every token of the chain has a sibling that stands before it: 0, then -1 1, -2 2, ...
         parents = [-1] + [p for i in range(chain - 1) for p in (max(0, 2 * i), max(0, 2 * i))]
@@ -159,9 +160,9 @@ def _drawn(backend: HFBackend, form: Form, shape: _Shape, start: int, generator:
     value[:, second] = (-value[:, second - 3] * near).to(dtype)
     query = cancelled(heads * ATTENDING, width, dtype, device, generator).view(heads, ATTENDING, width)
 
-    cache = KVCache(3, start + LONGER + ATTENDING)
+    cache = KVCache(4, start + LONGER + ATTENDING)
     cache.layers[0] = tuple(  # type: ignore[assignment]
-        torch.randn(3, cache.capacity, kv_heads, w, device=device, generator=generator).to(dtype)
+        torch.randn(4, cache.capacity, kv_heads, w, device=device, generator=generator).to(dtype)
         for w in (width, value_width)
     )
     for kept, drawn in zip(cache.layers[0], (key, value), strict=True):

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from retrofit import artifact
-from retrofit.eval.speed import hardware
 from retrofit.hub import EMBEDDED, load_base
+from retrofit.machine import hardware
 from retrofit.recipes.library import held_out_prompts
 from retrofit.runtime.engine import Engine
 

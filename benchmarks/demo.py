@@ -30,7 +30,8 @@ from benchmarks.common import (
 from retrofit.errors import RetrofitError
 from retrofit.eval.acceptance import compare, reference_tokens, summary
 from retrofit.eval.certify import certify
-from retrofit.eval.speed import REFERENCE, WAYS, hardware, seconds_per_token
+from retrofit.eval.speed import REFERENCE, WAYS, seconds_per_token
+from retrofit.machine import hardware
 
 TEMPERATURES = (0.8, 0.0)
 MEASURED = {

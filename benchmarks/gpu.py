@@ -145,11 +145,11 @@ def run(name: str, bench: Bench, wanted: list[str], about: dict[str, Any]) -> di
 
 
 def about_machine(commit: str | None) -> dict[str, Any]:
-    """`hardware` of retrofit.eval.speed, with the GPU's driver, memory and multiprocessors, CUDA and Triton."""
+    """`hardware` of retrofit.machine, with the GPU's driver, memory and multiprocessors, CUDA and Triton."""
     import torch
 
     from retrofit.doctor import _driver
-    from retrofit.eval.speed import hardware
+    from retrofit.machine import hardware
 
     machine = hardware()
     machine["commit"] = machine["commit"] or commit

@@ -103,7 +103,7 @@ def environment() -> dict[str, Any]:
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from retrofit.eval.speed import cores, cpu_name
+    from retrofit.machine import cores, cpu_name
 
     return {
         "retrofit": __version__,

@@ -20,7 +20,8 @@ from retrofit.eval.acceptance import (
     same_as_ar,
     summary,
 )
-from retrofit.eval.speed import hardware, seconds_per_token
+from retrofit.eval.speed import seconds_per_token
+from retrofit.machine import hardware
 from retrofit.runtime.engine import Engine, Result
 from retrofit.runtime.request import Stats
 

@@ -43,6 +43,7 @@ from retrofit.eval.distribution import distribution
 from retrofit.eval.exactness import Verdict
 from retrofit.eval.subject import Subject, token_prompts
 from retrofit.hub import locate
+from retrofit.machine import cpu_name
 from retrofit.runtime.engine import Engine
 
 CERTIFICATE = "certificate.json"
@@ -300,18 +301,11 @@ def _environment(device: str, dtype: str, backend: str | None = None, exact: str
         "backend": backend,
         "exact": exact,
         "hardware": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name(device) if cuda else None,
         },
     }
-
-
-def _cpu_name() -> str:
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _now() -> str:

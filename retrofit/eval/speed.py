@@ -8,20 +8,13 @@ alike.  Not here: tokens per forward (`acceptance.py`), which does not depend on
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from retrofit import __version__
 from retrofit.errors import UsageError
 from retrofit.eval.acceptance import reference_tokens
 
@@ -127,62 +120,3 @@ def synchronize(engine: Engine) -> None:
     """Wait for the device: a GPU's calls return before its work is done."""
     if engine.backend.device.type == "cuda":
         torch.cuda.synchronize(engine.backend.device)
-
-
-def hardware() -> dict[str, Any]:
-    """What a figure was measured on and with: processor, threads, versions, commit, date."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": cpu_name(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "peft")},
-        "retrofit": __version__,
-        "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def commit() -> str | None:
-    """Short commit of the checkout this package runs from, `+` when it holds changes; None outside one."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-        except OSError:  # no git here
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    top = git("rev-parse", "--show-toplevel")
-    # An installed copy may lie inside somebody else's repository, whose commit says nothing about ours.
-    if top is None or Path(top).resolve() != root:
-        return None
-    head = git("rev-parse", "--short=12", "HEAD")
-    # Results are written by the run itself, so they are no change to what was measured.
-    changed = git("status", "--porcelain", "--", ".", ":!results", ":!README.md")
-    return f"{head}+" if head and changed else head
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

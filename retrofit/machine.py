@@ -1,6 +1,6 @@
 """What a figure was measured on and with: processor, threads, versions, commit.
 
-Not here: GPUs' clocks and drivers (`benchmarks/gpu_machine.py`), what a conversion needs (`recipes/dry_run.py`).
+Not here: what is there to run on (`doctor.py`), the memory that a conversion finds free (`recipes/dry_run.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def hardware() -> dict[str, Any]:
         "gpu": gpu,
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "peft")},
+        "versions": {name: installed(name) for name in ("torch", "transformers", "peft")},
         "retrofit": __version__,
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -75,7 +75,8 @@ def commit() -> str | None:
     return f"{head}+" if head and changed else head
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """A package's version; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

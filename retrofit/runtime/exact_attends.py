@@ -162,7 +162,7 @@ def _drawn(backend: HFBackend, form: Form, shape: _Shape, start: int, generator:
 
     cache = KVCache(4, start + LONGER + ATTENDING)
     cache.layers[0] = tuple(  # type: ignore[assignment]
-        torch.randn(4, cache.capacity, kv_heads, w, device=device, generator=generator).to(dtype)
+        torch.randn(cache.slots, cache.capacity, kv_heads, w, device=device, generator=generator).to(dtype)
         for w in (width, value_width)
     )
     for kept, drawn in zip(cache.layers[0], (key, value), strict=True):

@@ -12,10 +12,10 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from retrofit import artifact
+from retrofit.artifact import folder as artifact
 from retrofit.hub import EMBEDDED, load_base
 from retrofit.machine import hardware
-from retrofit.recipes.library import held_out_prompts
+from retrofit.recipes.text.library import held_out_prompts
 from retrofit.runtime.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,12 +30,12 @@ from triton.runtime import JITFunction
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows
-from retrofit.runtime.backends.fused_gqa import FusedGQA
-from retrofit.runtime.backends.weights import head_width
-from retrofit.runtime.device_loop import DeviceLoop
-from retrofit.runtime.kinds import fixed_template, kinds_of
-from retrofit.runtime.sampling import SamplingParams
-from retrofit.runtime.tree import Shape, grow
+from retrofit.runtime.backends.fused.backend import FusedGQA
+from retrofit.runtime.backends.fused.weights import head_width
+from retrofit.runtime.device.kinds import fixed_template, kinds_of
+from retrofit.runtime.device.loop import DeviceLoop
+from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.tree import Shape, grow
 
 META = torch.device("meta")
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}

@@ -26,8 +26,8 @@ from benchmarks.common import ROOT, Bar, say, section, write
 from benchmarks.sections import from_tests
 from retrofit.adapters.layout import DraftLayout
 from retrofit.hub import load_base
-from retrofit.runtime import modes
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host import modes
 
 FAMILIES = ("llama", "qwen3", "gemma3", "phi3", "qwen3_moe", "deepseek_v3")
 WIDE = {

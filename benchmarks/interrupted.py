@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from benchmarks.common import ROOT, Bar, say, section, table, write
-from retrofit.recipes.checkpoint import folder_of
+from retrofit.recipes.training.checkpoint import folder_of
 
 KILLS = 10
 RESULTS = ROOT / "results" / "interrupted-cpu.json"
@@ -91,7 +91,7 @@ def kill(out: Path, moment: float, in_writing: bool) -> dict[str, Any] | None:
 
 
 def started(out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "retrofit.cli", "convert", *SETTINGS, "-o", str(out), "-q", "--device", "cpu"]
+    command = [sys.executable, "-m", "retrofit.cli.main", "convert", *SETTINGS, "-o", str(out), "-q", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 

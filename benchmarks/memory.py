@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from benchmarks.common import ROOT, Bar, say, section, table, write
-from retrofit.recipes.fit import short
+from retrofit.recipes.dry_run.fit import short
 
 RESULTS = ROOT / "results" / "memory-cpu.json"
 OVER, UNDER = 0.15, 0.10
@@ -133,8 +133,8 @@ def started(job: str, recipe: list[str]) -> dict[str, Any]:
 def estimate(recipe: tuple[str, ...]) -> dict[str, Any]:
     """The peak that a dry run would print, the phase it is in, and what is held then."""
     from retrofit.hub import load_config
-    from retrofit.recipes.dry_run import surroundings
-    from retrofit.recipes.estimate import estimate as rehearse
+    from retrofit.recipes.dry_run.estimate import estimate as rehearse
+    from retrofit.recipes.dry_run.report import surroundings
     from retrofit.recipes.schema import load_recipe
 
     plan = load_recipe("default", recipe)

@@ -19,11 +19,11 @@ from transformers import AttentionInterface
 
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.heads import Heads
-from retrofit.recipes.blocks import BlockBatch
-from retrofit.recipes.objective import Sums, Teacher
-from retrofit.recipes.train import Trainer
-from retrofit.runtime.backends.attention import ATTENTION, layer_of
-from retrofit.runtime.cache import KVCache
+from retrofit.recipes.training.blocks import BlockBatch
+from retrofit.recipes.training.objective import Sums, Teacher
+from retrofit.recipes.training.step import Trainer
+from retrofit.runtime.backends.hf.attention import ATTENTION, layer_of
+from retrofit.runtime.backends.hf.cache import KVCache
 
 
 class NaiveTrainer(Trainer):

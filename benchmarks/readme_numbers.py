@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from benchmarks.exact import FAMILIES
-from benchmarks.gpu_bars import BARS as GPU_BARS
-from benchmarks.gpu_bars import TITLES as GPU_TITLES
+from benchmarks.gpu.bars import BARS as GPU_BARS
+from benchmarks.gpu.bars import TITLES as GPU_TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -19,8 +19,8 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.eval.acceptance import Comparison, lossless, measure, reference_tokens, same_as_ar
 from retrofit.eval.speed import REFERENCE, ratio_of, seconds_per_token, turns_of
 from retrofit.hub import EMBEDDED
-from retrofit.runtime import modes
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host import modes
 
 MOST_ROWS = 96
 """Rows per request and forward at which TPF is judged."""
@@ -229,7 +229,7 @@ def from_tests(name: str) -> Any:
 
 def help_time(_: Task) -> Section:
     """`retrofit --help` in fresh processes, and whether it imports torch."""
-    call = "from retrofit.cli import main; main(['--help'], standalone_mode=False)"
+    call = "from retrofit.cli.main import main; main(['--help'], standalone_mode=False)"
     script = Path(sys.executable).with_name("retrofit")
     command = [str(script), "--help"] if script.is_file() else [sys.executable, "-c", call]
     seconds = []

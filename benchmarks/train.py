@@ -30,11 +30,11 @@ from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import RetrofitError
 from retrofit.hub import EMBEDDED, load_base
-from retrofit.recipes.data import Document, documents, windows
-from retrofit.recipes.order import Batch
 from retrofit.recipes.schema import Recipe, load_recipe
-from retrofit.recipes.train import Trainer, clean_forward
-from retrofit.runtime.backends.hf import wrap
+from retrofit.recipes.text.documents import Document, documents, windows
+from retrofit.recipes.training.order import Batch
+from retrofit.recipes.training.step import Trainer, clean_forward
+from retrofit.runtime.backends.hf.backend import wrap
 
 RESULTS = ROOT / "results" / "train-cpu.json"
 BAR = 1.5

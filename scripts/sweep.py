@@ -39,8 +39,8 @@ from benchmarks.common import ROOT, Bar, say, section, write
 from benchmarks.sections import from_tests
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UnsupportedModelError, UsageError
-from retrofit.runtime import modes
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host import modes
 
 RESULTS = ROOT / "results" / "architectures.json"
 TABLE = ROOT / "docs" / "supported-models.md"

@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from retrofit.errors import RetrofitError, UsageError
-from retrofit.recipes.data import documents
-from retrofit.recipes.library import HELD_OUT_LIST, stdlib_texts
 from retrofit.recipes.schema import Data
-from retrofit.recipes.source import Part
+from retrofit.recipes.text.documents import documents
+from retrofit.recipes.text.library import HELD_OUT_LIST, stdlib_texts
+from retrofit.recipes.text.sources import Part
 
 TINY = HELD_OUT_LIST.parent
 EOS = "<|endoftext|>"  # id 0; also padding

@@ -13,8 +13,8 @@ from tiny_models import SIZES
 from together import run_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from retrofit import artifact as artifacts
-from retrofit.cli import main
+from retrofit.artifact import folder as artifacts
+from retrofit.cli.main import main
 from retrofit.eval import certify
 from retrofit.eval.exactness import Verdict
 

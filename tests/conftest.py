@@ -28,8 +28,8 @@ def fixed_random_state() -> None:
 @pytest.fixture
 def restless_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` changes its plan at every step and measures nothing: any mixture of strategies must be lossless."""
-    from retrofit.runtime import policy
-    from retrofit.runtime.cost import CostModel, Template
+    from retrofit.runtime.auto import policy
+    from retrofit.runtime.auto.cost import CostModel, Template
 
     rng = random.Random(0)
 

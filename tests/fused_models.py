@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime import device_loop
-from retrofit.runtime.backends import fused_gqa
-from retrofit.runtime.backends.fused_gqa import FusedGQA
-from retrofit.runtime.device_loop import DeviceSteps
+from retrofit.runtime.backends.fused import backend as fused_gqa
+from retrofit.runtime.backends.fused.backend import FusedGQA
+from retrofit.runtime.device import loop as device_loop
+from retrofit.runtime.device.loop import DeviceSteps
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.kernels import reference
 from retrofit.runtime.kernels.state import State
-from retrofit.runtime.tree import Shape
+from retrofit.runtime.rules.tree import Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 32

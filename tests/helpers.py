@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from retrofit.adapters.heads import Heads
-from retrofit.runtime.drafting import Drafted
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.host.drafting import Drafted
+from retrofit.runtime.rules.sampling import SamplingParams
 
 
 @torch.no_grad()

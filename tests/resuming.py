@@ -13,10 +13,10 @@ from tiny_models import VOCABULARY, build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from retrofit import artifact
-from retrofit.recipes import checkpoint
+from retrofit.artifact import folder as artifact
 from retrofit.recipes.convert import convert
-from retrofit.recipes.train import Trainer
+from retrofit.recipes.training import checkpoint
+from retrofit.recipes.training.step import Trainer
 
 STEPS = 9
 RECIPE = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrofit.runtime.accept import accepted_length
+from retrofit.runtime.rules.accept import accepted_length
 
 WORDS = 4
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]

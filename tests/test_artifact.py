@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrofit import artifact
+from retrofit.artifact import folder as artifact
 from retrofit.errors import ArtifactError, ResourceError, RetrofitError, UsageError
-from retrofit.recipes.checkpoint import checkpoints
+from retrofit.recipes.training.checkpoint import checkpoints
 
 CONFIG = {
     "format": 1,
@@ -111,7 +111,7 @@ def test_adapter_stands_in_a_subfolder_and_the_manifest_covers_what_is_loaded(fo
 
 def test_importing_and_reading_the_config_needs_no_torch(folder):
     use = f"artifact.check({str(folder)!r})"
-    code = f"import sys; from retrofit import artifact; {use}; sys.exit('torch' in sys.modules)"
+    code = f"import sys; from retrofit.artifact import folder as artifact; {use}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,10 +9,10 @@ from test_data import CHATML
 from transformers import AutoTokenizer
 
 from retrofit.errors import DataError
-from retrofit.recipes.data import documents
-from retrofit.recipes.faults import KINDS, RowError, Skipped
-from retrofit.recipes.local import LONGEST_LINE
 from retrofit.recipes.schema import Data
+from retrofit.recipes.text.documents import documents
+from retrofit.recipes.text.faults import KINDS, RowError, Skipped
+from retrofit.recipes.text.local import LONGEST_LINE
 
 GOOD = {"text": "def area(radius): return radius * radius\n"}
 CHAT = [{"role": "user", "content": "def"}, {"role": "assistant", "content": "class Stack"}]

@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, CONFIGS, build
 from transformers import AutoModelForCausalLM
 
-from retrofit import artifact, cli
+from retrofit.artifact import folder as artifact
+from retrofit.cli import main as cli
 from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
 from retrofit.eval.weights import compare_base
 from retrofit.hub import load_base, locate
 from retrofit.recipes.convert import convert
 from retrofit.runtime import loading
-from retrofit.runtime.backends import weights
-from retrofit.runtime.backends.weights import from_folder
+from retrofit.runtime.backends.fused import weights
+from retrofit.runtime.backends.fused.weights import from_folder
 from retrofit.runtime.engine import Engine
 from retrofit.weight_files import file_fingerprint, stored_dtype, weight_files, weights_here
 

@@ -11,15 +11,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu, gpu_generate, gpu_processes
-from benchmarks.gpu_bars import BARS, TITLES
-from benchmarks.gpu_bench import TINY, Bench, Found, Sizes
-from benchmarks.gpu_models import _shapes, random_checkpoint, transformers_model
-from benchmarks.gpu_oracle import Oracle, let_oracle_draft
-from benchmarks.gpu_processes import FUSED_TESTS, ROOT, Process
-from benchmarks.gpu_steps import tree_of
+from benchmarks.gpu import generate as gpu_generate
+from benchmarks.gpu import processes as gpu_processes
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu.bars import BARS, TITLES
+from benchmarks.gpu.bench import TINY, Bench, Found, Sizes
+from benchmarks.gpu.models import _shapes, random_checkpoint, transformers_model
+from benchmarks.gpu.oracle import Oracle, let_oracle_draft
+from benchmarks.gpu.processes import FUSED_TESTS, ROOT, Process
+from benchmarks.gpu.steps import tree_of
 from retrofit.runtime.kernels.state import State
-from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import SamplingParams
 
 CPU = torch.device("cpu")
 
@@ -64,7 +66,7 @@ def test_dry_run_writes_what_a_run_would(tmp_path, monkeypatch):
 
 
 def test_products_are_swept_and_a_tile_that_does_not_fit_is_noted(monkeypatch):
-    from benchmarks import gpu_kernels
+    from benchmarks.gpu import kernels as gpu_kernels
 
     def split_matmul(*args, block_n=None, **options):
         if block_n is not None:
@@ -87,7 +89,7 @@ def test_without_time_a_section_is_skipped():
 
 
 def test_a_section_that_breaks_keeps_what_it_has(monkeypatch, tmp_path):
-    from benchmarks import gpu_steps
+    from benchmarks.gpu import steps as gpu_steps
 
     def ar(bench, found):
         found.state("a figure", "1")
@@ -120,7 +122,7 @@ def test_the_file_is_named_after_the_gpu(monkeypatch, tmp_path):
 
 
 def test_a_section_knows_what_those_after_it_need(monkeypatch):
-    from benchmarks import gpu_machine
+    from benchmarks.gpu import machine as gpu_machine
 
     bench = tiny_bench()
     monkeypatch.setattr(gpu_machine, "machine", lambda bench, found: None)

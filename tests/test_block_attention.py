@@ -21,13 +21,13 @@ from retrofit.adapters import gated_lora
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, BlockRows, RowPlan, SequenceRows
-from retrofit.recipes import objective
-from retrofit.recipes.data import Document
 from retrofit.recipes.schema import load_recipe
-from retrofit.recipes.train import Trainer, clean_forward
-from retrofit.runtime.backends import attention, block_attention
-from retrofit.runtime.backends.attention import _training_rows, attend
-from retrofit.runtime.cache import KVCache
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training import objective
+from retrofit.recipes.training.step import Trainer, clean_forward
+from retrofit.runtime.backends.hf import attention, block_attention
+from retrofit.runtime.backends.hf.attention import _training_rows, attend
+from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 
 TILES = (1, 300, 1 << 20)

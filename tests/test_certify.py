@@ -9,18 +9,20 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from retrofit import artifact as artifacts
 from retrofit.adapters import gated_lora
 from retrofit.adapters.layout import DraftLayout
+from retrofit.artifact import folder as artifacts
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.eval import audit, certify, differences, distribution, exactness, replay, weights
 from retrofit.eval.subject import Subject
 from retrofit.hub import load_base
-from retrofit.runtime import host_steps, modes, sampling
-from retrofit.runtime.cache import KVCache
+from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host import modes
+from retrofit.runtime.host import steps as host_steps
 from retrofit.runtime.plan import Choice
 from retrofit.runtime.request import Request
+from retrofit.runtime.rules import sampling
 
 LIMIT = 16
 PROMPTS = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4, 200, 17, 30, 2, 2, 11], [64, 65, 66, 67]]

@@ -10,8 +10,8 @@ from certifying import command, converted, flat_base, small
 from tiny_models import build
 
 from retrofit.eval.distribution import tiny_engine
-from retrofit.runtime.backends import exact_attention
-from retrofit.runtime.backends.exact_attention import GROUPED
+from retrofit.runtime.backends.hf import exact_attention
+from retrofit.runtime.backends.hf.exact_attention import GROUPED
 from retrofit.runtime.engine import Engine
 
 

@@ -13,12 +13,14 @@ from transformers import GenerationConfig
 
 from retrofit.adapters import rows as row_plans
 from retrofit.eval import audit, certify
-from retrofit.runtime import host_steps, modes, policy
+from retrofit.runtime.auto import policy
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.processors import Guard
+from retrofit.runtime.host import modes
+from retrofit.runtime.host import steps as host_steps
 from retrofit.runtime.request import Request
+from retrofit.runtime.rules.processors import Guard
+from retrofit.runtime.rules.tree import accepted_path
 from retrofit.runtime.scheduler import Scheduler
-from retrofit.runtime.tree import accepted_path
 
 PROMPTS = [[i, *range(i, i + (i % 5 if i % 3 == 0 else 0))] for i in range(24)]
 """Short ones, so that a repetition penalty tells what a path has added."""

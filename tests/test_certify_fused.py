@@ -17,7 +17,8 @@ from retrofit.eval import audit, bitwise, certify, distribution, exactness, weig
 from retrofit.eval.recording import recording
 from retrofit.eval.replay import Sampling, cut, paths_of
 from retrofit.eval.subject import Subject
-from retrofit.runtime import device_loop, policy
+from retrofit.runtime.auto import policy
+from retrofit.runtime.device import loop as device_loop
 from retrofit.runtime.engine import Engine
 
 FUSED = ("--backend", "fused")

@@ -29,15 +29,18 @@ from resuming import (
 )
 from tiny_models import build
 
-from retrofit import artifact, cli, files
 from retrofit.adapters.layout import DraftLayout
+from retrofit.artifact import files
+from retrofit.artifact import folder as artifact
+from retrofit.cli import main as cli
 from retrofit.errors import DataError, ResourceError, TrainingError, UsageError
-from retrofit.recipes import checkpoint, convert, interrupts, session
-from retrofit.recipes.checkpoint import Checkpoints, checkpoints, folder_of
-from retrofit.recipes.data import Document
-from retrofit.recipes.order import SHUFFLE_BUFFER, Order, Place
-from retrofit.recipes.session import fault
-from retrofit.recipes.train import StepResult, Trainer
+from retrofit.recipes import convert
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training import checkpoint, interrupts, session
+from retrofit.recipes.training.checkpoint import Checkpoints, checkpoints, folder_of
+from retrofit.recipes.training.order import SHUFFLE_BUFFER, Order, Place
+from retrofit.recipes.training.session import fault
+from retrofit.recipes.training.step import StepResult, Trainer
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,21 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerFast
 
 import retrofit
-from retrofit import artifact, cli, console, convert_command
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
+from retrofit.artifact import folder as artifact
+from retrofit.cli import console
+from retrofit.cli import convert as convert_command
+from retrofit.cli import main as cli
 from retrofit.errors import GateError, ResourceError
 from retrofit.eval import certify
 from retrofit.hub import file_fingerprint
-from retrofit.runtime import engine, exact, exact_products, loading
+from retrofit.runtime import engine, loading
 from retrofit.runtime import options as engine_options
 from retrofit.runtime.backends import interface
-from retrofit.runtime.levels import EXACT
+from retrofit.runtime.backends.fused import self_test as exact
+from retrofit.runtime.backends.hf import exact_products
+from retrofit.runtime.backends.levels import EXACT
 
 PROMPT = "def area(radius):"
 TEXT = "def area(radius): return radius * radius\nclass Stack: pass\nfor item in range(3): print(item)\n"
@@ -437,7 +442,7 @@ def test_doctor_names_what_our_kernels_cannot_run(tmp_path):
 
 def test_doctor_help_needs_no_torch():
     code = (
-        "import sys; from click.testing import CliRunner; from retrofit.cli import main\n"
+        "import sys; from click.testing import CliRunner; from retrofit.cli.main import main\n"
         "assert 'bit for' in CliRunner().invoke(main, ['doctor', '--help']).output\n"
         "assert not {'torch', 'transformers', 'triton'} & set(sys.modules)"
     )
@@ -449,7 +454,7 @@ def test_doctor_help_needs_no_torch():
 
 def test_inspect_needs_no_torch_and_tells_everything(made):
     code = (
-        "import sys; from click.testing import CliRunner; from retrofit.cli import main\n"
+        "import sys; from click.testing import CliRunner; from retrofit.cli.main import main\n"
         f"result = CliRunner().invoke(main, ['inspect', '--json', {str(made)!r}])\n"
         "assert result.exit_code == 0, result.output\n"
         "assert 'torch' not in sys.modules\n"
@@ -795,7 +800,7 @@ def test_verbose_shows_the_traceback(monkeypatch, error):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
 def test_signals_unwind_and_end_with_their_code(number, code):
     program = (
-        "import os, retrofit.console as console, retrofit.cli as cli\n"
+        "import os, retrofit.cli.console as console, retrofit.cli.main as cli\n"
         "def dumps(*a, **k):\n"
         "    try: os.kill(os.getpid(), NUMBER); __import__('time').sleep(30)\n"
         "    finally: print('cleaned up')\n"
@@ -812,7 +817,7 @@ def test_signals_unwind_and_end_with_their_code(number, code):
 def test_a_reader_that_leaves_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "retrofit.cli", "recipes", "show", "tiny"]
+    command = [sys.executable, "-m", "retrofit.cli.main", "recipes", "show", "tiny"]
     finished = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert finished.stderr == ""

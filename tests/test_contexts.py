@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Pr
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UnsupportedModelError, UsageError
-from retrofit.runtime import modes
-from retrofit.runtime.context import context_length, rope_boundary
+from retrofit.runtime.backends.context import context_length, rope_boundary
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host import modes
 
 NEW = 10
 SHORT = {**SIZES, "max_position_embeddings": ORIGINAL_CONTEXT}

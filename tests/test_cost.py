@@ -5,10 +5,10 @@ from itertools import count
 import pytest
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.cost import CostModel, Template, calibrate, probe_rows
+from retrofit.runtime.auto.cost import CostModel, Template, calibrate, probe_rows
+from retrofit.runtime.auto.policy import RETHINK, AutoPolicy
 from retrofit.runtime.plan import Limits
-from retrofit.runtime.policy import RETHINK, AutoPolicy
-from retrofit.runtime.tree import Shape
+from retrofit.runtime.rules.tree import Shape
 
 BLOCK = DraftLayout(block=2)  # a block is two rows and drafts two tokens
 PLAIN = {1: 10.0, 2: 12.0, 3: 16.0, 5: 20.0}

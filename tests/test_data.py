@@ -11,12 +11,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from retrofit.errors import DataError, ResourceError, UsageError
-from retrofit.recipes import library
-from retrofit.recipes.data import Document, documents, windows
-from retrofit.recipes.library import held_out_prompts, stdlib_texts
 from retrofit.recipes.schema import Data
+from retrofit.recipes.text import library
+from retrofit.recipes.text.documents import Document, documents, windows
+from retrofit.recipes.text.library import held_out_prompts, stdlib_texts
 
-TINY = Path(library.__file__).parent / "tiny"
+TINY = Path(library.__file__).parents[1] / "tiny"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -469,7 +469,7 @@ def test_without_the_package_datasets(tokenizer, monkeypatch):
 
 def test_reading_text_loads_neither_torch_nor_datasets():
     code = (
-        "import sys; from types import SimpleNamespace as N; from retrofit.recipes.data import documents;"
+        "import sys; from types import SimpleNamespace as N; from retrofit.recipes.text.documents import documents;"
         "next(documents(N(source='stdlib'), lambda *a, **k: {'input_ids': [1]}, part='held_out'), None);"
         "sys.exit(bool({'torch', 'datasets', 'transformers', 'pydantic'} & set(sys.modules)))"
     ).replace(

@@ -12,15 +12,15 @@ from test_data import CHATML, MESSAGES, write_lines
 from tiny_models import VOCABULARY, build
 from transformers import AutoTokenizer
 
-from retrofit import cli
 from retrofit.adapters.layout import DraftLayout
-from retrofit.data_commands import _pieces
+from retrofit.cli import main as cli
+from retrofit.cli.data import _pieces
 from retrofit.hub import embedded_folder
-from retrofit.recipes.blocks import eligible_anchors
-from retrofit.recipes.data import Document, documents, windows
 from retrofit.recipes.schema import load_recipe
-from retrofit.recipes.survey import draft_blocks, survey
-from retrofit.recipes.train import Trainer
+from retrofit.recipes.text.documents import Document, documents, windows
+from retrofit.recipes.text.survey import draft_blocks, survey
+from retrofit.recipes.training.blocks import eligible_anchors
+from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.engine import Engine
 
 __all__ = ["somewhere"]  # the fixture of test_cli: no environment of the caller's, a folder of its own

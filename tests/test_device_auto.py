@@ -11,11 +11,12 @@ from fused_models import fused, pair, plain_decoder, plain_sampling, small
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
-from retrofit.runtime import cost, device_loop, policy
-from retrofit.runtime.cost import CostModel, Template
+from retrofit.runtime.auto import cost, policy
+from retrofit.runtime.auto.cost import CostModel, Template
+from retrofit.runtime.device import loop as device_loop
+from retrofit.runtime.device.kinds import fixed_template, kinds_of
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.kinds import fixed_template, kinds_of
-from retrofit.runtime.tree import grow
+from retrofit.runtime.rules.tree import grow
 
 BLOCK = 8
 CHANCES = {"ranks": {"greedy": [[0.6, 0.2, 0.1]] * BLOCK}, "conditional": {"greedy": [0.8] * BLOCK}}

@@ -17,14 +17,15 @@ from helpers import random_prompts, tokens_of
 from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime import cost, device_loop, policy
-from retrofit.runtime.cost import CostModel, Template
-from retrofit.runtime.device_loop import DeviceLoop, DeviceSteps
+from retrofit.runtime.auto import cost, policy
+from retrofit.runtime.auto.cost import CostModel, Template
+from retrofit.runtime.auto.policy import AutoPolicy, tree_shape
+from retrofit.runtime.device import loop as device_loop
+from retrofit.runtime.device.kinds import Kind, chain, fixed_template, kinds_of
+from retrofit.runtime.device.loop import DeviceLoop, DeviceSteps
 from retrofit.runtime.engine import Engine, Result
 from retrofit.runtime.kernels.state import ALL, GIVEN, LAST
-from retrofit.runtime.kinds import Kind, chain, fixed_template, kinds_of
-from retrofit.runtime.policy import AutoPolicy, tree_shape
-from retrofit.runtime.tree import grow
+from retrofit.runtime.rules.tree import grow
 
 WIDE = DraftLayout(block=3)
 PROMPTS = random_prompts((9, 3, 5), vocab=VOCABULARY)

@@ -17,7 +17,7 @@ FULL = Path("/dev/full")
 def test_a_full_disk_is_one_clear_error(arguments: list[str]) -> None:
     with FULL.open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "retrofit.cli", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "retrofit.cli.main", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 4, done.stderr
     assert done.stderr == "Error: no space left to write the output\nhint: free some, or send it elsewhere\n"

@@ -20,7 +20,7 @@ from retrofit.eval.distribution import (
     distribution,
     tiny_model,
 )
-from retrofit.runtime import modes
+from retrofit.runtime.host import modes
 from retrofit.runtime.request import Request
 
 

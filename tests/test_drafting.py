@@ -10,11 +10,11 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK
-from retrofit.runtime.modes import Run, _draft, _end_early, _fill
+from retrofit.runtime.host.modes import Run, _draft, _end_early, _fill
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.request import Request
-from retrofit.runtime.sampling import SamplingParams, hash_bits_plain
-from retrofit.runtime.tree import Shape
+from retrofit.runtime.rules.sampling import SamplingParams, hash_bits_plain
+from retrofit.runtime.rules.tree import Shape
 
 V, BLOCK = 8, 3
 

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows
 from retrofit.errors import UsageError
-from retrofit.runtime.backends import answers
-from retrofit.runtime.cache import KVCache
+from retrofit.runtime.backends.hf import answers
+from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 
 LAYOUT = DraftLayout(block=3)

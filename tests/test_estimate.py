@@ -13,21 +13,22 @@ from tiny_models import ARCHITECTURES, CONFIGS, CONTEXT, REFUSED_CONFIGS, VOCABU
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from retrofit import cli
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES
+from retrofit.cli import main as cli
 from retrofit.errors import UsageError
 from retrofit.hub import Base
-from retrofit.recipes import dry_run, estimate
-from retrofit.recipes.allocator import c_library
-from retrofit.recipes.fit import changed, parse_size, short, steps_down, suggestions
-from retrofit.recipes.prepare import attached_to
+from retrofit.recipes.dry_run import estimate
+from retrofit.recipes.dry_run import report as dry_run
+from retrofit.recipes.dry_run.allocator import c_library
+from retrofit.recipes.dry_run.fit import changed, parse_size, short, steps_down, suggestions
+from retrofit.recipes.dry_run.rehearsal import Holdings, rehearsal
 from retrofit.recipes.publish import count
-from retrofit.recipes.rehearsal import Holdings, rehearsal
 from retrofit.recipes.schema import FIELDS, load_recipe
-from retrofit.recipes.train import Trainer
-from retrofit.runtime.sampling import gumbel_noise
+from retrofit.recipes.training.prepare import attached_to
+from retrofit.recipes.training.step import Trainer
+from retrofit.runtime.rules.sampling import gumbel_noise
 from retrofit.weight_files import weights_here
 
 SMALL = (
@@ -180,7 +181,7 @@ def test_regenerated_responses_count_their_cache(bare_heap):
 
 
 LIBRARY = """
-from retrofit.recipes.allocator import c_library
+from retrofit.recipes.dry_run.allocator import c_library
 library = c_library()
 blocks = [library.make(100_000) for _ in range(1000)]
 full = library.held

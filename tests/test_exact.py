@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import GateError
-from retrofit.runtime import exact
-from retrofit.runtime.backends import fused_gqa, weights
-from retrofit.runtime.backends.fused_gqa import FusedGQA
+from retrofit.runtime.backends.fused import backend as fused_gqa
+from retrofit.runtime.backends.fused import self_test as exact
+from retrofit.runtime.backends.fused import weights
+from retrofit.runtime.backends.fused.backend import FusedGQA
+from retrofit.runtime.backends.fused.self_test import Check, Size, demand, self_test
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.exact import Check, Size, demand, self_test
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUT = DraftLayout(block=2)

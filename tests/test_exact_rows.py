@@ -18,14 +18,14 @@ from torch import Tensor
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
 from retrofit.errors import GateError, UsageError
-from retrofit.runtime import exact_attends, exact_products, exact_rows, modes
-from retrofit.runtime.backends import exact_attention
-from retrofit.runtime.backends.attention import ForwardContext, row_attention
-from retrofit.runtime.backends.exact_attention import FORMS, GROUPED
-from retrofit.runtime.cache import KVCache
+from retrofit.runtime.backends.hf import exact_attends, exact_attention, exact_products, exact_rows
+from retrofit.runtime.backends.hf.attention import ForwardContext, row_attention
+from retrofit.runtime.backends.hf.cache import KVCache
+from retrofit.runtime.backends.hf.exact_attention import FORMS, GROUPED
+from retrofit.runtime.backends.hf.exact_rows import self_test, settle
+from retrofit.runtime.backends.threads import LEAST_WORK
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.exact_rows import self_test, settle
-from retrofit.runtime.threads import LEAST_WORK
+from retrofit.runtime.host import modes
 
 LAYOUT = DraftLayout(block=4)
 PROMPTS = random_prompts((1, 7, 30, 12))
@@ -205,7 +205,7 @@ def faulty_norm(monkeypatch: Any) -> str:
 
 def faulty_tree(monkeypatch: Any) -> str:
     tree = exact_attention.tree_attention
-    monkeypatch.setattr("retrofit.runtime.backends.attention.tree_attention", lambda *a: tree(*a) * 1.01)
+    monkeypatch.setattr("retrofit.runtime.backends.hf.attention.tree_attention", lambda *a: tree(*a) * 1.01)
     return "attention"
 
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from retrofit import files
-from retrofit.files import write_file
-from retrofit.recipes.checkpoint import Checkpoints
-from retrofit.tensors import TYPES, pieces
+from retrofit.artifact import files
+from retrofit.artifact.files import write_file
+from retrofit.artifact.tensors import TYPES, pieces
+from retrofit.recipes.training.checkpoint import Checkpoints
 
 
 def tensors() -> dict[str, Tensor]:

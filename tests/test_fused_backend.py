@@ -15,11 +15,11 @@ from torch import Tensor
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.errors import UnsupportedModelError, UsageError
-from retrofit.runtime import policy
-from retrofit.runtime.backends.fused_gqa import FusedGQA
+from retrofit.runtime.auto import policy
+from retrofit.runtime.backends.fused.backend import FusedGQA
 from retrofit.runtime.backends.interface import Output
+from retrofit.runtime.backends.levels import EXACT
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.levels import EXACT
 
 FAMILIES = ("llama", "mistral_window", "qwen2", "qwen3")
 FORWARD = ("llama", "llama_tied", "llama_mqa", "mistral_window", "qwen2_window", "qwen3_window")

@@ -13,10 +13,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
-from retrofit.runtime.backends import hf
-from retrofit.runtime.backends.attention import ATTENTION, row_attention
-from retrofit.runtime.backends.hf import HFBackend, Output
-from retrofit.runtime.cache import KVCache
+from retrofit.runtime.backends.hf import backend as hf
+from retrofit.runtime.backends.hf.attention import ATTENTION, row_attention
+from retrofit.runtime.backends.hf.backend import HFBackend, Output
+from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 
 PROMPTS = random_prompts((20, 13))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.heads import Heads
-from retrofit.runtime.drafting import draft_tokens
+from retrofit.runtime.host.drafting import draft_tokens
 from retrofit.runtime.kernels import drafting, reference
 from retrofit.runtime.kernels.drafting import draft
 from retrofit.runtime.kernels.sampling import candidates
-from retrofit.runtime.sampling import SamplingParams
-from retrofit.runtime.tree import Shape, grow
+from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.tree import Shape, grow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V, B, K = 40, 2, 3

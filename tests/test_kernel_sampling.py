@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retrofit.runtime import sampling
 from retrofit.runtime.kernels import reference
 from retrofit.runtime.kernels.sampling import candidates, choose, gumbel, hash_bits, with_noise
-from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.rules import sampling
+from retrofit.runtime.rules.sampling import SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EDGE_SEEDS = [0, 1, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -(2**63)]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrofit.runtime import accept as acceptance
 from retrofit.runtime.kernels import reference, steps
 from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
 from retrofit.runtime.kernels.state import ALL, GIVEN, LAST, State, StepShape
-from retrofit.runtime.sampling import hash_bits_plain
-from retrofit.runtime.tree import accepted_path, grow
+from retrofit.runtime.rules import accept as acceptance
+from retrofit.runtime.rules.sampling import hash_bits_plain
+from retrofit.runtime.rules.tree import accepted_path, grow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOTS, LANES, CAPACITY, PAGES = 5, 4, 200, 5

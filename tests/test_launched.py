@@ -16,9 +16,9 @@ from together import (
     together,
 )
 
-from retrofit import cli
+from retrofit.cli import main as cli
 from retrofit.launch import launched
-from retrofit.recipes.checkpoint import folder_of
+from retrofit.recipes.training.checkpoint import folder_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 
@@ -34,7 +34,7 @@ def command(path: Path, texts: Path, model: Path, *arguments: str) -> list[str]:
 
 def test_the_command_under_torchrun(tmp_path: Path, texts: Path, model: Path) -> None:
     """One artifact, printed once."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "retrofit.cli"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "retrofit.cli.main"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, *command(tmp_path / "out", texts, model)],

@@ -16,9 +16,9 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import RowPlan
 from retrofit.errors import UnsupportedModelError
 from retrofit.hub import Base
-from retrofit.recipes.prepare import attached_to, resolve
-from retrofit.runtime.backends import load_check
-from retrofit.runtime.backends.hf import HFBackend
+from retrofit.recipes.training.prepare import attached_to, resolve
+from retrofit.runtime.backends.hf import load_check
+from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 
 POSITIONS = "takes positions from the length of its cache"
@@ -109,7 +109,7 @@ class Fault:
     @staticmethod
     def sequences_see_each_other(patch: pytest.MonkeyPatch) -> None:
         """The second sequence reads the first one's cache."""
-        from retrofit.runtime.cache import KVCache
+        from retrofit.runtime.backends.hf.cache import KVCache
 
         right = KVCache.read
         patch.setattr(KVCache, "read", lambda self, layer, slots, n: right(self, layer, [0] * len(slots), n))

@@ -8,8 +8,8 @@ from helpers import Oracle, random_prompts, randomise, reference_greedy, tokens_
 from tiny_models import ARCHITECTURES, CONTEXT, ORIGINAL_CONTEXT, WINDOW, build
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime import modes
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host import modes
 
 BLOCKS = (1, 4, 8, 16)
 NEW = 8
@@ -134,7 +134,7 @@ class Mutant:
     @staticmethod
     def keeps_a_stale_cache_slot(patch: pytest.MonkeyPatch) -> None:
         """A position written once is not written again: the K/V of a rejected draft stays."""
-        from retrofit.runtime.cache import KVCache
+        from retrofit.runtime.backends.hf.cache import KVCache
 
         right, written = KVCache.write, set()
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows
-from retrofit.recipes import measure
-from retrofit.recipes.data import Document
-from retrofit.recipes.measure import RANKS, TEMPERATURES, HeldOut, calibrate_confidence, held_out_acceptance
-from retrofit.runtime.sampling import hash_bits_plain
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training import measure
+from retrofit.recipes.training.measure import RANKS, TEMPERATURES, HeldOut, calibrate_confidence, held_out_acceptance
+from retrofit.runtime.rules.sampling import hash_bits_plain
 
 V = 4
 P = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4], [0.25] * 4, [0.25] * 4])

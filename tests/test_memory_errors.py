@@ -12,10 +12,10 @@ from resuming import RECIPE
 from together import run_folder
 from transformers import AutoModelForCausalLM
 
-from retrofit import cli
+from retrofit.cli import main as cli
 from retrofit.errors import ResourceError, out_of_memory
 from retrofit.hub import load_base, load_tokenizer
-from retrofit.runtime.backends.hf import HFBackend
+from retrofit.runtime.backends.hf.backend import HFBackend
 
 ABSURD = 1 << 52
 """Bytes, more than any machine can address."""

@@ -14,8 +14,8 @@ from test_cli import TEMPLATE, save_artifact, save_base, save_tokenizer
 from tiny_models import CONTEXT, VOCABULARY, build
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from retrofit import cli
 from retrofit.adapters.layout import DraftLayout
+from retrofit.cli import main as cli
 from retrofit.errors import UsageError
 from retrofit.runtime.engine import Engine
 

@@ -11,14 +11,14 @@ from click.testing import CliRunner
 from resuming import RECIPE
 from together import saved_model
 
-from retrofit import cli
 from retrofit.adapters.layout import DraftLayout
+from retrofit.cli import main as cli
 from retrofit.errors import DataError, UsageError
-from retrofit.recipes.blocks import BlockBatch, add_sequence, eligible_anchors, shares
-from retrofit.recipes.data import Document
-from retrofit.recipes.order import Order
 from retrofit.recipes.problems import nothing_trained
 from retrofit.recipes.schema import load_recipe
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training.blocks import BlockBatch, add_sequence, eligible_anchors, shares
+from retrofit.recipes.training.order import Order
 
 LAYOUTS = [
     DraftLayout(block=4),

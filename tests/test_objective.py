@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.heads import Heads
-from retrofit.recipes import objective
-from retrofit.recipes.objective import (
+from retrofit.recipes.training import objective
+from retrofit.recipes.training.objective import (
     Blocks,
     Sums,
     Teacher,

@@ -6,8 +6,8 @@ import pytest
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import DataError, UsageError
-from retrofit.recipes.data import Document
-from retrofit.recipes.order import SHUFFLE_BUFFER, Batch, Order, describe
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training.order import SHUFFLE_BUFFER, Batch, Order, describe
 
 COUNT = 50
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import retrofit
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows
-from retrofit.runtime import modes
 from retrofit.runtime.engine import Engine, Result
+from retrofit.runtime.host import modes
 from retrofit.runtime.request import Request
 
 TINY = Path(retrofit.__file__).parent / "recipes" / "tiny"

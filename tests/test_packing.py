@@ -16,10 +16,10 @@ from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
-from retrofit.recipes.data import Document
 from retrofit.recipes.schema import load_recipe
-from retrofit.recipes.train import StepResult, Trainer, clean_forward
-from retrofit.runtime.backends.hf import HFBackend
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training.step import StepResult, Trainer, clean_forward
+from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 
 NAMES = ["llama", "llama_rope_yarn", "mistral_window", "gemma2", "deepseek_v3", "qwen3_moe"]

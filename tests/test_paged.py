@@ -7,8 +7,8 @@ import torch
 from fused_models import DEVICE, LAYOUT, pair, small
 
 from retrofit.errors import ResourceError, UsageError
+from retrofit.runtime.backends.fused.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.kernels.rows import PAGE
-from retrofit.runtime.paged import HEADROOM, PagedCache, pages_for
 
 
 def cache(slots: int = 2, capacity: int = 4 * PAGE, pages: int | None = None) -> PagedCache:

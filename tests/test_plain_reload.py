@@ -16,10 +16,11 @@ from tiny_models import ARCHITECTURES, VOCABULARY, build
 from together import saved_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from retrofit import artifact, cli
 from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES
+from retrofit.artifact import folder as artifact
+from retrofit.cli import main as cli
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.eval import certify
 from retrofit.hub import Base

@@ -8,7 +8,7 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK
 from retrofit.runtime.plan import Choice, Limits, draft_block, fitted, noise_token, speculative_choice
 from retrofit.runtime.request import Request
-from retrofit.runtime.tree import Shape
+from retrofit.runtime.rules.tree import Shape
 
 BLOCK = DraftLayout(block=4)
 TREE = Shape((-1, 0, 1, 0), (0, 0, 0, 1), (1.0, 0.5, 0.3, 0.2))  # its path ends at rows 0..3 with .3, .2, .3, .2

@@ -9,14 +9,14 @@ from helpers import random_prompts, randomise
 from tiny_models import build
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime import policy as module
-from retrofit.runtime.cost import CostModel, Template
+from retrofit.runtime.auto import policy as module
+from retrofit.runtime.auto.cost import CostModel, Template
+from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.plan import Choice, Limits
-from retrofit.runtime.policy import AutoPolicy
 from retrofit.runtime.request import Request
-from retrofit.runtime.sampling import SamplingParams
-from retrofit.runtime.tree import Shape
+from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.tree import Shape
 
 BLOCK = DraftLayout(block=2)
 MEASURED = {

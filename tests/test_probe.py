@@ -15,15 +15,15 @@ from resuming import STEPS, child, curve, interrupted, learned, run, steps, toke
 from safetensors.torch import load_file
 from tiny_models import build
 
-from retrofit import cli
 from retrofit.adapters.layout import DraftLayout
+from retrofit.cli import main as cli
 from retrofit.errors import UsageError
 from retrofit.recipes import convert as convert_module
-from retrofit.recipes import probe as module
-from retrofit.recipes.checkpoint import folder_of
-from retrofit.recipes.data import Document
-from retrofit.recipes.probe import Probe, best_step, exhausted, live_probe
 from retrofit.recipes.schema import load_recipe
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training import probe as module
+from retrofit.recipes.training.checkpoint import folder_of
+from retrofit.recipes.training.probe import Probe, best_step, exhausted, live_probe
 from retrofit.runtime.engine import Engine
 
 PROCESSES = multiprocessing.get_context("fork")  # everything slow is imported already
@@ -128,7 +128,9 @@ def test_the_time_of_a_probe_is_not_the_steps(tmp_path: Path, texts: Path, monke
         clock[0] += 1000
         return right(self)
 
-    monkeypatch.setattr("retrofit.recipes.session.time.perf_counter", lambda: clock[0])  # stands still but for probes
+    monkeypatch.setattr(
+        "retrofit.recipes.training.session.time.perf_counter", lambda: clock[0]
+    )  # stands still but for probes
     monkeypatch.setattr(Probe, "__call__", slow)
     run(tmp_path / "out", texts, **{**PROBED, "train__steps": 3})
     raw = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from retrofit.adapters.attach import Attached
 from retrofit.recipes import convert as conversion
-from retrofit.recipes.parallel import deal
 from retrofit.recipes.processes import Processes
-from retrofit.recipes.regenerate import ResponseCache
-from retrofit.recipes.shards import shard
-from retrofit.recipes.train import Trainer
-from retrofit.runtime.backends.hf import HFBackend
+from retrofit.recipes.text.regenerate import ResponseCache
+from retrofit.recipes.training.shards import shard
+from retrofit.recipes.training.shares import deal
+from retrofit.recipes.training.step import Trainer
+from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")

@@ -24,10 +24,12 @@ from together import (
 )
 
 from retrofit.errors import DataError
-from retrofit.recipes import parallel, processes, shards
-from retrofit.recipes.checkpoint import folder_of
+from retrofit.recipes import processes
 from retrofit.recipes.processes import Processes
-from retrofit.recipes.train import Trainer
+from retrofit.recipes.training import shards
+from retrofit.recipes.training import shares as parallel
+from retrofit.recipes.training.checkpoint import folder_of
+from retrofit.recipes.training.step import Trainer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 
@@ -270,7 +272,7 @@ def test_one_forward_too_many_is_an_error(tmp_path: Path, model: Path, texts: Pa
 
 
 def one_forward_more(out: Path, model: Path, texts: Path) -> None:
-    from retrofit.recipes import train
+    from retrofit.recipes.training import step as train
 
     right = train.clean_forward
 

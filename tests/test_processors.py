@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
-from retrofit.runtime.processors import Guard, Rules, constrained
+from retrofit.runtime.rules.processors import Guard, Rules, constrained
 
 RULES = [
     Rules(no_repeat_ngram_size=1),

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime import modes
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host import modes
 from retrofit.runtime.prompts import encode, listed
 
 PROMPTS = random_prompts((3, 9, 6), seed=2)

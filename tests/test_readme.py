@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme_numbers as numbers
-from benchmarks.gpu_bars import BARS, TITLES
+from benchmarks.gpu.bars import BARS, TITLES
 
 SECTION = {
     "command": "python -m benchmarks.bars",

@@ -13,11 +13,11 @@ from torch import Tensor
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UnsupportedModelError
-from retrofit.recipes.data import Document
-from retrofit.recipes.recompute import recompute_layers
 from retrofit.recipes.schema import load_recipe
-from retrofit.recipes.train import Trainer
-from retrofit.runtime.backends.hf import wrap
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training.recompute import recompute_layers
+from retrofit.recipes.training.step import Trainer
+from retrofit.runtime.backends.hf.backend import wrap
 
 RECIPE = load_recipe(None, ["train.anchors=6", "train.precision=float32", "draft.block=4", "data.max_length=64"])
 
@@ -106,7 +106,8 @@ def test_layers_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_conversion_recomputes_and_may_change_its_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = write_texts(tmp_path / "texts")
     calls = []
-    from retrofit.recipes import convert, prepare
+    from retrofit.recipes import convert
+    from retrofit.recipes.training import prepare
 
     monkeypatch.setattr(prepare, "recompute_layers", lambda backend: calls.append(1) or recompute_layers(backend))
     run(tmp_path / "kept", texts, train__steps=3)

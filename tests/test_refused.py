@@ -11,7 +11,7 @@ from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import resolve_targets
 from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
-from retrofit.runtime.backends import hf
+from retrofit.runtime.backends.hf import backend as hf
 from retrofit.runtime.engine import Engine
 
 REASONS = {

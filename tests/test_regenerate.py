@@ -14,10 +14,10 @@ from tiny_models import build
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import ResourceError, UsageError
 from retrofit.recipes import convert as convert_module
-from retrofit.recipes import regenerate as module
-from retrofit.recipes.data import Document
-from retrofit.recipes.order import Order
-from retrofit.recipes.regenerate import ResponseCache, regenerate, weights_key
+from retrofit.recipes.text import regenerate as module
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.text.regenerate import ResponseCache, regenerate, weights_key
+from retrofit.recipes.training.order import Order
 from retrofit.runtime.engine import Engine
 
 __all__ = ["somewhere"]  # the fixture of test_cli: no environment of the caller's, a folder of its own

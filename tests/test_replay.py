@@ -12,9 +12,10 @@ from retrofit.adapters.rows import Block, SequenceRows
 from retrofit.eval import audit
 from retrofit.eval.recording import Proposal, Recorded
 from retrofit.eval.replay import Asked, Auditor, Sampling, cut, looked_up, paths_of
-from retrofit.runtime import modes, plan
+from retrofit.runtime import plan
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.tree import accepted_path, grow
+from retrofit.runtime.host import modes
+from retrofit.runtime.rules.tree import accepted_path, grow
 
 V = 16
 TREE = [-1, 0, 0, 1, 3]

@@ -15,8 +15,8 @@ import torch
 from resuming import STEPS, at_step, child, curve, interrupted, learned, run, steps
 
 from retrofit.errors import UsageError
-from retrofit.recipes.checkpoint import folder_of
-from retrofit.recipes.session import Session
+from retrofit.recipes.training.checkpoint import folder_of
+from retrofit.recipes.training.session import Session
 from retrofit.runtime.engine import Engine
 
 PROCESSES = multiprocessing.get_context("fork")  # everything slow is imported already

@@ -15,14 +15,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks import decoders
-from retrofit import artifact as artifacts
 from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES, resolve_targets
 from retrofit.adapters.rows import Block, SequenceRows
+from retrofit.artifact import folder as artifacts
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.hub import live_fingerprint
-from retrofit.runtime.cache import KVCache
+from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 
 SPLIT = ["q_proj", "k_proj", "v_proj"]

@@ -17,9 +17,9 @@ from transformers.generation.logits_process import (
 )
 
 from retrofit.errors import UsageError
-from retrofit.runtime import sampling
-from retrofit.runtime.accept import accepted_length
-from retrofit.runtime.sampling import (
+from retrofit.runtime.rules import sampling
+from retrofit.runtime.rules.accept import accepted_length
+from retrofit.runtime.rules.sampling import (
     SamplingParams,
     choose,
     gumbel_noise,

@@ -10,10 +10,10 @@ from tiny_models import build
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from retrofit import artifact as artifacts
 from retrofit.adapters.rows import Block, SequenceRows
+from retrofit.artifact import folder as artifacts
 from retrofit.hub import load_base
-from retrofit.runtime.cache import KVCache
+from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.loading import fused_backend
 

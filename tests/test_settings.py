@@ -14,10 +14,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UnsupportedModelError, UsageError
-from retrofit.runtime import modes, processors
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host import modes
 from retrofit.runtime.loading import text_config
-from retrofit.runtime.processors import Guard, Rules
+from retrofit.runtime.rules import processors
+from retrofit.runtime.rules.processors import Guard, Rules
 from retrofit.runtime.settings import DEFAULT_NEW_TOKENS, folder_settings, read_settings
 
 NEW = 12

@@ -8,7 +8,7 @@ from helpers import random_prompts, tokens_of
 from test_device_loop import WIDE
 from transformers import GenerationConfig
 
-from retrofit.runtime import device_loop
+from retrofit.runtime.device import loop as device_loop
 from retrofit.runtime.engine import Engine
 
 PROMPTS = random_prompts((9, 3, 5), vocab=VOCABULARY)

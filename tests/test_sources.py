@@ -14,10 +14,10 @@ from test_data import CHATML, MESSAGES, TINY, answers, fake_datasets, write_line
 from transformers import AutoTokenizer
 
 from retrofit.errors import DataError, ResourceError, UsageError
-from retrofit.recipes.data import documents
-from retrofit.recipes.faults import Skipped
 from retrofit.recipes.schema import Data
-from retrofit.recipes.source import SHUFFLE_BUFFER
+from retrofit.recipes.text.documents import documents
+from retrofit.recipes.text.faults import Skipped
+from retrofit.recipes.text.sources import SHUFFLE_BUFFER
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import transformers
 
 from benchmarks import decoders
 from benchmarks.common import ROOT, Bar, section
-from retrofit.runtime import modes
+from retrofit.runtime.host import modes
 
 SPEC = importlib.util.spec_from_file_location("sweep", ROOT / "scripts" / "sweep.py")
 assert SPEC is not None and SPEC.loader is not None

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from retrofit.runtime import threads
-from retrofit.runtime.threads import LEAST_WORK, thread_limit
+from retrofit.runtime.backends import threads
+from retrofit.runtime.backends.threads import LEAST_WORK, thread_limit
 
 CPU, SMALL = torch.device("cpu"), LEAST_WORK / 2
 

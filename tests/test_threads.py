@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from retrofit.adapters import gated_lora
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime import policy, threads
-from retrofit.runtime.backends import answers
+from retrofit.runtime.auto import policy
+from retrofit.runtime.backends import threads
+from retrofit.runtime.backends.hf import answers
 from retrofit.runtime.engine import Engine
 
 LAYOUT = DraftLayout(block=3)

@@ -15,11 +15,12 @@ from click.testing import CliRunner
 from resuming import interrupted, learned, run
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from retrofit import cli
+from retrofit.cli import main as cli
 from retrofit.errors import ResourceError
-from retrofit.recipes import convert, tracking
-from retrofit.recipes.checkpoint import folder_of
-from retrofit.recipes.tracking import flat
+from retrofit.recipes import convert
+from retrofit.recipes.training import tracking
+from retrofit.recipes.training.checkpoint import folder_of
+from retrofit.recipes.training.tracking import flat
 
 OPTIONS = {"train__steps": 4, "train__probe_every": 2, "train__probe_tokens": 4, "train__probe_prompts": 1}
 

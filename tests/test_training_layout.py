@@ -14,7 +14,9 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
-from retrofit.recipes.blocks import (
+from retrofit.recipes.schema import load_recipe
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training.blocks import (
     BlockBatch,
     add_sequence,
     choose_anchors,
@@ -22,17 +24,16 @@ from retrofit.recipes.blocks import (
     eligible_anchors,
     missed_anchors,
 )
-from retrofit.recipes.data import Document
-from retrofit.recipes.objective import Blocks, Sums, Teacher, backward_draft
-from retrofit.recipes.schema import load_recipe
-from retrofit.recipes.train import Trainer, clean_forward
-from retrofit.runtime import modes, plan
-from retrofit.runtime.cache import KVCache
+from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_draft
+from retrofit.recipes.training.step import Trainer, clean_forward
+from retrofit.runtime import plan
+from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.modes import Run
+from retrofit.runtime.host import modes
+from retrofit.runtime.host.modes import Run
 from retrofit.runtime.plan import Choice, speculative_rows
 from retrofit.runtime.request import Request
-from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import SamplingParams
 
 LAYOUTS = [
     DraftLayout(4, fill, attention, shift, seed_row)

@@ -9,11 +9,11 @@ from helpers import random_prompts, randomise, tokens_of
 from tiny_models import build
 
 from retrofit.adapters.layout import DraftLayout
+from retrofit.runtime.auto.policy import UNKNOWN_CHANCE, AutoPolicy, tree_shape
+from retrofit.runtime.device.kinds import fixed_template, kinds_of
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.kinds import fixed_template, kinds_of
 from retrofit.runtime.plan import Limits
-from retrofit.runtime.policy import UNKNOWN_CHANCE, AutoPolicy, tree_shape
-from retrofit.runtime.tree import Shape, accepted_path, grow
+from retrofit.runtime.rules.tree import Shape, accepted_path, grow
 
 Path = tuple[int, ...]  # of a node: the rank of each step from the seed
 Table = Sequence[Sequence[float]]

@@ -10,14 +10,15 @@ from helpers import random_prompts, randomise, tokens_of
 from tiny_models import CONFIGS
 from torch import Tensor
 
-from retrofit import artifact as artifacts
 from retrofit.adapters.attach import attach
 from retrofit.adapters.roles import ROLES
+from retrofit.artifact import folder as artifacts
 from retrofit.errors import ArtifactError, ResourceError, UnsupportedModelError, UsageError
 from retrofit.hub import load_base
 from retrofit.runtime import loading
-from retrofit.runtime.backends import fused_gqa, weights
-from retrofit.runtime.backends.weights import Weights, from_folder, load, unsupported
+from retrofit.runtime.backends.fused import backend as fused_gqa
+from retrofit.runtime.backends.fused import weights
+from retrofit.runtime.backends.fused.weights import Weights, from_folder, load, unsupported
 from retrofit.runtime.engine import Engine
 
 SCALE = 0.5

@@ -17,12 +17,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
-from retrofit.recipes.blocks import BlockBatch, missed_anchors, shares
-from retrofit.recipes.data import Document
-from retrofit.recipes.objective import Teacher
 from retrofit.recipes.schema import load_recipe
-from retrofit.recipes.train import Trainer, expected_tau, learning_rate, slot_report
-from retrofit.runtime.cache import KVCache
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training.blocks import BlockBatch, missed_anchors, shares
+from retrofit.recipes.training.objective import Teacher
+from retrofit.recipes.training.step import Trainer, expected_tau, learning_rate, slot_report
+from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 
 DOCUMENTS = [

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from resuming import RECIPE, run, tokenizer
 from tiny_models import build
 
-from retrofit import artifact
+from retrofit.artifact import folder as artifact
 from retrofit.recipes.convert import convert
 
 FORK = multiprocessing.get_context("fork")

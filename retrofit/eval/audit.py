@@ -24,10 +24,10 @@ from retrofit.eval.exactness import BATCH, LISTED, PLAIN, Prompts, Verdict
 from retrofit.eval.recording import recording
 from retrofit.eval.replay import Asked, Auditor, Sampling
 from retrofit.eval.subject import Subject
-from retrofit.runtime.cost import Template
+from retrofit.runtime.auto.cost import Template
+from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.engine import Engine, Result
-from retrofit.runtime.modes import Run
-from retrofit.runtime.policy import AutoPolicy
+from retrofit.runtime.host.modes import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,8 +16,8 @@ from retrofit.errors import ResourceError
 from retrofit.eval.exactness import LISTED, PLAIN, SEED, Prompts, Verdict, differing, excuse, reference, references
 from retrofit.eval.replay import Sampling
 from retrofit.eval.subject import Subject
+from retrofit.runtime.backends.levels import HALF
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.levels import HALF
 
 BATCHES = (8, 3, 1)
 SAMPLINGS = (Sampling(), Sampling(0.8))

@@ -34,7 +34,7 @@ import yaml
 from tqdm import tqdm
 
 from retrofit import __version__
-from retrofit import artifact as artifacts
+from retrofit.artifact import folder as artifacts
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.eval import exactness, weights
 from retrofit.eval.audit import audit

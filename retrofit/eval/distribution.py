@@ -56,7 +56,7 @@ def tiny_engine(backend: Backend | None) -> Engine:
             kept: Any = backend
             engine.backend.hold(kept.exact, kept.form, kept.least_rows)  # type: ignore[attr-defined]
         return engine
-    from retrofit.runtime.backends.fused_gqa import FusedGQA
+    from retrofit.runtime.backends.fused.backend import FusedGQA
 
     layout, tensors = DraftLayout(), model.state_dict()
     own = FusedGQA(model.config, lambda name: tensors[name], layout, device=backend.device, exact=backend.exact)

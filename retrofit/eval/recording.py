@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from retrofit.adapters.rows import MASK, Block, SequenceRows
-from retrofit.runtime import modes
+from retrofit.runtime.host import modes
 
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from retrofit import artifact as artifacts
 from retrofit.adapters.attach import attach
 from retrofit.adapters.roles import ROLES
+from retrofit.artifact import folder as artifacts
 from retrofit.errors import DataError, ResourceError, UsageError
 from retrofit.eval.weights import artifact_shapes, base_state
 from retrofit.hub import load_base
-from retrofit.recipes.library import held_out_prompts
-from retrofit.runtime.backends.hf import HFBackend
+from retrofit.recipes.text.library import held_out_prompts
+from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.loading import fused_backend
 

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from retrofit.artifact import ADAPTER, HEADS
+from retrofit.artifact.folder import ADAPTER, HEADS
 from retrofit.weight_files import COMPUTED, opened, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from retrofit.runtime.backends.fused_gqa import FusedGQA
+    from retrofit.runtime.backends.fused.backend import FusedGQA
     from retrofit.runtime.engine import Engine
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -22,32 +22,32 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retrofit import artifact
 from retrofit.adapters.attach import Attached
+from retrofit.artifact import folder as artifact
 from retrofit.errors import GateError, ResourceError, TrainingError
 from retrofit.hub import Base
-from retrofit.recipes import tracking
-from retrofit.recipes.checkpoint import Checkpoints
-from retrofit.recipes.data import Document, documents, windows
-from retrofit.recipes.faults import Skipped
-from retrofit.recipes.interrupts import Interrupts
-from retrofit.recipes.measure import calibrate_confidence, held_out_acceptance
 from retrofit.recipes.naming import lasting_name
-from retrofit.recipes.order import Order
-from retrofit.recipes.parallel import check_processes, loading_device, same_start, shared_checkpoints
-from retrofit.recipes.prepare import attached_to, open_base, resolve
-from retrofit.recipes.probe import line as probed
-from retrofit.recipes.probe import live_probe
 from retrofit.recipes.processes import Processes, joined
-from retrofit.recipes.progress import progress
 from retrofit.recipes.publish import base_parameters, count, publish, share_of
-from retrofit.recipes.regenerate import ResponseCache, check_cache, regenerate, weights_key
 from retrofit.recipes.schema import Recipe, by_key
-from retrofit.recipes.session import Session
-from retrofit.recipes.shards import shard
-from retrofit.recipes.source import Part
-from retrofit.recipes.train import Trainer, clean_forward
-from retrofit.runtime.backends.hf import HFBackend
+from retrofit.recipes.text.documents import Document, documents, windows
+from retrofit.recipes.text.faults import Skipped
+from retrofit.recipes.text.regenerate import ResponseCache, check_cache, regenerate, weights_key
+from retrofit.recipes.text.sources import Part
+from retrofit.recipes.training import tracking
+from retrofit.recipes.training.checkpoint import Checkpoints
+from retrofit.recipes.training.interrupts import Interrupts
+from retrofit.recipes.training.measure import calibrate_confidence, held_out_acceptance
+from retrofit.recipes.training.order import Order
+from retrofit.recipes.training.prepare import attached_to, open_base, resolve
+from retrofit.recipes.training.probe import line as probed
+from retrofit.recipes.training.probe import live_probe
+from retrofit.recipes.training.progress import progress
+from retrofit.recipes.training.session import Session
+from retrofit.recipes.training.shards import shard
+from retrofit.recipes.training.shares import check_processes, loading_device, same_start, shared_checkpoints
+from retrofit.recipes.training.step import Trainer, clean_forward
+from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 
 MEASURED = 32

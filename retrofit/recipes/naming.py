@@ -1,7 +1,7 @@
 """What an artifact calls its base and its text: names that mean the same everywhere, and no path of this machine.
 
 A path tells who works where, and leads nowhere on another machine.  What this one needs to find its files again is
-kept apart (`retrofit.artifact.LOCAL`), in a file that is not published.
+kept apart (`retrofit.artifact.folder.LOCAL`), in a file that is not published.
 """
 
 from __future__ import annotations

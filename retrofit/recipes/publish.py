@@ -1,6 +1,6 @@
 """The artifact of a finished conversion: what it says of itself, and its card.
 
-Not here: training and measuring (`convert.py`), the folder (`retrofit.artifact`).
+Not here: training and measuring (`convert.py`), the folder (`retrofit.artifact.folder`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from retrofit import __version__, artifact
+from retrofit import __version__
 from retrofit.adapters.attach import Attached
+from retrofit.artifact import folder as artifact
 from retrofit.hub import EMBEDDED, Base
-from retrofit.recipes.measure import HeldOut
 from retrofit.recipes.naming import local_places, published_base, published_recipe
 from retrofit.recipes.schema import Recipe, dump_recipe
-from retrofit.recipes.session import Session
+from retrofit.recipes.training.measure import HeldOut
+from retrofit.recipes.training.session import Session
 
 CARD = """---
 library_name: retrofit

@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retrofit import artifact as artifacts
 from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.live import refuse_live
 from retrofit.adapters.roles import ROLES
+from retrofit.artifact import folder as artifacts
 from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
-from retrofit.runtime.backends.hf import HFBackend, wrap
+from retrofit.runtime.auto.policy import ROWS, AutoPolicy, tree_shape
+from retrofit.runtime.backends.hf.backend import HFBackend, wrap
+from retrofit.runtime.backends.hf.exact_rows import Settled, settle
 from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend
-from retrofit.runtime.exact_rows import Settled, settle
-from retrofit.runtime.host_steps import HostSteps
+from retrofit.runtime.host.modes import Run, prefill_step
+from retrofit.runtime.host.steps import HostSteps
 from retrofit.runtime.loading import check_options as check_loading
 from retrofit.runtime.loading import check_same_base, fits_fused, fused_backend
-from retrofit.runtime.modes import Run, prefill_step
 from retrofit.runtime.options import (
     check_options,
     each,
@@ -40,7 +41,6 @@ from retrofit.runtime.options import (
     whole,
 )
 from retrofit.runtime.plan import Limits
-from retrofit.runtime.policy import ROWS, AutoPolicy, tree_shape
 from retrofit.runtime.prompts import Prompts, encode, listed
 from retrofit.runtime.request import Request, Stats
 from retrofit.runtime.scheduler import Scheduler
@@ -48,7 +48,7 @@ from retrofit.runtime.settings import Settings
 
 if TYPE_CHECKING:
     # These need Triton, which exists on Linux only.
-    from retrofit.runtime.device_loop import DeviceSteps
+    from retrofit.runtime.device.loop import DeviceSteps
 
 ENCODING = threading.Lock()
 """Tokenizers keep truncation and padding in themselves, and refuse to be set while another thread encodes."""
@@ -152,7 +152,7 @@ class Engine:
             files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows or BUCKET_ROWS
         )
         if fused.device.type == "cuda" and fused.exact != "off":
-            from retrofit.runtime.exact import demand, self_test
+            from retrofit.runtime.backends.fused.self_test import demand, self_test
 
             # Before any step is recorded: a shape may be switched to our own product.
             demand(self_test(fused, fused.layout.drafts))
@@ -438,8 +438,8 @@ class Engine:
             and run.rules is None
             and (name == "ar" or (self.layout.anchored and self.backend.heads is not None))
         ):
-            from retrofit.runtime.device_loop import DeviceSteps, loop_over
-            from retrofit.runtime.kinds import fixed_template
+            from retrofit.runtime.device.kinds import fixed_template
+            from retrofit.runtime.device.loop import DeviceSteps, loop_over
 
             loop = loop_over(run)
             room = run.rows_each(loop.lanes_for(slots))

@@ -14,17 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
-from retrofit.artifact import Artifact
+from retrofit.artifact.folder import Artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError, out_of_memory
 from retrofit.hub import Base, check_device, locate, refuse_unloaded
 from retrofit.runtime.backends.interface import BUCKET_ROWS, eos_set
-from retrofit.runtime.levels import EXACT, HALF
+from retrofit.runtime.backends.levels import EXACT, HALF
 from retrofit.runtime.settings import folder_settings, stored
 from retrofit.weight_files import COMPUTED, file_fingerprint, same_base, shapes
 
 if TYPE_CHECKING:
     # Needs Triton, which exists on Linux only.
-    from retrofit.runtime.backends.fused_gqa import FusedGQA
+    from retrofit.runtime.backends.fused.backend import FusedGQA
 
 BACKENDS = ("auto", "hf", "fused")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -63,7 +63,7 @@ def fits_fused(name: str, revision: str | None, device: str, dtype: str, offline
     if not device.startswith("cuda") or (index is not None and index != torch.cuda.current_device()):
         return False
     try:
-        from retrofit.runtime.backends.weights import unsupported
+        from retrofit.runtime.backends.fused.weights import unsupported
 
         config = AutoConfig.from_pretrained(locate(name, revision, offline))
     except (ImportError, OSError, ValueError, KeyError):
@@ -86,8 +86,8 @@ def fused_backend(
     Raises ArtifactError (another base), UnsupportedModelError, and ResourceError: no Triton, no GPU, no memory.
     """
     try:
-        from retrofit.runtime.backends.fused_gqa import FusedGQA
-        from retrofit.runtime.backends.weights import from_folder, unsupported
+        from retrofit.runtime.backends.fused.backend import FusedGQA
+        from retrofit.runtime.backends.fused.weights import from_folder, unsupported
     except ImportError as error:
         raise ResourceError(f"the fused backend needs Triton: {error}", "pip install triton (Linux)") from error
     assert base.folder is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
-from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import SamplingParams
 
 MODES = ("ar", "diffusion", "self_spec")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.runtime.request import Request
-from retrofit.runtime.sampling import hash_bits_plain
+from retrofit.runtime.rules.sampling import hash_bits_plain
 
 
 @dataclass(frozen=True)

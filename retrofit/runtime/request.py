@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from retrofit.runtime.processors import Guard, Rules
-from retrofit.runtime.tree import Shape
+from retrofit.runtime.rules.processors import Guard, Rules
+from retrofit.runtime.rules.tree import Shape
 
 CYCLES = ("ar", "verify", "fused")
 """Kinds of forward that end a verify cycle; a `draft` forward belongs to the cycle of the drafts it makes."""

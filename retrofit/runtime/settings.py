@@ -15,7 +15,7 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 
 from retrofit.errors import UnsupportedModelError
-from retrofit.runtime.processors import Rules
+from retrofit.runtime.rules.processors import Rules
 
 DEFAULT_NEW_TOKENS = 128
 """New tokens where neither the caller nor the base says how many."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import SequenceRows
-from retrofit.runtime.sampling import SamplingParams
+from retrofit.runtime.backends.turns import Turns
+from retrofit.runtime.rules.sampling import SamplingParams
 from retrofit.runtime.settings import Settings
-from retrofit.runtime.turns import Turns
 
 BUCKET_ROWS = 128
 """Rows of every decoding forward at `exact="bucket"`: so many a datacentre GPU computes at about the price of one."""

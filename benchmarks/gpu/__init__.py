@@ -1,0 +1,1 @@
+"""The benchmark of one GPU session: `python -m benchmarks.gpu`."""

@@ -1,0 +1,506 @@
+"""The artifact folder: write it, check it, read it.
+
+    retrofit.json              what the runtime needs; SCHEMA below, checked by hand
+    adapter/                   adapter_config.json and adapter_model.safetensors: plain PEFT, in a subfolder
+                               because transformers would load it from the root, ungated
+    heads.safetensors          mask vector, Markov and confidence heads
+    recipe.yaml                the fully resolved recipe
+    manifest.sha256.json       size and sha256 of the files above; checked on every load
+    README.md                  the card, for people to read and edit; in no manifest
+    local.json                 where this machine has the base and the text; for `Engine.load` here, never to be
+                               published, in no manifest
+    certificate.json, eval/*   added later, each beside its own NAME.sha256 in the format of `sha256sum`
+
+A folder is written beside its place and renamed into it, so what stands there is whole.  A pickle is
+refused by its name, unread; a link that leads out of the folder is not followed.  Torch is imported by
+`write` and `read` only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from retrofit.artifact.files import disk, json_bytes, sha256, sync_folder, write_file
+from retrofit.errors import ArtifactError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+AGAIN = "copy or download the artifact again, or run `retrofit convert` again"
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
+CONFIG = "retrofit.json"
+ADAPTER_CONFIG = "adapter/adapter_config.json"
+ADAPTER = "adapter/adapter_model.safetensors"
+HEADS = "heads.safetensors"
+RECIPE = "recipe.yaml"
+CARD = "README.md"
+LOCAL = "local.json"
+"""Paths of this machine: whoever publishes an artifact leaves this file out."""
+MANIFEST = "manifest.sha256.json"
+LOAD_BEARING = (CONFIG, ADAPTER_CONFIG, ADAPTER, HEADS, RECIPE)
+
+ADDED_SUFFIXES = (".json", ".jsonl", ".yaml", ".md", ".html", ".svg", ".safetensors")
+PICKLE_SUFFIXES = (
+    *(".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl"),
+    *(".pt", ".pt2", ".pth", ".ptl", ".th", ".torch"),
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A checked artifact.  Tensors lie on the CPU, in the types they were saved in."""
+
+    folder: Path
+    config: dict[str, Any]
+    adapter_config: dict[str, Any]
+    adapter_state: dict[str, Tensor]
+    heads: dict[str, Tensor]
+
+
+def write(
+    folder: str | Path,
+    *,
+    adapter_config: Mapping[str, Any],
+    adapter_state: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    recipe_yaml: str,
+    card: str,
+    added: Mapping[str, bytes] | None = None,
+    local: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a new artifact, all of it or nothing, and return its folder.
+
+    `added` are files in the root as `add` takes them, there from the start; `local` is what local.json holds, if it is
+    to be there.  A folder that exists is refused
+    unless it is empty, or is an artifact and `overwrite` is set; then it is replaced whole, with what was added
+    to it.  Raises UsageError for a folder that may not be written, ArtifactError for a config that `read` would
+    refuse, ResourceError when the disk is full or not writable; none of them leaves anything behind.
+    """
+    from retrofit.artifact.tensors import pieces
+
+    folder = Path(folder)
+    check_writable(folder, overwrite)
+    _check_config(dict(config), folder / CONFIG)
+    _check_adapter_config(dict(adapter_config), folder / ADAPTER_CONFIG)
+    contents = {
+        CONFIG: json_bytes(config),
+        ADAPTER_CONFIG: json_bytes(adapter_config),
+        RECIPE: recipe_yaml.encode(),
+        CARD: card.encode(),
+    }
+    if local:
+        contents[LOCAL] = json_bytes(local)
+    weights = {ADAPTER: adapter_state, HEADS: heads}
+    for name, data in (added or {}).items():
+        contents |= {name: data, f"{name}.sha256": _beside_hash(name, data)}
+    size = sum(t.numel() * t.element_size() for tensors in weights.values() for t in tensors.values())
+    with disk(folder, size + sum(map(len, contents.values()))):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = _beside(folder)
+        try:
+            (new / ADAPTER).parent.mkdir(parents=True)
+            written = {name: write_file(new / name, data) for name, data in contents.items()}
+            written |= {name: write_file(new / name, pieces(tensors)) for name, tensors in weights.items()}
+            manifest = {"files": {name: written[name] for name in LOAD_BEARING}, "format": FORMAT}
+            write_file(new / MANIFEST, json_bytes(manifest))
+            for inside in (new / "adapter", new):
+                sync_folder(inside)
+            _put(new, folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # gone already when all went well
+    return folder
+
+
+def check(folder: str | Path) -> None:
+    """Refuse an artifact that is damaged, unsafe or of another format.
+
+    Every hash on record is compared, those of added files too.  Raises UsageError where there is no
+    artifact, ArtifactError that names the file otherwise.
+    """
+    root = Path(folder)
+    names = _names(root)
+    read_config(root)
+    expected = _recorded(root)
+    for name in LOAD_BEARING:
+        path = root / name
+        if name not in names:
+            raise ArtifactError(f"{path}: missing", AGAIN)
+        size, digest = expected[name]
+        with _reading(path):
+            if path.suffix == ".safetensors":
+                _check_safetensors(path)
+            found = path.stat().st_size
+            if found != size:
+                what = "truncated" if found < size else "too long"
+                raise ArtifactError(f"{path}: {what}: {found} bytes, the manifest says {size}", AGAIN)
+            if sha256(path) != digest:
+                raise ArtifactError(f"{path}: damaged or altered: its sha256 is not the manifest's", AGAIN)
+    _check_adapter_config(_load_json(root / ADAPTER_CONFIG), root / ADAPTER_CONFIG)
+    for name in names:
+        if name.endswith(".sha256"):
+            _check_added(root / name)
+
+
+def read(folder: str | Path) -> Artifact:
+    """Check an artifact, then load it.  Raises what `check` raises."""
+    from safetensors.torch import load_file
+
+    root = Path(folder)
+    check(root)
+    return Artifact(
+        folder=root,
+        config=_load_json(root / CONFIG),
+        adapter_config=_load_json(root / ADAPTER_CONFIG),
+        adapter_state=load_file(root / ADAPTER),
+        heads=load_file(root / HEADS),
+    )
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """`retrofit.json`, checked against its schema but not its hash.  Raises UsageError or ArtifactError."""
+    root = Path(folder)
+    _exists(root)
+    path = root / CONFIG
+    _stays_inside(path, root)
+    config = _load_json(path)
+    _check_config(config, path)
+    return config
+
+
+def base_of(folder: str | Path, config: Mapping[str, Any]) -> str:
+    """The base of an artifact, as one loads it here: what `retrofit.json` names, or the folder that local.json does.
+
+    Raises UsageError where the artifact was made of a folder that is not here, ArtifactError for a local.json that is
+    none.
+    """
+    named = config["base"]
+    if named.get("local") is not True:
+        return str(named["model"])
+    path = Path(folder) / LOCAL
+    place = _load_json(path).get("base") if path.is_file() else None
+    if isinstance(place, str) and Path(place).is_dir():
+        return place
+    problem = f"{place}, which is gone" if place else f"{named['model']}, a model that lay on another machine"
+    raise UsageError(f"{folder} was made of {problem}", "give the base with --base, base= in Python")
+
+
+def add(folder: str | Path, name: str, data: bytes | str) -> Path:
+    """Put a file such as `certificate.json` or `eval/report.md` into an artifact, or replace it.
+
+    The file comes whole or not at all.  Its hash is put beside it; not that of README.md, which people may
+    edit.  Raises UsageError for a name that leads elsewhere, is load-bearing, or ends in none of
+    `ADDED_SUFFIXES`; ResourceError when the disk is full or not writable.
+    """
+    root = Path(folder)
+    _exists(root)
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or ".." in parts:
+        raise UsageError(f"{name}: not a name inside an artifact")
+    name = "/".join(parts)
+    if name in (*LOAD_BEARING, MANIFEST, LOCAL):
+        raise UsageError(f"{name}: part of what was trained, cannot be replaced", "write a new artifact")
+    if PurePosixPath(name).suffix not in ADDED_SUFFIXES:
+        raise UsageError(f"{name}: an artifact takes {', '.join(ADDED_SUFFIXES)} only")
+    path = root.joinpath(*parts)
+    _stays_inside(path, root)
+    data = data.encode() if isinstance(data, str) else data
+    with disk(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.sha256")
+        # without a hash in between, never with a wrong one
+        beside.unlink(missing_ok=True)
+        _replace(path, data)
+        if name != CARD:
+            _replace(beside, _beside_hash(path.name, data))
+    return path
+
+
+def restore(folder: Path) -> None:
+    """Where a killed process had moved the artifact aside and not yet put the new one in its place, put it back."""
+    if folder.is_symlink() or folder.exists():
+        return
+    aside = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.old")
+    with suppress(OSError):  # what cannot be read or renamed is as good as not there
+        found = [path for path in folder.parent.iterdir() if aside.fullmatch(path.name) and (path / CONFIG).is_file()]
+        if found:
+            max(found, key=lambda path: path.stat().st_ctime_ns).rename(folder)
+
+
+def check_writable(folder: Path, overwrite: bool) -> None:
+    """Raises UsageError for a folder that `write` would refuse."""
+    restore(folder)
+    if not folder.is_symlink() and not folder.exists():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise UsageError(f"{folder}: exists and is no folder", "choose another name")
+    if not any(folder.iterdir()):
+        return
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder}: holds files that are no artifact", "choose another name")
+    if not overwrite:
+        raise UsageError(f"{folder}: holds an artifact already", "choose another name or overwrite it")
+
+
+def _beside_hash(name: str, data: bytes) -> bytes:
+    """What NAME.sha256 holds, as `sha256sum` writes it."""
+    return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
+
+
+def _beside(folder: Path) -> Path:
+    path = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    path.mkdir()
+    return path
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; what stands there is moved aside first and back again should that fail."""
+    old = new.with_suffix(".old")
+    try:
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            folder.rename(old)  # someone who came to read had put it back
+            new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    sync_folder(folder.parent)
+    with suppress(OSError):  # a leftover harms nobody under a name that `restore` does not know
+        old = old.rename(old.with_suffix(".part"))
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        write_file(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}", AGAIN) from None
+
+
+def _exists(root: Path) -> None:
+    restore(root)
+    if not root.is_dir():
+        raise UsageError(f"{root}: no such artifact folder", "name a folder that `retrofit convert` wrote")
+    if not (root / CONFIG).is_file():
+        raise ArtifactError(f"{root / CONFIG}: missing, so this is no artifact", AGAIN)
+
+
+def _names(root: Path) -> list[str]:
+    """Files of the folder, sorted, as POSIX paths.  Nothing is opened."""
+    _exists(root)
+    names = []
+    for at, folders, files in os.walk(root):
+        for entry in (*folders, *files):
+            path = Path(at, entry)
+            if path.suffix.lower() in PICKLE_SUFFIXES:
+                hint = "delete it; an artifact needs safetensors, JSON, YAML, Markdown, HTML and SVG only"
+                raise ArtifactError(f"{path}: may be a pickle, which can run code when read", hint)
+            _stays_inside(path, root)
+        names += [Path(at, file).relative_to(root).as_posix() for file in files]
+    return sorted(names)
+
+
+def _stays_inside(path: Path, root: Path) -> None:
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ArtifactError(f"{path}: a link that leads out of the artifact", "copy the file itself, `cp -L`")
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    with _reading(path):
+        data = path.read_bytes()
+    try:
+        content = json.loads(data.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not valid JSON: {error}", AGAIN) from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path}: must be a JSON object, not {type(content).__name__}", AGAIN)
+    return content
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _recorded(root: Path) -> dict[str, tuple[int, str]]:
+    """(size, sha256) of every load-bearing file, as the manifest has them."""
+    path = root / MANIFEST
+    content = _load_json(path)
+    files = content.get("files")
+    names = sorted(files) if isinstance(files, dict) else []
+    as_written = json_bytes({"files": files, "format": FORMAT}) == path.read_bytes()
+    if names != sorted(LOAD_BEARING) or not as_written:
+        raise ArtifactError(f"{path}: damaged or altered: not as retrofit writes it", AGAIN)
+    recorded = {}
+    for name, entry in content["files"].items():
+        size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or not isinstance(digest, str):
+            raise ArtifactError(f"{path}: damaged or altered: no size and sha256 of {name}", AGAIN)
+        recorded[name] = (size, digest)
+    return recorded
+
+
+def _check_added(beside: Path) -> None:
+    path = beside.with_suffix("")
+    with _reading(beside):
+        recorded = beside.read_bytes()
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing, though {beside.name} is there", f"delete {beside.name}")
+    with _reading(path):
+        found = f"{sha256(path)}  {path.name}\n".encode()
+    if recorded != found:
+        hint = f"write it anew, or delete it and {beside.name}"
+        raise ArtifactError(f"{path}: damaged or altered: its sha256 is not the recorded one", hint)
+
+
+def _check_safetensors(path: Path) -> None:
+    """Size, JSON and offsets of the header, before anything is allocated by its word.
+
+    Format: 8 bytes N, little-endian; N bytes of JSON, {name: {dtype, shape, data_offsets}}; the tensors,
+    without holes.
+    """
+
+    def refuse(problem: str) -> ArtifactError:
+        return ArtifactError(f"{path}: no intact safetensors file: {problem}", AGAIN)
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise refuse("truncated" if length <= HEADER_LIMIT else "the header's length makes no sense")
+        try:
+            header = json.loads(file.read(length).decode())
+        except (ValueError, RecursionError):
+            raise refuse("the header is not valid JSON") from None
+    if not isinstance(header, dict):
+        raise refuse("the header is no JSON object")
+    header.pop("__metadata__", None)
+    spans = []
+    for name, entry in header.items():
+        entry = entry if isinstance(entry, dict) else {}
+        dtype, shape, span = str(entry.get("dtype")), entry.get("shape", ()), entry.get("data_offsets", ())
+        if dtype not in DTYPE_BYTES or not _sizes(shape) or not _sizes(span) or len(span) != 2:
+            raise refuse(f"tensor {name} has no valid type, shape and offsets")
+        if span[1] - span[0] != prod(shape) * DTYPE_BYTES[dtype]:
+            raise refuse(f"tensor {name} is not as large as its shape")
+        spans.append(span)
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise refuse("tensors overlap or leave holes")
+        end = last
+    if size != (wanted := 8 + length + end):
+        what = "truncated" if size < wanted else "too long"
+        raise refuse(f"{what}: {size} bytes, its header says {wanted}")
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_adapter_config(content: Mapping[str, Any], path: Path) -> None:
+    if content.get("peft_type") != "LORA":
+        raise ArtifactError(f"{path}: `peft_type` must be LORA, not {content.get('peft_type')!r}", AGAIN)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _text_or_none(value: Any) -> bool:
+    return value is None or _text(value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_text, value))
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _one_of(*choices: Any) -> Callable[[Any], bool]:
+    return lambda value: any(type(value) is type(choice) and value == choice for choice in choices)
+
+
+# key -> (test, what it wants)
+SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "retrofit": (_text, "the version that wrote it"),
+    "base.model": (_text, "the base's id or folder"),
+    "base.revision": (_text_or_none, "text or null"),
+    "base.architecture": (_text, "the name of the base's model class"),
+    "base.fingerprint.config": (_text, "a sha256"),
+    "base.fingerprint.headers": (_text_or_none, "a sha256 or null"),
+    "base.fingerprint.norms": (_text_or_none, "a sha256 or null"),
+    "profile": (_one_of("frozen", "joint"), "frozen or joint"),
+    "draft.block": (lambda value: _count(value) and value >= 1, "a whole number from 1"),
+    "draft.input": (_one_of("mask", "noise"), "mask or noise"),
+    "draft.attention": (_one_of("bidirectional", "causal"), "bidirectional or causal"),
+    "draft.shift": (_one_of(0, 1), "0 or 1"),
+    "draft.seed_row": (_one_of("base", "draft"), "base or draft"),
+    "adapter.rank": (lambda value: _count(value) and value >= 1, "a whole number from 1"),
+    "adapter.alpha": (_positive, "a number above 0"),
+    "adapter.targets": (_texts, "a list of roles"),
+    "adapter.modules": (_texts, "a list of module names"),
+    "adapter.markov_rank": (_count, "a whole number from 0"),
+    "adapter.confidence": (_one_of(True, False), "true or false"),
+    "parameters.adapter": (_count, "a whole number from 0"),
+    "parameters.heads": (_count, "a whole number from 0"),
+    "parameters.base": (_count, "a whole number from 0"),
+    "acceptance": (lambda value: isinstance(value, dict), "an object"),
+    "training": (lambda value: isinstance(value, dict), "an object"),
+}
+
+
+def _check_config(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a `retrofit.json` of another format, or without a key of SCHEMA; it may have more."""
+    version = content.get("format")
+    if not _one_of(FORMAT)(version):
+        newer = type(version) is int and version > FORMAT
+        hint = "upgrade retrofit" if newer else AGAIN
+        raise ArtifactError(f"{path}: format {version!r}; this retrofit reads format {FORMAT}", hint)
+    for key, (test, wanted) in SCHEMA.items():
+        value: Any = content
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise ArtifactError(f"{path}: `{key}` is missing", AGAIN)
+            value = value[part]
+        if not test(value):
+            raise ArtifactError(f"{path}: `{key}` must be {wanted}, not {value!r}", AGAIN)

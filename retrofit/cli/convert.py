@@ -1,0 +1,238 @@
+"""`retrofit convert`, its dry run included: from the words on the command line to the artifact's folder.
+
+Everything slow is imported inside the bodies, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from retrofit.artifact import folder as artifact
+from retrofit.cli.console import (
+    CONTEXT,
+    Loading,
+    be_quiet,
+    emit_json,
+    is_quiet,
+    loading_options,
+    output_options,
+    quieten_libraries,
+    say,
+    skip_bad_option,
+)
+from retrofit.errors import GateError, ResourceError, UsageError
+from retrofit.launch import is_launched
+
+if TYPE_CHECKING:
+    from retrofit.recipes.schema import Recipe
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("items", nargs=-1, metavar="[MODEL] [KEY=VALUE]...")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to write.  [default: MODEL-retrofit in the current folder]",
+)
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help="See `retrofit recipes ls`.  [default: tiny for the embedded base, else default]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@click.option("--force-resume", is_flag=True, help="Go on from a checkpoint though the recipe or the text changed.")
+@click.option("--restart", is_flag=True, help="Remove the checkpoints and start anew.")
+@click.option("--keep-checkpoints", is_flag=True, help="Leave them there when the artifact is complete.")
+@click.option("--dry-run", is_flag=True, help="Write nothing: say what it would take of memory, disk and time.")
+@click.option("--fit", metavar="SIZE", help="With --dry-run: say what to change to fit into so much, such as 24GB.")
+@click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
+@skip_bad_option
+@click.option(
+    "--track",
+    type=click.Choice(["trackio", "wandb", "tensorboard"]),
+    help="Send the figures of every step there too; tensorboard's files lie in OUT.track.",
+)
+@loading_options
+@output_options
+def convert(
+    items: tuple[str, ...],
+    out: Path | None,
+    recipe: str | None,
+    overwrite: bool,
+    force_resume: bool,
+    restart: bool,
+    keep_checkpoints: bool,
+    dry_run: bool,
+    fit: str | None,
+    seed: int | None,
+    skip_bad: bool,
+    track: Literal["trackio", "wandb", "tensorboard"] | None,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Train an adapter for MODEL and write the artifact.
+
+    MODEL is a Hub id, a local folder, or nothing for the base that ships with retrofit.  KEY=VALUE sets a key
+    of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and --seed.  Prints the
+    artifact's folder.  `retrofit data validate` finds bad rows of text beforehand; here the first one met ends
+    the run, unless --skip-bad.
+
+    Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM: the same command
+    goes on from the newest one that is whole. They are removed when the artifact is complete.
+
+    --dry-run needs no weights and downloads none, only configuration and tokenizer; time is measured where the
+    weights are here.  It exits with 3 when it does not fit into --fit, and with 4 when no change makes it fit.
+
+    Several GPUs: put `torchrun --nproc-per-node 8 --no-python` or `accelerate launch --multi_gpu --no_python`
+    before the command. The processes divide each batch, so the gradients stay the same within rounding. A base
+    that is too large for one GPU is split by `accelerate launch --use_fsdp --fsdp_version 2 --no_python`.
+
+    \b
+    Examples:
+      retrofit convert
+      retrofit convert Qwen/Qwen3-0.6B --dry-run --fit 24GB
+      retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
+      retrofit convert ./my-model data.source=texts.jsonl draft.block=4
+      torchrun --nproc-per-node 8 --no-python retrofit convert Qwen/Qwen3-8B --recipe qwen3-8b
+    """
+    with _several_processes(loading) as is_main:
+        if force_resume and restart:
+            raise UsageError("--force-resume and --restart do not go together", "give one of them")
+        if fit is not None and not dry_run:
+            raise UsageError("--fit goes with --dry-run", "add --dry-run, or leave --fit out")
+        model, overrides = _model_and_overrides(items)
+        flags = [f"base.dtype={loading.dtype}"] if loading.dtype else []
+        flags += [f"train.seed={seed}"] if seed is not None else []
+        resolved = _recipe(model, recipe, [*flags, *overrides])
+        name = Path(resolved.base.model).expanduser().resolve().name
+        out = out or Path(f"{name}-retrofit")
+        artifact.check_writable(out, overwrite)
+        if dry_run:
+            if is_main:
+                _dry_run(resolved, out, fit, loading, skip_bad, as_json)
+            return
+        quieten_libraries()
+        from retrofit import convert as run
+
+        made = run(
+            recipe=resolved,
+            out=out,
+            device=loading.device,
+            overwrite=overwrite,
+            offline=loading.offline,
+            trust_remote_code=loading.trust_remote_code,
+            quiet=is_quiet(),
+            resume="force" if force_resume else "never" if restart else "auto",
+            keep_checkpoints=keep_checkpoints,
+            skip_bad=skip_bad,
+            track=track,
+        )
+    if is_main:
+        _tell(made, as_json)
+
+
+@contextmanager
+def _several_processes(loading: Loading) -> Iterator[bool]:
+    """Whether this process is the one that talks.  One that no launcher started imports nothing here."""
+    if not is_launched():
+        yield True
+        return
+    # a process whose peer is gone gets an error; the traces that torch prints besides say nothing more
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from retrofit.recipes.processes import joined
+
+    with joined(loading.device) as processes:
+        is_main = processes is None or processes.is_main
+        if not is_main:
+            be_quiet()
+        yield is_main
+
+
+def _tell(made: artifact.Artifact, as_json: bool) -> None:
+    parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
+    if as_json:
+        emit_json({"artifact": str(made.folder), **parts})
+        return
+    from retrofit.artifact.inspection import facts
+
+    by_slot = {key: value for key, value in parts["acceptance"].items() if key != "ranks"}
+    say(f"measured on held-out text: {facts(by_slot) or 'nothing'}")
+    say(f"next: retrofit certify {made.folder}")
+    click.echo(made.folder)
+
+
+def _dry_run(recipe: Recipe, out: Path, fit: str | None, loading: Loading, skip_bad: bool, as_json: bool) -> None:
+    """Raises GateError where it does not fit, ResourceError where it cannot be made to."""
+    from retrofit.recipes.dry_run.fit import parse_size, short
+
+    limit = None if fit is None else parse_size(fit)
+    quieten_libraries()
+    from retrofit.recipes.dry_run.report import dry_run, table
+
+    report = dry_run(
+        recipe,
+        out,
+        device=loading.device,
+        limit=limit,
+        offline=loading.offline,
+        trust_remote_code=loading.trust_remote_code,
+        skip_bad=skip_bad,
+        say=say,
+    )
+    if as_json:
+        emit_json(report, indent=2)
+    else:
+        click.echo(table(report, recipe))
+    found = report.get("fit")
+    if found is None or found["fits"]:
+        return
+    over = (
+        f"it needs {short(found['needs'])}, {short(found['needs'] - found['limit'])} more than {short(found['limit'])}"
+    )
+    if found["suggestions"]:
+        raise GateError(over, f"add {' '.join(found['suggestions'][0]['overrides'])}")
+    least = found["least"]
+    raise ResourceError(
+        f"{over}; with {' '.join(least['overrides'])} it would still need {short(least['needs'])}",
+        f"use more memory; the base alone takes {short(found['base'])}, of which each of N processes that share it "
+        "by FSDP would hold an Nth",
+    )
+
+
+def _model_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Raises UsageError for more than one model."""
+    overrides = [item for item in items if "=" in item and not Path(item).exists()]
+    models = [item for item in items if item not in overrides]
+    if len(models) > 1:
+        hint = "a recipe key is set as key.path=value"
+        raise UsageError(f"more than one model: {', '.join(models)}", hint)
+    return (models[0] if models else None), overrides
+
+
+def _recipe(model: str | None, name: str | None, overrides: list[str]) -> Recipe:
+    """The resolved recipe of a conversion, and a note where a better one ships.  Raises UsageError."""
+    from retrofit.hub import EMBEDDED
+    from retrofit.recipes.schema import load_recipe, recipe_names
+
+    if model is None:
+        return load_recipe(name, overrides)
+    if any(override.startswith("base.model=") for override in overrides):
+        raise UsageError(f"the model is given twice: {model} and base.model=...", "give one of them")
+    if name is None and model != EMBEDDED:
+        name = "default"
+        for shipped in recipe_names():
+            if load_recipe(shipped).base.model == model:
+                say(f"note: --recipe {shipped} was written for this model")
+    return load_recipe(name, [f"base.model={_quoted(model)}", *overrides])
+
+
+def _quoted(text: str) -> str:
+    """Text as a YAML value, whatever is in it."""
+    return "'" + text.replace("'", "''") + "'"

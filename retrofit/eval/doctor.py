@@ -1,0 +1,309 @@
+"""What this machine has, and whether the levels of exactness hold on it: `retrofit doctor`.
+
+    environment     versions, processor, GPU, the Hub's cache
+    self-test       for one model: the table of `runtime/exact.py` where our kernels can run, else that of
+                    `runtime/exact_rows.py`, with what each level costs `ar`
+    verdict         in words: what holds here
+
+Nothing is written and nothing is downloaded but a base that is not here yet.  Not here: the checks themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit import __version__
+from retrofit.artifact import folder as artifacts
+from retrofit.errors import GateError, ResourceError, RetrofitError, UnsupportedModelError
+from retrofit.hub import EMBEDDED, check_device, load_base
+
+if TYPE_CHECKING:
+    from retrofit.cli.console import Loading
+    from retrofit.runtime.backends.fused.backend import FusedGQA
+    from retrofit.runtime.backends.hf.backend import HFBackend
+    from retrofit.runtime.backends.hf.exact_rows import Priced
+    from retrofit.runtime.backends.levels import Check
+
+PACKAGES = ("torch", "triton", "transformers", "peft")
+COLUMNS = ("what", "shape", "kernel", "rows", "bits")
+INTERPRETED = "This was Triton's interpreter on the CPU: it says nothing about a GPU."
+
+
+@dataclass
+class Diagnosis:
+    """What the self-test found, or why it did not run."""
+
+    backend: str
+    """The one that decodes here."""
+    device: str
+    verdict: str
+    exact: str = "off"
+    model: str | None = None
+    dtype: str | None = None
+    bucket: int | None = None
+    """Rows of every decoding forward, at the level `bucket`."""
+    checks: list[Check] = field(default_factory=list)
+    levels: list[Priced] = field(default_factory=list)
+    """On the hf backend: every level, and its price."""
+    problem: RetrofitError | None = None
+    """What was asked for and is not to be had."""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether all checks are equal; None: nothing was checked."""
+        return all(check.equal for check in self.checks) if self.checks else None
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = {name: getattr(self, name) for name in ("backend", "model", "device", "dtype", "exact", "bucket")}
+        checks = [asdict(check) for check in self.checks]
+        levels = [asdict(level) for level in self.levels]
+        return {**facts, "levels": levels, "checks": checks, "holds": self.holds, "verdict": self.verdict}
+
+    def table(self) -> str:
+        """The checks and the verdict, for people."""
+        if not self.checks and not self.levels:
+            return self.verdict
+        bucket = f" of {self.bucket} rows" if self.bucket else ""
+        parts = [f"{self.model} in {self.dtype} on {self.device}, backend {self.backend}, exact={self.exact}{bucket}"]
+        if self.levels:
+            off = self.levels[0].seconds or 1.0
+            parts.append(
+                _aligned(
+                    [("level", "holds", "rows", "ar, ms a step", "price"), *(_priced(x, off) for x in self.levels)]
+                )
+            )
+        if self.checks:
+            cells = [(c.what, c.shape, c.kernel, c.rows, "equal" if c.equal else "DIFFER") for c in self.checks]
+            parts.append(_aligned([COLUMNS, *cells]))
+        return "\n\n".join([*parts, self.verdict])
+
+
+def _priced(found: Priced, off: float) -> tuple[str, ...]:
+    rows = f"{found.rows}" if found.level == "bucket" else f"{found.rows} and more"
+    if found.seconds is None:
+        return found.level, "no", "", "", ""
+    promises = "yes" if found.level != "off" else "promises nothing"
+    return found.level, promises, rows, f"{1000 * found.seconds:.2f}", f"{found.seconds / off:.2f} x"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, GPUs and the Hub's cache, as plain data.  Imports torch."""
+    import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from retrofit.machine import cores, cpu_name, installed
+
+    return {
+        "retrofit": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        **{name: installed(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "cpu": {"name": cpu_name(), "cores": cores(), "memory": _memory()},
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
+        "driver": _driver(),
+        "hub_cache": {"folder": HF_HUB_CACHE, "exists": Path(HF_HUB_CACHE).is_dir()},
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE"),
+        "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET"),
+    }
+
+
+def environment_table(facts: dict[str, Any]) -> str:
+    """`environment` for people: one line per fact."""
+    cpu, cache = facts["cpu"], facts["hub_cache"]
+    memory = f", {_gib(cpu['memory'])} of memory" if cpu["memory"] else ""
+    gpus = [
+        f"{gpu['name']}, {_gib(gpu['free'])} of {_gib(gpu['total'])} free, compute capability {gpu['capability']}"
+        for gpu in facts["gpus"]
+    ]
+    cuda = f" (CUDA {facts['cuda']})" if facts["cuda"] else " (no CUDA)"
+    offline = facts["HF_HUB_OFFLINE"]
+    lines = [
+        ("retrofit", facts["retrofit"]),
+        ("python", f"{facts['python']} on {facts['platform']}"),
+        *((name, (facts[name] or "not installed") + (cuda if name == "torch" else "")) for name in PACKAGES),
+        ("cpu", f"{cpu['name']}, {cpu['cores']} cores{memory}"),
+        *((f"gpu {i}" if i else "gpu", text) for i, text in enumerate(gpus or ["none"])),
+        ("driver", facts["driver"] or "none found"),
+        ("Hub cache", f"{cache['folder']}{'' if cache['exists'] else ' (not there)'}"),
+        ("HF_HUB_OFFLINE", "not set" if offline is None else offline),
+    ]
+    if facts["TRITON_INTERPRET"] is not None:
+        lines.append(("TRITON_INTERPRET", facts["TRITON_INTERPRET"]))
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
+
+
+def diagnose(loading: Loading, folder: str | None = None, base: str | None = None) -> Diagnosis:
+    """Run the self-test for an artifact's model; without an artifact, for a base alone, the embedded one by default.
+
+    What this machine lacks is part of the result.  Raises ArtifactError, UsageError, ResourceError or
+    UnsupportedModelError for an artifact, a base or the name of a device that is no good.
+    """
+    artifact = artifacts.read(Path(folder)) if folder else None
+    try:
+        check_device(loading.device)
+    except ResourceError as error:
+        return _untested(loading, error, asked=True)
+    lacking = _lacking(loading)
+    if lacking is not None:
+        if loading.backend == "fused":
+            return _untested(loading, lacking, asked=True)
+        return _own_modules(loading, artifact, base, lacking)
+    from retrofit.runtime.backends import interface
+    from retrofit.runtime.backends.fused.self_test import self_test
+    from retrofit.runtime.backends.fused.weights import unsupported
+    from retrofit.runtime.loading import fused_backend, text_config
+
+    named = artifact.config["base"] if artifact else {}
+    files = load_base(
+        base or (artifacts.base_of(artifact.folder, artifact.config) if artifact else EMBEDDED),
+        None if base else named.get("revision"),
+        device=loading.device,
+        trust_remote_code=loading.trust_remote_code,
+        offline=loading.offline,
+        need_tokenizer=False,
+        with_model=False,
+    )
+    assert files.folder is not None
+    reason = unsupported(text_config(files.folder))
+    if reason is not None:
+        unfit = UnsupportedModelError(f"our kernels cannot run {files.name}: {reason}")
+        if loading.backend == "fused":
+            return _untested(loading, unfit, asked=True)
+        return _own_modules(loading, artifact, base, unfit)
+    dtype = named.get("dtype", "auto") if loading.dtype in (None, "auto") else loading.dtype
+    exact = "bucket" if loading.exact == "auto" else loading.exact
+    backend = fused_backend(files, artifact, loading.device, dtype, exact, interface.BUCKET_ROWS)
+    return _judged(backend, files.name, self_test(backend, backend.layout.drafts))
+
+
+def _lacking(loading: Loading) -> RetrofitError | None:
+    """What keeps our kernels from running, whatever the model."""
+    if loading.backend == "hf":
+        return ResourceError("the hf backend was asked for")
+    try:
+        from retrofit.runtime.kernels.interpreter import interpreted
+
+        if not interpreted() and not loading.device.startswith("cuda"):
+            return ResourceError(
+                "our kernels need a CUDA GPU",
+                "TRITON_INTERPRET=1 in the environment runs them in Triton's interpreter: slow, and no proof for a GPU",
+            )
+        import retrofit.runtime.backends.fused.backend  # noqa: F401
+    except ImportError as error:
+        return ResourceError(f"our kernels need Triton: {error}", "pip install triton (Linux)")
+    return None
+
+
+def _untested(loading: Loading, why: RetrofitError, asked: bool) -> Diagnosis:
+    """What was asked for is not to be had."""
+    return Diagnosis("hf", loading.device, f"No self-test: {why}.", problem=why if asked else None)
+
+
+def _own_modules(
+    loading: Loading, artifact: artifacts.Artifact | None, base: str | None, why: RetrofitError
+) -> Diagnosis:
+    """The hf backend: every level with its price, and the one that is kept.  why: why our kernels cannot run."""
+    from retrofit.runtime.backends.hf.exact_rows import settle, survey
+    from retrofit.runtime.engine import Engine
+
+    options: dict[str, Any] = {"offline": loading.offline, "trust_remote_code": loading.trust_remote_code}
+    dtype = loading.dtype or "auto"
+    if artifact is not None:
+        engine = Engine.load(artifact.folder, loading.device, dtype, exact="off", backend="hf", base=base, **options)
+        name = base or str(artifact.folder)
+    else:
+        name = base or EMBEDDED
+        loaded = load_base(name, dtype=dtype, device=loading.device, need_tokenizer=False, **options)
+        engine = Engine.from_model(loaded.model, exact="off")
+    with engine:
+        backend: HFBackend = engine.backend  # type: ignore[assignment]
+        drafts = engine.layout.drafts
+        levels = survey(backend, drafts)
+        problem = None
+        try:
+            settled = settle(backend, loading.exact, drafts)
+            verdict, checks = f"{settled.level} is kept: {settled.why}.", settled.checks
+        except GateError as error:
+            problem, checks = error, []
+            verdict = f"{loading.exact} does NOT hold on this machine."
+        kind = str(backend.dtype).removeprefix("torch.")
+        verdict += f" The model's own modules decode, on the hf backend: {why}."
+        place, level, bucket = str(backend.device), backend.exact, backend.most_rows
+    return Diagnosis("hf", place, verdict, level, name, kind, bucket, checks, levels, problem)
+
+
+def _judged(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
+    from retrofit.runtime.backends.fused.self_test import demand
+    from retrofit.runtime.kernels.interpreter import interpreted
+
+    level, problem = backend.exact, None
+    differ = sum(not check.equal for check in checks)
+    whose = {
+        "bucket": f"every row of a forward of {backend.most_rows} rows keeps its bits, whatever the other rows hold",
+        "invariant": "every row keeps its bits, however many rows there are and whatever they hold",
+    }
+    if level == "off":
+        verdict = f"off: nothing is promised; of {len(checks)} checks {differ} differ with as many rows as there are."
+    elif differ:
+        verdict = f"{level} does NOT hold on this machine: of {len(checks)} checks {differ} differ."
+        try:
+            demand(checks)
+        except GateError as error:
+            problem = error
+    else:
+        verdict = f"{level} holds on this machine: {whose[level]}; so self_spec emits exactly ar's tokens."
+        ours = [f"{c.what} {c.shape}" for c in checks if c.kernel == "ours" and c.shape.startswith("[")]
+        if level == "bucket" and ours:
+            verdict += f" Our kernel stands in for the library's at {'; '.join(ours)}."
+    if interpreted():
+        verdict += f" {INTERPRETED}"
+    dtype = str(backend.dtype).removeprefix("torch.")
+    device = str(backend.device)
+    return Diagnosis("fused", device, verdict, level, model, dtype, backend.most_rows, checks, problem=problem)
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    name = torch.cuda.get_device_name(index)
+    return {"name": name, "total": total, "free": free, "capability": f"{major}.{minor}"}
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
+
+
+def _memory() -> int | None:
+    """Bytes of main memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,1 @@
+"""What a conversion would take, found out before it starts."""

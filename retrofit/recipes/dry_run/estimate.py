@@ -1,0 +1,327 @@
+"""How much memory a conversion takes, by phase, before it is begun and without the model's weights.
+
+The training itself is rehearsed (`rehearsal.py`): base, adapter, one optimizer step, measuring at the end, all in the
+recipe's sizes on windows that are full.  Counted is what the process holds beyond Python and its imports; on a GPU,
+what lies in its memory beyond the CUDA context.
+Not here: disk, time (`dry_run.py`), what to change (`fit.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from retrofit.adapters.attach import Attached
+from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.artifact.files import AT_ONCE
+from retrofit.hub import Base
+from retrofit.recipes.dry_run.allocator import CLibrary, c_library
+from retrofit.recipes.dry_run.rehearsal import BASE, Rehearsal, rehearsal
+from retrofit.recipes.publish import base_parameters, count
+from retrofit.recipes.schema import Recipe
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.text.regenerate import BATCH
+from retrofit.recipes.training.measure import held_out_acceptance
+from retrofit.recipes.training.order import SHUFFLE_BUFFER
+from retrofit.recipes.training.prepare import attached_to
+from retrofit.recipes.training.step import Trainer
+from retrofit.runtime.backends.hf.backend import HFBackend
+from retrofit.runtime.backends.hf.cache import KVCache
+
+ADAPTER, GRADIENTS, MOMENTS = "adapter weights", "gradients", "optimizer moments"
+CLEAN, DRAFT, LOSS, OTHER = "clean forward", "draft rows", "logits of a chunk", "other tensors"
+TEXT, FILES, CUDA = "text and tokenizer", "files in memory", "CUDA context (not measured)"
+
+LOADING, ATTACHING, BUFFERS = "loading the base", "attaching the adapter", "beginning a step"
+CLEAN_FORWARD = "clean forward"
+FORWARD, CHUNKS, BACKWARD = "draft rows, forward", "loss, chunk by chunk", "draft rows, backward"
+STEP, SAVING, MEASURING = "optimizer step", "writing a checkpoint", "measuring at the end"
+PUBLISHING, WRITING, REST = "writing the artifact", "writing responses", "between two steps"
+
+STEPS = 2
+"""The second has the optimizer's moments beside it."""
+FEW_LAYERS, MANY_LAYERS = (2, 4), 12
+LARGE = 1_000_000_000
+"""Parameters from which on the heap of a C library, which does not grow evenly with the layers, is estimated by a few
+of them too: with 12 layers of 30M parameters the peak was 0.5 % lower than by all, the later phases 13 %."""
+CUDA_CONTEXT = 500_000_000
+PACKED_TOKEN = 9
+"""Bytes of a token in a checkpoint: its id, and whether it is part of a response."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The fullest moment of a phase: bytes by what they hold."""
+
+    holds: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.holds.values())
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many, by kind; `modules`: projections that get a LoRA, by name, and how many of each."""
+
+    base: int
+    lora: int
+    mask_vector: int
+    markov_head: int
+    confidence_head: int
+    modules: dict[str, int]
+
+    @property
+    def trained(self) -> int:
+        return self.lora + self.mask_vector + self.markov_head + self.confidence_head
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of each phase at its fullest; `base`, the base alone; `weights` and `moments`, the
+    files of a checkpoint."""
+
+    device: str
+    phases: dict[str, Moment]
+    parameters: Parameters
+    base: int
+    weights: int
+    moments: int
+
+    @property
+    def fullest(self) -> str:
+        """The phase that needs the most."""
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def peak(self) -> int:
+        return self.phases[self.fullest].total
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is not seen by running the training: bytes of the base's files by type, and of the tokenizer."""
+
+    stored: str | None = None
+    """Type the weights are stored in; None: the one they are to run in."""
+    tokenizer: int = 0
+
+
+def estimate(
+    plan: Recipe, config: PreTrainedConfig, device: str = "cpu", around: Surroundings | None = None
+) -> Estimate:
+    """Rehearse a conversion.  Raises UsageError and UnsupportedModelError where converting would, by the same code.
+
+    Of a model of many layers, all the same, FEW_LAYERS are rehearsed: each more adds the same to every phase.
+    On the CPU with glibc this is done in a process of its own, whose heap is like that of a conversion's.
+    """
+    around = around or Surroundings()
+    if not _alike(config, torch.device(device).type):
+        return _whole(plan, config, device, around)
+    fewer, more = (_whole(plan, _shorter(config, number), device, around) for number in FEW_LAYERS)
+    return _extrapolated(fewer, more, (_layers(config) - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0]))
+
+
+def _layers(config: PreTrainedConfig) -> int:
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _alike(config: PreTrainedConfig, kind: str) -> bool:
+    """Whether a model has many layers, and all of them are the same; on the CPU, whether it is large, too."""
+    text = config.get_text_config()
+    if text is not config or _layers(config) <= MANY_LAYERS or len(set(getattr(text, "layer_types", None) or ())) > 1:
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = getattr(model.get_decoder(), "layers", ())
+    shapes = {tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in layers}
+    large = kind != "cpu" or count(model.parameters()) >= LARGE
+    return large and len(layers) == _layers(config) and len(shapes) == 1
+
+
+def _shorter(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    found = copy.deepcopy(config)
+    if getattr(found, "layer_types", None):
+        found.layer_types = found.layer_types[:layers]
+    found.num_hidden_layers = layers
+    return found
+
+
+def _extrapolated(fewer: Estimate, more: Estimate, steps: float) -> Estimate:
+    """What `steps` times the difference of two estimates adds to the smaller one."""
+
+    def on(a: int, b: int) -> int:
+        return max(0, round(a + (b - a) * steps))
+
+    def kinds(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+        return {kind: on(a.get(kind, 0), b.get(kind, 0)) for kind in {**a, **b}}
+
+    one, two = fewer.parameters, more.parameters
+    counted = {name: on(getattr(one, name), getattr(two, name)) for name in vars(one) if name != "modules"}
+    phases = {name: Moment(kinds(moment.holds, more.phases[name].holds)) for name, moment in fewer.phases.items()}
+    sizes = {name: on(getattr(fewer, name), getattr(more, name)) for name in ("base", "weights", "moments")}
+    parameters = Parameters(**counted, modules=kinds(one.modules, two.modules))
+    return Estimate(fewer.device, phases, parameters, **sizes)
+
+
+def _whole(plan: Recipe, config: PreTrainedConfig, device: str, around: Surroundings) -> Estimate:
+    """All layers."""
+    if torch.device(device).type == "cpu" and c_library() is not None:
+        return _apart(lambda: _estimate(plan, config, device, around, c_library()))
+    return _estimate(plan, config, device, around, None)
+
+
+def _apart(work: Callable[[], Estimate]) -> Estimate:
+    """What `work` returns or raises, in a copy of this process."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            send.send(work())
+        except Exception as error:
+            send.send(error)
+
+    process = context.Process(target=run, daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: none of them holds what is needed here
+        process.start()
+    send.close()
+    try:
+        got = receive.recv()
+    except EOFError:
+        raise RuntimeError("the process that estimates memory ended") from None
+    finally:
+        process.terminate()
+        process.join()
+    if isinstance(got, Exception):
+        raise got
+    return got
+
+
+def _estimate(
+    plan: Recipe, config: PreTrainedConfig, device: str, around: Surroundings, library: CLibrary | None
+) -> Estimate:
+    kind = torch.device(device).type
+    with rehearsal(kind, library) as stage:
+        attached, trainer = _rehearse(plan, config, stage, kind)
+        base = _bytes(base_parameters(attached)) + _bytes(attached.model.buffers())
+        weights = _bytes(trainer.trained)
+        moments = _bytes(t for state in trainer.optimizer.state.values() for t in state.values())
+        parameters, dtype = _parameters(attached), attached.model.dtype
+    on_host = kind == "cpu"
+    stored = getattr(torch, around.stored) if around.stored else dtype
+    file = base * stored.itemsize // dtype.itemsize if on_host and stored != dtype else 0
+    phases = {LOADING: {BASE: base, FILES: file}, **stage.fullest}
+    rest = phases.pop(REST)
+    phases.pop("", None)  # how the base came about here is not how it is loaded
+    if on_host:
+        # Tensors are written from where they lie, a piece at a time.
+        if plan.train.save_every:
+            documents = SHUFFLE_BUFFER * plan.data.max_length * PACKED_TOKEN
+            phases[SAVING] = {**rest, FILES: min(AT_ONCE, moments) + documents}
+        phases[PUBLISHING] = {**rest, FILES: min(AT_ONCE, weights)}
+    beside = {TEXT: _text(plan) + around.tokenizer} if on_host else {CUDA: CUDA_CONTEXT}
+    moments_by_phase = {
+        name: Moment({k: n for k, n in {**holds, **beside}.items() if n}) for name, holds in phases.items()
+    }
+    return Estimate(device, moments_by_phase, parameters, base, weights, moments)
+
+
+def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: str) -> tuple[Attached, Trainer]:
+    """A conversion from the base without its adapter to what is measured at the end."""
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, plan.dtype))
+    stage.phase(ATTACHING, OTHER)
+    base = Base(model, None, plan.base.model, None, None, {})
+    attached, backend = attached_to(base, plan)
+    stage.call(ADAPTER, attached.parameters())
+    trainer = Trainer(attached, backend, plan)
+    trainer.optimizer.param_groups[0]["foreach"] = kind != "cpu"  # PyTorch's choice: all parameters at once on a GPU
+    run = backend.run_trunk
+    for step in range(STEPS):
+        backend.run_trunk = _announced(stage, trainer, run)  # type: ignore[method-assign]
+        stage.phase(BUFFERS, GRADIENTS)
+        trainer.gradients([[(document, step) for document in windows_of(plan, backend.head.vocab, step)]])
+        stage.call(GRADIENTS, [p.grad for p in trainer.trained])
+        backend.run_trunk = run  # type: ignore[method-assign]
+        stage.phase(STEP, OTHER)
+        trainer.update()
+        stage.call(MOMENTS, [t for state in trainer.optimizer.state.values() for t in state.values()])
+    stage.phase(REST, OTHER)
+    if plan.data.responses == "regenerate":
+        stage.phase(WRITING, CLEAN)
+        _write_responses(plan, backend)
+    if plan.data.held_out:
+        stage.phase(MEASURING, LOSS)
+        documents = windows_of(plan, backend.head.vocab, 0)[:1]
+        held_out_acceptance(backend, attached, documents, plan.train.anchors, plan.train.seed)
+    return attached, trainer
+
+
+def _announced(stage: Rehearsal, trainer: Trainer, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`run_trunk`, where the phases of a step begin: base rows, draft rows, and the way back through those."""
+
+    def backward(gradient: Tensor) -> None:
+        stage.call(GRADIENTS, [p.grad for p in trainer.trained])
+        stage.phase(BACKWARD, DRAFT)
+
+    def run_trunk(rows: RowPlan, cache: KVCache) -> Tensor:
+        stage.call(GRADIENTS, [p.grad for p in trainer.trained])
+        if rows.draft is None:
+            stage.phase(CLEAN_FORWARD, CLEAN)
+            return run(rows, cache)
+        stage.phase(FORWARD, DRAFT)
+        hidden = run(rows, cache)
+        hidden.register_hook(backward)
+        stage.phase(CHUNKS, LOSS)
+        return hidden
+
+    return run_trunk
+
+
+def _write_responses(plan: Recipe, backend: HFBackend) -> None:
+    """The K/V of all requests that run together, at their longest, and a decoding forward of theirs."""
+    rows = [SequenceRows(slot=slot, start=0, tokens=(0,)) for slot in range(BATCH)]
+    with torch.no_grad():
+        backend.forward(backend.plan(rows), backend.new_cache(BATCH, plan.data.max_length))
+
+
+def windows_of(plan: Recipe, vocab: int, step: int) -> list[Document]:
+    """A batch of full windows, of any tokens."""
+    length, batch = plan.data.max_length, []
+    for number in range(plan.train.batch_size):
+        tokens = np.random.default_rng([step, number]).integers(1, vocab, length).tolist()
+        batch.append(Document(f"{step}.{number}", tuple(tokens), (True,) * length))
+    return batch
+
+
+def _text(plan: Recipe) -> int:
+    """Bytes of the windows held for shuffling and of the batch, all full."""
+    tokens = tuple(range(1 << 20, (1 << 20) + plan.data.max_length))
+    window = sum(map(sys.getsizeof, tokens)) + 2 * sys.getsizeof(tokens)
+    return window * (SHUFFLE_BUFFER + plan.train.batch_size * plan.train.accumulation)
+
+
+def _parameters(attached: Attached) -> Parameters:
+    heads = attached.heads
+    named = dict(heads.named_parameters())
+    markov = count(p for name, p in named.items() if name.startswith("markov"))
+    confidence = count(p for name, p in named.items() if name.startswith("confidence"))
+    lora = count(attached.lora_parameters())
+    modules = Counter(n.rsplit(".", 1)[-1] for n, m in attached.peft_model.named_modules() if hasattr(m, "lora_A"))
+    base = count(base_parameters(attached))
+    return Parameters(base, lora, count([heads.mask_vector]), markov, confidence, dict(sorted(modules.items())))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)

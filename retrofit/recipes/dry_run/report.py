@@ -1,0 +1,410 @@
+"""`retrofit convert --dry-run`: what a conversion would take, before anything is downloaded or written.
+
+Parameters and memory come from a rehearsal (`estimate.py`), time from a few steps on this machine where the weights
+are here.  Nothing is written.
+Not here: what the commands print it with (`convert_command.py`), reading all the text, which `retrofit data validate`
+does, and probes while training, whose K/V cache of a few prompts is far less than a step takes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from retrofit.errors import ResourceError, out_of_memory
+from retrofit.hub import EMBEDDED, check_device, load_config
+from retrofit.recipes.convert import MEASURED
+from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
+from retrofit.recipes.dry_run.fit import changed, short, suggestions
+from retrofit.recipes.schema import Data, Recipe
+from retrofit.recipes.text.documents import FILE_SUFFIXES, HUB_ID, documents
+from retrofit.recipes.text.faults import Skipped
+from retrofit.recipes.text.regenerate import cache_folder
+from retrofit.recipes.training.checkpoint import KEPT
+from retrofit.recipes.training.measure import held_out_acceptance
+from retrofit.recipes.training.order import SHUFFLE_BUFFER
+from retrofit.recipes.training.prepare import attached_to, open_base, resolve
+from retrofit.recipes.training.step import Trainer
+from retrofit.weight_files import stored_dtype, weights_here
+
+PROBE_SECONDS = 20.0
+"""A probe step that would take longer is run on one window of the batch."""
+PROBE_STEPS = 2
+SHOWN = 4
+"""Parts of a phase's memory that its line names."""
+RESPONSE_BYTES = 8
+"""Of a token in the file of regenerated responses, about."""
+
+Say = Callable[[str], None]
+
+
+def dry_run(
+    plan: Recipe,
+    out: Path,
+    *,
+    device: str = "cpu",
+    limit: int | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    skip_bad: bool = False,
+    say: Say = lambda message: None,
+) -> dict[str, Any]:
+    """What a conversion would take, as plain data; sizes in bytes, times in seconds.
+
+    limit: bytes it has to fit into.  Raises what `convert` would raise of the model, the recipe and text that is here;
+    a GPU that is not here is planned for all the same.
+    """
+    plan = resolve(None, plan)
+    missing = _missing(device)
+    python = resident()
+    name, revision = plan.base.model, plan.base.revision
+    config, folder = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
+    files = weights_here(folder)
+    around = surroundings(config, folder, trust_remote_code)
+    say("looking at the text")
+    text = _text(plan, config, folder, trust_remote_code, skip_bad)
+    say("estimating memory")
+    found = estimate(plan, config, device, around)
+    report = {
+        "model": name,
+        "device": device,
+        "weights_here": bool(files),
+        "text": text,
+        "parameters": _parameters(found),
+        "memory": _memory(found, python),
+        "disk": _disk(plan, found, config, out, files, folder),
+    }
+    if limit is not None:
+        say(f"looking for what fits into {short(limit)}")
+        report["fit"] = _fit(plan, config, device, around, found, limit, python)
+    if missing or not files:
+        report["time"] = {"not_measured": missing or "the weights are not here"}
+    else:
+        report["time"] = _time(plan, config, device, around, found, offline, trust_remote_code, say)
+    return report
+
+
+def _missing(device: str) -> str | None:
+    """Why nothing can be measured on this device here.  Raises UsageError for one that does not exist by name."""
+    try:
+        check_device(device)
+    except ResourceError:
+        return "no GPU here" if not torch.cuda.is_available() else f"no {device} here"
+    return None
+
+
+def _text(
+    plan: Recipe, config: PreTrainedConfig, folder: Path, trust_remote_code: bool, skip_bad: bool
+) -> dict[str, str]:
+    """By source `ok`, or why it was not looked at.  Raises what `convert` raises of rows and the first document."""
+    data, found = plan.data, {}
+    parts = [data] if isinstance(data.source, str) else [_alone(data, one) for one in data.source]
+    tokenizer = None
+    with suppress(Exception):  # a folder with a configuration only
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    for part in parts:
+        name = str(part.source)
+        path = Path(name).expanduser()
+        is_hub = not path.exists() and path.suffix not in FILE_SUFFIXES and HUB_ID.fullmatch(name)
+        tables = path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
+        if name != "stdlib" and (is_hub or (tables and path.exists())):
+            found[name] = "not checked: " + ("on the Hub" if is_hub else "Parquet is read through a cache")
+        elif tokenizer is None:
+            found[name] = "not checked: no tokenizer here"
+        else:
+            skipped, vocab = Skipped() if skip_bad else None, int(config.get_text_config().vocab_size)
+            next(documents(part, tokenizer, part="train", seed=plan.train.seed, skipped=skipped, vocab=vocab), None)
+            found[name] = "ok"
+    return found
+
+
+def _alone(data: Data, one: Any) -> Data:
+    """A source of a mixture by itself."""
+    return data.model_copy(
+        update={"source": one.source, "split": one.split or data.split, "field": one.field or data.field}
+    )
+
+
+def surroundings(config: PreTrainedConfig, folder: Path, trust_remote_code: bool = False) -> Surroundings:
+    """What a folder tells of a model beside its configuration, with weights or without; loads the tokenizer."""
+    stored = stored_dtype(weights_here(folder)) or _declared_dtype(config)
+    return Surroundings(stored, _tokenizer(folder, trust_remote_code))
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    return _proc("/proc/self/status", "VmRSS")
+
+
+def _available(device: str) -> int:
+    """Bytes that are free for a process more; 0 where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    return _proc("/proc/meminfo", "MemAvailable")
+
+
+def _proc(path: str, key: str) -> int:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> int:
+    """Bytes the process grows by when it loads the tokenizer; 0 where there is none."""
+    before = resident()
+    try:
+        kept = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception:  # a folder with a configuration only
+        return 0
+    grown = max(0, resident() - before)
+    del kept
+    return grown
+
+
+def _declared_dtype(config: PreTrainedConfig) -> str | None:
+    declared = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return None if declared is None else str(declared).removeprefix("torch.")
+
+
+def _parameters(found: Estimate) -> dict[str, Any]:
+    counted = found.parameters
+    return {**asdict(counted), "trained": counted.trained, "share": round(counted.trained / counted.base, 6)}
+
+
+def _memory(found: Estimate, python: int) -> dict[str, Any]:
+    return {
+        "python": python,
+        "phases": {name: {"bytes": moment.total, "holds": moment.holds} for name, moment in found.phases.items()},
+        "peak": {"phase": found.fullest, "bytes": found.peak},
+    }
+
+
+def _disk(
+    plan: Recipe, found: Estimate, config: PreTrainedConfig, out: Path, files: list[Path], folder: Path
+) -> dict[str, Any]:
+    checkpoint = found.weights + found.moments + SHUFFLE_BUFFER * plan.data.max_length * PACKED_TOKEN
+    kept = KEPT if plan.train.save_every else 1
+    place = out.resolve()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    disk: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "checkpoints_kept": kept,
+        "checkpoints": (kept + 1) * checkpoint,
+        "artifact": found.weights,
+        "download": 0 if files else _download(found, config, folder),
+        "free": shutil.disk_usage(place).free,
+    }
+    if plan.data.responses == "regenerate":
+        responses = plan.train.steps * plan.train.batch_size * plan.train.accumulation
+        disk["responses_at_most"] = responses * plan.data.max_length * RESPONSE_BYTES
+        disk["responses_folder"] = str(cache_folder())
+    return disk
+
+
+def _download(found: Estimate, config: PreTrainedConfig, folder: Path) -> int:
+    """Bytes of the weights: as their index says, else by their number and type."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        total = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
+        if isinstance(total, int | float):
+            return int(total)
+    dtype = getattr(torch, _declared_dtype(config) or "float32")
+    return found.parameters.base * int(dtype.itemsize)
+
+
+def _fit(
+    plan: Recipe,
+    config: PreTrainedConfig,
+    device: str,
+    around: Surroundings,
+    found: Estimate,
+    limit: int,
+    python: int,
+) -> dict[str, Any]:
+    """On the CPU the process's own Python has to fit, too."""
+    beside = python if torch.device(device).type == "cpu" else 0
+    fit: dict[str, Any] = {"limit": limit, "needs": found.peak + beside, "fits": found.peak + beside <= limit}
+    if not fit["fits"]:
+        fitting, least = suggestions(plan, limit, lambda other: estimate(other, config, device, around).peak + beside)
+        fit["suggestions"] = [{"overrides": list(one.overrides), "needs": one.peak} for one in fitting]
+        fit["least"] = {"overrides": list(least.overrides), "needs": least.peak}
+        fit["base"] = found.base
+    return fit
+
+
+def _time(
+    plan: Recipe,
+    config: PreTrainedConfig,
+    device: str,
+    around: Surroundings,
+    found: Estimate,
+    offline: bool,
+    trust_remote_code: bool,
+    say: Say,
+) -> dict[str, Any]:
+    free, batch = _available(device), plan.train.batch_size
+    if 0 < free < found.peak:
+        one = changed(plan, {"train.batch_size": 1})
+        if batch == 1 or estimate(one, config, device, around).peak > free:
+            return {"not_measured": f"it does not fit: {short(free)} are free"}
+        batch = 1
+    say("measuring a few steps")
+    try:
+        base = open_base(None, plan, device, offline, trust_remote_code, need_tokenizer=False)
+        attached, backend = attached_to(base, plan)
+        trainer = Trainer(attached, backend, plan)
+        full = windows_of(plan, backend.head.vocab, 0)[:batch]
+
+        def step(count: int) -> tuple[float, float, int]:
+            """Seconds of forwards and backwards, and of the update; draft rows."""
+            begin = _now(device)
+            result = trainer.gradients([[(document, trainer.steps_done) for document in full[:count]]])
+            middle = _now(device)
+            trainer.update()
+            return middle - begin, _now(device) - middle, result.draft_rows
+
+        first = step(1)  # also warms up, and is not counted
+        count = batch if first[0] * batch <= PROBE_SECONDS else 1
+        measured = [step(count) for _ in range(PROBE_STEPS)]
+        begin = _now(device)
+        held_out = min(MEASURED, plan.data.held_out)
+        if held_out:
+            held_out_acceptance(backend, attached, full[:1], plan.train.anchors, plan.train.seed)
+        ending = (_now(device) - begin) * held_out
+        backend.close()
+    except Exception as error:
+        if out_of_memory(error) is None:
+            raise
+        return {"not_measured": "it does not fit into the memory that is free"}
+    passes = sum(one[0] for one in measured) / PROBE_STEPS
+    update = sum(one[1] for one in measured) / PROBE_STEPS
+    a_step = passes * plan.train.batch_size / count * plan.train.accumulation + update
+    return {
+        "step": round(a_step, 4),
+        "draft_rows_per_second": round(sum(one[2] for one in measured) / PROBE_STEPS / passes, 1),
+        "training": round(a_step * plan.train.steps, 1),
+        "measuring": round(ending, 1),
+        "total": round(a_step * plan.train.steps + ending, 1),
+        "probe": {"steps": PROBE_STEPS, "windows": count, "of": plan.train.batch_size},
+    }
+
+
+def _now(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def table(report: dict[str, Any], plan: Recipe) -> str:
+    """`dry_run` for people."""
+    parts = [
+        ["text", *_columns([(name, state, "") for name, state in report["text"].items()])],
+        ["parameters", *_parameter_lines(report["parameters"])],
+        ["memory", *_memory_lines(report["memory"], report["device"])],
+        ["disk", *_disk_lines(report["disk"], report["model"])],
+        ["time", *_time_lines(report["time"], plan)],
+    ]
+    if "fit" in report:
+        parts.append([f"fit {short(report['fit']['limit'])}", *_fit_lines(report["fit"])])
+    return "\n".join(line if not n else f"  {line}" for part in parts for n, line in enumerate(part))
+
+
+def _columns(rows: list[tuple[str, str, str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+
+
+def _parameter_lines(counted: dict[str, Any]) -> list[str]:
+    modules = ", ".join(f"{count} {name}" for name, count in counted["modules"].items())
+    names = {"base": "base", "lora": "LoRA", "mask_vector": "mask vector", "markov_head": "Markov head"}
+    names |= {"confidence_head": "confidence head", "trained": "trained"}
+    notes = {"lora": f"on {modules}", "trained": f"{counted['share']:.2%} of the base"}
+    return _columns([(label, f"{counted[key]:,}", notes.get(key, "")) for key, label in names.items()])
+
+
+def _memory_lines(memory: dict[str, Any], device: str) -> list[str]:
+    peak = memory["peak"]
+    rows = []
+    for name, phase in memory["phases"].items():
+        rows.append((name, short(phase["bytes"]), _holds(phase, SHOWN)))
+    beyond = (
+        f"Python and its imports, {short(memory['python'])} more" if device == "cpu" else "what other programs hold"
+    )
+    compared = "" if device == "cpu" else "; estimates for GPUs have not been compared with one"
+    return [
+        f"beyond {beyond}; all windows full{compared}",
+        *_columns(rows),
+        f"peak {short(peak['bytes'])} ({peak['bytes']:,} bytes), {peak['phase']}:",
+        f"  {_holds(memory['phases'][peak['phase']], 99)}",
+    ]
+
+
+def _holds(phase: dict[str, Any], most: int) -> str:
+    """The largest parts of what a phase holds."""
+    held = sorted(phase["holds"].items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {short(size)}" for kind, size in held[:most] if size >= phase["bytes"] / 1000)
+
+
+def _disk_lines(disk: dict[str, Any], model: str) -> list[str]:
+    kept = disk["checkpoints_kept"]
+    rows = [
+        (
+            "checkpoints",
+            short(disk["checkpoints"]),
+            f"{short(disk['checkpoint'])} each, {kept} kept, one being written",
+        ),
+        ("artifact", short(disk["artifact"]), ""),
+    ]
+    if "responses_at_most" in disk:
+        rows.append(("responses", short(disk["responses_at_most"]), f"at most, in {disk['responses_folder']}"))
+    if disk["download"]:
+        rows.append(("download", short(disk["download"]), model))
+    elif model == EMBEDDED:
+        rows.append(("download", "none", "the base ships with retrofit"))
+    return _columns([*rows, ("free", short(disk["free"]), "where the artifact goes")])
+
+
+def _time_lines(measured: dict[str, Any], plan: Recipe) -> list[str]:
+    if "not_measured" in measured:
+        return [f"not measured: {measured['not_measured']}"]
+    probe = measured["probe"]
+    scaled = "" if probe["windows"] == probe["of"] else f" on {probe['windows']} of {probe['of']} windows, scaled"
+    responses = ", without the time to write responses" if plan.data.responses == "regenerate" else ""
+    return _columns(
+        [
+            ("step", f"{measured['step']:.3g} s", f"measured in {probe['steps']} steps{scaled}"),
+            ("draft rows", f"{measured['draft_rows_per_second']:,.0f}/s", ""),
+            ("training", lasting(measured["training"]), f"{plan.train.steps:,} steps"),
+            ("measuring at the end", lasting(measured["measuring"]), ""),
+            ("total", lasting(measured["total"]), f"without reading text and writing checkpoints{responses}"),
+        ]
+    )
+
+
+def _fit_lines(fit: dict[str, Any]) -> list[str]:
+    if fit["fits"]:
+        return [f"it fits: {short(fit['needs'])} are needed"]
+    lines = [f"it does not fit: {short(fit['needs'])} are needed"]
+    for one in fit["suggestions"]:
+        lines.append(f"{' '.join(one['overrides'])}  needs {short(one['needs'])}")
+    return lines
+
+
+def lasting(seconds: float) -> str:
+    """`1 h 12 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

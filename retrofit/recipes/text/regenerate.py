@@ -1,0 +1,314 @@
+"""Let the base write the responses itself: drafts are judged against the base, so its own text trains them best.
+
+The prompt of a document is what stands before its first response token; plain text keeps a random first part.  In a
+conversation the base answers turn by turn, each time to the turns so far with its own answers in them:
+
+    document    u1 u1 a1 a1 a1 END | u2 u2 a2 a2 END
+    asked       u1 u1 ..             -> b1 b1 END      answered as the template ends a turn, so the next one follows
+    asked       u1 u1 b1 b1 END u2 u2 .. -> b2 b2 b2   cut by the limit: the document ends here
+
+Responses are the same in every epoch, and kept on disk: a run that was interrupted, or is done again with other
+settings of training, finds them there.
+Not here: what of it is trained on, which is as with any other text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from retrofit.adapters.attach import Attached
+from retrofit.artifact.files import room
+from retrofit.errors import ResourceError, TrainingError
+from retrofit.recipes.processes import Processes
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.text.sources import stable_hash
+from retrofit.recipes.training.blocks import document_rng
+from retrofit.runtime.engine import Engine
+
+BATCH = 64
+"""Requests that run together; where one ends, the next takes its place."""
+CHUNK = 256
+"""Documents that are asked for at once."""
+SHORTEST_PROMPT = 8
+FORMAT = 1
+SAMPLED = 64
+"""Values of each tensor that identify the base."""
+
+
+class _Job(NamedTuple):
+    """One response to write: `limit` tokens at most, as many as the document had."""
+
+    prompt: tuple[int, ...]
+    limit: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:32]
+
+
+def regenerate(
+    documents: Iterable[Document],
+    engine: Engine,
+    temperature: float,
+    seed: int,
+    max_length: int,
+    cache: ResponseCache | None = None,
+    quiet: bool = True,
+    processes: Processes | None = None,
+) -> Iterator[Document]:
+    """Each document with its responses written anew by `ar` at `temperature`, ids unchanged, no longer than it was.
+
+    Left out are documents whose prompt is empty, or as long as the window.  Several processes divide the responses
+    among them; the cache is the main one's.  Raises ResourceError where the cache cannot be written, TrainingError
+    where the processes read different text.
+    """
+    source = iter(documents)
+    while chunk := list(islice(source, CHUNK)):
+        texts = [_Rewritten(document, seed, max_length) for document in chunk]
+        texts = [text for text in texts if text.waits()]
+        waiting = texts
+        while waiting:
+            written = _written([text.job() for text in waiting], engine, temperature, cache, quiet, processes)
+            for text, response in zip(waiting, written, strict=True):
+                text.take(response)
+            waiting = [text for text in waiting if text.waits()]
+        for text in texts:
+            yield replace(text.document, tokens=tuple(text.tokens), response=tuple(text.flags))
+
+
+class _Rewritten:
+    """A document as far as it is written: up to where the next response has to come."""
+
+    def __init__(self, document: Document, seed: int, max_length: int):
+        self.document, self._seed = document, seed
+        self._length = min(len(document.tokens), max_length)
+        self._turns = _turns(document, prompt_length(document, seed))
+        """What is left to answer: where each response of the document begins and ends."""
+        self._answered = 0
+        self.tokens: list[int] = list(document.tokens[: self._turns[0][0]]) if self._turns else []
+        self.flags = [False] * len(self.tokens)
+
+    def waits(self) -> bool:
+        """Whether a response can be asked for: there is a prompt, a turn to answer, and room."""
+        return bool(self._turns) and 0 < len(self.tokens) < self._length
+
+    def job(self) -> _Job:
+        turn = f" turn {self._answered}" if self._answered else ""
+        draw = stable_hash(f"{self._seed} {self.document.id}{turn}") % (1 << 31)
+        return _Job(tuple(self.tokens), self._length - len(self.tokens), draw)
+
+    def take(self, response: list[int]) -> None:
+        """Add a response, and the text up to the next one where this one ended as the document's own did."""
+        _, end = self._turns.pop(0)
+        self._answered += 1
+        self.tokens += response
+        self.flags += [True] * len(response)
+        if not self._turns or response[-1:] != [self.document.tokens[end - 1]]:
+            self._turns = []
+            return
+        between = self.document.tokens[end : self._turns[0][0]]
+        if len(self.tokens) + len(between) >= self._length:  # no room to answer, and nothing to learn from the rest
+            self._turns = []
+            return
+        self.tokens += between
+        self.flags += [False] * len(between)
+
+
+def _turns(document: Document, prompt: int) -> list[tuple[int, int]]:
+    """Where the document's responses begin and end, those after the first `prompt` tokens."""
+    edges = np.flatnonzero(np.diff(np.asarray([False, *document.response, False], dtype=np.int8)))
+    runs = [(max(int(first), prompt), int(last)) for first, last in edges.reshape(-1, 2)]
+    return [(first, last) for first, last in runs if first < last]
+
+
+def _written(
+    jobs: list[_Job],
+    engine: Engine,
+    temperature: float,
+    cache: ResponseCache | None,
+    quiet: bool,
+    processes: Processes | None,
+) -> list[list[int]]:
+    """Responses in the order of the jobs, from the cache where it has them; new ones go there one by one."""
+    done = {number: found for number, job in enumerate(jobs) if cache and (found := cache.get(job.key)) is not None}
+    if processes is not None:
+        told = processes.together("responses", ([job.key for job in jobs], done))
+        if any(keys != told[0][0] for keys, _ in told):
+            hint = "let data.source be the same files for all of them"
+            raise TrainingError("the processes read different text", hint)
+        done = told[0][1]
+    # The longest begin first, so that none is left running alone at the end.
+    missing = sorted((n for n in range(len(jobs)) if n not in done), key=lambda n: -jobs[n].limit)
+    if not missing:
+        return [done[number] for number in range(len(jobs))]
+    mine = missing if processes is None else missing[processes.rank :: processes.size]
+    for number, tokens in _generated(mine, jobs, engine, temperature, quiet, len(done)):
+        done[number] = tokens
+        if cache is not None:
+            cache.put(jobs[number].key, tokens)
+    if processes is not None:
+        for rank, theirs in enumerate(processes.together("generated", {n: done[n] for n in mine})):
+            done |= theirs
+            if cache is not None and rank != processes.rank:
+                for number, tokens in theirs.items():
+                    cache.put(jobs[number].key, tokens)
+    return [done[number] for number in range(len(jobs))]
+
+
+def _generated(
+    numbers: list[int], jobs: list[_Job], engine: Engine, temperature: float, quiet: bool, known: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Responses as they are finished."""
+    if not numbers:
+        return
+    events = engine.stream(
+        [list(jobs[n].prompt) for n in numbers],
+        mode="ar",
+        temperature=temperature,
+        max_new_tokens=[jobs[n].limit for n in numbers],
+        seed=[jobs[n].seed for n in numbers],
+        batch_size=BATCH,
+        original_settings=False,  # the drafter learns the model's own distribution
+        with_text=False,
+    )
+    with tqdm(
+        total=known + len(numbers), initial=known, desc="regenerating", unit="response", disable=quiet, leave=False,
+        file=sys.stderr, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        for event in events:
+            if event.result is not None:
+                yield numbers[event.index], event.result.tokens
+                bar.update()
+
+
+def prompt_length(document: Document, seed: int) -> int:
+    """Tokens before the first response token; of plain text a random part up to one half."""
+    first = int(np.argmax(document.response)) if any(document.response) else 0
+    half = len(document.tokens) // 2
+    if first or half <= SHORTEST_PROMPT:
+        return first or half
+    return int(document_rng(seed, 0, document.id).integers(SHORTEST_PROMPT, half))
+
+
+class ResponseCache:
+    """Responses on disk, one JSON line each, in a file of the base and the sampling settings.
+
+    Only places are held in memory.  A line cut short by an interruption is passed over.  Several processes may add to
+    one file.
+    """
+
+    def __init__(self, base: str, temperature: float, eos: Iterable[int] = (), folder: Path | None = None):
+        """base: what tells the base's weights from others', as `weights_key`.  Raises ResourceError."""
+        settings = json.dumps([FORMAT, base, temperature, sorted(eos)])
+        name = hashlib.sha256(settings.encode()).hexdigest()[:32]
+        self.path = (folder or cache_folder()) / "responses" / f"{name}.jsonl"
+        self._places: dict[str, int] = {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b", buffering=0)
+            end = self._index()
+            if end:  # an interrupted write: what is added must not go on in its line
+                self._append(b"\n")
+        except OSError as error:
+            raise _refusal(self.path, error) from None
+
+    def _index(self) -> bytes:
+        """Find the places; returns what follows the last line end."""
+        offset = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return line
+                if (found := _entry(line)) is not None:
+                    self._places[found[0]] = offset
+                offset += len(line)
+        return b""
+
+    def get(self, key: str) -> list[int] | None:
+        """The response, None where there is none."""
+        if key not in self._places:
+            return None
+        with self.path.open("rb") as file:
+            file.seek(self._places[key])
+            found = _entry(file.readline())
+        return found[1] if found is not None and found[0] == key else None
+
+    def put(self, key: str, tokens: list[int]) -> None:
+        """Add a response.  Raises ResourceError: disk full, folder not writable."""
+        line = (json.dumps({"key": key, "tokens": tokens}) + "\n").encode()
+        try:
+            self._places[key] = self._append(line)
+        except OSError as error:
+            raise _refusal(self.path, error, len(line)) from None
+
+    def _append(self, line: bytes) -> int:
+        written = self._file.write(line)
+        if written != len(line):
+            raise OSError(0, f"only {written} of {len(line)} bytes could be written")
+        return self._file.tell() - len(line)
+
+
+def _refusal(path: Path, error: OSError, size: int = 0) -> ResourceError:
+    wanted = f"cannot write {size:,} bytes{room(path)}: " if size else ""
+    return ResourceError(
+        f"{path}: regenerated responses cannot be kept there: {wanted}{error.strerror}",
+        "make room, or set RETROFIT_CACHE to a folder that can be written",
+    )
+
+
+def check_cache() -> None:
+    """Raises ResourceError where responses could not be kept: to find out before a base is loaded, not after."""
+    folder = cache_folder() / "responses"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")
+    except OSError as error:
+        raise _refusal(folder, error) from None
+
+
+def _entry(line: bytes) -> tuple[str, list[int]] | None:
+    """(key, tokens) of a line; None for one that is damaged."""
+    try:
+        entry = json.loads(line)
+        return str(entry["key"]), [int(token) for token in entry["tokens"]]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def cache_folder() -> Path:
+    """`RETROFIT_CACHE`, else `retrofit` in the user's cache folder."""
+    given = os.environ.get("RETROFIT_CACHE")
+    if given:
+        return Path(given).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrofit"
+    except RuntimeError as error:  # this user has no home
+        raise ResourceError("there is no home folder to keep responses in", "set RETROFIT_CACHE to a folder") from error
+
+
+@torch.no_grad()
+def weights_key(attached: Attached) -> str:
+    """What tells one base from another, live ones too: shape, type and evenly spaced values of every tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in attached.peft_model.named_parameters():
+        if "lora_" not in name:
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED)]
+            digest.update(
+                f"{tuple(parameter.shape)} {parameter.dtype}".encode() + values.float().cpu().numpy().tobytes()
+            )
+    return digest.hexdigest()

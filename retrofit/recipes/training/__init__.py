@@ -1,0 +1,1 @@
+"""Training: from documents to blocks, the joint objective, steps, checkpoints."""

@@ -1,0 +1,136 @@
+"""Measure a trained drafter: acceptance on held-out documents, confidence temperatures, and a probe by real decoding.
+
+Not here: reports and comparisons with the original (`retrofit.eval`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrofit.adapters.attach import Attached
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training.blocks import BlockBatch, add_sequence, choose_anchors, document_rng, eligible_anchors
+from retrofit.recipes.training.objective import total_variation
+from retrofit.recipes.training.step import clean_forward
+from retrofit.runtime.backends.hf.backend import HFBackend
+from retrofit.runtime.rules.sampling import gumbel_noise
+
+TEMPERATURES = torch.logspace(-1, 1, 81)
+"""Candidates for the confidence head's temperature per slot."""
+BLOCKS_AT_ONCE = 16
+RANKS = 16
+"""Candidates per slot whose chances are kept."""
+TREE_TEMPERATURE = 0.8
+
+
+@dataclass
+class HeldOut:
+    """Held-out blocks: confidence logits [N, D, 2], greedy hit and 1 - TV [N, D, 2], eligible [N, D]."""
+
+    confidence: Tensor | None
+    accepted: Tensor
+    ranks: Tensor
+    """[N, D, 2] rank of the target among the drafter's candidates: greedy, and at T = 0.8 with coupled noise."""
+    eligible: Tensor
+
+    def conditional(self) -> dict[str, list[float]]:
+        """Chance that slot i is accepted given a true prefix, teacher-forced: greedy, and sampled (1 - TV)."""
+        count = self.eligible.sum(0).clamp(min=1)
+        mean = (self.accepted * self.eligible[..., None]).sum(0) / count[:, None]
+        return {"greedy": _rounded(mean[:, 0]), "sampled": _rounded(mean[:, 1])}
+
+    def rank_chances(self) -> dict[str, list[list[float]]]:
+        """Per slot the chance that the target is the candidate of rank 0, 1, .. RANKS - 1; shapes draft trees."""
+        chances: dict[str, list[list[float]]] = {}
+        for kind, name in enumerate(("greedy", "sampled")):
+            chances[name] = []
+            for slot in range(self.eligible.shape[1]):
+                ranks = self.ranks[self.eligible[:, slot], slot, kind]
+                counts = torch.bincount(ranks.clamp(max=RANKS), minlength=RANKS + 1)[:RANKS]
+                chances[name].append(_rounded(counts / max(1, len(ranks))))
+        return chances
+
+
+@torch.no_grad()
+def held_out_acceptance(
+    backend: HFBackend, attached: Attached, documents: Sequence[Document], anchors: int, seed: int
+) -> HeldOut:
+    """Draft all-masked blocks on held-out documents and hold them against the base's own distribution."""
+    heads, layout = attached.heads, attached.layout
+    confidence, accepted, ranks, eligible = [], [], [], []
+    for document in documents:
+        candidates = eligible_anchors(document.response)
+        if not len(candidates):
+            continue
+        rng = document_rng(seed, 0, document.id)
+        group = BlockBatch(layout, heads.unknown)
+        chosen = choose_anchors(candidates, anchors, rng).tolist()
+        add_sequence(group, document.tokens, document.response, chosen, 0, rng, heads.vocab, False)
+        if not len(group):
+            continue
+        cache, clean_hidden = clean_forward(backend, [document])
+        hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
+        part = group.tensors(hidden.device)
+        drafting = hidden[:, layout.first_drafting_row :]
+        for i in range(0, len(group), BLOCKS_AT_ONCE):
+            here = slice(i, i + BLOCKS_AT_ONCE)
+            h, previous = drafting[here].flatten(0, 1), part["previous"][here].flatten()
+            source = part["source"][here].flatten()
+            base_logits = backend.head(clean_hidden[source]).float()
+            draft_logits = heads.draft_logits(backend.head(h), previous)
+            ranks.append(_candidate_ranks(base_logits, draft_logits, source, seed).view(-1, layout.drafts, 2))
+            p, q = torch.softmax(base_logits, -1), torch.softmax(draft_logits, -1)
+            hit = (p.argmax(-1) == q.argmax(-1)).float()
+            accepted.append(torch.stack([hit, 1 - total_variation(p, q)], -1).view(-1, layout.drafts, 2))
+            logits = heads.confidence_logits(h, previous)
+            if logits is not None:
+                confidence.append(logits.view(-1, layout.drafts, 2))
+        eligible.append(part["eligible"])
+    if not accepted:
+        empty = torch.zeros(0, layout.drafts)
+        none = torch.zeros(0, layout.drafts, 2)
+        return HeldOut(None, none, none.long(), empty.bool())
+    return HeldOut(
+        torch.cat(confidence).cpu() if confidence else None,
+        torch.cat(accepted).cpu(),
+        torch.cat(ranks).cpu(),
+        torch.cat(eligible).cpu(),
+    )
+
+
+def _candidate_ranks(base_NV: Tensor, draft_NV: Tensor, positions_N: Tensor, seed: int) -> Tensor:
+    """[N, 2] how many candidates the drafter puts before the base's own token: greedy, and sampled as decoding does."""
+    noise = gumbel_noise(torch.full_like(positions_N, seed), positions_N, base_NV.shape[1])
+    ranks = []
+    for base, draft in (
+        (base_NV, draft_NV),
+        (base_NV / TREE_TEMPERATURE + noise, draft_NV / TREE_TEMPERATURE + noise),
+    ):
+        target = base.argmax(-1, keepdim=True)
+        ranks.append((draft > draft.gather(-1, target)).sum(-1))
+    return torch.stack(ranks, -1)
+
+
+def calibrate_confidence(attached: Attached, held_out: HeldOut) -> None:
+    """Set the confidence head's temperature of each slot and kind to the candidate with the least BCE."""
+    if held_out.confidence is None or not len(held_out.eligible):
+        return
+    temperature = attached.heads.confidence_temperature
+    for slot in range(attached.layout.drafts):
+        live = held_out.eligible[:, slot]
+        for kind in range(2):
+            logits, want = held_out.confidence[live, slot, kind], held_out.accepted[live, slot, kind]
+            if not len(logits):
+                continue
+            scaled = logits[None] / TEMPERATURES[:, None]
+            losses = F.binary_cross_entropy_with_logits(scaled, want.expand_as(scaled), reduction="none").mean(1)
+            temperature[kind, slot] = TEMPERATURES[losses.argmin()]
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(float(v), 4) for v in values]

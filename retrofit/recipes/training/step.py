@@ -1,0 +1,283 @@
+"""Train the adapter: one clean forward without gradient per batch, many draft blocks on it.
+
+    clean forward (base rows, no gradient)  ->  K/V of every layer, and the teacher's hidden states
+    draft rows of three groups, each forward + backward over the same K/V:
+        uniform anchors -> L_draft, L_conf     their misses become
+        missed anchors  -> L_draft, L_conf
+        masked blocks   -> L_diff
+
+A batch is packed: its documents run end to end in one forward, without padding, each a sequence of its own whose
+positions begin at 0 and whose rows see nothing of the others; so how they are grouped changes no loss and no gradient.
+Each term keeps gradient buffers of its own until its global denominator is known, so accumulation is exact.
+Not here: which documents come (`order.py`), the loop over steps and its checkpoints (`session.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retrofit.adapters.attach import Attached
+from retrofit.adapters.rows import SequenceRows
+from retrofit.errors import UsageError
+from retrofit.recipes.processes import Processes
+from retrofit.recipes.schema import Recipe
+from retrofit.recipes.text.documents import Document
+from retrofit.recipes.training.blocks import (
+    BlockBatch,
+    add_sequence,
+    choose_anchors,
+    document_rng,
+    eligible_anchors,
+    missed_anchors,
+    shares,
+)
+from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_diffusion, backward_draft
+from retrofit.recipes.training.shares import Shares
+from retrofit.runtime.backends.hf.backend import HFBackend
+from retrofit.runtime.backends.hf.cache import KVCache
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter."""
+
+
+@dataclass
+class StepResult:
+    """One optimizer step: loss parts, norm of the gradient, per-slot acceptance, and how many rows it ran."""
+
+    loss: dict[str, float]
+    gradient_norm: float
+    sums: Sums
+    clean_rows: int
+    draft_rows: int
+    anchors: list[dict[str, list[int]]]
+    """Of each document, in order: what its blocks of each kind hung on."""
+    seconds_clean: float | None = None
+    """What its clean forwards took, here; unknown where asking would mean to wait for the device."""
+
+
+class Trainer:
+    """Holds the optimizer.  `gradients(batches)`, then `update()`, are one optimizer step.
+
+    Between two steps, and until `update` is called, all that the training has learned is in `state()`.
+    """
+
+    def __init__(self, attached: Attached, backend: HFBackend, recipe: Recipe, processes: Processes | None = None):
+        self.attached, self.backend, self.recipe, self.processes = attached, backend, recipe, processes
+        named = [*attached.peft_model.named_parameters(), *attached.heads.named_parameters(prefix="heads")]
+        names = {id(p): name for name, p in named}
+        self.trained = [p for p in attached.parameters() if p.requires_grad]
+        self.names = [names[id(p)] for p in self.trained]
+        confidence = {
+            id(attached.heads.confidence_weight),
+            id(getattr(attached.heads, "confidence_bias", None)),
+        }
+        self.is_confidence = [id(p) in confidence for p in self.trained]
+        # Vectors and head tables are not matrices acting on activations: no weight decay anywhere, plain AdamW.
+        self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.train.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.steps_done = 0
+        self._seconds_clean = 0.0
+
+    def step(self, batches: list[list[tuple[Document, int]]]) -> StepResult:
+        """One optimizer step, whatever the loss is."""
+        result = self.gradients(batches)
+        self.update()
+        return result
+
+    def gradients(self, batches: list[list[tuple[Document, int]]]) -> StepResult:
+        """Loss and clipped gradients of the next step over its accumulation batches of (document, epoch).
+
+        In several processes each computes its share of every batch, and all get the result of all.
+        """
+        shares = None
+        if self.processes is not None:
+            shares = Shares(batches, self.processes, self.recipe.train.anchors * self.attached.layout.block)
+            batches = shares.mine()
+        sums, self._seconds_clean = Sums(), 0.0
+        draft_gradients = [torch.zeros_like(p) for p in self.trained]
+        diff_gradients = [torch.zeros_like(p) for p in self.trained]
+        clean_rows = draft_rows = 0
+        anchors: list[dict[str, list[int]]] = []
+        for batch in batches:
+            rows = self._accumulate(batch, sums, draft_gradients, diff_gradients, anchors)
+            clean_rows, draft_rows = clean_rows + rows[0], draft_rows + rows[1]
+        if shares is not None:
+            anchors = shares.agree(self.trained, anchors)
+            both, drafts = [*draft_gradients, *diff_gradients], self.attached.layout.drafts
+            clean_rows, draft_rows = shares.add_up(sums, drafts, (clean_rows, draft_rows), both)
+        self._set_gradients(sums, draft_gradients, diff_gradients)
+        norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip))
+        objective = self.recipe.objective
+        loss = sums.loss(objective.alpha, objective.beta, objective.gamma)
+        seconds = self._seconds_clean if self.backend.device.type == "cpu" else None
+        return StepResult(loss, norm, sums, clean_rows, draft_rows, anchors, seconds)
+
+    def update(self) -> None:
+        """Move the weights by the gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.steps_done)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Trained weights, and the optimizer's moments under `KIND/NAME`; not copied."""
+        moments = {
+            f"{kind}/{name}": self.optimizer.state[p][kind]
+            for name, p in zip(self.names, self.trained, strict=True)
+            for kind in MOMENTS
+        }
+        return {"weights": {n: p.detach() for n, p in zip(self.names, self.trained, strict=True)}, "optimizer": moments}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], steps_done: int) -> None:
+        """Raises UsageError when the tensors are not those of this adapter."""
+        weights, moments = state["weights"], state["optimizer"]
+        shapes = {name: tuple(p.shape) for name, p in zip(self.names, self.trained, strict=True)}
+        found = {name: tuple(t.shape) for name, t in weights.items()}
+        if shapes != found or len(moments) != len(MOMENTS) * len(found):
+            wrong = sorted(set(shapes.items()) ^ set(found.items()))
+            what = f"tensor {wrong[0][0]}" if wrong else "the optimizer's state"
+            raise UsageError(f"the checkpoint does not fit this adapter: {what}", "start anew with --restart")
+        with torch.no_grad():
+            for name, p in zip(self.names, self.trained, strict=True):
+                p.copy_(weights[name])
+        optimizer = self.optimizer.state_dict()
+        # cloned: what is read lies in a mapping of the file
+        optimizer["state"] = {
+            number: {kind: moments[f"{kind}/{name}"].clone() for kind in MOMENTS}
+            for number, name in enumerate(self.names)
+        }
+        self.optimizer.load_state_dict(optimizer)
+        self.steps_done = steps_done
+
+    def _accumulate(
+        self,
+        batch: list[tuple[Document, int]],
+        sums: Sums,
+        draft_gradients: list[Tensor],
+        diff_gradients: list[Tensor],
+        anchors: list[dict[str, list[int]]],
+    ) -> tuple[int, int]:
+        recipe, layout, backend = self.recipe, self.attached.layout, self.backend
+        documents = [document for document, _ in batch]
+        rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
+        begin = time.perf_counter()
+        cache, clean_hidden = clean_forward(backend, documents)
+        self._seconds_clean += time.perf_counter() - begin
+        teacher = Teacher(clean_hidden, backend.head, self.attached.heads.vocab, recipe.objective.draft_loss == "kl")
+        candidates = [eligible_anchors(document.response) for document in documents]
+        uniform, again, diffusion = shares(recipe.train.anchors, recipe.objective.diffusion_share, layout.block)
+        used: list[dict[str, list[int]]] = [{} for _ in documents]
+        anchors.extend(used)
+
+        def run(kind: str, count: int, wanted: list[list[int]] | None = None) -> tuple[BlockBatch, Tensor | None]:
+            masked = kind == "masked"
+            group = BlockBatch(layout, self.attached.heads.unknown)
+            first = 0
+            for s, document in enumerate(documents):
+                pool = candidates[s] if wanted is None or not wanted[s] else np.intersect1d(wanted[s], candidates[s])
+                chosen = choose_anchors(pool if len(pool) else candidates[s], count, rngs[s]).tolist()
+                used[s][kind] = chosen
+                add_sequence(
+                    group,
+                    document.tokens,
+                    document.response,
+                    chosen,
+                    first,
+                    rngs[s],
+                    self.attached.heads.vocab,
+                    masked,
+                )
+                first += len(document.tokens)
+            if not len(group):
+                return group, None
+            return group, self._group(group, cache, teacher, sums, masked)
+
+        rows = 0
+        first_group, best = run("uniform", uniform)
+        rows += len(first_group) * layout.block
+        if again and best is not None:
+            missed = missed_anchors(first_group, best.cpu().numpy(), len(documents))
+            rows += len(run("missed", again, missed)[0]) * layout.block
+        teacher.forget()
+        _take(self.trained, draft_gradients)
+        if diffusion:
+            rows += len(run("masked", diffusion)[0]) * layout.block
+            _take(self.trained, diff_gradients)
+        return int(clean_hidden.shape[0]), rows
+
+    def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
+        """Forward and backward of one group's draft rows; [B, D] argmax of q for L_draft groups."""
+        layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
+        hidden = self.backend.run_trunk(self.backend.plan(group.rows()), cache)
+        drafting = group.rectangle(hidden)[:, layout.first_drafting_row :]
+        blocks = Blocks(hidden=drafting, **group.tensors(hidden.device))
+        if masked:
+            gradient, best = backward_diffusion(blocks, self.backend.head, heads, sums), None
+        else:
+            gradient, best = backward_draft(blocks, teacher, heads, sums, objective.draft_loss, objective.slot_weights)
+        drafting.backward(gradient)
+        return best
+
+    def _set_gradients(self, sums: Sums, draft_gradients: list[Tensor], diff_gradients: list[Tensor]) -> None:
+        objective = self.recipe.objective
+        draft = objective.beta / max(sums.draft_weight, 1e-9)
+        diff = objective.alpha / max(sums.diff_count, 1)
+        confidence = objective.gamma / max(sums.conf_count, 1)
+        for p, from_draft, from_diff, is_confidence in zip(
+            self.trained, draft_gradients, diff_gradients, self.is_confidence, strict=True
+        ):
+            p.grad = from_draft * confidence if is_confidence else from_draft * draft + from_diff * diff
+
+
+def clean_forward(backend: HFBackend, documents: list[Document]) -> tuple[KVCache, Tensor]:
+    """K/V of every layer and the last hidden states [P, H] of all documents' base rows, without gradient."""
+    rows = [SequenceRows(slot=s, start=0, tokens=document.tokens) for s, document in enumerate(documents)]
+    cache = KVCache(len(documents), max(len(document.tokens) for document in documents))
+    with torch.no_grad():
+        hidden = backend.run_trunk(backend.plan(rows), cache)
+    return cache, hidden
+
+
+def _take(parameters: list[nn.Parameter], buffers: list[Tensor]) -> None:
+    """Move gradients into the buffers of the term they belong to."""
+    for p, buffer in zip(parameters, buffers, strict=True):
+        if p.grad is not None:
+            buffer += p.grad
+            p.grad = None
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then cosine or linear decay to 5 % or constant."""
+    train = recipe.train
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[train.schedule]
+    return train.lr * (0.05 + 0.95 * factor)
+
+
+def slot_report(sums: Sums) -> dict[str, list[float]]:
+    """Acceptance estimates by slot, each given that all slots before it were right: sampled (1 - TV) and greedy."""
+    if sums.accept.numel() == 0:
+        return {"sampled": [], "greedy": []}
+    counts = sums.accept[:, 2].clamp(min=1)
+    return {
+        "sampled": [round(v, 4) for v in (sums.accept[:, 0] / counts).tolist()],
+        "greedy": [round(v, 4) for v in (sums.accept[:, 1] / counts).tolist()],
+    }
+
+
+def expected_tau(accept: list[float]) -> float:
+    """1 + sum_k prod_{i<=k} a_i: tokens per verify cycle if slots were accepted at these rates."""
+    return 1.0 + float(np.cumprod(accept).sum()) if accept else 1.0

@@ -1,0 +1,1 @@
+"""Which step pays: prices measured on this machine, acceptance learnt on the way."""

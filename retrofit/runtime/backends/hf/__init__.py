@@ -1,0 +1,1 @@
+"""The model's own modules of transformers, with our attention between them."""

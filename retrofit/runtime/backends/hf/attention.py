@@ -1,0 +1,260 @@
+"""The attention function of the `hf` backend: base K/V in a cache of ours, and every row sees what the row plan says.
+
+Registered with transformers under the name `retrofit`; the plan arrives as the keyword argument `retrofit_rows`.
+
+    base rows      write K/V, read base K/V: one call; in pieces where a mask or scores of all rows would be too large
+    draft rows     read base K/V and their own block: one call; while training see `block_attention.py`, unless few
+
+Not here: what a row sees (`adapters/rows.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from retrofit.adapters.rows import RowPlan
+from retrofit.errors import UnsupportedModelError
+from retrofit.runtime.backends.hf.block_attention import Call, block_attention, tiles_of
+from retrofit.runtime.backends.hf.cache import KVCache
+from retrofit.runtime.backends.hf.exact_attention import Form, base_attention, tree_attention
+from retrofit.runtime.backends.hf.refused import refuse_call
+from retrofit.runtime.backends.sizes import size_for
+
+ATTENTION = "retrofit"
+LARGE_MASK = 1 << 22
+"""Rows times keys of one sequence from which base rows are masked in pieces."""
+LARGE_SCORES = 1 << 24
+"""Heads times rows times keys of one sequence from which soft-capped scores are made in pieces."""
+FEW_SCORES = {"cpu": 1 << 21, "cuda": 0}
+"""Up to so many scores draft rows attend by one dense call while training too: many small steps would take longer."""
+PIECE = 1 << 22
+"""Elements of a piece's mask, or of its scores, over all sequences."""
+
+
+@dataclass
+class ForwardContext:
+    """What the attention function needs; travels through the model as `retrofit_rows`."""
+
+    plan: RowPlan
+    cache: KVCache
+    form: Form | None = None
+    """How base rows attend where their bits must not depend on the rows beside them; None: as is fastest."""
+    calls: list[tuple[int, int | None]] = field(default_factory=list)
+    """(layer, sliding window) of every call."""
+
+
+class NoRowPlan(RuntimeError):
+    """The attention function was called by something other than a forward of ours."""
+
+
+def attend(
+    query_SHTD: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """softmax(scaling * q k^T [soft-capped] + mask) v for grouped queries.
+
+    query [S, Hq, T, D], key [S, Hkv, L, D], value [S, Hkv, L, Dv], mask additive [S, 1, T, L] -> [S, Hq, T, Dv].
+    """
+    groups = query_SHTD.shape[1] // key.shape[1]
+    if softcap is None and value.shape[-1] < key.shape[-1]:
+        # MLA: the fast kernels want equal widths; zero columns of V only add zero columns to the output.
+        padded = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
+        return attend(query_SHTD, key, padded, mask, causal, scaling, None)[..., : value.shape[-1]]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query_SHTD, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1
+        )
+    S, H, T, D = query_SHTD.shape
+    scores = query_SHTD.reshape(S, H // groups, groups * T, D) @ key.transpose(2, 3) * scaling
+    scores = (softcap * torch.tanh(scores / softcap)).view(S, H, T, -1)
+    if causal:
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), float("-inf"))
+    if mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_SHTD.dtype)
+    out = weights.view(S, H // groups, groups * T, -1) @ value
+    return out.view(S, H, T, -1)
+
+
+def row_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    retrofit_rows: ForwardContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function "retrofit": query [1, Hq, N, D], key/value [1, Hkv, N, .] -> [1, N, Hq, Dv].
+
+    Base rows write their K/V first and then read base K/V only; draft rows read base K/V and their own block.
+    """
+    if retrofit_rows is None:
+        raise NoRowPlan("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
+    refuse_call(module, attention_mask, kwargs)
+    context, plan, cache = retrofit_rows, retrofit_rows.plan, retrofit_rows.cache
+    layer = layer_of(module)
+    context.calls.append((layer, sliding_window))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if plan.alone and plan.base is not None:
+        return _alone(context, layer, query, key, value, sliding_window, scale, softcap)[None], None
+    if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
+        group = plan.draft
+        assert group is not None
+        scores = len(group.slots) * query.shape[1] * group.width * (group.keys + group.width)
+        if scores > size_for(FEW_SCORES, query.device):
+            return _training_rows(plan, cache.layers[layer], query, key, value, sliding_window, scale, softcap), None
+    query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
+    n, first_draft = plan.num_base, plan.first_draft
+    out: list[Tensor] = []
+    tree: list[tuple[Tensor, Tensor]] = []
+    if plan.base is not None:
+        if plan.tree:
+            cache.stage(layer, key_NHD[:n], value_NHD[:n])
+            tree = [(plan.base.rectangle(key_NHD[:n]), plan.base.rectangle(value_NHD[:n]))]
+        else:
+            cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
+        rows = plan.base.rectangle(query_NHD[:n])
+        out.append(plan.base.flatten(_base_group(context, layer, rows, tree, sliding_window, scale, softcap)))
+    if first_draft > n:
+        out.append(value_NHD.new_zeros(first_draft - n, query.shape[1], value.shape[-1]))
+    if plan.draft is not None:
+        block = (plan.draft.rectangle(key_NHD[first_draft:]), plan.draft.rectangle(value_NHD[first_draft:]))
+        k, v = _joined([cache.read(layer, plan.draft.slots, plan.draft.keys), *tree, block])
+        mask = plan.draft_mask(sliding_window, query.dtype)
+        got = attend(plan.draft.rectangle(query_NHD[first_draft:]), k, v, mask, False, scale, softcap)
+        out.append(plan.draft.flatten(got))
+    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def layer_of(module: nn.Module) -> int:
+    """Which layer's K/V this is.  Raises UnsupportedModelError."""
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
+    return int(layer)
+
+
+def _alone(
+    context: ForwardContext,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Base rows of one sequence and nothing else but filler: a rectangle as they come, [1, H, N, D] -> [N, Hq, Dv]."""
+    plan, form = context.plan, context.form
+    assert plan.base is not None
+    n, filler = plan.num_base, plan.num_rows - plan.num_base
+    if filler:
+        query, key, value = (t[:, :, :n] for t in (query, key, value))
+    slot, start = plan.base.slots[0], plan.sequences[0].start
+    if form is None:
+        k, v = context.cache.append(layer, slot, start, key, value)
+        out = _base_rows(plan, query, k, v, window, scale, softcap)
+    else:
+        k, v = context.cache.append(layer, slot, start, key, value, form.padded(start + n))
+        out = base_attention(plan, query, k, v, window, scale, softcap, form)
+    rows = out[0].transpose(0, 1)
+    return torch.cat([rows, rows.new_zeros(filler, *rows.shape[1:])]) if filler else rows
+
+
+def _base_group(
+    context: ForwardContext,
+    layer: int,
+    query: Tensor,
+    tree: list[tuple[Tensor, Tensor]],
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Base rows [S, Hq, T, D]; tree: K and V of these rows themselves, where drafts branch."""
+    plan, form = context.plan, context.form
+    assert plan.base is not None
+    slots, keys = plan.base.slots, plan.base.keys
+    if form is None:
+        k, v = _joined([context.cache.read(layer, slots, keys), *tree])
+        return _base_rows(plan, query, k, v, window, scale, softcap)
+    if tree:
+        cached = context.cache.read(layer, slots, form.padded(plan.paths.stop))
+        return tree_attention(plan, query, cached, tree[0], window, scale, softcap, form)
+    return base_attention(
+        plan, query, *context.cache.read(layer, slots, form.padded(keys)), window, scale, softcap, form
+    )
+
+
+def _base_rows(
+    plan: RowPlan, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Base rows [S, Hq, T, D] over the base keys [S, Hk, L, .]."""
+    group = plan.base
+    assert group is not None
+    S, H, T = query.shape[:3]
+    masked = (window is not None and group.last >= window) or not (group.plain_causal or T == 1)
+    scores = H * T * group.keys if softcap is not None else 0
+    if plan.tree or not (scores > LARGE_SCORES or (masked and T * group.keys > LARGE_MASK)):
+        mask, causal = plan.base_mask(window, query.dtype)
+        return attend(query, key, value, mask, causal, scale, softcap)
+    room = max(1, PIECE // (S * (H if softcap is not None else 1)))
+    rows = max(1, room // group.keys)
+    if window is not None:  # a piece reads rows + window keys
+        rows = max(rows, int((window**2 + 4 * room) ** 0.5 - window) // 2)
+    out = query.new_empty(S, H, T, value.shape[-1])
+    for first in range(0, T, rows):
+        piece = slice(first, min(first + rows, T))
+        low, high, seen = plan.base_part(window, piece.start, piece.stop)
+        mask = torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+        seen_keys = slice(low, high)
+        out[:, :, piece] = attend(
+            query[:, :, piece], key[:, :, seen_keys], value[:, :, seen_keys], mask[:, None], False, scale, softcap
+        )
+    return out
+
+
+def _training_rows(
+    plan: RowPlan,
+    layer: tuple[Tensor, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Draft rows [1, H, N, D] of which gradients are wanted -> [1, N, Hq, Dv]."""
+    rows = plan.block_rows
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    call = Call(tiles_of(rows, heads, window, plan.causal_blocks), rows.block, groups, scale, softcap)
+    if rows.gather is None:
+        out = block_attention(query[0], key[0], value[0], *layer, call)
+    else:
+        q, k, v = (t[0].index_select(1, rows.gather) for t in (query, key, value))
+        out = block_attention(q, k, v, *layer, call)[:, rows.scatter]
+    return out.transpose(0, 1)[None]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2)
+
+
+AttentionInterface.register(ATTENTION, row_attention)

@@ -1,0 +1,372 @@
+"""The `hf` backend: a model's own transformers modules, driven by row plans.
+
+All rows of a forward travel as one packed sequence [1, N]; the plan goes along as a keyword argument and arrives in the
+attention function of `attention.py`, which keeps base K/V itself (the model runs with `use_cache=False`) and lets every
+row see what the plan says.  Any decoder that calls transformers' AttentionInterface works; the others are refused by
+name.  What a forward of ours needs of the shared model (how many base rows, which attention) it sets for its own thread
+only, so a live model keeps working, also in other threads meanwhile.
+
+Not here: which rows to run, sampling, acceptance.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MethodType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from retrofit.adapters.attach import WRAPPING, Attached
+from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
+from retrofit.adapters.heads import Heads
+from retrofit.adapters.roles import trunk_of
+from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.errors import UsageError
+from retrofit.runtime.backends.context import context_length, restarts_at_boundary, rope_boundary
+from retrofit.runtime.backends.hf.answers import answering, by_thread
+from retrofit.runtime.backends.hf.attention import ATTENTION, ForwardContext
+from retrofit.runtime.backends.hf.cache import KVCache
+from retrofit.runtime.backends.hf.exact_attention import Form
+from retrofit.runtime.backends.hf.load_check import check_model
+from retrofit.runtime.backends.hf.refused import refuse_unsupported
+from retrofit.runtime.backends.interface import Output, eos_set
+from retrofit.runtime.backends.turns import Turns
+from retrofit.runtime.rules.sampling import SamplingParams, choose
+from retrofit.runtime.settings import read_settings
+
+FEW_ROWS = 128
+"""Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
+CACHE_STEP = 256
+"""The K/V cache grows in steps of so many positions."""
+GATHER_BYTES = 1 << 28
+"""Expert weights that one `batched_mm` call may gather; more rows run in several calls, with the same bits."""
+
+
+def wrap(model: PreTrainedModel, build: Callable[[], Attached]) -> tuple[Attached, HFBackend]:
+    """Attach an adapter and a backend to a model, or leave the model as it was.
+
+    Raises UnsupportedModelError, and what `build` raises: UsageError where another engine has the model.
+    """
+    refuse_unsupported(model)
+    with WRAPPING:
+        attached = build()
+        try:
+            return attached, HFBackend(model, attached.gate, attached.heads, attached.layout.causal)
+        except BaseException:
+            attached.detach()
+            raise
+
+
+class VocabHead:
+    """The model's own way from last hidden state to logits: projection, then soft-cap or scaling."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.linear: nn.Module = model.get_output_embeddings()
+        self.project = outermost(model, self.linear, beside=trunk_of(model))
+        """What holds it: itself, or in BERT's family a block of its own with a layer before it."""
+        config = model.config.get_text_config()
+        self.vocab = int(self.linear.weight.shape[0])
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        """[N, H] -> [N, V]."""
+        logits: Tensor = self.project(hidden_NH)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+class HFBackend:
+    """Runs row plans through a transformers model."""
+
+    name = "hf"
+    most_nodes: int | None = None
+    exact = "off"
+    """The level of exactness that is kept; `hold` sets it."""
+    form: Form | None = None
+    """How base rows attend; None: as is fastest."""
+    most_rows: int | None = None
+    least_rows = 1
+    """Rows that every decoding forward is filled up to."""
+    prefill_alone = False
+
+    def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
+        """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""
+        self.model = model
+        self.turns = Turns()
+        self.was_training = [module for module in model.modules() if module.training]
+        """Modules that were in training mode."""
+        model.eval()  # dropout and router noise have no place in decoding, nor in the teacher of a drafter
+        self.config = model.config.get_text_config()
+        self.gate = gate
+        self.heads = heads
+        self.causal_blocks = causal_blocks
+        self.trunk = trunk_of(model)
+        self.embedding = model.get_input_embeddings()
+        self.head = VocabHead(model)
+        self.per_layer: Callable[[Tensor], Tensor] | None = per_layer_inputs(self.trunk)
+        self.device = self.embedding.weight.device
+        self.dtype = self.embedding.weight.dtype
+        self.work_per_row = 2.0 * sum(p.numel() for p in model.parameters())
+        """About how many floating-point operations a row costs."""
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        eos = getattr(self.config, "eos_token_id", None) if eos is None else eos
+        self.eos = eos_set(eos)
+        self.settings = read_settings(model.generation_config, self.eos, self.head.vocab)
+        self.input_vocab = min(self.head.vocab, int(self.embedding.weight.shape[0]))
+        self.context_length = context_length(self.config)
+        self.rope_boundary = rope_boundary(self.config)
+        restarts = restarts_at_boundary(model)
+        self.rope_restarts = bool(restarts)
+        if self.rope_boundary is not None and restarts is None:
+            # What the model's own code does at the crossing is not known, so there is nothing to equal.
+            cut = f"max_position_embeddings={self.context_length} (longrope: texts end at {self.rope_boundary})"
+            self.settings = replace(self.settings, not_honoured=(*self.settings.not_honoured, cut))
+            self.context_length, self.rope_boundary = self.rope_boundary, None
+        self.experts: str | None = self.config._experts_implementation
+        """Which experts run: as it was, whatever a `generate` of the user's sets meanwhile."""
+        self._undone = [by_thread(self.config), separate_experts(model, gate), lock_rotation(self.trunk)]
+        try:
+            self.check_usable()
+            check_model(self)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the live model back as it was, once the steps that run are done.  A second call does nothing.
+
+        Raises UsageError from inside a step.
+        """
+        if not self.turns.end():
+            return
+        while self._undone:
+            self._undone.pop()()
+        for module in self.was_training:
+            module.training = True
+
+    def check_usable(self) -> None:
+        """Raises UsageError when this is closed, or the model compiled: recorded code does not ask whose forward it is.
+
+        The model's own compiled `forward` is another matter: decoding goes past it.
+        """
+        self.turns.check_open()
+        modules = [self.trunk]
+        while modules:
+            module = modules.pop()
+            recorded = hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+            if recorded or module._compiled_call_impl is not None:
+                raise UsageError(
+                    f"a {type(module).__name__} inside this {type(self.model).__name__} went through torch.compile; "
+                    "retrofit cannot decode with recorded code",
+                    "give the engine a model of which at most the whole is compiled, not its parts",
+                )
+            if not isinstance(module, GatedLoraLinear):  # most modules of a model are in those
+                modules.extend(module.children())
+
+    def hold(self, exact: str, form: Form | None, rows: int = 1) -> None:
+        """Keep a level of exactness from now on: fill every decoding forward up to so many rows.
+
+        At `bucket` none has more.  Whether a level holds on this machine is for `exact_rows.settle` to find out.
+        """
+        self.exact, self.form, self.least_rows = exact, form, rows
+        self.most_rows = rows if exact == "bucket" else None
+        # A prompt's bits then depend on nothing but the prompt, however products of many rows are made.
+        self.prefill_alone = exact != "off"
+
+    def until_closed(self, undo: Callable[[], None]) -> None:
+        """Something was done to the model: undo it when this is closed."""
+        self._undone.append(undo)
+
+    def lanes(self, requests: int) -> int:
+        return requests
+
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        return KVCache(slots, -(-capacity // CACHE_STEP) * CACHE_STEP)
+
+    def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+        return choose(scores, params, seed, index)
+
+    def plan(self, sequences: list[SequenceRows]) -> RowPlan:
+        prefill = any(s.last_logits_only for s in sequences)
+        return RowPlan(sequences, self.device, self.causal_blocks, 1 if prefill else self.least_rows)
+
+    def forward(self, plan: RowPlan, cache: KVCache) -> Output:
+        """One forward.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
+        hidden = self.run_trunk(plan, cache)
+        base = hidden[: plan.num_base]
+        wanted = base if plan.logit_rows is None else base[plan.logit_rows]
+        filler = max(0, plan.least_rows - len(wanted))
+        logits = self.head(F.pad(wanted, (0, 0, 0, filler)) if filler else wanted)[: len(wanted)]
+        return Output(logits, wanted, hidden[plan.first_draft :])
+
+    def run_trunk(self, plan: RowPlan, cache: KVCache, context: ForwardContext | None = None) -> Tensor:
+        """[N, H] last hidden states of all rows.  Raises UsageError when this is closed, or the model being trained."""
+        self.turns.check_open()
+        context = context or ForwardContext(plan, cache, self.form)
+        embeds = self.embed(plan)
+        extra = {} if self.per_layer is None else {"per_layer_inputs": self.per_layer(plan.ids[None])}
+        with self.switched(plan):
+            hidden: Tensor = self.trunk(
+                inputs_embeds=embeds[None],
+                position_ids=plan.positions,
+                use_cache=False,
+                retrofit_rows=context,
+                **extra,
+            ).last_hidden_state[0]
+        if self.trunk.training:
+            raise UsageError(
+                f"this {type(self.model).__name__} was put into training mode while an engine decodes with it",
+                "call its eval() before decoding, or close the engine before training",
+            )
+        return hidden
+
+    def embed(self, plan: RowPlan) -> Tensor:
+        """[N, H]: token embeddings, and the mask vector where a draft row has no token."""
+        embeds: Tensor = self.embedding(plan.ids)
+        if plan.masked is None:
+            return embeds
+        if self.heads is None:
+            raise RuntimeError("a masked draft row needs a mask vector")
+        # Gemma-3 scales inside its embedding module; the mask vector meets the same factor.
+        vector = self.heads.mask_vector * float(getattr(self.embedding, "embed_scale", 1.0))
+        return embeds.index_put((plan.masked,), vector.to(embeds.dtype).expand(len(plan.masked), -1))
+
+    @contextmanager
+    def switched(self, plan: RowPlan) -> Iterator[None]:
+        """The model as a forward of these rows needs it, for this thread and no other."""
+        few = plan.num_rows <= FEW_ROWS or plan.least_rows > 1  # filled up: rows must not depend on each other
+        experts = "batched_mm" if self.experts is not None and few else self.experts
+        before = self.gate.base_rows
+        with answering(self.config, ATTENTION, experts):
+            try:
+                self.gate.base_rows = plan.first_draft
+                yield
+            finally:
+                self.gate.base_rows = before
+
+
+def outermost(model: nn.Module, inner: nn.Module, beside: nn.Module) -> nn.Module:
+    """The largest module that holds `inner` and not `beside`."""
+    for child in model.children():
+        inside = set(child.modules())
+        if inner in inside:
+            return outermost(child, inner, beside) if beside in inside and child is not beside else child
+    return inner
+
+
+def per_layer_inputs(trunk: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The decoder's second look-up of token ids, one vector for each layer (Gemma 3n, 4), where it has one.
+
+    It goes by ids alone, so a draft row without a token takes that of id 0, as `RowPlan.ids` says.
+    """
+    if not getattr(trunk, "hidden_size_per_layer_input", None):
+        return None
+    return cast(Callable[[Tensor], Tensor], trunk.get_per_layer_inputs)
+
+
+def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
+    """Make routed experts run base rows and draft rows in calls of their own; returns the undo.
+
+    Grouped kernels change a row's bits with the rows beside it, and a base row's must not depend on a draft row's.
+    """
+    undone: list[Callable[[], None]] = []
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] == "experts" and not isinstance(module, nn.ModuleList):
+            undone.append(instead(module, _split_rows(module, gate, model.config.get_text_config())))
+
+    def undo() -> None:
+        for one in undone:
+            one()
+
+    return undo
+
+
+def lock_rotation(trunk: nn.Module) -> Callable[[], None]:
+    """Let one thread at a time compute rotations that depend on the longest position of the call; returns the undo.
+
+    Those modules keep in themselves the frequencies they picked, and read them again to use them.
+    """
+    undone: list[Callable[[], None]] = []
+    for module in trunk.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        if any(kind == "longrope" or "dynamic" in (kind or "") for kind in kinds):
+            undone.append(instead(module, _one_thread_at_a_time(module)))
+
+    def undo() -> None:
+        for one in undone:
+            one()
+
+    return undo
+
+
+def _one_thread_at_a_time(module: nn.Module) -> Callable[..., Any]:
+    forward, lock = _unbound(module), threading.Lock()
+
+    def locked(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return forward(self, *arguments, **named)
+        with lock:
+            return forward(self, *arguments, **named)
+
+    return MethodType(locked, module)
+
+
+def _unbound(module: nn.Module) -> Callable[..., Any]:
+    """The module's `forward` as a function of the module, so that a copy of the model runs the copy's."""
+    forward = module.forward
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        return forward.__func__
+    return lambda _, *arguments, **named: forward(*arguments, **named)
+
+
+def instead(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let a module run another `forward`; returns the undo, which gives back one that was the module's own."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+
+    def undo() -> None:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before
+
+    return undo
+
+
+def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Tensor]:
+    forward = _unbound(experts)
+    per_row = _gathered_bytes_per_row(experts)
+
+    def split(self: nn.Module, hidden: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        n = gate.base_rows
+        if n is None:
+            return forward(self, hidden, index_NK, weights_NK)
+        hidden_NH = hidden.reshape(-1, hidden.shape[-1])  # DBRX hands [1, N, H] on
+        parts = [slice(0, n), slice(n, len(hidden_NH))]
+        if config._experts_implementation == "batched_mm":
+            size = max(1, GATHER_BYTES // (per_row * index_NK.shape[1]))
+            parts = [slice(i, min(i + size, p.stop)) for p in parts for i in range(p.start, p.stop, size)]
+        parts = [p for p in parts if p.stop > p.start]
+        out = [forward(self, hidden_NH[p], index_NK[p], weights_NK[p]) for p in parts]
+        return (out[0] if len(out) == 1 else torch.cat(out)).reshape(hidden.shape)
+
+    return MethodType(split, experts)
+
+
+def _gathered_bytes_per_row(experts: nn.Module) -> int:
+    """Bytes of one expert's weights: what `batched_mm` copies per row and chosen expert."""
+    return sum(p[0].numel() * p.element_size() for p in experts.parameters() if p.dim() == 3) or 1

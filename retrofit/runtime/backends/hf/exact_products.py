@@ -1,0 +1,223 @@
+"""Which row counts keep a row's bits in the products of a model's linear layers and routers, on this machine?
+
+Tried with one thread and with all: small steps run with one (`threads.py`).  Part of the self-test `exact_rows.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from retrofit.runtime.backends.hf.backend import HFBackend, instead
+from retrofit.runtime.backends.levels import Check
+from retrofit.runtime.backends.threads import thread_limit, work_sizes
+
+LINEAR = (nn.Linear, Conv1D)
+COUNTS = (2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 129)
+"""Row counts that are tried: both sides of every floor, and a prompt's."""
+FLOORS = (2, 4, 8, 16, 32)
+"""To so many rows a decoding forward may be filled up at `invariant`."""
+GROUPS = 24
+"""So many times are rows of one count taken together."""
+NEARLY = 2.0**-6
+SUMS = 1 << 15
+"""Sums a shape is tried on at least: in a narrow product another order of additions shows in some rows only."""
+ROUTER_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Product:
+    """One shape of product: which counts of rows gave a row other bits than it has among all."""
+
+    what: str
+    shape: str
+    differ: tuple[int, ...]
+    threads: int
+
+    def check(self, least: int) -> Check:
+        """From so many rows on."""
+        wrong = [n for n in self.differ if n >= least]
+        rows = f"{wrong[0]} rows, {self.threads} threads" if wrong else f"{least} to {COUNTS[-1]}"
+        return Check(self.what, self.shape, "library", rows, not wrong)
+
+
+def floor(products: Sequence[Product]) -> int | None:
+    """The fewest rows from which on every product keeps every row's bits; None where there are none."""
+    worst = max((n for product in products for n in product.differ), default=0)
+    return next((n for n in FLOORS if n > worst), None)
+
+
+def linear_products(backend: HFBackend, generator: torch.Generator, rows: int | None = None) -> list[Product]:
+    """Each distinct shape of linear layer.  rows: one count only, in which places and neighbours change."""
+    alike: dict[str, tuple[Any, dict[str, None]]] = {}
+    for name, module in [*backend.trunk.named_modules(), ("vocabulary", backend.head.linear)]:
+        if isinstance(module, LINEAR) and ".lora_" not in name:
+            bias = "" if module.bias is None else " + bias"
+            shape = f"[{_outputs(module)}, {_inputs(module)}]{bias} {str(module.weight.dtype)[6:]}"
+            role = name.removesuffix(".base_layer").rsplit(".", 1)[-1]
+            alike.setdefault(shape, (module, {}))[1][role] = None
+    products = []
+    for shape, (module, roles) in alike.items():
+
+        def look(module: Any = module) -> tuple[tuple[int, ...], int]:
+            weight = cancelling(_outputs(module), _inputs(module), module.weight, generator)
+            x = cancelled(rows or COUNTS[-1], weight.shape[1], module.weight.dtype, weight.device, generator)
+            alone = _with_weight(module, weight.T.contiguous() if isinstance(module, Conv1D) else weight)
+            return _differing(partial(_batched, alone), x, generator, rows)
+
+        differ, threads = _looked(look, _outputs(module) * (rows or COUNTS[-1]))
+        products.append(Product(", ".join(roles), shape, differ, threads))
+    return products
+
+
+def router_products(backend: HFBackend, generator: torch.Generator) -> list[Product]:
+    """Modules that multiply rows by a weight of their own.  One that fails gets its rows in tiles of one size."""
+    products: dict[str, Product] = {}
+    for name, module in backend.trunk.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, (*LINEAR, nn.Embedding)) or ".lora_" in name or weight is None or weight.dim() != 2:
+            continue
+
+        def look(tiled: bool, module: Any = module, weight: Tensor = weight) -> tuple[tuple[int, ...], int]:
+            alone = _with_weight(module, cancelling(weight.shape[0], weight.shape[1], weight, generator))
+            x = cancelled(COUNTS[-1], weight.shape[1], backend.dtype, weight.device, generator)
+            return _differing(partial(_first, _in_tiles(alone.forward) if tiled else alone.forward), x, generator)
+
+        sums, how = weight.shape[0] * COUNTS[-1], ""
+        differ, threads = _looked(partial(look, False), sums)
+        if differ:
+            how = f", rows in tiles of {ROUTER_ROWS}"
+            differ, threads = _looked(partial(look, True), sums)
+            if not hasattr(module.forward, "in_tiles"):  # of a test before this one
+                backend.until_closed(instead(module, _while_kept(module.forward, backend)))
+        shape = f"[{', '.join(map(str, weight.shape))}]{how}"
+        products[shape] = Product("router", shape, differ, threads)
+    return list(products.values())
+
+
+def _looked(look: Callable[[], tuple[tuple[int, ...], int]], sums: int) -> tuple[tuple[int, ...], int]:
+    """What several looks found between them, so many that they saw SUMS sums; each look has `sums`."""
+    differ: set[int] = set()
+    shown = 0
+    for _ in range(-(-SUMS // sums)):
+        found, threads = look()
+        differ, shown = differ.union(found), threads if found else shown
+    return tuple(sorted(differ)), shown
+
+
+def cancelling(outputs: int, inputs: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """[outputs, inputs] whose second half is the first with the other sign: by `cancelled`, sums are small.
+
+    The last bits of a sum then are not rounded away with its size, and another order of addition shows in every row.
+    """
+    half = inputs // 2
+    weight = torch.zeros(outputs, inputs, dtype=like.dtype, device=like.device)
+    weight[:, :half].normal_(generator=generator)
+    weight[:, half : 2 * half] = -weight[:, :half]
+    return weight
+
+
+def cancelled(rows: int, width: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """[rows, width] whose second half is nearly the first; some rows and some features stand out, as in a model."""
+    half = width // 2
+    x = torch.randn(rows, width, device=device, generator=generator)
+    x *= torch.exp(torch.randn(rows, width, device=device, generator=generator))
+    near = 1 + NEARLY * torch.randn(rows, half, device=device, generator=generator)
+    x[:, half : 2 * half] = x[:, :half].to(dtype) * near
+    return x.to(dtype)
+
+
+def _with_weight(module: Any, weight: Tensor) -> Any:
+    """The module with another weight and without a bias; the one in the model stays as it is."""
+    other = copy.copy(module)
+    other.__dict__.pop("forward", None)  # what stands before its class's own goes by the model's weight
+    parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    kept = {n: None if p is None else torch.zeros_like(p) for n, p in module._parameters.items()}
+    other.__dict__["_parameters"] = {**kept, **parameters}
+    return other
+
+
+def _inputs(module: Any) -> int:
+    return int(module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features)
+
+
+def _outputs(module: Any) -> int:
+    return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.out_features)
+
+
+def _differing(
+    product: Callable[[Tensor], Tensor], x_RN: Tensor, generator: torch.Generator, rows: int | None = None
+) -> tuple[tuple[int, ...], int]:
+    """Row counts with which a row has other bits than among all rows, and the number of threads where that showed."""
+    whole = product(x_RN)
+    differ: set[int] = set()
+    shown = 0
+    for work in work_sizes(x_RN.device):
+        with thread_limit(x_RN.device, work):
+            for n in (rows,) if rows else COUNTS:
+                if n not in differ and not _equal(product, x_RN, whole, n, generator, replaced=rows is not None):
+                    differ.add(n)
+                    shown = torch.get_num_threads()
+    return tuple(sorted(differ)), shown
+
+
+def _equal(
+    product: Callable[[Tensor], Tensor], x_RN: Tensor, whole: Tensor, n: int, generator: torch.Generator, replaced: bool
+) -> bool:
+    order = torch.randperm(len(x_RN), generator=generator, device=x_RN.device)
+    for group in order.split(n)[:GROUPS]:
+        if len(group) < n:
+            continue
+        taken, kept = x_RN[group], n
+        if replaced:  # the count stays, so half of the rows become others
+            kept = max(1, n // 2)
+            taken[kept:] = taken[kept:].flip(-1)
+        if not torch.equal(product(taken)[:kept], whole[group[:kept]]):
+            return False
+    return True
+
+
+def _batched(module: nn.Module, rows: Tensor) -> Tensor:
+    result: Tensor = module(rows[None])[0]
+    return result
+
+
+def _first(router: Callable[..., Any], rows: Tensor) -> Tensor:
+    found = router(rows)
+    result: Tensor = found[0] if isinstance(found, tuple) else found
+    return result
+
+
+def _in_tiles(forward: Callable[..., Any]) -> Callable[[Tensor], Any]:
+    """A router's `forward` with so many rows at a time that its products always have one shape."""
+
+    def tiled(hidden: Tensor) -> Any:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        found = []
+        for part in rows.split(ROUTER_ROWS):
+            got = forward(F.pad(part, (0, 0, 0, ROUTER_ROWS - len(part))))
+            found.append([t[: len(part)] for t in (got if isinstance(got, tuple) else (got,))])
+        joined = tuple(torch.cat(column) for column in zip(*found, strict=True))
+        return joined if isinstance(got, tuple) else joined[0]
+
+    return tiled
+
+
+def _while_kept(own: Callable[..., Any], backend: HFBackend) -> Callable[..., Any]:
+    """What a router runs: its rows in tiles in our forwards at `invariant`, and otherwise its own forward."""
+    tiled = _in_tiles(own)
+
+    def forward(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        ours = backend.exact == "invariant" and backend.gate.base_rows is not None and not arguments and not options
+        return tiled(hidden) if ours else own(hidden, *arguments, **options)
+
+    forward.in_tiles = True  # type: ignore[attr-defined]
+    return forward

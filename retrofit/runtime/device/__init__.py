@@ -1,0 +1,1 @@
+"""Steps planned on the device, a whole step in one CUDA graph."""

@@ -1,0 +1,1 @@
+"""Steps planned on the host, one forward after another."""

@@ -1,0 +1,373 @@
+"""The steps of the three modes over a batch of requests: one forward each, then what follows from it.
+
+    prefill       prompt rows                         emits the first token
+    speculative   `ar`, `two_forward`, `fused` alike: the choice says how many drafts to verify and where to hang blocks
+    diffusion     denoise a block until it is full, then commit it by base rows
+
+Tokens that are emitted are always targets y_j = argmax(log p_j + g_j) of base rows (diffusion's are its own).
+Not here: admission, choosing among strategies, what a token means to a request (`Request.emit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.rows import MASK, SequenceRows
+from retrofit.runtime.backends.interface import Backend, Cache
+from retrofit.runtime.host.drafting import draft_tokens
+from retrofit.runtime.plan import Choice, Limits, diffusion_rows, max_verify, new_block, speculative_rows
+from retrofit.runtime.request import Request
+from retrofit.runtime.rules.accept import accepted_length
+from retrofit.runtime.rules.processors import Constrain, Guard, Rules, constrained
+from retrofit.runtime.rules.sampling import SamplingParams, choose, path_seen, process_logits
+from retrofit.runtime.rules.tree import Shape, accepted_path, depths
+
+PREFILL_ROWS = 2048
+"""Prompt rows per forward; bounds activations and attention masks."""
+
+
+@dataclass
+class Run:
+    """What all steps of one `generate` call share."""
+
+    backend: Backend
+    cache: Cache
+    params: SamplingParams
+    layout: DraftLayout
+    limits: Limits
+    threshold: float = 0.9
+    """Diffusion: confidence from which a position is committed."""
+    with_confidence: bool = False
+    shape: Shape | None = None
+    """Shape of the draft trees of this step; None: chains."""
+    rules: Rules | None = None
+    """What the base's own settings forbid and force; None: nothing."""
+
+    @property
+    def vocab(self) -> int:
+        return self.backend.head.vocab
+
+    def rows_each(self, requests: int) -> int | None:
+        """Rows that each of so many requests may have in a forward; None: any number."""
+        return None if self.backend.most_rows is None else self.backend.most_rows // requests
+
+    def watch(self, requests: Sequence[Request]) -> None:
+        """Keep what a repetition penalty and the base's rules need to know of each text."""
+        for request in requests:
+            if self.rules is not None:
+                request.guarded(self.rules)
+        if self.params.repetition_penalty not in (None, 1.0):
+            for request in requests:
+                request.watch(self.vocab, self.backend.device)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What stands on the way to each of R base rows, as far as the settings need to know."""
+
+    seen: Tensor | None
+    """[R, V] tokens of the text and of the row's own drafts, under a repetition penalty."""
+    drafts: Sequence[Sequence[int]] | None
+    """The row's own drafts, under rules of the base's own."""
+
+
+def prefill_step(run: Run, requests: Sequence[Request]) -> None:
+    """Run whole prompts (or, at a longrope crossing, whole sequences) and emit one token each."""
+    pending = {r.index: r for r in requests}
+    for r in requests:
+        r.committed = 0
+        r.long_rope = run.limits.boundary is not None and r.position >= run.limits.boundary
+    while pending:
+        rows: list[SequenceRows] = []
+        finished: list[tuple[Request, bool]] = []
+        room = PREFILL_ROWS
+        for r in list(pending.values()):
+            # Long RoPE factors are chosen by the largest position of a forward, so such a sequence goes in one piece.
+            count = len(r.tokens) - r.committed if r.long_rope else min(len(r.tokens) - r.committed, room)
+            if count <= 0 or (r.long_rope and rows):
+                continue
+            part = r.tokens[r.committed : r.committed + count]
+            rows.append(SequenceRows(slot=r.slot, start=r.committed, tokens=part, last_logits_only=True))
+            r.committed += count
+            # A token emitted by re-running a sequence at a longrope crossing costs a decode forward.
+            r.stats.count("prefill" if r.output_index == 0 else "ar", count)
+            finished.append((r, r.committed == len(r.tokens)))
+            room -= count
+            if r.long_rope or run.backend.prefill_alone:
+                break
+        out = run.backend.forward(run.backend.plan(rows), run.cache)
+        complete = [i for i, (_, done) in enumerate(finished) if done]
+        if not complete:
+            continue
+        ready = [finished[i][0] for i in complete]
+        paths = Paths(_stack_seen(ready), [[] for _ in ready])
+        chosen = _targets(run, out.base_logits[complete], ready, [0] * len(ready), paths)
+        for r, token in zip(ready, chosen, strict=True):
+            del pending[r.index]
+            r.emit([token], prefill=r.output_index == 0)
+
+
+def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
+    """One forward of `ar` or `self_spec`: verify, emit, and draft from the block that came true."""
+    rows = [speculative_rows(r, c, run.layout, run.limits, run.vocab) for r, c in zip(requests, choices, strict=True)]
+    plan = run.backend.plan(rows)
+    out = run.backend.forward(plan, run.cache)
+    owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
+    steps = [step for row in rows for step in _depths(row)]
+    drafted = None if run.rules is None else [path for row in rows for path in _row_paths(row)]
+    on_paths = Paths(_path_seen(requests, rows), drafted)
+    if all(c.kind == "ar" for c in choices):
+        for r, token in zip(requests, _targets(run, out.base_logits, owners, steps, on_paths), strict=True):
+            r.stats.count("ar", 1)
+            r.drafts, r.confidence, r.shape = [], [], None
+            r.emit([token])
+            r.committed += 1
+        return
+    targets = _split(_targets(run, out.base_logits, owners, steps, on_paths), rows)
+    paths = _paths(rows, targets)
+    if plan.tree:
+        _store(run, requests, rows, paths)
+    hangs: list[tuple[Request, Tensor]] = []
+    offset = 0
+    for r, c, row, target, path in zip(requests, choices, rows, targets, paths, strict=True):
+        r.stats.count(c.kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
+        r.drafts, r.confidence, r.shape = [], [], None
+        if target:
+            taken = r.emit([target[j] for j in path])
+            r.committed += len(path)
+            if c.verify:
+                r.stats.accepted.append(min(len(path) - 1, taken))
+                r.stats.verified.append(max(_depths(row)))
+        end = path[-1] if target else 0
+        for anchor, block in zip(c.prepare, row.blocks, strict=True):
+            if anchor == end and not r.done:
+                first = offset + run.layout.first_drafting_row
+                hangs.append((r, out.draft_hidden[first : offset + len(block.inputs)]))
+            offset += len(block.inputs)
+    if hangs:
+        _draft(run, hangs)
+
+
+def _depths(row: SequenceRows) -> list[int]:
+    """How many tokens after the seed each base row stands."""
+    return list(range(len(row.tokens))) if row.parents is None else depths(row.parents)
+
+
+def _row_paths(row: SequenceRows) -> list[list[int]]:
+    """Drafts on the way from the seed to each base row, its own included."""
+    paths: list[list[int]] = []
+    for j, token in enumerate(row.tokens):
+        parent = j - 1 if row.parents is None else row.parents[j]
+        paths.append([] if j == 0 else [*paths[parent], token])
+    return paths
+
+
+def _path_seen(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
+    """[R, V] tokens on each base row's own path, where a repetition penalty needs them."""
+    seen = []
+    for r, row in zip(requests, rows, strict=True):
+        if r.seen is None or not row.tokens:
+            continue
+        if row.parents is None:
+            seen.append(path_seen(r.seen, list(row.tokens[1:])))
+            continue
+        paths = r.seen.repeat(len(row.tokens), 1)
+        for j, parent in enumerate(row.parents):
+            if parent >= 0:
+                paths[j] = paths[parent]
+            paths[j, row.tokens[j]] = True
+        seen.append(paths)
+    return torch.cat(seen) if seen else None
+
+
+def _paths(rows: Sequence[SequenceRows], targets: Sequence[list[int]]) -> list[list[int]]:
+    """Base rows of each request whose targets are emitted, in order; empty without base rows."""
+    if all(row.parents is None for row in rows):
+        kept = _accepted([list(row.tokens[1:]) for row in rows], list(targets))
+        return [list(range(n + 1)) if target else [] for n, target in zip(kept, targets, strict=True)]
+    return [
+        accepted_path(row.tokens, row.parents or range(-1, len(row.tokens) - 1), target)
+        for row, target in zip(rows, targets, strict=True)
+    ]
+
+
+def _store(run: Run, requests: Sequence[Request], rows: Sequence[SequenceRows], paths: list[list[int]]) -> None:
+    """Write the K/V of the accepted paths of a tree forward to their final places."""
+    index: list[int] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    first = 0
+    for r, row, path in zip(requests, rows, paths, strict=True):
+        index += [first + j for j in path]
+        slots += [r.slot] * len(path)
+        positions += range(r.committed, r.committed + len(path))
+        first += len(row.tokens)
+    run.cache.store(*(torch.tensor(v, device=run.backend.device) for v in (index, slots, positions)))
+
+
+def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
+    """Draft tokens for each request from the drafting rows [D, H] of the block that came true."""
+    wanted = [min(len(hidden), max_verify(r, run.limits)) for r, hidden in hangs]
+    hangs = [hang for hang, n in zip(hangs, wanted, strict=True) if n > 0]
+    wanted = [n for n in wanted if n > 0]
+    if not hangs:
+        return
+    shapes = [None if run.shape is None else run.shape.cut(n) for n in wanted]
+    width = max(wanted)
+    requests = [r for r, _ in hangs]
+    hidden_BDH = torch.stack([torch.nn.functional.pad(h[:width], (0, 0, 0, max(0, width - len(h)))) for _, h in hangs])
+    heads = run.backend.heads
+    assert heads is not None
+    drafted = draft_tokens(
+        hidden_BDH,
+        [r.tokens[-1] for r in requests],
+        [r.seed for r in requests],
+        [r.output_index for r in requests],
+        _stack_seen(requests),
+        run.backend.head,
+        heads,
+        run.params,
+        run.with_confidence,
+        None if run.shape is None else run.shape.cut(width),
+        _guards(requests),
+    )
+    tokens = drafted.tokens.tolist()
+    confidence = drafted.confidence.tolist() if drafted.confidence is not None else [[]] * len(requests)
+    for r, d, c, n, shape in zip(requests, tokens, confidence, wanted, shapes, strict=True):
+        if run.shape is None or shape is None:
+            r.drafts, r.confidence = d[:n], c[:n]
+            continue
+        deep = run.shape.cut(width).depths[1:]
+        r.drafts, r.shape = [t for t, depth in zip(d, deep, strict=True) if depth <= n], shape
+
+
+def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
+    """One denoise or commit forward for each request."""
+    for r in requests:
+        if not r.block:
+            r.block = new_block(r, run.layout, run.limits)
+    planned = [diffusion_rows(r, run.layout, run.limits, run.vocab) for r in requests]
+    out = run.backend.forward(run.backend.plan([row for row, _ in planned]), run.cache)
+    commits = [(r, row) for r, (row, kind) in zip(requests, planned, strict=True) if kind == "commit"]
+    owners = [r for r, _ in commits]
+    last = torch.tensor([len(row.tokens) for _, row in commits], dtype=torch.long).cumsum(0) - 1
+    seen = _path_seen(owners, [row for _, row in commits])
+    targets = _targets(
+        run,
+        out.base_logits[last],
+        owners,
+        [len(row.tokens) - 1 for _, row in commits],
+        Paths(None if seen is None else seen[last], [list(row.tokens[1:]) for _, row in commits]),
+    )
+    bonus = {r.index: target for r, target in zip(owners, targets, strict=True)}
+    offset = 0
+    for r, (row, kind) in zip(requests, planned, strict=True):
+        r.stats.count(kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
+        if kind == "commit":
+            r.committed += len(row.tokens)
+            r.emit([*row.tokens[1:], bonus[r.index]])
+            r.block = []
+            continue
+        size = len(row.blocks[0].inputs)
+        _fill(run, r, out.draft_hidden[offset : offset + size])
+        offset += size
+        _end_early(r)
+
+
+def _fill(run: Run, r: Request, hidden_KH: Tensor) -> None:
+    """Commit every masked position whose confidence reaches the threshold, and the most confident one in any case."""
+    heads = run.backend.heads
+    assert heads is not None
+    open_slots = [i for i, token in enumerate(r.block) if token == MASK]
+    rows = [i - run.layout.shift for i in open_slots]
+    left = [r.block[i - 1] if r.block[i - 1] != MASK else heads.unknown for i in open_slots]
+    device = hidden_KH.device
+    logits = heads.draft_logits(run.backend.head(hidden_KH[rows]), torch.tensor(left, device=device))
+    seen = None
+    if r.seen is not None:
+        known = torch.tensor([t for t in r.block if t != MASK], device=device)
+        seen = r.seen.index_fill(0, known, True).expand(len(rows), -1)
+    seed = torch.full((len(rows),), r.seed, dtype=torch.int64, device=device)
+    index = torch.tensor([r.output_index + i - 1 for i in open_slots], dtype=torch.int64, device=device)
+    constrain = _constrain([r] * len(rows), [r.block[1:i] for i in open_slots])
+    tokens = choose(process_logits(logits, run.params, seen, constrain), run.params, seed, index)
+    sure = torch.softmax(logits, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+    best = int(sure.argmax())
+    for n, (slot, token, confidence) in enumerate(zip(open_slots, tokens.tolist(), sure.tolist(), strict=True)):
+        if n == best or confidence >= run.threshold:
+            r.block[slot] = token
+
+
+def _end_early(r: Request) -> None:
+    """EOS with no mask before it ends the request; so does a full block that exhausts the budget: no commit is owed."""
+    known = r.block[1 : r.block.index(MASK)] if MASK in r.block else r.block[1:]
+    ends = next((i for i, token in enumerate(known) if token in r.eos), None)
+    if ends is not None:
+        r.emit(known[: ends + 1])
+    elif len(known) >= r.remaining:
+        r.emit(known)
+
+
+def _targets(
+    run: Run,
+    logits_RV: Tensor,
+    owners: Sequence[Request],
+    steps: Sequence[int],
+    paths: Paths,
+) -> list[int]:
+    """y of each base row: row n belongs to owners[n] and stands steps[n] tokens after its seed.
+
+    paths: what stands on the way to each row.
+    """
+    if not owners:
+        return []
+    scores = process_logits(logits_RV, run.params, paths.seen, _constrain(owners, paths.drafts))
+    device = logits_RV.device
+    if run.params.temperature == 0:
+        seed = index = torch.empty(0, dtype=torch.int64, device=device)  # a greedy choice draws no noise
+    else:
+        seed = torch.tensor([r.seed for r in owners], dtype=torch.int64, device=device)
+        index = torch.tensor([r.output_index + j for r, j in zip(owners, steps, strict=True)], device=device)
+    chosen: list[int] = run.backend.choose(scores, run.params, seed, index).tolist()
+    return chosen
+
+
+def _guards(requests: Sequence[Request]) -> list[Guard] | None:
+    """The rules over each text; None: there are none."""
+    return [r.guard for r in requests if r.guard is not None] or None
+
+
+def _constrain(owners: Sequence[Request], paths: Sequence[Sequence[int]] | None) -> Constrain | None:
+    """The base's rules for rows of these requests, after these drafts; None: there are none."""
+    guards = _guards(owners)
+    return None if guards is None or paths is None else partial(constrained, guards=guards, paths=paths)
+
+
+def _accepted(drafts: list[list[int]], targets: list[list[int]]) -> list[int]:
+    """Accepted drafts of each request; lists are ragged."""
+    width = max(len(d) for d in drafts)
+    if width == 0:
+        return [0] * len(drafts)
+    draft_BK = torch.tensor([d + [0] * (width - len(d)) for d in drafts])
+    target_BK1 = torch.tensor([t + [0] * (width + 1 - len(t)) for t in targets])
+    accepted: list[int] = accepted_length(draft_BK, target_BK1, torch.tensor([len(d) for d in drafts])).tolist()
+    return accepted
+
+
+def _split(values: list[int], rows: Sequence[SequenceRows]) -> list[list[int]]:
+    parts, start = [], 0
+    for row in rows:
+        parts.append(values[start : start + len(row.tokens)])
+        start += len(row.tokens)
+    return parts
+
+
+def _stack_seen(requests: Sequence[Request]) -> Tensor | None:
+    seen = [r.seen for r in requests if r.seen is not None]
+    return torch.stack(seen) if seen else None

@@ -1,0 +1,1 @@
+"""The rules of decoding on tensors alone: sampling, acceptance, trees, processors."""

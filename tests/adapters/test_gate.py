@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import poison, random_prompts, randomise, reference_greedy
+from decoding import poison, random_prompts, randomise, reference_greedy
 from tiny_models import ARCHITECTURES, build
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from resuming import RECIPE, tokenizer
+from tiny_conversion import RECIPE, tokenizer
 from tiny_models import build
 from torch import nn
 from transformers import PreTrainedModel

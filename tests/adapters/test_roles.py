@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
+from decoding import randomise
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from tiny_models import build
 from torch import nn

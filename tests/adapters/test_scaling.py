@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from resuming import run, tokenizer
 from safetensors.torch import load_file
+from tiny_conversion import run, tokenizer
 from tiny_models import build
 from torch import Tensor
 from transformers import PreTrainedModel

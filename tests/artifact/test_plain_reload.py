@@ -10,10 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
-from resuming import RECIPE, tokenizer
 from safetensors.torch import load_file, save_file
+from several_processes import saved_model
+from tiny_conversion import RECIPE, tokenizer
 from tiny_models import ARCHITECTURES, VOCABULARY, build
-from together import saved_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from retrofit.adapters.attach import Attached, attach

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from resuming import RECIPE, tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_conversion import RECIPE, tokenizer
 from tiny_models import ARCHITECTURES, CONFIGS, build
 from transformers import AutoModelForCausalLM
 

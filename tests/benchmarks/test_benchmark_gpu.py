@@ -143,7 +143,11 @@ def test_whole_files_run_on_the_gpu_and_each_once(monkeypatch):
     monkeypatch.setattr(Process, "start", classmethod(start))
     commands = gpu_processes.start_tests(bench)
     files = [word for command in commands.values() for word in command if word.endswith(".py")]
-    assert len(files) == len(set(files)) and {*FUSED_TESTS, "test_kernel_gemm.py", "test_sampling.py"} <= set(files)
+    assert len(files) == len(set(files)) and {
+        *FUSED_TESTS,
+        "runtime/kernels/test_kernel_gemm.py",
+        "runtime/rules/test_sampling.py",
+    } <= set(files)
     assert all((ROOT / "tests" / name).is_file() for name in files)
     assert "gpu" not in commands["tests of the fused backend"] and "gpu" in commands["tests marked gpu"]
     assert not any("TRITON_INTERPRET" in environment for environment in environments)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.common import ROOT
 
 
 def test_kernels_of_an_8b_model_compile_for_hopper(tmp_path: Path) -> None:

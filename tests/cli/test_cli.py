@@ -13,21 +13,18 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from click.testing import CliRunner
-from tiny_models import CONTEXT, VOCABULARY, build
-from tokenizers import Tokenizer, models, trainers
-from transformers import PreTrainedTokenizerFast
+from commands import PROMPT, SHORT, done, refused, run
+from saved import TEMPLATE, save_artifact, save_base, save_tokenizer, texts
+from tiny_models import CONTEXT, build
 
 import retrofit
-from retrofit.adapters.attach import attach
-from retrofit.adapters.layout import DraftLayout
+from benchmarks.common import ROOT
 from retrofit.artifact import folder as artifact
 from retrofit.cli import console
 from retrofit.cli import convert as convert_command
 from retrofit.cli import main as cli
 from retrofit.errors import GateError, ResourceError
 from retrofit.eval import certify
-from retrofit.hub import file_fingerprint
 from retrofit.runtime import engine, loading
 from retrofit.runtime import options as engine_options
 from retrofit.runtime.backends import interface
@@ -35,119 +32,7 @@ from retrofit.runtime.backends.fused import self_test as exact
 from retrofit.runtime.backends.hf import exact_products
 from retrofit.runtime.backends.levels import EXACT
 
-PROMPT = "def area(radius):"
-TEXT = "def area(radius): return radius * radius\nclass Stack: pass\nfor item in range(3): print(item)\n"
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-ADAPTER = {"rank": 2, "alpha": 2.0, "targets": ["q", "v"], "markov_rank": 2, "confidence": True}
 MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-
-def save_tokenizer(folder: Path, template: str | None = None) -> None:
-    """A character-level tokenizer of less than VOCABULARY entries."""
-    tokenizer = Tokenizer(models.BPE(unk_token="?"))
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["?"], show_progress=False)
-    tokenizer.train_from_iterator([TEXT], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="?", chat_template=template, clean_up_tokenization_spaces=False
-    ).save_pretrained(folder)
-
-
-def save_base(folder: Path, seed: int = 0, template: str | None = None) -> Path:
-    build("llama", seed=seed).save_pretrained(folder)
-    save_tokenizer(folder, template)
-    return folder
-
-
-def save_artifact(folder: Path, base: Path) -> Path:
-    """An artifact for `base` with a random adapter, as `convert` would write it but in no time."""
-    model = build("llama")
-    attached = attach(model, DraftLayout(block=4), **ADAPTER)
-    with torch.no_grad():
-        for parameter in attached.parameters():
-            parameter.normal_(std=0.05)
-    count = sum(p.numel() for n, p in attached.peft_model.named_parameters() if "lora_" in n)
-    config = {
-        "format": artifact.FORMAT,
-        "retrofit": retrofit.__version__,
-        "base": {
-            "model": str(base),
-            "revision": None,
-            "fingerprint": file_fingerprint(base, model.config.to_dict()),
-            "architecture": type(model).__name__,
-        },
-        "profile": "frozen",
-        "draft": attached.layout.to_dict(),
-        "adapter": {**ADAPTER, "modules": ["q_proj", "v_proj"]},
-        "parameters": {
-            "adapter": count,
-            "heads": sum(p.numel() for p in attached.heads.parameters()),
-            "base": sum(p.numel() for p in model.parameters()) - count,
-        },
-        "acceptance": {"conditional": {"greedy": [0.5] * 4, "sampled": [0.5] * 4}},
-        "training": {"steps": 2},
-    }
-    return artifact.write(
-        folder,
-        adapter_config=attached.adapter_config(),
-        adapter_state=attached.adapter_state(),
-        heads=attached.heads_state(),
-        config=config,
-        recipe_yaml="profile: frozen\n",
-        card="# card\n",
-    )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, base):
-    return save_artifact(tmp_path_factory.mktemp("artifacts") / "made", base)
-
-
-@pytest.fixture
-def own(tmp_path, base):
-    """An artifact of this test's own, to be damaged."""
-    return save_artifact(tmp_path / "own", base)
-
-
-@pytest.fixture(autouse=True)
-def somewhere(tmp_path, monkeypatch):
-    """Nothing is written into the checkout; one device everywhere; nothing of the caller's environment."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("RETROFIT_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("RETROFIT_DEVICE", "cpu")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def run(*arguments, stdin=None, **environment):
-    return CliRunner(env=environment).invoke(cli.main, [str(a) for a in arguments], input=stdin)
-
-
-def done(*arguments, **options):
-    """stdout of a command that succeeds."""
-    result = run(*arguments, **options)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def refused(result, code):
-    """The message: stderr without traceback, of one line and perhaps a hint; nothing on stdout.
-
-    Several problems of one recipe come as a list, indented.
-    """
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    message, *more = result.stderr.strip().splitlines()
-    hint = [line for line in more if not (line.startswith("  ") and "recipe" in message)]
-    assert message.startswith("Error: "), result.stderr
-    assert len(hint) <= 1, result.stderr
-    assert all(line.startswith("hint: ") for line in hint)
-    return result.stderr
 
 
 def walk(command=cli.main, path=()):
@@ -198,7 +83,7 @@ def test_common_options_are_the_same_everywhere():
 
 
 def test_the_readme_lists_every_command():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     table = readme.split("## Command line")[1].split("\n## ")[0]
     commands = [" ".join(path) for path, command in COMMANDS.items() if not isinstance(command, click.Group)]
     assert [name for name in commands if f"`retrofit {name}" not in table] == []
@@ -498,18 +383,6 @@ def test_recipes():
 
 
 # convert
-
-SHORT = [
-    *("train.steps=2", "train.batch_size=1", "train.anchors=2", "train.warmup=0", "train.precision=float32"),
-    *("adapter.rank=2", "adapter.markov_rank=2", "draft.block=4", "data.max_length=32", "data.held_out=1"),
-]
-
-
-def texts(folder: Path) -> Path:
-    folder.mkdir()
-    for number in range(4):
-        (folder / f"{number}.txt").write_text(TEXT * 2)
-    return folder
 
 
 def test_convert_prints_the_folder_and_its_artifact_runs(base, tmp_path):

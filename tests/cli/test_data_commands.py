@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers import randomise
-from test_cli import TEMPLATE, done, refused, run, save_base, somewhere
-from test_data import CHATML, MESSAGES, write_lines
+from commands import done, refused, run
+from decoding import randomise
+from saved import TEMPLATE, save_base
+from text_sources import CHATML, MESSAGES, write_lines
 from tiny_models import VOCABULARY, build
 from transformers import AutoTokenizer
 
@@ -22,8 +23,6 @@ from retrofit.recipes.text.survey import draft_blocks, survey
 from retrofit.recipes.training.blocks import eligible_anchors
 from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.engine import Engine
-
-__all__ = ["somewhere"]  # the fixture of test_cli: no environment of the caller's, a folder of its own
 
 ROWS = [
     {"prompt": "def area(", "response": "radius): return radius * radius"},

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from resuming import RECIPE
-from together import run_folder
+from several_processes import run_folder
+from tiny_conversion import RECIPE
 from transformers import AutoModelForCausalLM
 
 from retrofit.cli import main as cli

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from test_cli import TEMPLATE, save_artifact, save_base, save_tokenizer
+from saved import TEMPLATE, save_artifact, save_base, save_tokenizer
 from tiny_models import CONTEXT, VOCABULARY, build
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 

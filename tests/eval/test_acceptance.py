@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import randomise
+from decoding import randomise
 from tiny_models import VOCABULARY, build
 
 from retrofit.adapters.layout import DraftLayout

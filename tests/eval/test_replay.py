@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from helpers import Oracle, random_prompts, randomise
+from decoding import Oracle, random_prompts, randomise
 from tiny_models import CONTEXT, ORIGINAL_CONTEXT, build
 
 from retrofit.adapters.layout import DraftLayout

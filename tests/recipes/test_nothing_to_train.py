@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from resuming import RECIPE
-from together import saved_model
+from several_processes import saved_model
+from tiny_conversion import RECIPE
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.cli import main as cli

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Oracle, random_prompts, randomise, reference_greedy, tokens_of
+from decoding import Oracle, random_prompts, randomise, reference_greedy, tokens_of
 from tiny_models import CONFIGS, CONTEXT, ORIGINAL_CONTEXT, SIZES, randomize
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 

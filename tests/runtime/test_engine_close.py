@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import random_prompts, randomise
 from fused_models import pair, small
-from helpers import random_prompts, randomise
 from tiny_models import build
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel

@@ -4,7 +4,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import pytest
-from helpers import Oracle, random_prompts, randomise, reference_greedy, tokens_of
+from decoding import Oracle, random_prompts, randomise, reference_greedy, tokens_of
 from tiny_models import ARCHITECTURES, CONTEXT, ORIGINAL_CONTEXT, WINDOW, build
 
 from retrofit.adapters.layout import DraftLayout

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Oracle, random_prompts, randomise, reference_greedy, tokens_of
+from decoding import Oracle, random_prompts, randomise, reference_greedy, tokens_of
 from tiny_models import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Oracle, random_prompts, randomise, reference_greedy
-from test_cli import done, save_artifact
+from commands import done
+from decoding import Oracle, random_prompts, randomise, reference_greedy
+from saved import save_artifact
 from tiny_models import VOCABULARY, build
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast

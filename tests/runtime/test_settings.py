@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Oracle, random_prompts, randomise, tokens_of
-from test_cli import done, run, save_artifact, save_base
+from commands import done, run
+from decoding import Oracle, random_prompts, randomise, tokens_of
+from saved import save_artifact, save_base
 from tiny_models import CONTEXT, VOCABULARY, build
 from transformers import GenerationConfig, PreTrainedModel
 

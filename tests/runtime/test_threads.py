@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import random_prompts, randomise
 from fused_models import pair, plain_decoder, plain_sampling, small
-from helpers import random_prompts, randomise
 from tiny_models import build
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from resuming import tokenizer
+from several_processes import run_folder
+from tiny_conversion import tokenizer
 from tiny_models import SIZES
-from together import run_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retrofit.artifact import folder as artifacts

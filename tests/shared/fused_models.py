@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
+from decoding import randomise
 from tiny_models import CONFIGS, randomize
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -31,6 +31,7 @@ from retrofit.runtime.rules.tree import Shape
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 32
 LAYOUT = DraftLayout(block=2)
+WIDE = DraftLayout(block=3)
 ROWS = 16
 """Rows of the tests' bucket: two requests' chains of two drafts with all their blocks."""
 SMALL = {

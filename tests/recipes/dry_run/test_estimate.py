@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from test_cli import save_tokenizer
+from saved import save_tokenizer
 from tiny_models import ARCHITECTURES, CONFIGS, CONTEXT, REFUSED_CONFIGS, VOCABULARY
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM

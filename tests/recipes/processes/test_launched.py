@@ -9,12 +9,12 @@ from pathlib import Path
 
 import accelerate  # noqa: F401  (imported before the processes are forked)
 import pytest
-from resuming import RECIPE, STEPS, curve, steps
-from together import (
+from several_processes import (
     FSDP,
     rank,
     together,
 )
+from tiny_conversion import RECIPE, STEPS, curve, steps
 
 from retrofit.cli import main as cli
 from retrofit.launch import launched

@@ -10,9 +10,9 @@ from typing import Any
 import accelerate  # noqa: F401  (imported before the processes are forked)
 import pytest
 import torch
-from resuming import STEPS, at_step, curve, interrupted, run, steps
 from safetensors.torch import load_file
-from together import FSDP, converts, converts_live, quiet_end, rank, run_folder, saved_model, together, values
+from several_processes import FSDP, converts, converts_live, quiet_end, rank, run_folder, saved_model, together, values
+from tiny_conversion import STEPS, at_step, curve, interrupted, run, steps
 from torch.distributed.tensor import DTensor
 
 from retrofit.adapters.attach import Attached

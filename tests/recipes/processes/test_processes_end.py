@@ -12,8 +12,7 @@ from typing import Any
 import accelerate  # noqa: F401  (imported before the processes are forked)
 import pytest
 import torch
-from resuming import STEPS, at_step, curve, run, steps, write_texts
-from together import (
+from several_processes import (
     FSDP,
     converts,
     converts_live,
@@ -22,6 +21,7 @@ from together import (
     run_folder,
     together,
 )
+from tiny_conversion import STEPS, at_step, curve, run, steps, write_texts
 
 from retrofit.errors import DataError
 from retrofit.recipes import processes

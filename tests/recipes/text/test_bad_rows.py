@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import SHORT, done, refused, run, save_base, somewhere
-from test_data import CHATML
+from commands import SHORT, done, refused, run
+from saved import save_base
+from text_sources import CHATML
 from transformers import AutoTokenizer
 
 from retrofit.errors import DataError
@@ -31,7 +32,7 @@ FAULTS = {
     "no_response": ({"messages": CHAT[:1]}, "no response token", "remove"),
 }
 
-__all__ = ["somewhere"]  # the fixture of test_cli: no environment of the caller's, a folder of its own
+pytestmark = pytest.mark.usefixtures("somewhere")
 
 
 def test_every_kind_has_its_case():

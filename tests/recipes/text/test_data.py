@@ -1,13 +1,12 @@
 """Text sources: which documents they give, which tokens are responses, and what bad input is told."""
 
-import json
 import subprocess
 import sys
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from text_sources import CHATML, MESSAGES, TINY, answers, fake_datasets, write_lines
 from transformers import AutoTokenizer
 
 from retrofit.errors import DataError, ResourceError, UsageError
@@ -16,11 +15,6 @@ from retrofit.recipes.text import library
 from retrofit.recipes.text.documents import Document, documents, windows
 from retrofit.recipes.text.library import held_out_prompts, stdlib_texts
 
-TINY = Path(library.__file__).parents[1] / "tiny"
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # as Qwen3: the last answer carries an empty thought, which earlier ones lose
 THOUGHT_LAST = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -51,23 +45,6 @@ def chat_tokenizer():
 def read(source, tokenizer, part="train", seed=0, **options):
     options = {"held_out": 0, **options}
     return list(documents(Data(source=str(source), **options), tokenizer, part=part, seed=seed))
-
-
-def write_lines(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def answers(document, tokenizer):
-    """Text of every run of response tokens."""
-    runs, run = [], []
-    for token, is_response in zip(document.tokens, document.response, strict=True):
-        if is_response:
-            run.append(token)
-        elif run:
-            runs.append(tokenizer.decode(run))
-            run = []
-    return [*runs, tokenizer.decode(run)] if run else runs
 
 
 # stdlib
@@ -265,15 +242,6 @@ def test_a_field_of_another_name(chat_tokenizer, tmp_path, value):
     assert answers(document, chat_tokenizer)[0].startswith("hello")
 
 
-MESSAGES = [
-    {"role": "system", "content": "You are a"},
-    {"role": "user", "content": "assistant"},
-    {"role": "assistant", "content": "a"},
-    {"role": "user", "content": "answer <b>"},
-    {"role": "assistant", "content": "<b> user"},
-]
-
-
 @pytest.mark.parametrize(
     ("template", "want"),
     [
@@ -407,21 +375,6 @@ def test_a_file_of_another_kind_is_a_usage_error(tokenizer, tmp_path):
 
 
 # the Hub, without network
-
-
-def fake_datasets(monkeypatch, outcome):
-    import datasets
-
-    calls = []
-
-    def load_dataset(*arguments, **options):
-        calls.append((arguments, options))
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
 
 
 def test_a_hub_source_is_read_like_jsonl(chat_tokenizer, monkeypatch):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_prompts, randomise
-from test_cli import SHORT, done, run, save_base, somewhere, texts
+from commands import SHORT, done, run
+from decoding import random_prompts, randomise
+from saved import save_base, texts
 from tiny_models import build
 
 from retrofit.adapters.layout import DraftLayout
@@ -20,7 +21,7 @@ from retrofit.recipes.text.regenerate import ResponseCache, regenerate, weights_
 from retrofit.recipes.training.order import Order
 from retrofit.runtime.engine import Engine
 
-__all__ = ["somewhere"]  # the fixture of test_cli: no environment of the caller's, a folder of its own
+pytestmark = pytest.mark.usefixtures("somewhere")
 
 LENGTHS = (9, 30, 17, 24, 30, 21)
 

@@ -10,7 +10,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_data import CHATML, MESSAGES, TINY, answers, fake_datasets, write_lines
+from text_sources import CHATML, MESSAGES, TINY, answers, fake_datasets, write_lines
 from transformers import AutoTokenizer
 
 from retrofit.errors import DataError, ResourceError, UsageError

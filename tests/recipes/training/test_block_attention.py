@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_prompts, randomise
+from decoding import random_prompts, randomise
 from tiny_models import CONFIGS, VOCABULARY, build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from resuming import (
+from tiny_conversion import (
     RECIPE,
     STEPS,
     at_step,

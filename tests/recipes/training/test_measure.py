@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from resuming import run
 from safetensors.torch import load_file
+from tiny_conversion import run
 from torch import Tensor
 
 from retrofit.adapters.heads import Heads

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import randomise
-from resuming import STEPS, child, curve, interrupted, learned, run, steps, tokenizer
+from decoding import randomise
 from safetensors.torch import load_file
+from tiny_conversion import STEPS, child, curve, interrupted, learned, run, steps, tokenizer
 from tiny_models import build
 
 from retrofit.adapters.layout import DraftLayout

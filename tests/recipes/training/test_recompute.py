@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_prompts
-from resuming import curve, run, write_texts
+from decoding import random_prompts
+from tiny_conversion import curve, run, write_texts
 from tiny_models import ARCHITECTURES, build
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from resuming import STEPS, at_step, child, curve, interrupted, learned, run, steps
+from tiny_conversion import STEPS, at_step, child, curve, interrupted, learned, run, steps
 
 from retrofit.errors import UsageError
 from retrofit.recipes.training.checkpoint import folder_of

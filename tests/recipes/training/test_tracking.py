@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from resuming import interrupted, learned, run
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tiny_conversion import interrupted, learned, run
 
 from retrofit.cli import main as cli
 from retrofit.errors import ResourceError

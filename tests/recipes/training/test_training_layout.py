@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import random_prompts, randomise
+from decoding import random_prompts, randomise
 from tiny_models import build
 from torch import Tensor
 

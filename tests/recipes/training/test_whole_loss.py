@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_prompts, randomise
+from decoding import random_prompts, randomise
 from tiny_models import build
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import random_prompts, randomise
+from decoding import random_prompts, randomise
 from tiny_models import build
 
 from retrofit.adapters.layout import DraftLayout

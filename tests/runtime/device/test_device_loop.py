@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from fused_models import LAYOUT, VOCABULARY, Planted, cycles, pair, plain_decoder, plain_sampling, planted, small
-from helpers import random_prompts, tokens_of
+from decoding import random_prompts, tokens_of
+from fused_models import LAYOUT, VOCABULARY, WIDE, Planted, cycles, pair, plain_decoder, plain_sampling, planted, small
 from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout
@@ -27,7 +27,6 @@ from retrofit.runtime.engine import Engine, Result
 from retrofit.runtime.kernels.state import ALL, GIVEN, LAST
 from retrofit.runtime.rules.tree import grow
 
-WIDE = DraftLayout(block=3)
 PROMPTS = random_prompts((9, 3, 5), vocab=VOCABULARY)
 NEW = 10
 WAYS: dict[str, dict[str, Any]] = {

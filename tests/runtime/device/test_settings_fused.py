@@ -3,9 +3,8 @@
 from typing import Any
 
 import pytest
-from fused_models import VOCABULARY, pair, plain_decoder, small
-from helpers import random_prompts, tokens_of
-from test_device_loop import WIDE
+from decoding import random_prompts, tokens_of
+from fused_models import VOCABULARY, WIDE, pair, plain_decoder, small
 from transformers import GenerationConfig
 
 from retrofit.runtime.device import loop as device_loop

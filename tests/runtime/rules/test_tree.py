@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import pytest
-from helpers import random_prompts, randomise, tokens_of
+from decoding import random_prompts, randomise, tokens_of
 from tiny_models import build
 
 from retrofit.adapters.layout import DraftLayout

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomise
+from decoding import randomise
 from tiny_models import CONFIGS
 from torch import Tensor
 from transformers import AutoModelForCausalLM

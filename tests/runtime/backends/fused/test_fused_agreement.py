@@ -10,8 +10,8 @@ import copy
 
 import pytest
 import torch
+from decoding import reference_greedy
 from fused_models import DEVICE, fused, small
-from helpers import reference_greedy
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.eval.audit import class_differences

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import random_prompts, randomise, tokens_of
 from fused_models import DEVICE, LAYOUT, ROWS, VOCABULARY, Planted, cycles, fused, pair, planted, poisoned, small
-from helpers import random_prompts, randomise, tokens_of
 from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout

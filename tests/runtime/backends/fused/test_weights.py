@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import random_prompts, randomise, tokens_of
 from fused_models import DEVICE, LAYOUT, VOCABULARY, small
-from helpers import random_prompts, randomise, tokens_of
 from tiny_models import CONFIGS
 from torch import Tensor
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Oracle, random_prompts, randomise, tokens_of
+from decoding import Oracle, random_prompts, randomise, tokens_of
 from tiny_models import ARCHITECTURES, build
 from torch import Tensor
 

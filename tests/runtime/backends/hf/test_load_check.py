@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
+from decoding import randomise
 from tiny_models import ARCHITECTURES, WINDOW, build
 from torch import Tensor
 

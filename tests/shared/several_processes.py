@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from resuming import RECIPE, run, tokenizer
+from tiny_conversion import RECIPE, run, tokenizer
 from tiny_models import build
 
 from retrofit.artifact import folder as artifact
@@ -107,7 +107,7 @@ def saved_model(folder: Path, name: str = "llama") -> Path:
 
 
 def run_folder(out: Path, model: Path, texts: Path, **options: Any) -> artifact.Artifact:
-    """As `resuming.run`, of a model in a folder."""
+    """As `tiny_conversion.run`, of a model in a folder."""
     recipe = {key.replace("__", "."): options.pop(key) for key in list(options) if "__" in key}
     overrides = {**RECIPE, "data.source": str(texts), **recipe}
     return convert(str(model), "tiny", out, overrides, quiet=True, offline=True, **options)

@@ -5,6 +5,7 @@ Where there is no GPU, Triton's kernels run in its interpreter; that is decided 
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from retrofit.runtime.kernels import interpreter
 
 pytest.register_assert_rewrite("commands", "tiny_conversion")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; what is interrupted here must notice
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # hand-over between threads costs more than a tiny model's matrix products
 if interpreter.interpreted():
     interpreter.patch()

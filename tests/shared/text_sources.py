@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from retrofit.recipes.schema import Data
 from retrofit.recipes.text import library
+from retrofit.recipes.text.documents import documents
 
 TINY = Path(library.__file__).parents[1] / "tiny"
 CHATML = (
@@ -49,3 +51,8 @@ def fake_datasets(monkeypatch, outcome):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return calls
+
+
+def read(source, tokenizer, part="train", seed=0, **options):
+    options = {"held_out": 0, **options}
+    return list(documents(Data(source=str(source), **options), tokenizer, part=part, seed=seed))

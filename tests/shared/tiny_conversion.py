@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from retrofit.artifact import folder as artifact
 from retrofit.recipes.convert import convert
 from retrofit.recipes.training import checkpoint
+from retrofit.recipes.training.checkpoint import Checkpoints, folder_of
 from retrofit.recipes.training.step import Trainer
 
 STEPS = 9
@@ -131,3 +132,21 @@ def interrupted(out: Path, texts: Path, step: int, number: int = signal.SIGINT, 
         with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
             run(out, texts, **options)
     return caught.value
+
+
+def whole(out: Path) -> list[int]:
+    """Steps of checkpoints that verify, and nothing else lies there."""
+    said: list[str] = []
+    folder = folder_of(out)
+    found = [path for path in folder.iterdir() if path.name not in ("metrics.jsonl", "lock")]
+    assert all(path.name.startswith(("step-", "stopped-")) for path in found), found
+    assert Checkpoints(folder).newest(said.append) is not None
+    assert said == []
+    return steps(out)
+
+
+def failing_in_step_6(error: Exception, patch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise error
+
+    at_step(6, fail, patch, "gradients")

@@ -22,9 +22,10 @@ import retrofit
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.artifact import folder as artifact
-from retrofit.cli import console
 from retrofit.cli import convert as convert_command
 from retrofit.cli import main as cli
+from retrofit.cli import options as cli_options
+from retrofit.cli import output
 from retrofit.errors import GateError, ResourceError
 from retrofit.eval import certify
 from retrofit.hub import file_fingerprint
@@ -178,10 +179,10 @@ def test_defaults_and_choices_are_the_engines(path):
     options = {name: value for name, value in given.items() if name in wanted and value != ()}
     assert options == {name: wanted[name] for name in options}
     assert {"mode", "strategy", "prepare", "max_new_tokens", "temperature", "threshold", "seed"} <= set(options)
-    assert tuple(console.MODES) == engine_options.MODES
-    assert tuple(console.STRATEGIES) == engine_options.STRATEGIES
-    assert tuple(console.BACKENDS) == loading.BACKENDS
-    assert tuple(console.EXACT) == ("auto", *EXACT)
+    assert tuple(cli_options.MODES) == engine_options.MODES
+    assert tuple(cli_options.STRATEGIES) == engine_options.STRATEGIES
+    assert tuple(cli_options.BACKENDS) == loading.BACKENDS
+    assert tuple(cli_options.EXACT) == ("auto", *EXACT)
 
 
 def test_common_options_are_the_same_everywhere():
@@ -763,7 +764,7 @@ def ending(monkeypatch, error, *options):
     def raises(*arguments, **more):
         raise error
 
-    monkeypatch.setattr(console.json, "dumps", raises)
+    monkeypatch.setattr(output.json, "dumps", raises)
     return run("recipes", "ls", "--json", *options)
 
 
@@ -800,11 +801,11 @@ def test_verbose_shows_the_traceback(monkeypatch, error):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
 def test_signals_unwind_and_end_with_their_code(number, code):
     program = (
-        "import os, retrofit.cli.console as console, retrofit.cli.main as cli\n"
+        "import os, retrofit.cli.output as output, retrofit.cli.main as cli\n"
         "def dumps(*a, **k):\n"
         "    try: os.kill(os.getpid(), NUMBER); __import__('time').sleep(30)\n"
         "    finally: print('cleaned up')\n"
-        "console.json.dumps = dumps\n"
+        "output.json.dumps = dumps\n"
         "cli.main(['recipes', 'ls', '--json'])"
     )
     command = [sys.executable, "-c", program.replace("NUMBER", str(int(number)))]

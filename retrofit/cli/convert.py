@@ -14,18 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from retrofit.artifact import folder as artifact
-from retrofit.cli.console import (
-    CONTEXT,
-    Loading,
-    be_quiet,
-    emit_json,
-    is_quiet,
-    loading_options,
-    output_options,
-    quieten_libraries,
-    say,
-    skip_bad_option,
-)
+from retrofit.cli.options import CONTEXT, Loading, loading_options, output_options, skip_bad_option
+from retrofit.cli.output import be_quiet, emit_json, is_quiet, quieten_libraries, say
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.launch import is_launched
 

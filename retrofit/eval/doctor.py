@@ -24,7 +24,6 @@ from retrofit.errors import GateError, ResourceError, RetrofitError, Unsupported
 from retrofit.hub import EMBEDDED, check_device, load_base
 
 if TYPE_CHECKING:
-    from retrofit.cli.console import Loading
     from retrofit.runtime.backends.fused.backend import FusedGQA
     from retrofit.runtime.backends.hf.backend import HFBackend
     from retrofit.runtime.backends.hf.exact_rows import Priced
@@ -145,22 +144,46 @@ def environment_table(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
 
 
-def diagnose(loading: Loading, folder: str | None = None, base: str | None = None) -> Diagnosis:
+@dataclass(frozen=True)
+class _Asked:
+    """How the model is to be loaded and decoded."""
+
+    device: str
+    dtype: str
+    backend: str
+    exact: str
+    offline: bool
+    trust_remote_code: bool
+
+
+def diagnose(
+    folder: str | None = None,
+    base: str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    backend: str = "auto",
+    exact: str = "auto",
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> Diagnosis:
     """Run the self-test for an artifact's model; without an artifact, for a base alone, the embedded one by default.
 
-    What this machine lacks is part of the result.  Raises ArtifactError, UsageError, ResourceError or
-    UnsupportedModelError for an artifact, a base or the name of a device that is no good.
+    The other options are those of `Engine.load`.  What this machine lacks is part of the result.  Raises
+    ArtifactError, UsageError, ResourceError or UnsupportedModelError for an artifact, a base or the name of a device
+    that is no good.
     """
+    asked = _Asked(device, dtype, backend, exact, offline, trust_remote_code)
     artifact = artifacts.read(Path(folder)) if folder else None
     try:
-        check_device(loading.device)
+        check_device(device)
     except ResourceError as error:
-        return _untested(loading, error, asked=True)
-    lacking = _lacking(loading)
+        return _untested(device, error)
+    lacking = _lacking(asked)
     if lacking is not None:
-        if loading.backend == "fused":
-            return _untested(loading, lacking, asked=True)
-        return _own_modules(loading, artifact, base, lacking)
+        if backend == "fused":
+            return _untested(device, lacking)
+        return _own_modules(asked, artifact, base, lacking)
     from retrofit.runtime.backends import interface
     from retrofit.runtime.backends.fused.self_test import self_test
     from retrofit.runtime.backends.fused.weights import unsupported
@@ -170,9 +193,9 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
     files = load_base(
         base or (artifacts.base_of(artifact.folder, artifact.config) if artifact else EMBEDDED),
         None if base else named.get("revision"),
-        device=loading.device,
-        trust_remote_code=loading.trust_remote_code,
-        offline=loading.offline,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        offline=offline,
         need_tokenizer=False,
         with_model=False,
     )
@@ -180,23 +203,23 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
     reason = unsupported(text_config(files.folder))
     if reason is not None:
         unfit = UnsupportedModelError(f"our kernels cannot run {files.name}: {reason}")
-        if loading.backend == "fused":
-            return _untested(loading, unfit, asked=True)
-        return _own_modules(loading, artifact, base, unfit)
-    dtype = named.get("dtype", "auto") if loading.dtype in (None, "auto") else loading.dtype
-    exact = "bucket" if loading.exact == "auto" else loading.exact
-    backend = fused_backend(files, artifact, loading.device, dtype, exact, interface.BUCKET_ROWS)
-    return _judged(backend, files.name, self_test(backend, backend.layout.drafts))
+        if backend == "fused":
+            return _untested(device, unfit)
+        return _own_modules(asked, artifact, base, unfit)
+    kind = named.get("dtype", "auto") if dtype == "auto" else dtype
+    level = "bucket" if exact == "auto" else exact
+    fused = fused_backend(files, artifact, device, kind, level, interface.BUCKET_ROWS)
+    return _judged(fused, files.name, self_test(fused, fused.layout.drafts))
 
 
-def _lacking(loading: Loading) -> RetrofitError | None:
+def _lacking(asked: _Asked) -> RetrofitError | None:
     """What keeps our kernels from running, whatever the model."""
-    if loading.backend == "hf":
+    if asked.backend == "hf":
         return ResourceError("the hf backend was asked for")
     try:
         from retrofit.runtime.kernels.interpreter import interpreted
 
-        if not interpreted() and not loading.device.startswith("cuda"):
+        if not interpreted() and not asked.device.startswith("cuda"):
             return ResourceError(
                 "our kernels need a CUDA GPU",
                 "TRITON_INTERPRET=1 in the environment runs them in Triton's interpreter: slow, and no proof for a GPU",
@@ -207,26 +230,24 @@ def _lacking(loading: Loading) -> RetrofitError | None:
     return None
 
 
-def _untested(loading: Loading, why: RetrofitError, asked: bool) -> Diagnosis:
+def _untested(device: str, why: RetrofitError) -> Diagnosis:
     """What was asked for is not to be had."""
-    return Diagnosis("hf", loading.device, f"No self-test: {why}.", problem=why if asked else None)
+    return Diagnosis("hf", device, f"No self-test: {why}.", problem=why)
 
 
-def _own_modules(
-    loading: Loading, artifact: artifacts.Artifact | None, base: str | None, why: RetrofitError
-) -> Diagnosis:
+def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str | None, why: RetrofitError) -> Diagnosis:
     """The hf backend: every level with its price, and the one that is kept.  why: why our kernels cannot run."""
     from retrofit.runtime.backends.hf.exact_rows import settle, survey
     from retrofit.runtime.engine import Engine
 
-    options: dict[str, Any] = {"offline": loading.offline, "trust_remote_code": loading.trust_remote_code}
-    dtype = loading.dtype or "auto"
+    options: dict[str, Any] = {"offline": asked.offline, "trust_remote_code": asked.trust_remote_code}
+    dtype = asked.dtype
     if artifact is not None:
-        engine = Engine.load(artifact.folder, loading.device, dtype, exact="off", backend="hf", base=base, **options)
+        engine = Engine.load(artifact.folder, asked.device, dtype, exact="off", backend="hf", base=base, **options)
         name = base or str(artifact.folder)
     else:
         name = base or EMBEDDED
-        loaded = load_base(name, dtype=dtype, device=loading.device, need_tokenizer=False, **options)
+        loaded = load_base(name, dtype=dtype, device=asked.device, need_tokenizer=False, **options)
         engine = Engine.from_model(loaded.model, exact="off")
     with engine:
         backend: HFBackend = engine.backend  # type: ignore[assignment]
@@ -234,11 +255,11 @@ def _own_modules(
         levels = survey(backend, drafts)
         problem = None
         try:
-            settled = settle(backend, loading.exact, drafts)
+            settled = settle(backend, asked.exact, drafts)
             verdict, checks = f"{settled.level} is kept: {settled.why}.", settled.checks
         except GateError as error:
             problem, checks = error, []
-            verdict = f"{loading.exact} does NOT hold on this machine."
+            verdict = f"{asked.exact} does NOT hold on this machine."
         kind = str(backend.dtype).removeprefix("torch.")
         verdict += f" The model's own modules decode, on the hf backend: {why}."
         place, level, bucket = str(backend.device), backend.exact, backend.most_rows

@@ -16,6 +16,7 @@ import click
 from retrofit.artifact import folder as artifact
 from retrofit.cli.options import CONTEXT, Loading, loading_options, output_options, skip_bad_option
 from retrofit.cli.output import be_quiet, emit_json, is_quiet, quieten_libraries, say
+from retrofit.cli.tables import facts
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.launch import is_launched
 
@@ -150,8 +151,6 @@ def _tell(made: artifact.Artifact, as_json: bool) -> None:
     if as_json:
         emit_json({"artifact": str(made.folder), **parts})
         return
-    from retrofit.artifact.inspection import facts
-
     by_slot = {key: value for key, value in parts["acceptance"].items() if key != "ranks"}
     say(f"measured on held-out text: {facts(by_slot) or 'nothing'}")
     say(f"next: retrofit certify {made.folder}")

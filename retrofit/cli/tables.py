@@ -20,3 +20,12 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return f"[{' '.join(_short(item) for item in value)}]"
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from retrofit.runtime.backends.levels import Check
 
 PACKAGES = ("torch", "triton", "transformers", "peft")
-COLUMNS = ("what", "shape", "kernel", "rows", "bits")
 INTERPRETED = "This was Triton's interpreter on the CPU: it says nothing about a GPU."
 
 
@@ -64,84 +61,30 @@ class Diagnosis:
         levels = [asdict(level) for level in self.levels]
         return {**facts, "levels": levels, "checks": checks, "holds": self.holds, "verdict": self.verdict}
 
-    def table(self) -> str:
-        """The checks and the verdict, for people."""
-        if not self.checks and not self.levels:
-            return self.verdict
-        bucket = f" of {self.bucket} rows" if self.bucket else ""
-        parts = [f"{self.model} in {self.dtype} on {self.device}, backend {self.backend}, exact={self.exact}{bucket}"]
-        if self.levels:
-            off = self.levels[0].seconds or 1.0
-            parts.append(
-                _aligned(
-                    [("level", "holds", "rows", "ar, ms a step", "price"), *(_priced(x, off) for x in self.levels)]
-                )
-            )
-        if self.checks:
-            cells = [(c.what, c.shape, c.kernel, c.rows, "equal" if c.equal else "DIFFER") for c in self.checks]
-            parts.append(_aligned([COLUMNS, *cells]))
-        return "\n\n".join([*parts, self.verdict])
-
-
-def _priced(found: Priced, off: float) -> tuple[str, ...]:
-    rows = f"{found.rows}" if found.level == "bucket" else f"{found.rows} and more"
-    if found.seconds is None:
-        return found.level, "no", "", "", ""
-    promises = "yes" if found.level != "off" else "promises nothing"
-    return found.level, promises, rows, f"{1000 * found.seconds:.2f}", f"{found.seconds / off:.2f} x"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
 
 def environment() -> dict[str, Any]:
     """Versions, processor, GPUs and the Hub's cache, as plain data.  Imports torch."""
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
+    from torch.utils import collect_env
 
-    from retrofit.machine import cores, cpu_name, installed
+    from retrofit.machine import cores, cpu_name, driver, installed, memory
 
     return {
         "retrofit": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "os": collect_env.get_os(collect_env.run),
+        "libc": collect_env.get_libc_version(),
         **{name: installed(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "cpu": {"name": cpu_name(), "cores": cores(), "memory": _memory()},
+        "cpu": {"name": cpu_name(), "cores": cores(), "memory": memory()},
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
-        "driver": _driver(),
+        "driver": driver(),
         "hub_cache": {"folder": HF_HUB_CACHE, "exists": Path(HF_HUB_CACHE).is_dir()},
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE"),
         "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET"),
     }
-
-
-def environment_table(facts: dict[str, Any]) -> str:
-    """`environment` for people: one line per fact."""
-    cpu, cache = facts["cpu"], facts["hub_cache"]
-    memory = f", {_gib(cpu['memory'])} of memory" if cpu["memory"] else ""
-    gpus = [
-        f"{gpu['name']}, {_gib(gpu['free'])} of {_gib(gpu['total'])} free, compute capability {gpu['capability']}"
-        for gpu in facts["gpus"]
-    ]
-    cuda = f" (CUDA {facts['cuda']})" if facts["cuda"] else " (no CUDA)"
-    offline = facts["HF_HUB_OFFLINE"]
-    lines = [
-        ("retrofit", facts["retrofit"]),
-        ("python", f"{facts['python']} on {facts['platform']}"),
-        *((name, (facts[name] or "not installed") + (cuda if name == "torch" else "")) for name in PACKAGES),
-        ("cpu", f"{cpu['name']}, {cpu['cores']} cores{memory}"),
-        *((f"gpu {i}" if i else "gpu", text) for i, text in enumerate(gpus or ["none"])),
-        ("driver", facts["driver"] or "none found"),
-        ("Hub cache", f"{cache['folder']}{'' if cache['exists'] else ' (not there)'}"),
-        ("HF_HUB_OFFLINE", "not set" if offline is None else offline),
-    ]
-    if facts["TRITON_INTERPRET"] is not None:
-        lines.append(("TRITON_INTERPRET", facts["TRITON_INTERPRET"]))
-    width = max(len(name) for name, _ in lines) + 2
-    return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
 
 
 @dataclass(frozen=True)
@@ -303,28 +246,3 @@ def _gpu(index: int) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(index)
     name = torch.cuda.get_device_name(index)
     return {"name": name, "total": total, "free": free, "capability": f"{major}.{minor}"}
-
-
-def _driver() -> str | None:
-    """Version of the NVIDIA driver."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
-
-
-def _memory() -> int | None:
-    """Bytes of main memory; None where the system does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

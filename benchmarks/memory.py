@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from benchmarks.common import ROOT, Bar, say, section, table, write
+from retrofit.machine import forget_peak, peak_resident, resident
 from retrofit.recipes.dry_run.fit import short
 
 RESULTS = ROOT / "results" / "memory-cpu.json"
@@ -162,15 +163,10 @@ def measure(recipe: tuple[str, ...]) -> dict[str, Any]:
         convert(out=Path(folder, "warm"), overrides=WARM_UP, quiet=True)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the largest size begins anew
-        before = held("VmRSS")
+        forget_peak()
+        before = resident()
         convert(recipe=load_recipe("default", recipe), out=Path(folder, "out"), quiet=True)
-        return {"peak": held("VmHWM") - before}
-
-
-def held(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+        return {"peak": peak_resident() - before}
 
 
 if __name__ == "__main__":

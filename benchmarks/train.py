@@ -30,6 +30,7 @@ from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import RetrofitError
 from retrofit.hub import EMBEDDED, load_base
+from retrofit.machine import forget_peak, peak_resident, resident
 from retrofit.recipes.schema import Recipe, load_recipe
 from retrofit.recipes.text.documents import Document, documents, windows
 from retrofit.recipes.training.order import Batch
@@ -203,16 +204,10 @@ def peak(which: str) -> int:
     warm = of_random(small(kind == "window"), 1, 256, **anchors)
     warm.ours.gradients([warm.batch])
     made = of_random(small(kind == "window"), 1, int(length), **anchors)
-    Path("/proc/self/clear_refs").write_text("5")  # what was used most so far is forgotten
-    before = memory("VmRSS")
+    forget_peak()
+    before = resident()
     made.ours.gradients([made.batch])
-    return memory("VmHWM") - before
-
-
-def memory(line: str) -> int:
-    """Bytes, as Linux counts them for this process."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(found for found in status.splitlines() if found.startswith(line)).split()[1])
+    return peak_resident() - before
 
 
 @click.command(help=__doc__)

@@ -6,7 +6,8 @@ Every failure is one clear error with the fix in it.  Not here: adapters, artifa
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,18 +70,10 @@ def locate(
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise UsageError(f"no folder {name}", "give an existing folder or a Hub id such as Qwen/Qwen3-0.6B")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.py"] if code else [])
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
-    try:
+    with _hub_errors(name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
         if not weights:
             return folder
@@ -96,6 +89,22 @@ def locate(
                 local_files_only=offline,
             )
         )
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turns what the Hub's library raises into one clear error."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
     except GatedRepoError as error:
         raise ResourceError(
             f"{name} is gated on the Hub",

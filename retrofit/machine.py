@@ -1,18 +1,17 @@
-"""What a figure was measured on and with: processor, threads, versions, commit.
-
-Not here: what is there to run on (`doctor.py`), the memory that a conversion finds free (`recipes/dry_run.py`).
-"""
+"""The machine, read in one place: processor, cores, memory, GPU driver, versions, commit."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from retrofit import __version__
@@ -52,6 +51,48 @@ def _model_name() -> str:
 def cores() -> int:
     """Those this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of main memory."""
+    return int(psutil.virtual_memory().total)
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can still be taken on a device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def forget_peak() -> None:
+    """Let `peak_resident` begin anew.  Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process has held.  Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None where there is none, or where its tool does not answer in 10 seconds."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
 
 
 def commit() -> str | None:

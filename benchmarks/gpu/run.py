@@ -148,8 +148,7 @@ def about_machine(commit: str | None) -> dict[str, Any]:
     """`hardware` of retrofit.machine, with the GPU's driver, memory and multiprocessors, CUDA and Triton."""
     import torch
 
-    from retrofit.eval.doctor import _driver
-    from retrofit.machine import hardware
+    from retrofit.machine import driver, hardware
 
     machine = hardware()
     machine["commit"] = machine["commit"] or commit
@@ -158,7 +157,7 @@ def about_machine(commit: str | None) -> dict[str, Any]:
         device = torch.cuda.get_device_properties(0)
         machine |= {
             "memory_gib": round(device.total_memory / 2**30, 1), "multiprocessors": device.multi_processor_count,
-            "capability": f"{device.major}.{device.minor}", "cuda": torch.version.cuda, "driver": _driver(),
+            "capability": f"{device.major}.{device.minor}", "cuda": torch.version.cuda, "driver": driver(),
         }  # fmt: skip
     return machine
 

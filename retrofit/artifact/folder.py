@@ -1,6 +1,6 @@
 """The artifact folder: write it, check it, read it.
 
-    retrofit.json              what the runtime needs; SCHEMA below, checked by hand
+    retrofit.json              what the runtime needs; its keys are in `schema.py`
     adapter/                   adapter_config.json and adapter_model.safetensors: plain PEFT, in a subfolder
                                because transformers would load it from the root, ungated
     heads.safetensors          mask vector, Markov and confidence heads
@@ -19,31 +19,23 @@ refused by its name, unread; a link that leads out of the folder is not followed
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from retrofit.artifact.files import disk, json_bytes, sha256, sync_folder, write_file
+from retrofit.artifact.safety import AGAIN, check_safetensors, load_json, names_in, reading, stays_inside
+from retrofit.artifact.schema import FORMAT, check_adapter_config, check_config
 from retrofit.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
-AGAIN = "copy or download the artifact again, or run `retrofit convert` again"
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
-HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 CONFIG = "retrofit.json"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -56,10 +48,6 @@ MANIFEST = "manifest.sha256.json"
 LOAD_BEARING = (CONFIG, ADAPTER_CONFIG, ADAPTER, HEADS, RECIPE)
 
 ADDED_SUFFIXES = (".json", ".jsonl", ".yaml", ".md", ".html", ".svg", ".safetensors")
-PICKLE_SUFFIXES = (
-    *(".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl"),
-    *(".pt", ".pt2", ".pth", ".ptl", ".th", ".torch"),
-)
 
 
 @dataclass(frozen=True)
@@ -98,8 +86,8 @@ def write(
 
     folder = Path(folder)
     check_writable(folder, overwrite)
-    _check_config(dict(config), folder / CONFIG)
-    _check_adapter_config(dict(adapter_config), folder / ADAPTER_CONFIG)
+    check_config(dict(config), folder / CONFIG)
+    check_adapter_config(dict(adapter_config), folder / ADAPTER_CONFIG)
     contents = {
         CONFIG: json_bytes(config),
         ADAPTER_CONFIG: json_bytes(adapter_config),
@@ -136,7 +124,8 @@ def check(folder: str | Path) -> None:
     artifact, ArtifactError that names the file otherwise.
     """
     root = Path(folder)
-    names = _names(root)
+    _exists(root)
+    names = names_in(root)
     read_config(root)
     expected = _recorded(root)
     for name in LOAD_BEARING:
@@ -144,16 +133,16 @@ def check(folder: str | Path) -> None:
         if name not in names:
             raise ArtifactError(f"{path}: missing", AGAIN)
         size, digest = expected[name]
-        with _reading(path):
-            if path.suffix == ".safetensors":
-                _check_safetensors(path)
+        with reading(path):
             found = path.stat().st_size
             if found != size:
                 what = "truncated" if found < size else "too long"
                 raise ArtifactError(f"{path}: {what}: {found} bytes, the manifest says {size}", AGAIN)
             if sha256(path) != digest:
                 raise ArtifactError(f"{path}: damaged or altered: its sha256 is not the manifest's", AGAIN)
-    _check_adapter_config(_load_json(root / ADAPTER_CONFIG), root / ADAPTER_CONFIG)
+            if path.suffix == ".safetensors":
+                check_safetensors(path)
+    check_adapter_config(load_json(root / ADAPTER_CONFIG), root / ADAPTER_CONFIG)
     for name in names:
         if name.endswith(".sha256"):
             _check_added(root / name)
@@ -167,8 +156,8 @@ def read(folder: str | Path) -> Artifact:
     check(root)
     return Artifact(
         folder=root,
-        config=_load_json(root / CONFIG),
-        adapter_config=_load_json(root / ADAPTER_CONFIG),
+        config=load_json(root / CONFIG),
+        adapter_config=load_json(root / ADAPTER_CONFIG),
         adapter_state=load_file(root / ADAPTER),
         heads=load_file(root / HEADS),
     )
@@ -179,9 +168,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     root = Path(folder)
     _exists(root)
     path = root / CONFIG
-    _stays_inside(path, root)
-    config = _load_json(path)
-    _check_config(config, path)
+    stays_inside(path, root)
+    config = load_json(path)
+    check_config(config, path)
     return config
 
 
@@ -195,7 +184,7 @@ def base_of(folder: str | Path, config: Mapping[str, Any]) -> str:
     if named.get("local") is not True:
         return str(named["model"])
     path = Path(folder) / LOCAL
-    place = _load_json(path).get("base") if path.is_file() else None
+    place = load_json(path).get("base") if path.is_file() else None
     if isinstance(place, str) and Path(place).is_dir():
         return place
     problem = f"{place}, which is gone" if place else f"{named['model']}, a model that lay on another machine"
@@ -220,7 +209,7 @@ def add(folder: str | Path, name: str, data: bytes | str) -> Path:
     if PurePosixPath(name).suffix not in ADDED_SUFFIXES:
         raise UsageError(f"{name}: an artifact takes {', '.join(ADDED_SUFFIXES)} only")
     path = root.joinpath(*parts)
-    _stays_inside(path, root)
+    stays_inside(path, root)
     data = data.encode() if isinstance(data, str) else data
     with disk(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,14 +292,6 @@ def _replace(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}", AGAIN) from None
-
-
 def _exists(root: Path) -> None:
     restore(root)
     if not root.is_dir():
@@ -319,46 +300,10 @@ def _exists(root: Path) -> None:
         raise ArtifactError(f"{root / CONFIG}: missing, so this is no artifact", AGAIN)
 
 
-def _names(root: Path) -> list[str]:
-    """Files of the folder, sorted, as POSIX paths.  Nothing is opened."""
-    _exists(root)
-    names = []
-    for at, folders, files in os.walk(root):
-        for entry in (*folders, *files):
-            path = Path(at, entry)
-            if path.suffix.lower() in PICKLE_SUFFIXES:
-                hint = "delete it; an artifact needs safetensors, JSON, YAML, Markdown, HTML and SVG only"
-                raise ArtifactError(f"{path}: may be a pickle, which can run code when read", hint)
-            _stays_inside(path, root)
-        names += [Path(at, file).relative_to(root).as_posix() for file in files]
-    return sorted(names)
-
-
-def _stays_inside(path: Path, root: Path) -> None:
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ArtifactError(f"{path}: a link that leads out of the artifact", "copy the file itself, `cp -L`")
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    with _reading(path):
-        data = path.read_bytes()
-    try:
-        content = json.loads(data.decode(), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not valid JSON: {error}", AGAIN) from None
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path}: must be a JSON object, not {type(content).__name__}", AGAIN)
-    return content
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
-
-
 def _recorded(root: Path) -> dict[str, tuple[int, str]]:
     """(size, sha256) of every load-bearing file, as the manifest has them."""
     path = root / MANIFEST
-    content = _load_json(path)
+    content = load_json(path)
     files = content.get("files")
     names = sorted(files) if isinstance(files, dict) else []
     as_written = json_bytes({"files": files, "format": FORMAT}) == path.read_bytes()
@@ -375,132 +320,12 @@ def _recorded(root: Path) -> dict[str, tuple[int, str]]:
 
 def _check_added(beside: Path) -> None:
     path = beside.with_suffix("")
-    with _reading(beside):
+    with reading(beside):
         recorded = beside.read_bytes()
     if not path.is_file():
         raise ArtifactError(f"{path}: missing, though {beside.name} is there", f"delete {beside.name}")
-    with _reading(path):
+    with reading(path):
         found = f"{sha256(path)}  {path.name}\n".encode()
     if recorded != found:
         hint = f"write it anew, or delete it and {beside.name}"
         raise ArtifactError(f"{path}: damaged or altered: its sha256 is not the recorded one", hint)
-
-
-def _check_safetensors(path: Path) -> None:
-    """Size, JSON and offsets of the header, before anything is allocated by its word.
-
-    Format: 8 bytes N, little-endian; N bytes of JSON, {name: {dtype, shape, data_offsets}}; the tensors,
-    without holes.
-    """
-
-    def refuse(problem: str) -> ArtifactError:
-        return ArtifactError(f"{path}: no intact safetensors file: {problem}", AGAIN)
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise refuse("truncated" if length <= HEADER_LIMIT else "the header's length makes no sense")
-        try:
-            header = json.loads(file.read(length).decode())
-        except (ValueError, RecursionError):
-            raise refuse("the header is not valid JSON") from None
-    if not isinstance(header, dict):
-        raise refuse("the header is no JSON object")
-    header.pop("__metadata__", None)
-    spans = []
-    for name, entry in header.items():
-        entry = entry if isinstance(entry, dict) else {}
-        dtype, shape, span = str(entry.get("dtype")), entry.get("shape", ()), entry.get("data_offsets", ())
-        if dtype not in DTYPE_BYTES or not _sizes(shape) or not _sizes(span) or len(span) != 2:
-            raise refuse(f"tensor {name} has no valid type, shape and offsets")
-        if span[1] - span[0] != prod(shape) * DTYPE_BYTES[dtype]:
-            raise refuse(f"tensor {name} is not as large as its shape")
-        spans.append(span)
-    end = 0
-    for first, last in sorted(spans):
-        if first != end:
-            raise refuse("tensors overlap or leave holes")
-        end = last
-    if size != (wanted := 8 + length + end):
-        what = "truncated" if size < wanted else "too long"
-        raise refuse(f"{what}: {size} bytes, its header says {wanted}")
-
-
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _check_adapter_config(content: Mapping[str, Any], path: Path) -> None:
-    if content.get("peft_type") != "LORA":
-        raise ArtifactError(f"{path}: `peft_type` must be LORA, not {content.get('peft_type')!r}", AGAIN)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _text_or_none(value: Any) -> bool:
-    return value is None or _text(value)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_text, value))
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
-
-
-def _one_of(*choices: Any) -> Callable[[Any], bool]:
-    return lambda value: any(type(value) is type(choice) and value == choice for choice in choices)
-
-
-# key -> (test, what it wants)
-SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "retrofit": (_text, "the version that wrote it"),
-    "base.model": (_text, "the base's id or folder"),
-    "base.revision": (_text_or_none, "text or null"),
-    "base.architecture": (_text, "the name of the base's model class"),
-    "base.fingerprint.config": (_text, "a sha256"),
-    "base.fingerprint.headers": (_text_or_none, "a sha256 or null"),
-    "base.fingerprint.norms": (_text_or_none, "a sha256 or null"),
-    "profile": (_one_of("frozen", "joint"), "frozen or joint"),
-    "draft.block": (lambda value: _count(value) and value >= 1, "a whole number from 1"),
-    "draft.input": (_one_of("mask", "noise"), "mask or noise"),
-    "draft.attention": (_one_of("bidirectional", "causal"), "bidirectional or causal"),
-    "draft.shift": (_one_of(0, 1), "0 or 1"),
-    "draft.seed_row": (_one_of("base", "draft"), "base or draft"),
-    "adapter.rank": (lambda value: _count(value) and value >= 1, "a whole number from 1"),
-    "adapter.alpha": (_positive, "a number above 0"),
-    "adapter.targets": (_texts, "a list of roles"),
-    "adapter.modules": (_texts, "a list of module names"),
-    "adapter.markov_rank": (_count, "a whole number from 0"),
-    "adapter.confidence": (_one_of(True, False), "true or false"),
-    "parameters.adapter": (_count, "a whole number from 0"),
-    "parameters.heads": (_count, "a whole number from 0"),
-    "parameters.base": (_count, "a whole number from 0"),
-    "acceptance": (lambda value: isinstance(value, dict), "an object"),
-    "training": (lambda value: isinstance(value, dict), "an object"),
-}
-
-
-def _check_config(content: Mapping[str, Any], path: Path) -> None:
-    """Refuse a `retrofit.json` of another format, or without a key of SCHEMA; it may have more."""
-    version = content.get("format")
-    if not _one_of(FORMAT)(version):
-        newer = type(version) is int and version > FORMAT
-        hint = "upgrade retrofit" if newer else AGAIN
-        raise ArtifactError(f"{path}: format {version!r}; this retrofit reads format {FORMAT}", hint)
-    for key, (test, wanted) in SCHEMA.items():
-        value: Any = content
-        for part in key.split("."):
-            if not isinstance(value, dict) or part not in value:
-                raise ArtifactError(f"{path}: `{key}` is missing", AGAIN)
-            value = value[part]
-        if not test(value):
-            raise ArtifactError(f"{path}: `{key}` must be {wanted}, not {value!r}", AGAIN)

@@ -9,23 +9,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from retrofit.artifact import folder as artifact
-from retrofit.cli.console import (
-    CONTEXT,
-    Loading,
-    be_quiet,
-    emit_json,
-    is_quiet,
-    loading_options,
-    output_options,
-    quieten_libraries,
-    say,
-    skip_bad_option,
-)
+from retrofit.cli.options import CONTEXT, Loading, loading_options, output_options, skip_bad_option
+from retrofit.cli.output import be_quiet, emit_json, is_quiet, quieten_libraries, say
+from retrofit.cli.tables import facts
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.launch import is_launched
 
@@ -103,39 +94,44 @@ def convert(
       torchrun --nproc-per-node 8 --no-python retrofit convert Qwen/Qwen3-8B --recipe qwen3-8b
     """
     with _several_processes(loading) as is_main:
-        if force_resume and restart:
-            raise UsageError("--force-resume and --restart do not go together", "give one of them")
+        resume = _resume(force_resume, restart)
         if fit is not None and not dry_run:
             raise UsageError("--fit goes with --dry-run", "add --dry-run, or leave --fit out")
-        model, overrides = _model_and_overrides(items)
-        flags = [f"base.dtype={loading.dtype}"] if loading.dtype else []
-        flags += [f"train.seed={seed}"] if seed is not None else []
-        resolved = _recipe(model, recipe, [*flags, *overrides])
-        name = Path(resolved.base.model).expanduser().resolve().name
-        out = out or Path(f"{name}-retrofit")
+        resolved = _resolved(items, recipe, loading.dtype, seed)
+        out = out or Path(f"{Path(resolved.base.model).expanduser().resolve().name}-retrofit")
         artifact.check_writable(out, overwrite)
         if dry_run:
             if is_main:
                 _dry_run(resolved, out, fit, loading, skip_bad, as_json)
             return
-        quieten_libraries()
-        from retrofit import convert as run
-
-        made = run(
-            recipe=resolved,
-            out=out,
-            device=loading.device,
-            overwrite=overwrite,
-            offline=loading.offline,
-            trust_remote_code=loading.trust_remote_code,
-            quiet=is_quiet(),
-            resume="force" if force_resume else "never" if restart else "auto",
-            keep_checkpoints=keep_checkpoints,
-            skip_bad=skip_bad,
-            track=track,
-        )
+        made = _convert(
+            resolved, out, loading,
+            overwrite=overwrite, resume=resume, keep_checkpoints=keep_checkpoints, skip_bad=skip_bad, track=track,
+        )  # fmt: skip
     if is_main:
         _tell(made, as_json)
+
+
+def _resume(force_resume: bool, restart: bool) -> Literal["auto", "force", "never"]:
+    """What becomes of checkpoints that are there.  Raises UsageError."""
+    if force_resume and restart:
+        raise UsageError("--force-resume and --restart do not go together", "give one of them")
+    return "force" if force_resume else "never" if restart else "auto"
+
+
+def _convert(recipe: Recipe, out: Path, loading: Loading, **options: Any) -> artifact.Artifact:
+    quieten_libraries()
+    from retrofit import convert as run
+
+    return run(
+        recipe=recipe,
+        out=out,
+        device=loading.device,
+        offline=loading.offline,
+        trust_remote_code=loading.trust_remote_code,
+        quiet=is_quiet(),
+        **options,
+    )
 
 
 @contextmanager
@@ -160,8 +156,6 @@ def _tell(made: artifact.Artifact, as_json: bool) -> None:
     if as_json:
         emit_json({"artifact": str(made.folder), **parts})
         return
-    from retrofit.artifact.inspection import facts
-
     by_slot = {key: value for key, value in parts["acceptance"].items() if key != "ranks"}
     say(f"measured on held-out text: {facts(by_slot) or 'nothing'}")
     say(f"next: retrofit certify {made.folder}")
@@ -214,6 +208,14 @@ def _model_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:
         hint = "a recipe key is set as key.path=value"
         raise UsageError(f"more than one model: {', '.join(models)}", hint)
     return (models[0] if models else None), overrides
+
+
+def _resolved(items: Sequence[str], recipe: str | None, dtype: str | None, seed: int | None) -> Recipe:
+    """The recipe of the words and options on the command line.  Raises UsageError."""
+    model, overrides = _model_and_overrides(items)
+    flags = [f"base.dtype={dtype}"] if dtype else []
+    flags += [f"train.seed={seed}"] if seed is not None else []
+    return _recipe(model, recipe, [*flags, *overrides])
 
 
 def _recipe(model: str | None, name: str | None, overrides: list[str]) -> Recipe:

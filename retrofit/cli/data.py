@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.cli.console import CONTEXT, emit_json, is_quiet, output_options, quieten_libraries, say, skip_bad_option
+from retrofit.cli.options import CONTEXT, output_options, skip_bad_option
+from retrofit.cli.output import emit_json, is_quiet, quieten_libraries, say
 from retrofit.errors import DataError, UsageError
 
 if TYPE_CHECKING:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +22,12 @@ from retrofit.errors import GateError, ResourceError, RetrofitError, Unsupported
 from retrofit.hub import EMBEDDED, check_device, load_base
 
 if TYPE_CHECKING:
-    from retrofit.cli.console import Loading
     from retrofit.runtime.backends.fused.backend import FusedGQA
     from retrofit.runtime.backends.hf.backend import HFBackend
     from retrofit.runtime.backends.hf.exact_rows import Priced
     from retrofit.runtime.backends.levels import Check
 
 PACKAGES = ("torch", "triton", "transformers", "peft")
-COLUMNS = ("what", "shape", "kernel", "rows", "bits")
 INTERPRETED = "This was Triton's interpreter on the CPU: it says nothing about a GPU."
 
 
@@ -65,102 +61,72 @@ class Diagnosis:
         levels = [asdict(level) for level in self.levels]
         return {**facts, "levels": levels, "checks": checks, "holds": self.holds, "verdict": self.verdict}
 
-    def table(self) -> str:
-        """The checks and the verdict, for people."""
-        if not self.checks and not self.levels:
-            return self.verdict
-        bucket = f" of {self.bucket} rows" if self.bucket else ""
-        parts = [f"{self.model} in {self.dtype} on {self.device}, backend {self.backend}, exact={self.exact}{bucket}"]
-        if self.levels:
-            off = self.levels[0].seconds or 1.0
-            parts.append(
-                _aligned(
-                    [("level", "holds", "rows", "ar, ms a step", "price"), *(_priced(x, off) for x in self.levels)]
-                )
-            )
-        if self.checks:
-            cells = [(c.what, c.shape, c.kernel, c.rows, "equal" if c.equal else "DIFFER") for c in self.checks]
-            parts.append(_aligned([COLUMNS, *cells]))
-        return "\n\n".join([*parts, self.verdict])
-
-
-def _priced(found: Priced, off: float) -> tuple[str, ...]:
-    rows = f"{found.rows}" if found.level == "bucket" else f"{found.rows} and more"
-    if found.seconds is None:
-        return found.level, "no", "", "", ""
-    promises = "yes" if found.level != "off" else "promises nothing"
-    return found.level, promises, rows, f"{1000 * found.seconds:.2f}", f"{found.seconds / off:.2f} x"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
 
 def environment() -> dict[str, Any]:
     """Versions, processor, GPUs and the Hub's cache, as plain data.  Imports torch."""
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
+    from torch.utils import collect_env
 
-    from retrofit.machine import cores, cpu_name, installed
+    from retrofit.machine import cores, cpu_name, driver, installed, memory
 
     return {
         "retrofit": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "os": collect_env.get_os(collect_env.run),
+        "libc": collect_env.get_libc_version(),
         **{name: installed(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "cpu": {"name": cpu_name(), "cores": cores(), "memory": _memory()},
+        "cpu": {"name": cpu_name(), "cores": cores(), "memory": memory()},
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
-        "driver": _driver(),
+        "driver": driver(),
         "hub_cache": {"folder": HF_HUB_CACHE, "exists": Path(HF_HUB_CACHE).is_dir()},
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE"),
         "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET"),
     }
 
 
-def environment_table(facts: dict[str, Any]) -> str:
-    """`environment` for people: one line per fact."""
-    cpu, cache = facts["cpu"], facts["hub_cache"]
-    memory = f", {_gib(cpu['memory'])} of memory" if cpu["memory"] else ""
-    gpus = [
-        f"{gpu['name']}, {_gib(gpu['free'])} of {_gib(gpu['total'])} free, compute capability {gpu['capability']}"
-        for gpu in facts["gpus"]
-    ]
-    cuda = f" (CUDA {facts['cuda']})" if facts["cuda"] else " (no CUDA)"
-    offline = facts["HF_HUB_OFFLINE"]
-    lines = [
-        ("retrofit", facts["retrofit"]),
-        ("python", f"{facts['python']} on {facts['platform']}"),
-        *((name, (facts[name] or "not installed") + (cuda if name == "torch" else "")) for name in PACKAGES),
-        ("cpu", f"{cpu['name']}, {cpu['cores']} cores{memory}"),
-        *((f"gpu {i}" if i else "gpu", text) for i, text in enumerate(gpus or ["none"])),
-        ("driver", facts["driver"] or "none found"),
-        ("Hub cache", f"{cache['folder']}{'' if cache['exists'] else ' (not there)'}"),
-        ("HF_HUB_OFFLINE", "not set" if offline is None else offline),
-    ]
-    if facts["TRITON_INTERPRET"] is not None:
-        lines.append(("TRITON_INTERPRET", facts["TRITON_INTERPRET"]))
-    width = max(len(name) for name, _ in lines) + 2
-    return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
+@dataclass(frozen=True)
+class _Asked:
+    """How the model is to be loaded and decoded."""
+
+    device: str
+    dtype: str
+    backend: str
+    exact: str
+    offline: bool
+    trust_remote_code: bool
 
 
-def diagnose(loading: Loading, folder: str | None = None, base: str | None = None) -> Diagnosis:
+def diagnose(
+    folder: str | None = None,
+    base: str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    backend: str = "auto",
+    exact: str = "auto",
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> Diagnosis:
     """Run the self-test for an artifact's model; without an artifact, for a base alone, the embedded one by default.
 
-    What this machine lacks is part of the result.  Raises ArtifactError, UsageError, ResourceError or
-    UnsupportedModelError for an artifact, a base or the name of a device that is no good.
+    The other options are those of `Engine.load`.  What this machine lacks is part of the result.  Raises
+    ArtifactError, UsageError, ResourceError or UnsupportedModelError for an artifact, a base or the name of a device
+    that is no good.
     """
+    asked = _Asked(device, dtype, backend, exact, offline, trust_remote_code)
     artifact = artifacts.read(Path(folder)) if folder else None
     try:
-        check_device(loading.device)
+        check_device(device)
     except ResourceError as error:
-        return _untested(loading, error, asked=True)
-    lacking = _lacking(loading)
+        return _untested(device, error)
+    lacking = _lacking(asked)
     if lacking is not None:
-        if loading.backend == "fused":
-            return _untested(loading, lacking, asked=True)
-        return _own_modules(loading, artifact, base, lacking)
+        if backend == "fused":
+            return _untested(device, lacking)
+        return _own_modules(asked, artifact, base, lacking)
     from retrofit.runtime.backends import interface
     from retrofit.runtime.backends.fused.self_test import self_test
     from retrofit.runtime.backends.fused.weights import unsupported
@@ -170,9 +136,9 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
     files = load_base(
         base or (artifacts.base_of(artifact.folder, artifact.config) if artifact else EMBEDDED),
         None if base else named.get("revision"),
-        device=loading.device,
-        trust_remote_code=loading.trust_remote_code,
-        offline=loading.offline,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        offline=offline,
         need_tokenizer=False,
         with_model=False,
     )
@@ -180,23 +146,23 @@ def diagnose(loading: Loading, folder: str | None = None, base: str | None = Non
     reason = unsupported(text_config(files.folder))
     if reason is not None:
         unfit = UnsupportedModelError(f"our kernels cannot run {files.name}: {reason}")
-        if loading.backend == "fused":
-            return _untested(loading, unfit, asked=True)
-        return _own_modules(loading, artifact, base, unfit)
-    dtype = named.get("dtype", "auto") if loading.dtype in (None, "auto") else loading.dtype
-    exact = "bucket" if loading.exact == "auto" else loading.exact
-    backend = fused_backend(files, artifact, loading.device, dtype, exact, interface.BUCKET_ROWS)
-    return _judged(backend, files.name, self_test(backend, backend.layout.drafts))
+        if backend == "fused":
+            return _untested(device, unfit)
+        return _own_modules(asked, artifact, base, unfit)
+    kind = named.get("dtype", "auto") if dtype == "auto" else dtype
+    level = "bucket" if exact == "auto" else exact
+    fused = fused_backend(files, artifact, device, kind, level, interface.BUCKET_ROWS)
+    return _judged(fused, files.name, self_test(fused, fused.layout.drafts))
 
 
-def _lacking(loading: Loading) -> RetrofitError | None:
+def _lacking(asked: _Asked) -> RetrofitError | None:
     """What keeps our kernels from running, whatever the model."""
-    if loading.backend == "hf":
+    if asked.backend == "hf":
         return ResourceError("the hf backend was asked for")
     try:
         from retrofit.runtime.kernels.interpreter import interpreted
 
-        if not interpreted() and not loading.device.startswith("cuda"):
+        if not interpreted() and not asked.device.startswith("cuda"):
             return ResourceError(
                 "our kernels need a CUDA GPU",
                 "TRITON_INTERPRET=1 in the environment runs them in Triton's interpreter: slow, and no proof for a GPU",
@@ -207,26 +173,24 @@ def _lacking(loading: Loading) -> RetrofitError | None:
     return None
 
 
-def _untested(loading: Loading, why: RetrofitError, asked: bool) -> Diagnosis:
+def _untested(device: str, why: RetrofitError) -> Diagnosis:
     """What was asked for is not to be had."""
-    return Diagnosis("hf", loading.device, f"No self-test: {why}.", problem=why if asked else None)
+    return Diagnosis("hf", device, f"No self-test: {why}.", problem=why)
 
 
-def _own_modules(
-    loading: Loading, artifact: artifacts.Artifact | None, base: str | None, why: RetrofitError
-) -> Diagnosis:
+def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str | None, why: RetrofitError) -> Diagnosis:
     """The hf backend: every level with its price, and the one that is kept.  why: why our kernels cannot run."""
     from retrofit.runtime.backends.hf.exact_rows import settle, survey
     from retrofit.runtime.engine import Engine
 
-    options: dict[str, Any] = {"offline": loading.offline, "trust_remote_code": loading.trust_remote_code}
-    dtype = loading.dtype or "auto"
+    options: dict[str, Any] = {"offline": asked.offline, "trust_remote_code": asked.trust_remote_code}
+    dtype = asked.dtype
     if artifact is not None:
-        engine = Engine.load(artifact.folder, loading.device, dtype, exact="off", backend="hf", base=base, **options)
+        engine = Engine.load(artifact.folder, asked.device, dtype, exact="off", backend="hf", base=base, **options)
         name = base or str(artifact.folder)
     else:
         name = base or EMBEDDED
-        loaded = load_base(name, dtype=dtype, device=loading.device, need_tokenizer=False, **options)
+        loaded = load_base(name, dtype=dtype, device=asked.device, need_tokenizer=False, **options)
         engine = Engine.from_model(loaded.model, exact="off")
     with engine:
         backend: HFBackend = engine.backend  # type: ignore[assignment]
@@ -234,11 +198,11 @@ def _own_modules(
         levels = survey(backend, drafts)
         problem = None
         try:
-            settled = settle(backend, loading.exact, drafts)
+            settled = settle(backend, asked.exact, drafts)
             verdict, checks = f"{settled.level} is kept: {settled.why}.", settled.checks
         except GateError as error:
             problem, checks = error, []
-            verdict = f"{loading.exact} does NOT hold on this machine."
+            verdict = f"{asked.exact} does NOT hold on this machine."
         kind = str(backend.dtype).removeprefix("torch.")
         verdict += f" The model's own modules decode, on the hf backend: {why}."
         place, level, bucket = str(backend.device), backend.exact, backend.most_rows
@@ -282,28 +246,3 @@ def _gpu(index: int) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(index)
     name = torch.cuda.get_device_name(index)
     return {"name": name, "total": total, "free": free, "capability": f"{major}.{minor}"}
-
-
-def _driver() -> str | None:
-    """Version of the NVIDIA driver."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
-
-
-def _memory() -> int | None:
-    """Bytes of main memory; None where the system does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

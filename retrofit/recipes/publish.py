@@ -1,6 +1,6 @@
-"""The artifact of a finished conversion: what it says of itself, and its card.
+"""The artifact of a finished conversion: what it says of itself.
 
-Not here: training and measuring (`convert.py`), the folder (`retrofit.artifact.folder`).
+Not here: training and measuring (`convert.py`), the folder and its card (`retrofit.artifact`).
 """
 
 from __future__ import annotations
@@ -13,37 +13,12 @@ import torch
 from retrofit import __version__
 from retrofit.adapters.attach import Attached
 from retrofit.artifact import folder as artifact
+from retrofit.artifact.card import card
 from retrofit.hub import EMBEDDED, Base
 from retrofit.recipes.naming import local_places, published_base, published_recipe
 from retrofit.recipes.schema import Recipe, dump_recipe
 from retrofit.recipes.training.measure import HeldOut
 from retrofit.recipes.training.session import Session
-
-CARD = """---
-library_name: retrofit
-{known}tags: [retrofit, speculative-decoding, diffusion]
----
-# {model}, retrofitted
-
-Adapter for self-speculative decoding of `{model}`, made with retrofit {version} (`pip install retrofit-lm`).
-The base weights are untouched: mode `ar` is the original model, mode `self_spec` gives its output with fewer forwards.
-
-```python
-import retrofit
-engine = retrofit.Engine.load("PATH-OF-THIS-FOLDER"{base})
-print(engine.generate(["Once upon a time"], mode="self_spec")[0].text)
-```
-
-`adapter/` is for retrofit alone, which applies it to draft rows only. To other programs it says that it is an Activated
-LoRA whose invocation tokens never occur: plain PEFT leaves the original model as it is, and vLLM refuses the folder.
-
-| measured on held-out text, teacher-forced | by slot |
-| --- | --- |
-| greedy acceptance | {greedy} |
-| sampled acceptance, 1 - TV | {sampled} |
-
-Draft block {block}; adapter and heads {added:,} parameters, {share:.2%} of the base.
-"""
 
 
 def publish(
@@ -55,14 +30,12 @@ def publish(
     if len(measured.eligible):
         acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
     named = published_base(base)
-    embedded = base.name == EMBEDDED
-    card = CARD.format(
-        model=named["model"],
-        known="" if named["local"] or embedded else f"base_model: {named['model']}\nbase_model_relation: adapter\n",
-        base=', base="PATH-OF-THE-BASE"' if named["local"] else "",
-        version=__version__,
-        greedy=conditional["greedy"] if len(measured.eligible) else "not measured",
-        sampled=conditional["sampled"] if len(measured.eligible) else "not measured",
+    text = card(
+        named["model"],
+        local=named["local"],
+        on_hub=not (named["local"] or base.name == EMBEDDED),
+        greedy=conditional["greedy"] if len(measured.eligible) else None,
+        sampled=conditional["sampled"] if len(measured.eligible) else None,
         block=attached.layout.block,
         added=count(session.trainer.trained),
         share=share_of(attached),
@@ -74,7 +47,7 @@ def publish(
         heads=attached.heads_state(),
         config=_config(plan, base, attached, acceptance, session),
         recipe_yaml=dump_recipe(published_recipe(plan, named)),
-        card=card,
+        card=text,
         added={"metrics.jsonl": session.metrics()},
         local=local_places(plan, base, named),
         overwrite=overwrite,

@@ -97,6 +97,11 @@ BAD_SAFETENSORS = {
     "size_not_shape": header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"xxxx"),
     "one_offset": header({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0]}}, b"x"),
     "hole": header({"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}, b"xx"),
+    "overlap": header(
+        {n: {"dtype": "U8", "shape": [2], "data_offsets": [i, i + 2]} for i, n in enumerate("ab")}, b"xxx"
+    ),
+    "nested_deeply": header(b"[" * 100_000),
+    "size_overflows": header({"a": {"dtype": "U8", "shape": [1 << 32] * 3, "data_offsets": [0, 0]}}),
     "trailing": header({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, b"xx"),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import refused, run
 
-from retrofit.cli import console
+from retrofit.cli import output
 from retrofit.errors import GateError, ResourceError
 
 MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -21,7 +21,7 @@ def ending(monkeypatch, error, *options):
     def raises(*arguments, **more):
         raise error
 
-    monkeypatch.setattr(console.json, "dumps", raises)
+    monkeypatch.setattr(output.json, "dumps", raises)
     return run("recipes", "ls", "--json", *options)
 
 
@@ -58,11 +58,11 @@ def test_verbose_shows_the_traceback(monkeypatch, error):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
 def test_signals_unwind_and_end_with_their_code(number, code):
     program = (
-        "import os, retrofit.cli.console as console, retrofit.cli.main as cli\n"
+        "import os, retrofit.cli.output as output, retrofit.cli.main as cli\n"
         "def dumps(*a, **k):\n"
         "    try: os.kill(os.getpid(), NUMBER); __import__('time').sleep(30)\n"
         "    finally: print('cleaned up')\n"
-        "console.json.dumps = dumps\n"
+        "output.json.dumps = dumps\n"
         "cli.main(['recipes', 'ls', '--json'])"
     )
     command = [sys.executable, "-c", program.replace("NUMBER", str(int(number)))]

@@ -8,8 +8,8 @@ from commands import done
 
 import retrofit
 from benchmarks.common import ROOT
-from retrofit.cli import console
 from retrofit.cli import main as cli
+from retrofit.cli import options as cli_options
 from retrofit.runtime import engine, loading
 from retrofit.runtime import options as engine_options
 from retrofit.runtime.backends.levels import EXACT
@@ -40,10 +40,10 @@ def test_defaults_and_choices_are_the_engines(path):
     options = {name: value for name, value in given.items() if name in wanted and value != ()}
     assert options == {name: wanted[name] for name in options}
     assert {"mode", "strategy", "prepare", "max_new_tokens", "temperature", "threshold", "seed"} <= set(options)
-    assert tuple(console.MODES) == engine_options.MODES
-    assert tuple(console.STRATEGIES) == engine_options.STRATEGIES
-    assert tuple(console.BACKENDS) == loading.BACKENDS
-    assert tuple(console.EXACT) == ("auto", *EXACT)
+    assert tuple(cli_options.MODES) == engine_options.MODES
+    assert tuple(cli_options.STRATEGIES) == engine_options.STRATEGIES
+    assert tuple(cli_options.BACKENDS) == loading.BACKENDS
+    assert tuple(cli_options.EXACT) == ("auto", *EXACT)
 
 
 def test_common_options_are_the_same_everywhere():

@@ -51,6 +51,12 @@ def test_imports_point_down(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_the_command_line_imports_click(path):
+    tops = {name.split(".")[0] for name, _ in imports(path)}
+    assert "click" not in tops or path.parent == PACKAGE / "cli"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_outside_packages_have_one_place(path):
     places = {"pydantic": "recipes/schema.py", "datasets": "recipes/text/documents.py"}
     tops = {name.split(".")[0] for name, _ in imports(path)}

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from retrofit.errors import ResourceError, out_of_memory
 from retrofit.hub import EMBEDDED, check_device, load_config
+from retrofit.machine import free_memory, resident
 from retrofit.recipes.convert import MEASURED
 from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
@@ -140,26 +141,6 @@ def surroundings(config: PreTrainedConfig, folder: Path, trust_remote_code: bool
     return Surroundings(stored, _tokenizer(folder, trust_remote_code))
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not tell."""
-    return _proc("/proc/self/status", "VmRSS")
-
-
-def _available(device: str) -> int:
-    """Bytes that are free for a process more; 0 where the system does not tell."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return _proc("/proc/meminfo", "MemAvailable")
-
-
-def _proc(path: str, key: str) -> int:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
-
-
 def _tokenizer(folder: Path, trust_remote_code: bool) -> int:
     """Bytes the process grows by when it loads the tokenizer; 0 where there is none."""
     before = resident()
@@ -254,7 +235,7 @@ def _time(
     trust_remote_code: bool,
     say: Say,
 ) -> dict[str, Any]:
-    free, batch = _available(device), plan.train.batch_size
+    free, batch = free_memory(device), plan.train.batch_size
     if 0 < free < found.peak:
         one = changed(plan, {"train.batch_size": 1})
         if batch == 1 or estimate(one, config, device, around).peak > free:

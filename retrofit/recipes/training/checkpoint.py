@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,11 +36,6 @@ from retrofit.artifact import folder as artifact
 from retrofit.artifact.files import check_room, disk, json_bytes, sha256, sync_folder, write_file
 from retrofit.artifact.tensors import pieces
 from retrofit.errors import ResourceError, UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows: a second run is not refused there
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 KEPT = 2
@@ -211,47 +207,49 @@ def checkpoints(out: Path) -> Iterator[Checkpoints]:
         (held.folder / LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # it holds a checkpoint, or something that is not ours
             held.folder.rmdir()
-        os.close(lock)  # lets go of the lock; the system does so too when a process is killed
+        lock.release()  # the system does so too when a process is killed
 
 
-def _lock(folder: Path, out: Path) -> int:
-    """Handle of the lock file, locked.  A file left behind by a killed process is no obstacle."""
+def _lock(folder: Path, out: Path) -> FileLock:
+    """The lock file, locked.  A file left behind by a killed process is no obstacle."""
+    path = folder / LOCK
+    lock = FileLock(path, fallback_to_soft=False)
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            _acquire(lock)
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            return lock
         except FileNotFoundError:  # the other process has just removed the folder
-            continue
+            lock.release()
+        except Timeout:
+            hint = "wait for it, end it, or choose another name with -o"
+            problem = f"another conversion is writing it ({_owner(path) or 'a process just started'})"
+            raise UsageError(f"{out}: {problem}", hint) from None
         except OSError as error:
             hint = "choose another place with -o"
-            raise ResourceError(f"{folder}: cannot write there: {error.strerror}", hint) from error
-        try:
-            if fcntl is not None:
-                _flock(handle)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), (folder / LOCK).stat()):
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                    return handle
-            os.close(handle)  # locked, but its last owner had removed the name: another may hold the new file
-        except OSError as error:
-            owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
-            os.close(handle)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                hint = "wait for it, end it, or choose another name with -o"
-                problem = f"another conversion is writing it ({owner or 'a process just started'})"
-                raise UsageError(f"{out}: {problem}", hint) from None
-            hint = "choose another place with -o"
-            raise ResourceError(f"{folder / LOCK}: cannot be locked: {error.strerror}", hint) from error
+            what = f"{path}: cannot be locked" if path.exists() else f"{folder}: cannot write there"
+            raise ResourceError(f"{what}: {error.strerror}", hint) from error
 
 
-def _flock(handle: int) -> None:
-    """Lock, where the file system knows how: some network mounts do not, and a conversion runs there all the same."""
+def _acquire(lock: FileLock) -> None:
+    """Lock, where the file system knows how: some network mounts do not, and a conversion runs there all the same.
+
+    Raises Timeout where another process holds it, OSError.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.acquire(blocking=False)
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
+
+
+def _owner(lock: Path) -> str:
+    """What its owner wrote into the lock file; nothing where it has not yet, or where nobody else may read it."""
+    try:
+        return lock.read_text(encoding="utf-8", errors="replace")[:200].strip()
+    except OSError:
+        return ""
 
 
 def _sweep(folder: Path, out: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: what is damaged, changed or held by another is refused, and never makes it worse."""
 
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from tiny_conversion import (
 )
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.errors import UsageError
+from retrofit.errors import ResourceError, UsageError
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.training.checkpoint import Checkpoints, checkpoints, folder_of
 from retrofit.recipes.training.order import SHUFFLE_BUFFER, Order, Place
@@ -255,3 +256,27 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
     with checkpoints(out):
         assert f"process {os.getpid()} " in (folder_of(out) / "lock").read_text()
     assert not folder_of(out).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    out = tmp_path / "out"
+    with checkpoints(out):
+        assert f"process {os.getpid()} " in (folder_of(out) / "lock").read_text()
+    assert not folder_of(out).exists()
+
+
+def test_a_lock_that_cannot_be_made_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ResourceError, match="cannot be locked"), checkpoints(tmp_path / "out"):
+        pass

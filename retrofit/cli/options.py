@@ -1,31 +1,21 @@
-"""What every command shares: common options, how output is split, and how an error ends the program.
+"""The options that several commands share, and what is made of them.
 
-Data goes to stdout, talk and progress to stderr.  `Cli.invoke` is the one place that turns an exception into
-a message and an exit code.
-Not here: what the commands do.  This file imports nothing heavy.
+Not here: what a command does with them.  This file imports nothing heavy.
 """
 
 from __future__ import annotations
 
-import json
-import signal
-import threading
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.errors import DataError, RetrofitError, disk_full, out_of_memory
-from retrofit.launch import speaks
+from retrofit.cli.output import quieten_libraries, say
 
 if TYPE_CHECKING:
-    from retrofit.runtime.engine import Engine, Result
+    from retrofit.runtime.engine import Engine
 
 CONTEXT = {"auto_envvar_prefix": "RETROFIT", "help_option_names": ["-h", "--help"], "max_content_width": 110}
 """Of every command, so that RETROFIT_DEVICE sets --device wherever there is one."""
@@ -35,117 +25,11 @@ STRATEGIES = ["auto", "fused", "two_forward", "prompt_lookup"]
 BACKENDS = ["auto", "hf", "fused"]
 EXACT = ["auto", "off", "bucket", "invariant"]
 
-VERBOSE = "retrofit.verbose"
-QUIET = "retrofit.quiet"
-
-
-class Cli(click.Group):
-    """A group whose commands may raise anything."""
-
-    def main(self, *arguments: Any, **options: Any) -> Any:
-        try:
-            return super().main(*arguments, **options)
-        except OSError as error:  # from --help and --version, which print before any command is there
-            if disk_full(error) is None:
-                raise
-            raise SystemExit(_report(error, verbose=False)) from None
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with _terminated():
-                return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError) as error:
-            if isinstance(error, click.UsageError) and ctx.invoked_subcommand == "convert" and not speaks():
-                raise click.exceptions.Exit(error.exit_code) from None  # another of several processes says it
-            raise  # click's own business: exit codes, usage errors, a reader that left
-        except SystemExit as error:  # SIGTERM
-            _notes(error)
-            raise
-        except KeyboardInterrupt as error:
-            click.echo("interrupted", err=True)
-            _notes(error)
-            raise click.exceptions.Exit(128 + signal.SIGINT) from None
-        except Exception as error:
-            code = _report(error, bool(ctx.meta.get(VERBOSE)))
-            _notes(error)
-            raise click.exceptions.Exit(code) from None
-
-
-def show(error: RetrofitError) -> None:
-    """What is wrong and what to do, on stderr."""
-    click.echo(f"Error: {error}", err=True)
-    if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
-
-
-def _notes(error: BaseException) -> None:
-    """What was saved before the program ended, on stderr."""
-    for note in getattr(error, "__notes__", []):
-        click.echo(note, err=True)
-
-
-def _report(error: Exception, verbose: bool) -> int:
-    """Print what went wrong; returns the exit code."""
-    if verbose:
-        traceback.print_exception(error)
-    known = error if isinstance(error, RetrofitError) else out_of_memory(error) or disk_full(error)
-    if known is not None:
-        show(known)
-        return known.exit_code
-    first = next(iter(str(error).strip().splitlines()), "")
-    click.echo(f"Error: {type(error).__name__}{': ' if first else ''}{first}", err=True)
-    if not verbose:
-        click.echo("hint: not foreseen, so maybe a bug; run with -v for the traceback", err=True)
-    return 1
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that what must be saved or removed is; the exit code is 143."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may set signal handlers
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
 
 def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
     if value:
         ctx.meta[f"retrofit.{parameter.name}"] = True
     return value
-
-
-def is_quiet() -> bool:
-    """Whether the running command was given -q."""
-    return bool(click.get_current_context().meta.get(QUIET))
-
-
-def be_quiet() -> None:
-    """As if the running command had been given -q."""
-    click.get_current_context().meta[QUIET] = True
-
-
-def say(message: str) -> None:
-    """Talk: one line on stderr, unless -q."""
-    if not is_quiet():
-        click.echo(message, err=True)
-
-
-def not_text(error: UnicodeDecodeError) -> DataError:
-    """What is wrong with stdin that cannot be read as text."""
-    return DataError(f"stdin: not UTF-8 text ({error.reason})", "convert it to UTF-8")
-
-
-def emit_json(content: Any, indent: int | None = None) -> None:
-    """Data: one JSON document on stdout; without `indent` on one line."""
-    click.echo(json.dumps(content, indent=indent))
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -204,12 +88,6 @@ class Loading:
         for setting in engine.not_honoured:
             say(f"note: of the base's generation_config {setting} is not followed")
         return engine
-
-
-def decodes_as(engine: Engine) -> str:
-    """`hf in bfloat16, exact=invariant`: which backend decodes, and the level of exactness it keeps."""
-    backend = engine.backend
-    return f"{backend.name} in {str(backend.dtype).removeprefix('torch.')}, exact={backend.exact}"
 
 
 def loading_options(function: Any) -> Any:
@@ -303,60 +181,9 @@ def generation_options(function: Any) -> Any:
     return run
 
 
+artifact_argument = click.argument("folder", metavar="ARTIFACT")
 skip_bad_option = click.option("--skip-bad", is_flag=True,
                                help="Leave out rows that cannot be used, and say at the end how many.")  # fmt: skip
 base_option = click.option("--base", metavar="MODEL", help="Hub id or folder of the base, if it has moved.")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                            help="Of the sampling; equal seeds give equal output.")  # fmt: skip
-
-
-def quieten_libraries() -> None:
-    """Keep warnings of transformers and of Python off stderr, unless -v.  Imports transformers."""
-    if click.get_current_context().meta.get(VERBOSE):
-        return
-    import warnings
-
-    from transformers.utils import logging
-
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-
-
-class Totals:
-    """Statistics over several requests: sums over sums, never means of ratios."""
-
-    def __init__(self) -> None:
-        self.requests = self.tokens = self.decoded = 0
-        self.forwards: Counter[str] = Counter()
-        self.seconds = 0.0
-        """Of the whole run where requests run side by side; the caller's to set."""
-
-    def add(self, result: Result) -> None:
-        """Count one finished request, all but its seconds."""
-        self.requests += 1
-        self.tokens += len(result.tokens)
-        self.decoded += result.stats.tokens
-        self.forwards.update(result.stats.forwards)
-
-    def line(self) -> str:
-        """`64 tokens in 1.20 s (53.3 tokens/s), TPF 1.71, tau 2.05`; what was not measured is left out."""
-        from retrofit.runtime.request import CYCLES
-
-        rate = f" ({self.tokens / self.seconds:.1f} tokens/s)" if self.seconds > 0 else ""
-        parts = [f"{self.tokens} tokens in {self.seconds:.2f} s{rate}"]
-        if forwards := self.forwards.total() - self.forwards["prefill"]:
-            parts.append(f"TPF {self.decoded / forwards:.2f}")
-        if cycles := sum(self.forwards[kind] for kind in CYCLES):
-            parts.append(f"tau {self.decoded / cycles:.2f}")
-        return ", ".join(parts)
-
-
-def result_json(result: Result) -> dict[str, Any]:
-    """One finished request as plain data."""
-    return {
-        "index": result.index,
-        "text": result.text,
-        "tokens": result.tokens,
-        "finish_reason": result.finish_reason,
-        "stats": result.stats.to_dict(),
-    }

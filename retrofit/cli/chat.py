@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.cli.console import Totals, decodes_as, emit_json, not_text, result_json, say, show
+from retrofit.cli.errors import not_text, show
+from retrofit.cli.options import (
+    CONTEXT,
+    Loading,
+    artifact_argument,
+    base_option,
+    engine_options,
+    generation_options,
+    output_options,
+    seed_option,
+)
+from retrofit.cli.output import Totals, decodes_as, emit_json, result_json, say
 from retrofit.errors import RetrofitError, UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +37,34 @@ COMMANDS = """\
 /seed N        seed of the next answer; it grows by 1 with each
 /help          this list
 /exit          leave (so does Ctrl-D)"""
+
+
+@click.command(context_settings=CONTEXT)
+@artifact_argument
+@generation_options
+@base_option
+@seed_option
+@engine_options
+@output_options
+def chat(
+    folder: str,
+    options: dict[str, Any],
+    base: str | None,
+    seed: int,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Talk with the model, line by line; /help lists the commands.
+
+    Lines go through the model's chat template; a model without one just continues the text.  From a pipe
+    every line is one turn.
+
+    \b
+    Examples:
+      retrofit chat qwen-retrofit --max-new-tokens 512 --temperature 0.7
+      printf '%s\\n' "Hello" "/stats" | retrofit chat qwen-retrofit
+    """
+    converse(Chat(loading.engine(folder, base), options, seed, as_json))
 
 
 class Chat:

@@ -1,0 +1,63 @@
+"""The card of an artifact: README.md, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from retrofit import __version__
+
+CARD = """---
+library_name: retrofit
+{known}tags: [retrofit, speculative-decoding, diffusion]
+---
+# {model}, retrofitted
+
+Adapter for self-speculative decoding of `{model}`, made with retrofit {version} (`pip install retrofit-lm`).
+The base weights are untouched: mode `ar` is the original model, mode `self_spec` gives its output with fewer forwards.
+
+```python
+import retrofit
+engine = retrofit.Engine.load("PATH-OF-THIS-FOLDER"{base})
+print(engine.generate(["Once upon a time"], mode="self_spec")[0].text)
+```
+
+`adapter/` is for retrofit alone, which applies it to draft rows only. To other programs it says that it is an Activated
+LoRA whose invocation tokens never occur: plain PEFT leaves the original model as it is, and vLLM refuses the folder.
+
+| measured on held-out text, teacher-forced | by slot |
+| --- | --- |
+| greedy acceptance | {greedy} |
+| sampled acceptance, 1 - TV | {sampled} |
+
+Draft block {block}; adapter and heads {added:,} parameters, {share:.2%} of the base.
+"""
+
+
+def card(
+    model: str,
+    *,
+    local: bool,
+    on_hub: bool,
+    greedy: Sequence[float] | None,
+    sampled: Sequence[float] | None,
+    block: int,
+    added: int,
+    share: float,
+) -> str:
+    """The card's text.
+
+    model: the base's published name; local: whether it is a folder, which whoever loads the artifact has to name;
+    on_hub: whether the name is a Hub id.  greedy, sampled: acceptance by slot, None where not measured.  added:
+    parameters of adapter and heads; share: of the base's.
+    """
+    return CARD.format(
+        model=model,
+        known=f"base_model: {model}\nbase_model_relation: adapter\n" if on_hub else "",
+        base=', base="PATH-OF-THE-BASE"' if local else "",
+        version=__version__,
+        greedy="not measured" if greedy is None else greedy,
+        sampled="not measured" if sampled is None else sampled,
+        block=block,
+        added=added,
+        share=share,
+    )

@@ -1,0 +1,86 @@
+"""What keeps an artifact from being trusted: pickles, links that lead out, JSON and safetensors files that are none.
+
+Not here: what the files have to say (`schema.py`), their hashes (`folder.py`).  No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from retrofit.errors import ArtifactError
+
+AGAIN = "copy or download the artifact again, or run `retrofit convert` again"
+PICKLE_SUFFIXES = (
+    *(".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl"),
+    *(".pt", ".pt2", ".pth", ".ptl", ".th", ".torch"),
+)
+
+
+def names_in(root: Path) -> list[str]:
+    """Files of the folder, sorted, as POSIX paths.  Nothing is opened.
+
+    Raises ArtifactError for what may be a pickle, by its name, and for a link that leads out of the folder.
+    """
+    names = []
+    for at, folders, files in os.walk(root):
+        for entry in (*folders, *files):
+            path = Path(at, entry)
+            if path.suffix.lower() in PICKLE_SUFFIXES:
+                hint = "delete it; an artifact needs safetensors, JSON, YAML, Markdown, HTML and SVG only"
+                raise ArtifactError(f"{path}: may be a pickle, which can run code when read", hint)
+            stays_inside(path, root)
+        names += [Path(at, file).relative_to(root).as_posix() for file in files]
+    return sorted(names)
+
+
+def stays_inside(path: Path, root: Path) -> None:
+    """Raises ArtifactError for a path that leads out of the folder."""
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ArtifactError(f"{path}: a link that leads out of the artifact", "copy the file itself, `cp -L`")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into an ArtifactError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}", AGAIN) from None
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.  Raises ArtifactError."""
+    with reading(path):
+        data = path.read_bytes()
+    try:
+        content = json.loads(data.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not valid JSON: {error}", AGAIN) from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path}: must be a JSON object, not {type(content).__name__}", AGAIN)
+    return content
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a file whose header is damaged, or does not describe what follows it, by the library's own checks.
+
+    Those look at size, JSON, types, shapes and offsets before anything is allocated by the header's word.
+    Raises ArtifactError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        problem = str(error).removeprefix("Error while deserializing header: ")
+        raise ArtifactError(f"{path}: no intact safetensors file: {problem}", AGAIN) from None

@@ -1,0 +1,88 @@
+"""What `retrofit.json` and the adapter's configuration have to say, checked by hand: no pydantic, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from retrofit.artifact.safety import AGAIN
+from retrofit.errors import ArtifactError
+
+FORMAT = 1
+
+
+def check_adapter_config(content: Mapping[str, Any], path: Path) -> None:
+    """Raises ArtifactError for an adapter that is no LoRA."""
+    if content.get("peft_type") != "LORA":
+        raise ArtifactError(f"{path}: `peft_type` must be LORA, not {content.get('peft_type')!r}", AGAIN)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _text_or_none(value: Any) -> bool:
+    return value is None or _text(value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_text, value))
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _one_of(*choices: Any) -> Callable[[Any], bool]:
+    return lambda value: any(type(value) is type(choice) and value == choice for choice in choices)
+
+
+# key -> (test, what it wants)
+SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "retrofit": (_text, "the version that wrote it"),
+    "base.model": (_text, "the base's id or folder"),
+    "base.revision": (_text_or_none, "text or null"),
+    "base.architecture": (_text, "the name of the base's model class"),
+    "base.fingerprint.config": (_text, "a sha256"),
+    "base.fingerprint.headers": (_text_or_none, "a sha256 or null"),
+    "base.fingerprint.norms": (_text_or_none, "a sha256 or null"),
+    "profile": (_one_of("frozen", "joint"), "frozen or joint"),
+    "draft.block": (lambda value: _count(value) and value >= 1, "a whole number from 1"),
+    "draft.input": (_one_of("mask", "noise"), "mask or noise"),
+    "draft.attention": (_one_of("bidirectional", "causal"), "bidirectional or causal"),
+    "draft.shift": (_one_of(0, 1), "0 or 1"),
+    "draft.seed_row": (_one_of("base", "draft"), "base or draft"),
+    "adapter.rank": (lambda value: _count(value) and value >= 1, "a whole number from 1"),
+    "adapter.alpha": (_positive, "a number above 0"),
+    "adapter.targets": (_texts, "a list of roles"),
+    "adapter.modules": (_texts, "a list of module names"),
+    "adapter.markov_rank": (_count, "a whole number from 0"),
+    "adapter.confidence": (_one_of(True, False), "true or false"),
+    "parameters.adapter": (_count, "a whole number from 0"),
+    "parameters.heads": (_count, "a whole number from 0"),
+    "parameters.base": (_count, "a whole number from 0"),
+    "acceptance": (lambda value: isinstance(value, dict), "an object"),
+    "training": (lambda value: isinstance(value, dict), "an object"),
+}
+
+
+def check_config(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a `retrofit.json` of another format, or without a key of SCHEMA; it may have more."""
+    version = content.get("format")
+    if not _one_of(FORMAT)(version):
+        newer = type(version) is int and version > FORMAT
+        hint = "upgrade retrofit" if newer else AGAIN
+        raise ArtifactError(f"{path}: format {version!r}; this retrofit reads format {FORMAT}", hint)
+    for key, (test, wanted) in SCHEMA.items():
+        value: Any = content
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise ArtifactError(f"{path}: `{key}` is missing", AGAIN)
+            value = value[part]
+        if not test(value):
+            raise ArtifactError(f"{path}: `{key}` must be {wanted}, not {value!r}", AGAIN)

@@ -1,0 +1,67 @@
+"""`retrofit certify`: prove that an artifact leaves its base alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+import click
+
+from retrofit.cli.options import CONTEXT, Loading, artifact_argument, base_option, engine_options, output_options
+from retrofit.cli.output import is_quiet, quieten_libraries, say
+
+
+@click.command(context_settings=CONTEXT)
+@artifact_argument
+@click.option(
+    "--level",
+    type=click.Choice(["quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="How many prompts and tokens to check.",
+)
+@base_option
+@engine_options
+@output_options
+def certify(
+    folder: str,
+    level: Literal["quick", "full"],
+    base: str | None,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Prove that ARTIFACT leaves its base alone.
+
+    Runs the checks on this machine, writes certificate.json into the artifact, and exits with 3 when one of
+    them is not met. What is certified is what runs: the backend, the type and the level of exactness that
+    `retrofit generate` takes with the same options; the certificate names them.
+
+    \b
+    Example:
+      retrofit certify tiny-retrofit --level full
+    """
+    quieten_libraries()
+    from retrofit import certify as run
+
+    certificate = run(
+        folder,
+        level=level,
+        device=loading.device,
+        dtype=loading.dtype or "auto",
+        backend=loading.backend,
+        exact=loading.exact,
+        base=base,
+        offline=loading.offline,
+        trust_remote_code=loading.trust_remote_code,
+        progress=not is_quiet() and sys.stderr.isatty(),
+    )
+    path = certificate.save(folder)
+    if as_json:
+        click.echo(path.read_text(encoding="utf-8"), nl=False)
+    else:
+        width = max(len(check.name) for check in certificate.checks)
+        for check in certificate.checks:
+            click.echo(f"{check.status:<8}  {check.name:<{width}}  {check.detail}")
+    say(f"certified was {certificate.what}")
+    say(f"wrote {path}")
+    certificate.require()

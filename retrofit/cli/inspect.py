@@ -1,0 +1,71 @@
+"""`retrofit inspect`: what an artifact holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from retrofit.cli.options import CONTEXT, artifact_argument, output_options
+from retrofit.cli.output import emit_json
+from retrofit.cli.tables import facts
+
+
+@click.command(context_settings=CONTEXT)
+@artifact_argument
+@output_options
+def inspect(folder: str, as_json: bool) -> None:
+    """Show what ARTIFACT holds, without loading any model.
+
+    Base and fingerprint, layout, sizes, measured acceptance, certificate, files.  Hashes are checked.
+
+    \b
+    Example:
+      retrofit inspect tiny-retrofit --json
+    """
+    from retrofit.artifact.inspection import describe
+
+    described = describe(folder)
+    if as_json:
+        emit_json(described, indent=2)
+    else:
+        click.echo(table(described))
+
+
+def table(described: dict[str, Any]) -> str:
+    """`describe` for people: one line per fact."""
+    base, draft, adapter = described["base"], described["draft"], described["adapter"]
+    parameters, training = described["parameters"], described["training"]
+    added = parameters["adapter"] + parameters["heads"]
+    share = f", {added / parameters['base']:.2%} of the base" if parameters["base"] else ""
+    heads = [f"Markov rank {adapter['markov_rank']}"] if adapter["markov_rank"] else []
+    heads += ["confidence"] if adapter["confidence"] else []
+    revision = f" @ {base['revision']}" if base["revision"] else ""
+    modules = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapter["modules"]}))
+    lines = {
+        "artifact": described["artifact"],
+        "written by": f"retrofit {described['retrofit']}, format {described['format']}",
+        "base": f"{base['model']}{revision} ({base['architecture']})",
+        "parameters": f"{parameters['base']:,} in the base",
+        "fingerprint": ", ".join(f"{key} {str(value)[:12]}" for key, value in base["fingerprint"].items()),
+        "profile": described["profile"],
+        "draft": ", ".join(f"{key} {value}" for key, value in draft.items()),
+        "adapter": f"LoRA rank {adapter['rank']}, alpha {adapter['alpha']:g} on {modules}",
+        "heads": ", ".join(heads) or "mask vector only",
+        "added": f"{parameters['adapter']:,} + {parameters['heads']:,} parameters{share}",
+        "acceptance": facts(described["acceptance"]) or "not measured",
+        "training": facts(training) or "not recorded",
+        "certificate": _verdict(described["certificate"]),
+    }
+    width = max(map(len, lines)) + 2
+    rows = [f"{name:<{width}}{line}" for name, line in lines.items()]
+    sizes = described["files"]
+    column = max(len(f"{size:,}") for size in sizes.values())
+    return "\n".join([*rows, "files", *(f"  {size:>{column},}  {name}" for name, size in sizes.items())])
+
+
+def _verdict(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return "none (`retrofit certify` makes one)"
+    level = f" (level {content['level']})" if "level" in content else ""
+    return f"{'ok' if content.get('ok') is True else 'NOT OK'}{level}"

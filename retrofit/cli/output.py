@@ -1,0 +1,97 @@
+"""Data goes to stdout, talk to stderr: what the commands print with.
+
+Not here: how an error is printed (`errors.py`), how far a piece of work is.  This file imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from retrofit.runtime.engine import Engine, Result
+
+VERBOSE = "retrofit.verbose"
+QUIET = "retrofit.quiet"
+
+
+def is_quiet() -> bool:
+    """Whether the running command was given -q."""
+    return bool(click.get_current_context().meta.get(QUIET))
+
+
+def be_quiet() -> None:
+    """As if the running command had been given -q."""
+    click.get_current_context().meta[QUIET] = True
+
+
+def say(message: str) -> None:
+    """Talk: one line on stderr, unless -q."""
+    if not is_quiet():
+        click.echo(message, err=True)
+
+
+def emit_json(content: Any, indent: int | None = None) -> None:
+    """Data: one JSON document on stdout; without `indent` on one line."""
+    click.echo(json.dumps(content, indent=indent))
+
+
+def quieten_libraries() -> None:
+    """Keep warnings of transformers and of Python off stderr, unless -v.  Imports transformers."""
+    if click.get_current_context().meta.get(VERBOSE):
+        return
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+
+
+def decodes_as(engine: Engine) -> str:
+    """`hf in bfloat16, exact=invariant`: which backend decodes, and the level of exactness it keeps."""
+    backend = engine.backend
+    return f"{backend.name} in {str(backend.dtype).removeprefix('torch.')}, exact={backend.exact}"
+
+
+class Totals:
+    """Statistics over several requests: sums over sums, never means of ratios."""
+
+    def __init__(self) -> None:
+        self.requests = self.tokens = self.decoded = 0
+        self.forwards: Counter[str] = Counter()
+        self.seconds = 0.0
+        """Of the whole run where requests run side by side; the caller's to set."""
+
+    def add(self, result: Result) -> None:
+        """Count one finished request, all but its seconds."""
+        self.requests += 1
+        self.tokens += len(result.tokens)
+        self.decoded += result.stats.tokens
+        self.forwards.update(result.stats.forwards)
+
+    def line(self) -> str:
+        """`64 tokens in 1.20 s (53.3 tokens/s), TPF 1.71, tau 2.05`; what was not measured is left out."""
+        from retrofit.runtime.request import CYCLES
+
+        rate = f" ({self.tokens / self.seconds:.1f} tokens/s)" if self.seconds > 0 else ""
+        parts = [f"{self.tokens} tokens in {self.seconds:.2f} s{rate}"]
+        if forwards := self.forwards.total() - self.forwards["prefill"]:
+            parts.append(f"TPF {self.decoded / forwards:.2f}")
+        if cycles := sum(self.forwards[kind] for kind in CYCLES):
+            parts.append(f"tau {self.decoded / cycles:.2f}")
+        return ", ".join(parts)
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """One finished request as plain data."""
+    return {
+        "index": result.index,
+        "text": result.text,
+        "tokens": result.tokens,
+        "finish_reason": result.finish_reason,
+        "stats": result.stats.to_dict(),
+    }

@@ -13,7 +13,7 @@ from tiny_models import ARCHITECTURES, CONFIGS, CONTEXT, REFUSED_CONFIGS, VOCABU
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from retrofit.adapters.attach import attach
+from retrofit.adapters.attach import attach, count
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES
 from retrofit.cli import main as cli
@@ -24,7 +24,6 @@ from retrofit.recipes.dry_run import report as dry_run
 from retrofit.recipes.dry_run.allocator import c_library
 from retrofit.recipes.dry_run.fit import changed, parse_size, short, steps_down, suggestions
 from retrofit.recipes.dry_run.rehearsal import Holdings, rehearsal
-from retrofit.recipes.publish import count
 from retrofit.recipes.schema import FIELDS, load_recipe
 from retrofit.recipes.training.prepare import attached_to
 from retrofit.recipes.training.step import Trainer

@@ -16,11 +16,11 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document
+from retrofit.recipes.text.sources import document_rng
 from retrofit.recipes.training.blocks import (
     BlockBatch,
     add_sequence,
     choose_anchors,
-    document_rng,
     eligible_anchors,
     missed_anchors,
 )

@@ -22,13 +22,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retrofit.adapters.attach import Attached
+from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
 from retrofit.errors import GateError, ResourceError, TrainingError
 from retrofit.hub import Base
 from retrofit.recipes.naming import lasting_name
 from retrofit.recipes.processes import Processes, joined
-from retrofit.recipes.publish import base_parameters, count, publish, share_of
+from retrofit.recipes.publish import publish
 from retrofit.recipes.schema import Recipe, by_key
 from retrofit.recipes.text.documents import Document, documents, windows
 from retrofit.recipes.text.faults import Skipped
@@ -37,7 +37,7 @@ from retrofit.recipes.text.sources import Part
 from retrofit.recipes.training import tracking
 from retrofit.recipes.training.checkpoint import Checkpoints
 from retrofit.recipes.training.interrupts import Interrupts
-from retrofit.recipes.training.measure import calibrate_confidence, held_out_acceptance
+from retrofit.recipes.training.measure import MEASURED, calibrate_confidence, held_out_acceptance
 from retrofit.recipes.training.order import Order
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
 from retrofit.recipes.training.probe import line as probed
@@ -49,9 +49,6 @@ from retrofit.recipes.training.shares import check_processes, loading_device, sa
 from retrofit.recipes.training.step import Trainer, clean_forward
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
-
-MEASURED = 32
-"""Held-out documents that acceptance is measured on; data.held_out may keep more out of training."""
 
 PROBES = ("train.probe_every", "train.probe_prompts", "train.probe_tokens")
 """Keys of a recipe that change no weights, unless probes decide when to stop or what to publish."""
@@ -201,8 +198,8 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
         size = 1 if job.processes is None else job.processes.size
         glance = order.glance()[: -(-plan.train.batch_size // size)]  # as many as a process runs at once
         say(
-            f"base {job.base.name} ({count(base_parameters(attached)):,} parameters), "
-            f"training {count(trainer.trained):,} ({share_of(attached):.2%})"
+            f"base {job.base.name} ({count(attached.base_parameters()):,} parameters), "
+            f"training {count(trainer.trained):,} ({attached.share:.2%})"
         )
         if trainer.steps_done:
             say(f"going on from step {trainer.steps_done} of {plan.train.steps}, saved in {job.saved.folder}")

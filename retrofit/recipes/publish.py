@@ -8,10 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retrofit import __version__
-from retrofit.adapters.attach import Attached
+from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
 from retrofit.hub import EMBEDDED, Base
 from retrofit.recipes.naming import local_places, published_base, published_recipe
@@ -65,7 +63,7 @@ def publish(
         sampled=conditional["sampled"] if len(measured.eligible) else "not measured",
         block=attached.layout.block,
         added=count(session.trainer.trained),
-        share=share_of(attached),
+        share=attached.share,
     )
     artifact.write(
         out,
@@ -112,7 +110,7 @@ def _config(
         "parameters": {
             "adapter": lora,
             "heads": count(attached.heads.parameters()),
-            "base": count(base_parameters(attached)),
+            "base": count(attached.base_parameters()),
         },
         "acceptance": acceptance,
         "training": {
@@ -127,15 +125,3 @@ def _config(
             **({} if session.skipped is None else {"skipped": session.skipped.counts()}),
         },
     }
-
-
-def base_parameters(attached: Attached) -> list[torch.nn.Parameter]:
-    return [p for n, p in attached.peft_model.named_parameters() if "lora_" not in n]
-
-
-def share_of(attached: Attached) -> float:
-    return count(attached.parameters()) / count(base_parameters(attached))
-
-
-def count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)

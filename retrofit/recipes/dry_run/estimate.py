@@ -3,7 +3,7 @@
 The training itself is rehearsed (`rehearsal.py`): base, adapter, one optimizer step, measuring at the end, all in the
 recipe's sizes on windows that are full.  Counted is what the process holds beyond Python and its imports; on a GPU,
 what lies in its memory beyond the CUDA context.
-Not here: disk, time (`dry_run.py`), what to change (`fit.py`).
+Not here: disk, time (`report.py`), what to change (`fit.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from retrofit.adapters.attach import Attached
+from retrofit.adapters.attach import Attached, count
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.artifact.files import AT_ONCE
 from retrofit.hub import Base
 from retrofit.recipes.dry_run.allocator import CLibrary, c_library
 from retrofit.recipes.dry_run.rehearsal import BASE, Rehearsal, rehearsal
-from retrofit.recipes.publish import base_parameters, count
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.regenerate import BATCH
@@ -215,7 +214,7 @@ def _estimate(
     kind = torch.device(device).type
     with rehearsal(kind, library) as stage:
         attached, trainer = _rehearse(plan, config, stage, kind)
-        base = _bytes(base_parameters(attached)) + _bytes(attached.model.buffers())
+        base = _bytes(attached.base_parameters()) + _bytes(attached.model.buffers())
         weights = _bytes(trainer.trained)
         moments = _bytes(t for state in trainer.optimizer.state.values() for t in state.values())
         parameters, dtype = _parameters(attached), attached.model.dtype
@@ -319,7 +318,7 @@ def _parameters(attached: Attached) -> Parameters:
     confidence = count(p for name, p in named.items() if name.startswith("confidence"))
     lora = count(attached.lora_parameters())
     modules = Counter(n.rsplit(".", 1)[-1] for n, m in attached.peft_model.named_modules() if hasattr(m, "lora_A"))
-    base = count(base_parameters(attached))
+    base = count(attached.base_parameters())
     return Parameters(base, lora, count([heads.mask_vector]), markov, confidence, dict(sorted(modules.items())))
 
 

@@ -22,7 +22,6 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from retrofit.errors import ResourceError, out_of_memory
 from retrofit.hub import EMBEDDED, check_device, load_config
-from retrofit.recipes.convert import MEASURED
 from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
 from retrofit.recipes.schema import Data, Recipe
@@ -30,7 +29,7 @@ from retrofit.recipes.text.documents import FILE_SUFFIXES, HUB_ID, documents
 from retrofit.recipes.text.faults import Skipped
 from retrofit.recipes.text.regenerate import cache_folder
 from retrofit.recipes.training.checkpoint import KEPT
-from retrofit.recipes.training.measure import held_out_acceptance
+from retrofit.recipes.training.measure import MEASURED, held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
 from retrofit.recipes.training.step import Trainer

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.adapters.rows import MASK, Block, Group, RowPlan, SequenceRows
+from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
+from retrofit.adapters.visibility import Group
 from retrofit.runtime.plan import (
     Choice,
     Limits,

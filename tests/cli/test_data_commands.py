@@ -17,9 +17,9 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.cli import main as cli
 from retrofit.cli.data import _pieces
 from retrofit.hub import embedded_folder
+from retrofit.recipes.dry_run.survey import draft_blocks, survey
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document, documents, windows
-from retrofit.recipes.text.survey import draft_blocks, survey
 from retrofit.recipes.training.blocks import eligible_anchors
 from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.engine import Engine

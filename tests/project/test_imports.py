@@ -50,6 +50,29 @@ def test_imports_point_down(path):
     assert [name for name in ours if layer(name) > own] == []
 
 
+RECIPES = {
+    "schema": 0,
+    "yaml_text": 0,
+    "problems": 0,
+    "naming": 0,
+    "processes": 0,
+    "text": 1,
+    "training": 2,
+    "dry_run": 3,
+}
+"""Within `recipes/`, a file or folder may import those below it and its own; `convert` and `publish` are on top."""
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "recipes" in path.parts], ids=name_of)
+def test_recipes_go_one_way(path):
+    def place(dotted):
+        return RECIPES.get(next(iter(dotted.split(".")[2:]), ""), 4)
+
+    own = place(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+    ours = [name for name, _ in imports(path) if name.startswith("retrofit.recipes.")]
+    assert [name for name in ours if place(name) > own] == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_the_command_line_imports_click(path):
     tops = {name.split(".")[0] for name, _ in imports(path)}

@@ -20,7 +20,8 @@ from benchmarks.naive_training import NaiveTrainer, dense_draft_rows
 from retrofit.adapters import gated_lora
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
-from retrofit.adapters.rows import MASK, Block, BlockRows, RowPlan, SequenceRows
+from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
+from retrofit.adapters.visibility import BlockRows
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.training import objective

@@ -51,9 +51,9 @@ def test_the_order_is_that_of_its_seed() -> None:
     assert one == same != other
 
 
-def test_a_glance_takes_nothing() -> None:
+def test_looking_at_what_comes_takes_nothing() -> None:
     order, plain = order_of(text()), order_of(text())
-    assert [d.id for d in order.glance()] == ["d1", "d2", "d3", "d4"]
+    assert [d.id for d in order.upcoming()] == ["d1", "d2", "d3", "d4"]
     assert drawn(order, 10) == drawn(plain, 10)
 
 

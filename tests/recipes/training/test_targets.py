@@ -7,11 +7,11 @@ import pytest
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block
+from retrofit.recipes.text.sources import document_rng
 from retrofit.recipes.training.blocks import (
     BlockBatch,
     add_sequence,
     choose_anchors,
-    document_rng,
     eligible_anchors,
     missed_anchors,
 )

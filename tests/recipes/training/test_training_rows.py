@@ -14,10 +14,10 @@ from training_pieces import document, engine_for
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
+from retrofit.recipes.text.sources import document_rng
 from retrofit.recipes.training.blocks import (
     BlockBatch,
     add_sequence,
-    document_rng,
 )
 from retrofit.recipes.training.step import clean_forward
 from retrofit.runtime import plan

@@ -12,10 +12,10 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import Block
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document
+from retrofit.recipes.text.sources import document_rng
 from retrofit.recipes.training.blocks import (
     BlockBatch,
     add_sequence,
-    document_rng,
 )
 from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_draft
 from retrofit.recipes.training.step import Trainer, clean_forward

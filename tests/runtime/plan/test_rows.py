@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrofit.adapters.rows import MASK, Block, Group, RowPlan, SequenceRows
+from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
+from retrofit.adapters.visibility import Group
 
 
 class Row(NamedTuple):

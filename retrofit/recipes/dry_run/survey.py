@@ -1,6 +1,6 @@
 """What training would see of a source: counts and lengths of its documents, and the draft blocks of one of them.
 
-Not here: reading (`data.py`), and how it is shown (`retrofit/data_commands.py`).
+Not here: reading (`text/documents.py`), and how it is shown (`retrofit/cli/data.py`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,8 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document, windows
-from retrofit.recipes.training.blocks import (
-    BlockBatch,
-    add_sequence,
-    choose_anchors,
-    document_rng,
-    eligible_anchors,
-    shares,
-)
+from retrofit.recipes.text.sources import document_rng
+from retrofit.recipes.training.blocks import BlockBatch, add_sequence, choose_anchors, eligible_anchors, shares
 
 PERCENTILES = (5, 25, 50, 75, 95)
 

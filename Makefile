@@ -29,7 +29,7 @@ demo: env  ## convert the embedded base, decode held-out prompts in three modes,
 	@$(PY) -m benchmarks.demo
 
 test: env  ## all tests, on every core
-	@$(PY) -m pytest -n auto --dist loadfile
+	@$(PY) -m pytest -n auto --dist worksteal
 
 bars: env  ## measure the figures the project promises
 	@$(PY) -m benchmarks.bars

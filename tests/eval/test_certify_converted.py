@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from certifying import command, converted, flat_base, ranks_of, small
+from certifying import command, converted, ranks_of, small
 
 from retrofit.eval import audit, bitwise, certify
 from retrofit.runtime.engine import Engine
@@ -20,18 +20,13 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return flat_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, base, texts):
+def made(tmp_path_factory, flat, texts):
     """Each layout's artifact, converted when it is first asked for."""
     folders = {}
 
     def make(name):
         if name not in folders:
-            folders[name] = converted(tmp_path_factory.mktemp("made") / "artifact", base, texts, **LAYOUTS[name])
+            folders[name] = converted(tmp_path_factory.mktemp("made") / "artifact", flat, texts, **LAYOUTS[name])
         return folders[name]
 
     return make

@@ -73,7 +73,7 @@ class Subject:
         if dtype not in self._bases:
             self._bases.clear()
             gc.collect()
-            self._bases[dtype] = self._fresh(dtype)
+            self._bases[dtype] = self._load_base(dtype)
         return self._bases[dtype]
 
     def fp32(self) -> Engine:
@@ -86,7 +86,7 @@ class Subject:
             return self.run
         if self._fp32 is None:
             fused = self.run.backend.name == "fused"
-            self._fp32 = self._fused_in_fp32() if fused else self._converted(self._fresh(torch.float32))
+            self._fp32 = self._fused_in_fp32() if fused else self._converted(self._load_base(torch.float32))
         return self._fp32
 
     def _fused_in_fp32(self) -> Engine:
@@ -98,7 +98,7 @@ class Subject:
         config = artifact.config
         return Engine(backend, backend.layout, self.run.tokenizer, config.get("acceptance"), config, self.run.base)
 
-    def _fresh(self, dtype: torch.dtype) -> PreTrainedModel:
+    def _load_base(self, dtype: torch.dtype) -> PreTrainedModel:
         self._require_memory(dtype)
         if self.checkpoint is not None:
             model = load_base(

@@ -95,7 +95,7 @@ class _Watch(TorchDispatchMode):
         live[place] = _Block(weakref.ref(storage, gone), self.kind, size)
         holdings.change(self.kind, size)
 
-    def call(self, tensor: Tensor, kind: str) -> None:
+    def label(self, tensor: Tensor, kind: str) -> None:
         """Say what it holds."""
         block = self.live.get(tensor.untyped_storage()._cdata)
         if block is not None and block.kind != kind:
@@ -182,11 +182,11 @@ class Rehearsal:
         self._watch.kind = kind
         self._watch.holdings.begin(name)
 
-    def call(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
+    def label(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
         """Say what these tensors hold."""
         for tensor in tensors:
             if tensor is not None:
-                self._watch.call(tensor, kind)
+                self._watch.label(tensor, kind)
 
 
 @contextmanager

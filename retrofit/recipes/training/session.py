@@ -90,7 +90,7 @@ class Session:
         state = {kind: checkpoint.tensors(f"{kind}.safetensors") for kind in ("weights", "optimizer")}
         self.trainer.load_state(state, checkpoint.step)
         if self.skipped is not None:
-            self.skipped.take_up(checkpoint.state["skipped"])
+            self.skipped.restore(checkpoint.state["skipped"])
         self.history, self.run_id = history, checkpoint.state.get("run", self.run_id)
         self._place, self._saved, self._earlier = place, checkpoint.step, float(checkpoint.state["seconds"])
 
@@ -110,7 +110,7 @@ class Session:
             begin = time.perf_counter()
             batches = [self.order.batch() for _ in range(train.accumulation)]
             result = self.trainer.gradients(batches)
-            self._judge(result, batches)
+            self._check_loss(result, batches)
             with self.interrupts.held():
                 self._place = None  # until all parts of the state are those of one step again
                 self.trainer.update()
@@ -225,7 +225,7 @@ class Session:
             **({} if result.seconds_clean is None else {"seconds_clean": round(result.seconds_clean, 4)}),
         }
 
-    def _judge(self, result: StepResult, batches: Sequence[Batch]) -> None:
+    def _check_loss(self, result: StepResult, batches: Sequence[Batch]) -> None:
         """Raises TrainingError for a step that must not be taken."""
         recent = self.history[max(self.trainer.recipe.train.warmup, len(self.history) - MEDIAN_OF) :]
         untrained = self.history[0]["loss"] if self.history else result.loss

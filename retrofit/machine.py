@@ -1,6 +1,6 @@
-"""What a figure was measured on and with: processor, threads, versions, commit.
+"""What a figure was measured on and with: processor, threads, versions, commit; and how much memory is free.
 
-Not here: what is there to run on (`doctor.py`), the memory that a conversion finds free (`recipes/dry_run.py`).
+Not here: what is there to run on (`eval/doctor.py`).
 """
 
 from __future__ import annotations
@@ -81,3 +81,14 @@ def installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    table = Path("/proc/meminfo")
+    if not table.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in table.read_text().splitlines() if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024

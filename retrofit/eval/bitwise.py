@@ -28,6 +28,7 @@ from retrofit.eval.replay import Sampling
 from retrofit.eval.subject import Subject
 from retrofit.runtime.backends.levels import HALF
 from retrofit.runtime.engine import Engine
+from retrofit.weight_files import dtype_name
 
 BATCHES = (8, 3, 1)
 SAMPLINGS = (Sampling(), Sampling(0.8))
@@ -68,7 +69,7 @@ def bitwise(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
         bad += len(found) if exact or half else mark_excused(subject, prompts, want, found, sampling)
         differences += found
     equal = compared - len(differences)
-    name = str(subject.dtype).removeprefix("torch.")
+    name = dtype_name(subject.dtype)
     details: dict[str, Any] = {
         "exact": level,
         "dtype": name,

@@ -23,10 +23,12 @@ from retrofit.artifact import folder as artifacts
 from retrofit.errors import DataError, ResourceError, UsageError
 from retrofit.eval.weights import artifact_shapes, base_state
 from retrofit.hub import load_base
+from retrofit.machine import free_memory
 from retrofit.recipes.text.library import held_out_prompts
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.loading import fused_backend
+from retrofit.weight_files import dtype_name
 
 PROMPT_TOKENS = 48
 HEADROOM = 1.2
@@ -103,7 +105,7 @@ class Subject:
         if self.checkpoint is not None:
             model = load_base(
                 str(self.checkpoint),
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=dtype_name(dtype),
                 device=str(self.device),
                 trust_remote_code=self.trust_remote_code,
                 need_tokenizer=False,
@@ -148,22 +150,11 @@ class Subject:
             numbers = count(base_state(self.run.attached.model).values())
         need, free = HEADROOM * numbers * dtype.itemsize, free_memory(self.device)
         if free is not None and need > free:
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             raise ResourceError(
                 f"the base in {name} needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} free",
                 "certify on a larger machine, or on the CPU with --device cpu",
             )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on a device; None where the system does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    table = Path("/proc/meminfo")
-    if not table.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in table.read_text().splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def token_prompts(

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_iter
 
 from retrofit.runtime.backends.sizes import standing_in
 from retrofit.runtime.rules.sampling import hash_constants
+from retrofit.weight_files import dtype_name
 
 BASE = "base weights"
 NUMBER = 1e-9
@@ -151,7 +152,7 @@ class _Arrays(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.numpy, Tensor.tolist) and args[0].is_meta:
-            zeros = np.zeros(tuple(args[0].shape), dtype=str(args[0].dtype).removeprefix("torch."))
+            zeros = np.zeros(tuple(args[0].shape), dtype=dtype_name(args[0].dtype))
             return zeros if func is Tensor.numpy else zeros.tolist()
         return func(*args, **(kwargs or {}))
 

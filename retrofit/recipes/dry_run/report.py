@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from retrofit.errors import ResourceError, out_of_memory
 from retrofit.hub import check_device, load_config
+from retrofit.machine import free_memory
 from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
 from retrofit.recipes.schema import Data, Recipe
@@ -33,7 +34,7 @@ from retrofit.recipes.training.measure import MEASURED, held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
 from retrofit.recipes.training.step import Trainer
-from retrofit.weight_files import stored_dtype, weights_here
+from retrofit.weight_files import dtype_name, stored_dtype, weights_here
 
 PROBE_SECONDS = 20.0
 """A probe step that would take longer is run on one window of the batch."""
@@ -139,22 +140,11 @@ def surroundings(config: PreTrainedConfig, folder: Path, trust_remote_code: bool
 
 def resident() -> int:
     """Bytes of memory that this process holds; 0 where the system does not tell."""
-    return _proc("/proc/self/status", "VmRSS")
-
-
-def _available(device: str) -> int:
-    """Bytes that are free for a process more; 0 where the system does not tell."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return _proc("/proc/meminfo", "MemAvailable")
-
-
-def _proc(path: str, key: str) -> int:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> int:
@@ -171,7 +161,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> int:
 
 def _declared_dtype(config: PreTrainedConfig) -> str | None:
     declared = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    return None if declared is None else str(declared).removeprefix("torch.")
+    return None if declared is None else dtype_name(declared)
 
 
 def _parameters(found: Estimate) -> dict[str, Any]:
@@ -251,8 +241,8 @@ def _time(
     trust_remote_code: bool,
     say: Say,
 ) -> dict[str, Any]:
-    free, batch = _available(device), plan.train.batch_size
-    if 0 < free < found.peak:
+    free, batch = free_memory(torch.device(device)), plan.train.batch_size
+    if free is not None and free < found.peak:
         one = changed(plan, {"train.batch_size": 1})
         if batch == 1 or estimate(one, config, device, around).peak > free:
             return {"not_measured": f"it does not fit: {short(free)} are free"}

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from retrofit.adapters.attach import Attached
-from retrofit.artifact.files import room
+from retrofit.artifact.files import json_line, room
 from retrofit.errors import ResourceError, TrainingError
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.text.documents import Document
@@ -248,7 +248,7 @@ class ResponseCache:
 
     def put(self, key: str, tokens: list[int]) -> None:
         """Add a response.  Raises ResourceError: disk full, folder not writable."""
-        line = (json.dumps({"key": key, "tokens": tokens}) + "\n").encode()
+        line = json_line({"key": key, "tokens": tokens}).encode()
         try:
             self._places[key] = self._append(line)
         except OSError as error:

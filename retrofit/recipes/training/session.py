@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from retrofit.artifact.files import json_line
 from retrofit.errors import TrainingError, UsageError
 from retrofit.recipes.text.faults import Skipped
 from retrofit.recipes.training.checkpoint import Checkpoint, Checkpoints, differences
@@ -141,7 +142,7 @@ class Session:
     def _report(self, on_step: Callable[[int, dict[str, Any]], None]) -> None:
         """Write down and show the step just done, and save it where that is due."""
         train, step, record = self.trainer.recipe.train, self.trainer.steps_done, self.history[-1]
-        self.checkpoints.add_metrics(json.dumps(record) + "\n")
+        self.checkpoints.add_metrics(json_line(record))
         on_step(step, record)
         if (train.save_every and step % train.save_every == 0) or step in self._needed(self.history):
             self.save()
@@ -200,7 +201,7 @@ class Session:
             tensors = self.trainer.state()
             contents: dict[str, Any] = {f"{kind}.safetensors": tensors[kind] for kind in ("weights", "optimizer")}
             contents["documents.safetensors"] = documents
-            contents["state.json"] = (json.dumps(state) + "\n").encode()
+            contents["state.json"] = json_line(state).encode()
             contents["metrics.jsonl"] = self.metrics()
             folder = self.checkpoints.save(step, contents)
             self._saved = step
@@ -209,7 +210,7 @@ class Session:
 
     def metrics(self, steps: int | None = None) -> bytes:
         """metrics.jsonl as it has to be, of the first so many steps or of all."""
-        return "".join(json.dumps(record) + "\n" for record in self.history[:steps]).encode()
+        return "".join(json_line(record) for record in self.history[:steps]).encode()
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
         slots = slot_report(result.sums)

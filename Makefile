@@ -40,7 +40,7 @@ check: env  ## ruff, ruff format, mypy
 	@$(PY) -m mypy
 
 docs: env  ## build the documentation into site/; no network
-	@$(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -3,7 +3,8 @@
     docs/cli.md                every command and option, as click has them
     docs/recipe-keys.md        every key of a recipe, as recipes/schema.py has them
     docs/artifact-format.md    the keys of retrofit.json, between its markers
-    docs/numbers.md, README.md the figures of results/ (benchmarks/readme_numbers.py)
+    docs/numbers.md, docs/index.md, README.md
+                               the figures of results/ (benchmarks/readme_numbers.py)
     docs/run.svg               the recorded run of results/run-cpu.json (scripts/draw_run.py)
 
 With --check nothing is written; exits 1 naming what is out of date.
@@ -54,16 +55,11 @@ def drawn() -> dict[Path, str]:
         DOCS / "recipe-keys.md": recipe_page(),
         DOCS / "run.svg": draw_run.svg(draw_run.recorded(numbers.RESULTS)),
     }
-    for path in (DOCS / "artifact-format.md", DOCS / "numbers.md", ROOT / "README.md"):
-        pages[path] = numbers.filled(path.read_text(encoding="utf-8"), blocks(path.name), path.name)
+    for path in numbers.PAGES:
+        pages[path] = numbers.redrawn(path.read_text(encoding="utf-8"), numbers.RESULTS, path.name)
+    page = DOCS / "artifact-format.md"
+    pages[page] = numbers.filled(page.read_text(encoding="utf-8"), {"schema": schema_table()}, page.name)
     return pages
-
-
-def blocks(name: str) -> dict[str, str]:
-    """What stands between the markers of a page that is written by hand but for those."""
-    if name == "artifact-format.md":
-        return {"schema": schema_table()}
-    return numbers.blocks(name, numbers.RESULTS)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -34,7 +34,7 @@ def svg(run: dict[str, Any]) -> str:
     tokens = sum(map(len, decoded))
     rows = -(-len(run["forwards"]) // COLUMNS)
     height = TOP + rows * LINE + BOTTOM
-    title = f"{tokens} tokens in {len(decoded)} forwards behind the prompt; token by token it takes {tokens}"
+    title = f"{tokens} tokens in {len(decoded)} forwards after the prompt; token by token it takes {tokens}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="13" fill="{INK}">',

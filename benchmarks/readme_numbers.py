@@ -130,11 +130,12 @@ def caption(found: Results) -> str:
 
 
 def quickstart(found: Results) -> str:
-    """The quickstart's commands, and what they printed."""
+    """The quickstart's commands, what they printed, and where."""
     lines = []
     for command in found.figures("run-cpu", "quickstart")["printed"]:
         lines += [f"$ {command['command']}", *shortened(command["lines"])]
-    return "\n".join(["```console", *lines, "```"])
+    where = source(found.files["run-cpu"]["quickstart"])
+    return "\n".join(["```console", *lines, "```", "", f"Recorded by {where}"])
 
 
 def shortened(lines: list[str], most: int = 10) -> list[str]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from certifying import small
 
-FOLDER = Path(__file__).parents[1] / "examples"
+from benchmarks.common import ROOT
+
+FOLDER = ROOT / "examples"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
 QUICK = ["train.steps=2", "train.warmup=1", "train.batch_size=2", "train.anchors=8", "data.max_length=64"]
 LINES = {

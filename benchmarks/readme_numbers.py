@@ -123,8 +123,8 @@ def caption(found: Results) -> str:
     run = found.figures("run-cpu", "forwards")
     tokens = sum(map(len, run["forwards"][1:]))
     return (
-        f"A recorded run of the model that ships inside: after the prompt `{run['prompt']}` it emits {tokens} tokens "
-        f"in {len(run['forwards']) - 1} forwards, and they are the tokens that `ar` emits in {tokens}.  Green tokens "
+        f"A recorded run of the model that ships inside.  After the forward of the prompt `{run['prompt']}` it emits "
+        f"{tokens} tokens in {len(run['forwards']) - 1} forwards; `ar` emits the same tokens in {tokens}.  Green tokens "
         "were drafted by the adapter and agreed to by the base; blue ones are the base's own, one in every forward."
     )
 

@@ -29,7 +29,7 @@ from retrofit.runtime.host import modes
 
 LAYOUT = DraftLayout(block=4)
 PROMPTS = random_prompts((1, 7, 30, 12))
-NEW = 10
+NEW = 16
 
 
 class Layer:

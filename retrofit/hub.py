@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import ResourceError, RetrofitError, UnsupportedModelError, UsageError, out_of_memory
+from retrofit.progress import downloading
 from retrofit.weight_files import INDEX, config_hash, file_fingerprint, indexed, weight_source
 
 if TYPE_CHECKING:
@@ -73,22 +74,28 @@ def locate(
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.py"] if code else [])
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
+
+    def fetch(wanted: list[str], other: list[str] | None = None) -> Path:
+        with downloading(f"downloading {name}") as bar:
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    local_files_only=offline,
+                    tqdm_class=bar,
+                    allow_patterns=wanted,
+                    ignore_patterns=other,
+                )
+            )
+
     with _hub_errors(name, revision):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        folder = fetch(patterns)
         if not weights:
             return folder
         # Of weights that lie there twice, as for other programs, only the ones that are loaded.
         index = folder / INDEX
         more = indexed(index) if index.is_file() else ["*.safetensors"]
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*patterns, *more],
-                ignore_patterns=["consolidated*", "original/*", "*/*.safetensors"],
-                local_files_only=offline,
-            )
-        )
+        return fetch([*patterns, *more], ["consolidated*", "original/*", "*/*.safetensors"])
 
 
 @contextmanager

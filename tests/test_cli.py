@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerFast
 
 import retrofit
+from retrofit import progress
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.artifact import folder as artifact
@@ -671,6 +672,7 @@ def test_an_adapter_for_another_base(made, tmp_path):
 def test_certify_writes_the_certificate_and_prints_the_checks(own, monkeypatch):
     monkeypatch.setitem(certify.LEVELS, "quick", certify.Size(prompts=2, tokens=8, samples=0))
     monkeypatch.setattr(certify, "distribution", lambda *_: certify.Verdict(True, "not run here", {}))
+    monkeypatch.setattr(progress, "EVERY", float("inf"))
     result = run("certify", own, "--dtype", "float32")
     assert result.exit_code == 0, result.output
     content = json.loads((own / "certificate.json").read_text())

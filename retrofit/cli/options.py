@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrofit.cli.output import quieten_libraries, say
+from retrofit.progress import silent
 
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
@@ -29,6 +30,8 @@ EXACT = ["auto", "off", "bucket", "invariant"]
 def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
     if value:
         ctx.meta[f"retrofit.{parameter.name}"] = True
+        if parameter.name == "quiet":
+            ctx.with_resource(silent())
     return value
 
 

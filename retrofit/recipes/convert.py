@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit.adapters.attach import Attached
 from retrofit.artifact import folder as artifact
 from retrofit.errors import GateError, ResourceError, TrainingError
 from retrofit.hub import Base
+from retrofit.progress import progress as shown
 from retrofit.recipes.naming import lasting_name
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.publish import base_parameters, count, publish, share_of
@@ -207,14 +207,7 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
         if trainer.steps_done:
             say(f"going on from step {trainer.steps_done} of {plan.train.steps}, saved in {job.saved.folder}")
         before = _probe_hash(job.backend, glance)
-        with tqdm(
-            initial=session.steps_reported,
-            total=plan.train.steps,
-            unit="step",
-            disable=job.quiet,
-            file=sys.stderr,
-            dynamic_ncols=True,
-        ) as bar:
+        with shown("training", "step", plan.train.steps, done=session.steps_reported, quiet=job.quiet) as bar:
             session.run(progress(bar, tracker))
         if plan.train.save_every or session.published["step"] != trainer.steps_done:
             with interrupts.held():

@@ -29,9 +29,7 @@ INSTANCES = {
     "torch._dynamo.eval_frame": lambda: torch.compile(lambda x: x),
     "transformers.PreTrainedConfig": lambda: transformers.LlamaForCausalLM(SMALL).config,
     "transformers.GenerationConfig": lambda: transformers.GenerationConfig(),
-    "accelerate.hooks": lambda: accelerate.hooks.add_hook_to_module(
-        torch.nn.Linear(1, 1), accelerate.hooks.ModelHook()
-    ),
+    "accelerate.hooks": lambda: add_hook_to_module(torch.nn.Linear(1, 1), ModelHook()),
 }
 SMALL = transformers.LlamaConfig(
     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1

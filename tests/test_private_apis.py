@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from packaging.requirements import Requirement
 from packaging.version import Version
 

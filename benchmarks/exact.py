@@ -82,12 +82,12 @@ def random_family(name: str, dtype: torch.dtype) -> Subject:
 
 def untrained(model: PreTrainedModel, exact: str) -> Engine:
     engine = Engine.from_model(model, layout=DraftLayout(block=4), exact=exact)
-    return from_tests("helpers").randomise(engine)
+    return from_tests("decoding").randomise(engine)
 
 
 def prompts_for(subject: Subject, count: int) -> list[Any]:
     lengths = [LENGTHS[i % len(LENGTHS)] for i in range(count)]
-    return from_tests("helpers").random_prompts(lengths, vocab=subject.vocab)
+    return from_tests("decoding").random_prompts(lengths, vocab=subject.vocab)
 
 
 def compare(
@@ -99,7 +99,7 @@ def compare(
         truth = [r.tokens for r in engine.generate(prompts, "ar", batch_size=1, **options)]
         yield f"ar, batch 8, T = {temperature:g}", *counted(engine, prompts, truth, mode="ar", batch_size=8, **options)
         known = {0: truth[0], **{7 + i: text for i, text in enumerate(truth)}}  # 0: what `auto` times its plans with
-        oracle = from_tests("helpers").Oracle(known, vocab=subject.vocab)
+        oracle = from_tests("decoding").Oracle(known, vocab=subject.vocab)
         planted = patch.object(modes, "draft_tokens", oracle) if subject.oracle else nullcontext()
         with planted:
             for way in ways:

@@ -194,7 +194,7 @@ def architectures(_: Task) -> Section:
 
     Each twice: drafts of a random adapter, nearly all wrong, and the truth with planted mistakes.
     """
-    models, helpers = from_tests("tiny_models"), from_tests("helpers")
+    models, helpers = from_tests("tiny_models"), from_tests("decoding")
     prompts = helpers.random_prompts((5, 17, 9))
     bars, figures = [], {}
     for name, build in models.ARCHITECTURES.items():
@@ -219,8 +219,8 @@ def architectures(_: Task) -> Section:
 
 
 def from_tests(name: str) -> Any:
-    """A module of tests/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
+    """A module of tests/shared/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "shared" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -72,7 +72,7 @@ SECONDS = 240
 
 def measure(name: str) -> dict[str, Any]:
     """One entry's outcome, with its reason or figures."""
-    helpers = from_tests("helpers")
+    helpers = from_tests("decoding")
     prompts = helpers.random_prompts(PROMPTS, vocab=decoders.VOCABULARY)
     try:
         model = decoders.build(name)

@@ -5,6 +5,7 @@ Where there is no GPU, Triton's kernels run in its interpreter; that is decided 
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():
 
 from retrofit.runtime.kernels import interpreter
 
+pytest.register_assert_rewrite("commands", "tiny_conversion")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; what is interrupted here must notice
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # hand-over between threads costs more than a tiny model's matrix products
 if interpreter.interpreted():
     interpreter.patch()
@@ -55,17 +60,56 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written into the checkout; one device everywhere; nothing of the caller's environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("RETROFIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RETROFIT_DEVICE", "cpu")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+# Files that are made once.  They are read only; what a test changes it makes for itself, as `own` is made.  Imports
+# stand inside, since tests of the runtime alone do without them.
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base's folder: weights, and a tokenizer that knows `saved.TEXT`."""
+    from saved import save_base
+
+    return save_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """An artifact of `base` with a random adapter."""
+    from saved import save_artifact
+
+    torch.manual_seed(0)
+    return save_artifact(tmp_path_factory.mktemp("artifacts") / "made", base)
+
+
+@pytest.fixture
+def own(tmp_path: Path, base: Path) -> Path:
+    """As `made`, an artifact of this test's own, to be damaged."""
+    from saved import save_artifact
+
+    return save_artifact(tmp_path / "own", base)
+
+
+@pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text files to convert with."""
-    from resuming import write_texts  # needs what tests of the runtime alone do without
+    """Text files to convert `model` with."""
+    from tiny_conversion import write_texts
 
     return write_texts(tmp_path_factory.mktemp("data") / "texts")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model's folder."""
-    from together import saved_model
+    """A tiny model's folder: weights, and `tiny_conversion.tokenizer`, of one token a letter."""
+    from several_processes import saved_model
 
     return saved_model(tmp_path_factory.mktemp("model"))

@@ -18,10 +18,12 @@ from benchmarks.gpu.bench import Bench, Found
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_MARK = "pytest.mark.gpu"
+KERNEL_TESTS = "runtime/kernels"
 FUSED_TESTS = (
-    "test_fused_backend.py", "test_device_loop.py", "test_exact.py", "test_paged.py", "test_weights.py",
-)  # fmt: skip
-"""They choose the GPU where there is one."""
+    *(f"runtime/backends/fused/test_{name}.py" for name in ("exact", "fused_backend", "paged", "weights")),
+    *(f"runtime/device/test_{name}.py" for name in ("device_kinds", "device_loop", "device_loop_faults")),
+)
+"""They choose the GPU where there is one.  Paths here are those beneath tests/."""
 TAIL = 4000
 """Characters of a test run's output that are kept."""
 TEST_SECONDS = 120.0
@@ -56,20 +58,23 @@ class Process:
         return code, self.output.read().decode(errors="replace")
 
 
+def _under(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
 def start_tests(bench: Bench) -> dict[str, Process]:
     """Tests of the kernels and of the fused backend without the interpreter, and tests marked gpu."""
     folder = ROOT / "tests"
-    kernels = sorted(path.name for path in folder.glob("test_kernel_*.py"))
+    kernels = sorted(_under(folder, path) for path in folder.glob(f"{KERNEL_TESTS}/test_*.py"))
     # Only files that hold such a test are collected: others may import what this machine does not have.
     whole = {*kernels, *FUSED_TESTS}
-    marked = sorted(
-        path.name for path in folder.glob("test_*.py") if GPU_MARK in path.read_text() and path.name not in whole
-    )
+    holding = sorted(_under(folder, path) for path in folder.rglob("test_*.py") if GPU_MARK in path.read_text())
+    marked = [name for name in holding if name not in whole]
     runs = {"kernel tests": kernels, "tests of the fused backend": list(FUSED_TESTS)}
     if marked:
         runs["tests marked gpu"] = ["-m", "gpu", *marked]
     if bench.dry:
-        runs = {"kernel tests": ["test_kernel_norm.py", "-k", "embed"]}
+        runs = {"kernel tests": [f"{KERNEL_TESTS}/test_kernel_norm.py", "-k", "embed"]}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if not bench.dry:
         environment.pop("TRITON_INTERPRET", None)

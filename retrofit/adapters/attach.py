@@ -7,7 +7,7 @@ layer, so what is saved is a plain PEFT folder.  A plain PEFT reload of that fol
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +49,18 @@ class Attached:
     def lora_parameters(self) -> list[nn.Parameter]:
         return [p for n, p in self.peft_model.named_parameters() if "lora_" in n]
 
+    def base_parameters(self) -> list[nn.Parameter]:
+        """All but the LoRA; the heads are not among the model's own."""
+        return [p for n, p in self.peft_model.named_parameters() if "lora_" not in n]
+
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained: LoRA and heads."""
         return self.lora_parameters() + list(self.heads.parameters())
+
+    @property
+    def share(self) -> float:
+        """How many parameters are trained, to how many the base has."""
+        return count(self.parameters()) / count(self.base_parameters())
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Tensors of `adapter_model.safetensors`, as PEFT names them."""
@@ -189,6 +198,11 @@ def _attached(
         )
     heads.to(embedding.device)
     return Attached(model, peft_model, gate, heads, layout, trainable)
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """How many numbers they hold."""
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _jsonable(value: Any) -> Any:

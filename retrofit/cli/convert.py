@@ -168,7 +168,8 @@ def _dry_run(recipe: Recipe, out: Path, fit: str | None, loading: Loading, skip_
 
     limit = None if fit is None else parse_size(fit)
     quieten_libraries()
-    from retrofit.recipes.dry_run.report import dry_run, table
+    from retrofit.recipes.dry_run.report import dry_run
+    from retrofit.recipes.dry_run.table import table
 
     report = dry_run(
         recipe,

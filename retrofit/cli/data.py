@@ -145,9 +145,9 @@ def preview(text: Text, rows: int, tokens: int, blocks: int, skip_bad: bool, as_
       retrofit data preview chats.jsonl --model Qwen/Qwen3-0.6B
       retrofit data preview texts/ data.max_length=512 draft.block=4 -n 1
     """
+    from retrofit.recipes.dry_run.survey import draft_blocks
     from retrofit.recipes.text.documents import windows
     from retrofit.recipes.text.faults import Skipped
-    from retrofit.recipes.text.survey import draft_blocks
 
     skipped = Skipped() if skip_bad else None
     read = windows(text.documents("train", skipped), text.recipe.data.max_length)
@@ -243,8 +243,8 @@ def stats(text: Text, skip_bad: bool, as_json: bool) -> None:
       retrofit data stats data.source='[{source: chats.jsonl, weight: 3}, {source: stdlib}]'
       retrofit data stats --recipe qwen3-8b --limit 10000 --json
     """
+    from retrofit.recipes.dry_run.survey import survey
     from retrofit.recipes.text.faults import Skipped
-    from retrofit.recipes.text.survey import survey
 
     skipped = Skipped() if skip_bad else None
     report = survey(text.documents("all", skipped, "counting"), text.recipe)

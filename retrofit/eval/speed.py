@@ -58,31 +58,16 @@ def seconds_per_token(
     repeat and their median by way, and `ratio`, the median over turns of a way's time to that of the first.
     Raises UsageError for a way that does not exist, and as `Engine.generate` does.
     """
-    for way in ways:
-        if way not in WAYS and way != REFERENCE:
-            raise UsageError(f"way {way!r} does not exist", f"ways are {', '.join([*WAYS, REFERENCE])}")
-    if REFERENCE in ways and reference is None:
-        raise UsageError(f"the way {REFERENCE!r} needs the original model", "pass reference=")
-
+    _check_ways(ways, reference)
     size = per_turn or len(prompts)
 
     def run(way: str, some: Sequence[Sequence[int]]) -> float:
         if notify is not None:
             notify(way)
         begin = time.perf_counter()
-        if way == REFERENCE:
-            assert reference is not None
-            outputs = reference_tokens(
-                reference, some, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size
-            )  # fmt: skip
-        else:
-            results = engine.generate(
-                some, **WAYS[way], max_new_tokens=max_new_tokens, temperature=temperature,
-                batch_size=batch_size, seed=seed, ignore_eos=True, original_settings=False,
-            )  # fmt: skip
-            outputs = [result.tokens for result in results]
+        emitted = _emitted(way, some, engine, reference, temperature, max_new_tokens, batch_size, seed)
         synchronize(engine)
-        return (time.perf_counter() - begin) / sum(map(len, outputs))
+        return (time.perf_counter() - begin) / emitted
 
     for way in ways:
         run(way, prompts[:batch_size])
@@ -103,6 +88,39 @@ def seconds_per_token(
         "median": {way: median(turn[way] for turn in turns) for way in ways},
         "ratio": {way: round(ratio_of(turns, way, ways[0]), 4) for way in ways},
     }
+
+
+def _check_ways(ways: Sequence[str], reference: PreTrainedModel | None) -> None:
+    for way in ways:
+        if way not in WAYS and way != REFERENCE:
+            raise UsageError(f"way {way!r} does not exist", f"ways are {', '.join([*WAYS, REFERENCE])}")
+    if REFERENCE in ways and reference is None:
+        raise UsageError(f"the way {REFERENCE!r} needs the original model", "pass reference=")
+
+
+def _emitted(
+    way: str,
+    prompts: Sequence[Sequence[int]],
+    engine: Engine,
+    reference: PreTrainedModel | None,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> int:
+    """Decode the prompts one way; returns the number of new tokens."""
+    if way == REFERENCE:
+        assert reference is not None
+        outputs = reference_tokens(
+            reference, prompts, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size
+        )  # fmt: skip
+    else:
+        results = engine.generate(
+            prompts, **WAYS[way], max_new_tokens=max_new_tokens, temperature=temperature,
+            batch_size=batch_size, seed=seed, ignore_eos=True, original_settings=False,
+        )  # fmt: skip
+        outputs = [result.tokens for result in results]
+    return sum(map(len, outputs))
 
 
 def ratio_of(turns: Sequence[dict[str, float]], way: str, other: str) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from retrofit.adapters.attach import attach
+from retrofit.adapters.attach import attach, count
 from retrofit.adapters.roles import ROLES
 from retrofit.artifact import folder as artifacts
 from retrofit.errors import DataError, ResourceError, UsageError
@@ -144,10 +144,10 @@ class Subject:
         if self.run.backend.name == "fused":
             assert self.checkpoint is not None
             shapes = artifact_shapes(self.checkpoint).values()
-            count = sum(math.prod(shape) for file in shapes for shape in file.values())
+            numbers = sum(math.prod(shape) for file in shapes for shape in file.values())
         else:
-            count = sum(t.numel() for t in base_state(self.run.attached.model).values())
-        need, free = HEADROOM * count * dtype.itemsize, free_memory(self.device)
+            numbers = count(base_state(self.run.attached.model).values())
+        need, free = HEADROOM * numbers * dtype.itemsize, free_memory(self.device)
         if need > free:
             name = str(dtype).removeprefix("torch.")
             raise ResourceError(

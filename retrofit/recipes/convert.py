@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,14 +21,14 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retrofit.adapters.attach import Attached
+from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
 from retrofit.errors import GateError, ResourceError, TrainingError
 from retrofit.hub import Base
 from retrofit.progress import progress as shown
 from retrofit.recipes.naming import lasting_name
 from retrofit.recipes.processes import Processes, joined
-from retrofit.recipes.publish import base_parameters, count, publish, share_of
+from retrofit.recipes.publish import publish
 from retrofit.recipes.schema import Recipe, by_key
 from retrofit.recipes.text.documents import Document, documents, windows
 from retrofit.recipes.text.faults import Skipped
@@ -37,7 +37,7 @@ from retrofit.recipes.text.sources import Part
 from retrofit.recipes.training import tracking
 from retrofit.recipes.training.checkpoint import Checkpoints
 from retrofit.recipes.training.interrupts import Interrupts
-from retrofit.recipes.training.measure import calibrate_confidence, held_out_acceptance
+from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance
 from retrofit.recipes.training.order import Order
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
 from retrofit.recipes.training.probe import line as probed
@@ -49,9 +49,6 @@ from retrofit.recipes.training.shares import check_processes, loading_device, sa
 from retrofit.recipes.training.step import Trainer, clean_forward
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
-
-MEASURED = 32
-"""Held-out documents that acceptance is measured on; data.held_out may keep more out of training."""
 
 PROBES = ("train.probe_every", "train.probe_prompts", "train.probe_tokens")
 """Keys of a recipe that change no weights, unless probes decide when to stop or what to publish."""
@@ -98,45 +95,60 @@ def convert(
     those of one process within rounding, and a checkpoint may be gone on from with another number of processes.  Only
     the main process writes, talks and raises; where it does, the others end with SystemExit.
     """
+    model = str(model) if isinstance(model, Path) else model
     with joined(device) as processes:
-        main = processes is None or processes.is_main
-        model = str(model) if isinstance(model, Path) else model
-        plan = resolve(model, recipe, overrides)
-        check_processes(plan, isinstance(model, PreTrainedModel), processes)
-        out = Path(out)
-        out = out.resolve() if out.name in ("", "..") else out
-        artifact.check_writable(out, overwrite)
-        _check_parent(out)
-        tracking.check_installed(track)
-        if plan.data.responses == "regenerate" and main:
-            check_cache()
-        quiet = quiet or not main
+        plan, out = _checked(model, recipe, overrides, Path(out), overwrite, track, processes)
         started = time.perf_counter()
+        quiet = quiet or not (processes is None or processes.is_main)
+        skipped = Skipped() if skip_bad else None
         with shared_checkpoints(out, processes) as saved:
             base = open_base(model, plan, loading_device(device, processes), offline, trust_remote_code, tokenizer)
             plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
-            attached, backend = attached_to(base, plan)
-            try:
-                if processes is not None and processes.sharded:
-                    shard(attached, backend, processes)
-                skipped = Skipped() if skip_bad else None
+            live = isinstance(model, PreTrainedModel)
+            with _attached_for(plan, base, live, processes) as (attached, backend), Interrupts() as interrupts:
                 job = _Job(
-                    plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints, skipped, saved,
-                    started, offline, track, processes,
+                    plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints,
+                    skipped, saved, started, offline, track, processes,
                 )  # fmt: skip
-                with Interrupts() as interrupts:
-                    _convert(job, interrupts)
-            finally:
-                backend.close()
-                if isinstance(model, PreTrainedModel):
-                    attached.detach()
-        if skipped is not None:
-            _say(quiet)(skipped.line())
-        _say(quiet)(f"wrote {out} in {time.perf_counter() - started:.0f} s")
-        written = artifact.read(out)
-        if processes is not None:
-            processes.together("end")
-        return written
+                _run(job, interrupts)
+        return _finished(job)
+
+
+def _checked(
+    model: str | PreTrainedModel | None,
+    recipe: str | Path | Recipe | None,
+    overrides: Mapping[str, Any] | Sequence[str],
+    out: Path,
+    overwrite: bool,
+    track: tracking.Name | None,
+    processes: Processes | None,
+) -> tuple[Recipe, Path]:
+    """The recipe with everything filled in and the artifact's place; finds out before hours of training, not after."""
+    plan = resolve(model, recipe, overrides)
+    check_processes(plan, isinstance(model, PreTrainedModel), processes)
+    out = out.resolve() if out.name in ("", "..") else out
+    artifact.check_writable(out, overwrite)
+    _check_parent(out)
+    tracking.check_installed(track)
+    if plan.data.responses == "regenerate" and (processes is None or processes.is_main):
+        check_cache()
+    return plan, out
+
+
+@contextmanager
+def _attached_for(
+    plan: Recipe, base: Base, live: bool, processes: Processes | None
+) -> Iterator[tuple[Attached, HFBackend]]:
+    """The base with an untrained adapter on it, split over the processes by FSDP; taken off again if it was live."""
+    attached, backend = attached_to(base, plan)
+    try:
+        if processes is not None and processes.sharded:
+            shard(attached, backend, processes)
+        yield attached, backend
+    finally:
+        backend.close()
+        if live:
+            attached.detach()
 
 
 @dataclass(frozen=True)
@@ -163,18 +175,52 @@ class _Job:
     def is_main(self) -> bool:
         return self.processes is None or self.processes.is_main
 
-    def together(self, what: str) -> None:
-        """Wait for all processes."""
+    def wait_for_all(self, what: str) -> None:
+        """Wait until all processes are here."""
         if self.processes is not None:
             self.processes.together(what)
 
 
-def _convert(job: _Job, interrupts: Interrupts) -> None:
+def _run(job: _Job, interrupts: Interrupts) -> None:
     """Train, measure, write the artifact; on Ctrl-C, SIGTERM and errors leave a checkpoint."""
-    plan, attached = job.plan, job.attached
-    say = _say(job.quiet)
     rewritten = _rewriter(job)
     held_out = _held_out(job, rewritten)
+    session = _session(job, interrupts, held_out, rewritten)
+    settings = by_key(job.plan) | {"base.model": job.base.name}
+    track = job.track if job.is_main else None
+    tracker = tracking.Tracker.open(track, job.out, session.run_id, settings, session.steps_reported, _say(job.quiet))
+    written = False
+    try:
+        size = 1 if job.processes is None else job.processes.size
+        first = session.order.upcoming()[: -(-job.plan.train.batch_size // size)]  # as many as a process runs at once
+        _announce(job, session)
+        before = _logits_hash(job.backend, first)
+        _train(job, session, tracker, interrupts)
+        if _logits_hash(job.backend, first) != before:
+            raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
+        measured = _measured(job, held_out)
+        with interrupts.held():
+            if job.is_main:
+                publish(job.out, job.plan, job.base, job.attached, session, measured, job.overwrite)
+            written = True
+            if job.keep:
+                session.save()
+            else:
+                job.saved.clear()
+        job.wait_for_all("published")
+    except BaseException as error:
+        if written:
+            error.add_note(f"{job.out} is complete")
+        elif job.is_main and not interrupts.second_signal and not isinstance(error, TrainingError):
+            _save_after(error, session, interrupts)
+        raise
+    finally:
+        tracker.close()
+
+
+def _session(job: _Job, interrupts: Interrupts, held_out: list[Document], rewritten: Rewriter) -> Session:
+    """The training, from where its newest checkpoint left it or from the beginning."""
+    plan, attached = job.plan, job.attached
     order = Order(
         _epochs(job, rewritten),
         plan.train.batch_size,
@@ -184,63 +230,64 @@ def _convert(job: _Job, interrupts: Interrupts) -> None:
     )
     trainer = Trainer(attached, job.backend, plan, job.processes)
     probe = live_probe(plan, held_out, job.backend, attached, job.base.tokenizer, job.processes)
-    session = Session(trainer, order, job.saved, interrupts, _settings(job), job.started, job.skipped, probe)
-    newest = job.saved.newest(say) if job.resume != "never" else None
+    settings = _settings(job)
+    session = Session(trainer, order, job.saved, interrupts, settings, job.started, job.skipped, probe)
+    newest = job.saved.newest(_say(job.quiet)) if job.resume != "never" else None
     if job.processes is not None:
-        same_start(job.processes, _settings(job), newest)
+        same_start(job.processes, settings, newest)
     if job.resume == "never":
         job.saved.clear()
     elif newest is not None:
         session.resume(newest, forced=job.resume == "force")
-    job.together("resume")  # from here on the main process removes checkpoints
-    settings = by_key(plan) | {"base.model": job.base.name}
-    track = job.track if job.is_main else None
-    tracker = tracking.Tracker.open(track, job.out, session.run_id, settings, session.steps_reported, say)
-    written = False
-    try:
-        size = 1 if job.processes is None else job.processes.size
-        glance = order.glance()[: -(-plan.train.batch_size // size)]  # as many as a process runs at once
-        say(
-            f"base {job.base.name} ({count(base_parameters(attached)):,} parameters), "
-            f"training {count(trainer.trained):,} ({share_of(attached):.2%})"
-        )
-        if trainer.steps_done:
-            say(f"going on from step {trainer.steps_done} of {plan.train.steps}, saved in {job.saved.folder}")
-        before = _probe_hash(job.backend, glance)
-        with shown("training", "step", plan.train.steps, done=session.steps_reported, quiet=job.quiet) as bar:
-            session.run(progress(bar, tracker))
-        if plan.train.save_every or session.published["step"] != trainer.steps_done:
-            with interrupts.held():
-                session.save()  # whatever goes wrong from here on, training does not have to be done again
-        if session.stopped_early:
-            say(f"stopped early at step {trainer.steps_done}: {plan.train.patience} probes were no better")
-        job.together("trained")  # the main process has saved what the others read now
+    job.wait_for_all("resume")  # from here on the main process removes checkpoints
+    return session
+
+
+def _announce(job: _Job, session: Session) -> None:
+    trainer, say = session.trainer, _say(job.quiet)
+    say(
+        f"base {job.base.name} ({count(job.attached.base_parameters()):,} parameters), "
+        f"training {count(trainer.trained):,} ({job.attached.share:.2%})"
+    )
+    if trainer.steps_done:
+        say(f"going on from step {trainer.steps_done} of {job.plan.train.steps}, saved in {job.saved.folder}")
+
+
+def _train(job: _Job, session: Session, tracker: tracking.Tracker, interrupts: Interrupts) -> None:
+    """Train the steps that are left, and put the weights that are to be published into the model."""
+    train, say = job.plan.train, _say(job.quiet)
+    with shown("training", "step", train.steps, done=session.steps_reported, quiet=job.quiet) as bar:
+        session.run(progress(bar, tracker))
+    done = session.trainer.steps_done
+    if train.save_every or session.published["step"] != done:
         with interrupts.held():
-            session.take_published()
-        if "probe" in session.published:
-            say(f"publishing step {session.published['step']}; probe: {probed(session.published)}")
-        if _probe_hash(job.backend, glance) != before:
-            raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
-        measured = held_out_acceptance(job.backend, attached, held_out[:MEASURED], plan.train.anchors, plan.train.seed)
-        calibrate_confidence(attached, measured)
-        job.together("measured")
-        with interrupts.held():
-            if job.is_main:
-                publish(job.out, plan, job.base, attached, session, measured, job.overwrite)
-            written = True
-            if job.keep:
-                session.save()
-            else:
-                job.saved.clear()
-        job.together("published")
-    except BaseException as error:
-        if written:
-            error.add_note(f"{job.out} is complete")
-        elif job.is_main and not interrupts.insisted and not isinstance(error, TrainingError):
-            _save_after(error, session, interrupts)
-        raise
-    finally:
-        tracker.close()
+            session.save()  # whatever goes wrong from here on, training does not have to be done again
+    if session.stopped_early:
+        say(f"stopped early at step {done}: {train.patience} probes were no better")
+    job.wait_for_all("trained")  # the main process has saved what the others read now
+    with interrupts.held():
+        session.take_published()
+    if "probe" in session.published:
+        say(f"publishing step {session.published['step']}; probe: {probed(session.published)}")
+
+
+def _measured(job: _Job, held_out: list[Document]) -> HeldOut:
+    """Acceptance on held-out text, by which the confidence head is calibrated, too."""
+    train = job.plan.train
+    found = held_out_acceptance(job.backend, job.attached, held_out[:MEASURED], train.anchors, train.seed)
+    calibrate_confidence(job.attached, found)
+    job.wait_for_all("measured")
+    return found
+
+
+def _finished(job: _Job) -> artifact.Artifact:
+    say = _say(job.quiet)
+    if job.skipped is not None:
+        say(job.skipped.line())
+    say(f"wrote {job.out} in {time.perf_counter() - job.started:.0f} s")
+    written = artifact.read(job.out)
+    job.wait_for_all("end")
+    return written
 
 
 def _save_after(error: BaseException, session: Session, interrupts: Interrupts) -> None:
@@ -309,7 +356,7 @@ def _held_out(job: _Job, rewritten: Rewriter) -> list[Document]:
 
 
 def _check_parent(out: Path) -> None:
-    """Find out before hours of training, not after.  Raises ResourceError."""
+    """Raises ResourceError where the artifact's folder cannot be made."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         writable = os.access(out.parent, os.W_OK)
@@ -321,9 +368,9 @@ def _check_parent(out: Path) -> None:
         raise ResourceError(f"{out.parent}: not writable", "choose another place with -o")
 
 
-def _probe_hash(backend: HFBackend, probe: list[Document]) -> str:
+def _logits_hash(backend: HFBackend, documents: list[Document]) -> str:
     """Hash of the base rows' logits on a fixed batch: L_AR must not move in the frozen profile, not by a bit."""
-    _, hidden = clean_forward(backend, probe)
+    _, hidden = clean_forward(backend, documents)
     with torch.no_grad():
         logits = backend.head(hidden[:64]).float().cpu().contiguous()
     return hashlib.sha256(logits.numpy().tobytes()).hexdigest()

@@ -5,7 +5,7 @@ is the main process's alone.  They meet in `together`, where each tells all othe
 that fails leaves its error in the store; the main process, which looks there while it waits, raises it as its own and
 says so in the store, and the others end without a word.  So an error is told once.
 
-Not here: how a batch is shared out (`parallel.py`), who holds which weights (`shards.py`).
+Not here: how a batch is shared out (`training/shares.py`), who holds which weights (`training/shards.py`).
 """
 
 from __future__ import annotations

@@ -8,10 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retrofit import __version__
-from retrofit.adapters.attach import Attached
+from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
 from retrofit.artifact.card import card
 from retrofit.hub import EMBEDDED, Base
@@ -38,7 +36,7 @@ def publish(
         sampled=conditional["sampled"] if len(measured.eligible) else None,
         block=attached.layout.block,
         added=count(session.trainer.trained),
-        share=share_of(attached),
+        share=attached.share,
     )
     artifact.write(
         out,
@@ -85,7 +83,7 @@ def _config(
         "parameters": {
             "adapter": lora,
             "heads": count(attached.heads.parameters()),
-            "base": count(base_parameters(attached)),
+            "base": count(attached.base_parameters()),
         },
         "acceptance": acceptance,
         "training": {
@@ -100,15 +98,3 @@ def _config(
             **({} if session.skipped is None else {"skipped": session.skipped.counts()}),
         },
     }
-
-
-def base_parameters(attached: Attached) -> list[torch.nn.Parameter]:
-    return [p for n, p in attached.peft_model.named_parameters() if "lora_" not in n]
-
-
-def share_of(attached: Attached) -> float:
-    return count(attached.parameters()) / count(base_parameters(attached))
-
-
-def count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)

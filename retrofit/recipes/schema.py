@@ -3,20 +3,20 @@
 A recipe is one YAML file of sections and keys.  Unknown keys, wrong types and values out of range are refused
 together, in one `UsageError` that names each key by its dotted path.  A loaded `Recipe` is frozen.  The text
 under each field is its help.
-Not here: reading data, loading models, judging whether a recipe fits a model.
+Not here: YAML itself (`yaml_text.py`), the wording of errors (`problems.py`), reading data, loading models, judging
+whether a recipe fits a model.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from retrofit.errors import UsageError
+from retrofit.recipes import yaml_text
 from retrofit.recipes.problems import did_you_mean, explain, is_section, kind_of, listed, nothing_trained, unknown_key
 
 FOLDER = Path(__file__).parent
@@ -303,9 +303,9 @@ def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] | Mapp
     """
     label, text = _find("tiny" if name_or_path is None else str(name_or_path))
     try:
-        content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise UsageError(f"recipe `{label}` is not valid YAML: {_yaml_problem(error)}") from None
+        content = yaml_text.parse(text)
+    except ValueError as error:
+        raise UsageError(f"recipe `{label}` is not valid YAML: {error}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UsageError(f"recipe `{label}` must hold sections and keys such as `train:`, not {kind_of(content)}")
@@ -322,7 +322,7 @@ def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] | Mapp
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every key written out; `load_recipe` reads it back equal."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml_text.written(recipe.model_dump(mode="json"))
 
 
 def _find(name: str) -> tuple[str, str]:
@@ -351,8 +351,8 @@ def _apply(content: dict[Any, Any], overrides: Sequence[str] | Mapping[str, Any]
         if isinstance(item, str):
             path, equals, text = item.partition("=")
             try:
-                value = yaml.load(text, _Loader)
-            except (yaml.YAMLError, ValueError):
+                value = yaml_text.parse(text)
+            except ValueError:
                 problems.append(f"{path}: `{text}` is not valid YAML; quote it")
                 continue
             if not (path and equals):
@@ -370,35 +370,3 @@ def _apply(content: dict[Any, Any], overrides: Sequence[str] | Mapping[str, Any]
         elif isinstance(inner := content.setdefault(section, {}), dict):  # else the validation refuses the section
             inner[key] = value
     return problems
-
-
-def _yaml_problem(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem} (line {error.problem_mark.line + 1})"
-    return " ".join(str(error).split())
-
-
-# PyYAML follows YAML 1.1, where `1e-5` and `2E3` are text for want of a dot: a learning rate that is none.
-_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-5` as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"`{key.value}` given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would take for a number."""
-
-
-for _kind_of_yaml in (_Loader, _Dumper):
-    _kind_of_yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))

@@ -1,1 +1,1 @@
-"""What a conversion would take, found out before it starts."""
+"""What a conversion would take, and what it would see of its text, found out before it starts."""

@@ -3,15 +3,13 @@
 The training itself is rehearsed (`rehearsal.py`): base, adapter, one optimizer step, measuring at the end, all in the
 recipe's sizes on windows that are full.  Counted is what the process holds beyond Python and its imports; on a GPU,
 what lies in its memory beyond the CUDA context.
-Not here: disk, time (`dry_run.py`), what to change (`fit.py`).
+Not here: disk, time (`report.py`), what to change (`fit.py`).
 """
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,13 +19,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from retrofit.adapters.attach import Attached
+from retrofit.adapters.attach import Attached, count
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.artifact.files import AT_ONCE
 from retrofit.hub import Base
-from retrofit.recipes.dry_run.allocator import CLibrary, c_library
 from retrofit.recipes.dry_run.rehearsal import BASE, Rehearsal, rehearsal
-from retrofit.recipes.publish import base_parameters, count
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.regenerate import BATCH
@@ -41,6 +37,7 @@ from retrofit.runtime.backends.hf.cache import KVCache
 ADAPTER, GRADIENTS, MOMENTS = "adapter weights", "gradients", "optimizer moments"
 CLEAN, DRAFT, LOSS, OTHER = "clean forward", "draft rows", "logits of a chunk", "other tensors"
 TEXT, FILES, CUDA = "text and tokenizer", "files in memory", "CUDA context (not measured)"
+KEPT = "freed, not given back"
 
 LOADING, ATTACHING, BUFFERS = "loading the base", "attaching the adapter", "beginning a step"
 CLEAN_FORWARD = "clean forward"
@@ -51,9 +48,9 @@ PUBLISHING, WRITING, REST = "writing the artifact", "writing responses", "betwee
 STEPS = 2
 """The second has the optimizer's moments beside it."""
 FEW_LAYERS, MANY_LAYERS = (2, 4), 12
-LARGE = 1_000_000_000
-"""Parameters from which on the heap of a C library, which does not grow evenly with the layers, is estimated by a few
-of them too: with 12 layers of 30M parameters the peak was 0.5 % lower than by all, the later phases 13 %."""
+FREED = 0.15
+"""Of what lies on the heap of a CPU's process, how much more it holds that was freed: the C library keeps small blocks
+for itself, and does not join those that others lie between.  Measured by `python -m benchmarks.memory`."""
 CUDA_CONTEXT = 500_000_000
 PACKED_TOKEN = 9
 """Bytes of a token in a checkpoint: its id, and whether it is part of a response."""
@@ -123,10 +120,9 @@ def estimate(
     """Rehearse a conversion.  Raises UsageError and UnsupportedModelError where converting would, by the same code.
 
     Of a model of many layers, all the same, FEW_LAYERS are rehearsed: each more adds the same to every phase.
-    On the CPU with glibc this is done in a process of its own, whose heap is like that of a conversion's.
     """
     around = around or Surroundings()
-    if not _alike(config, torch.device(device).type):
+    if not _alike(config):
         return _whole(plan, config, device, around)
     fewer, more = (_whole(plan, _shorter(config, number), device, around) for number in FEW_LAYERS)
     return _extrapolated(fewer, more, (_layers(config) - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0]))
@@ -136,8 +132,8 @@ def _layers(config: PreTrainedConfig) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def _alike(config: PreTrainedConfig, kind: str) -> bool:
-    """Whether a model has many layers, and all of them are the same; on the CPU, whether it is large, too."""
+def _alike(config: PreTrainedConfig) -> bool:
+    """Whether a model has many layers, and all of them are the same."""
     text = config.get_text_config()
     if text is not config or _layers(config) <= MANY_LAYERS or len(set(getattr(text, "layer_types", None) or ())) > 1:
         return False
@@ -145,8 +141,7 @@ def _alike(config: PreTrainedConfig, kind: str) -> bool:
         model = AutoModelForCausalLM.from_config(config)
     layers = getattr(model.get_decoder(), "layers", ())
     shapes = {tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in layers}
-    large = kind != "cpu" or count(model.parameters()) >= LARGE
-    return large and len(layers) == _layers(config) and len(shapes) == 1
+    return len(layers) == _layers(config) and len(shapes) == 1
 
 
 def _shorter(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -176,46 +171,10 @@ def _extrapolated(fewer: Estimate, more: Estimate, steps: float) -> Estimate:
 
 def _whole(plan: Recipe, config: PreTrainedConfig, device: str, around: Surroundings) -> Estimate:
     """All layers."""
-    if torch.device(device).type == "cpu" and c_library() is not None:
-        return _apart(lambda: _estimate(plan, config, device, around, c_library()))
-    return _estimate(plan, config, device, around, None)
-
-
-def _apart(work: Callable[[], Estimate]) -> Estimate:
-    """What `work` returns or raises, in a copy of this process."""
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            send.send(work())
-        except Exception as error:
-            send.send(error)
-
-    process = context.Process(target=run, daemon=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: none of them holds what is needed here
-        process.start()
-    send.close()
-    try:
-        got = receive.recv()
-    except EOFError:
-        raise RuntimeError("the process that estimates memory ended") from None
-    finally:
-        process.terminate()
-        process.join()
-    if isinstance(got, Exception):
-        raise got
-    return got
-
-
-def _estimate(
-    plan: Recipe, config: PreTrainedConfig, device: str, around: Surroundings, library: CLibrary | None
-) -> Estimate:
     kind = torch.device(device).type
-    with rehearsal(kind, library) as stage:
+    with rehearsal(kind) as stage:
         attached, trainer = _rehearse(plan, config, stage, kind)
-        base = _bytes(base_parameters(attached)) + _bytes(attached.model.buffers())
+        base = _bytes(attached.base_parameters()) + _bytes(attached.model.buffers())
         weights = _bytes(trainer.trained)
         moments = _bytes(t for state in trainer.optimizer.state.values() for t in state.values())
         parameters, dtype = _parameters(attached), attached.model.dtype
@@ -232,9 +191,11 @@ def _estimate(
             phases[SAVING] = {**rest, FILES: min(AT_ONCE, moments) + documents}
         phases[PUBLISHING] = {**rest, FILES: min(AT_ONCE, weights)}
     beside = {TEXT: _text(plan) + around.tokenizer} if on_host else {CUDA: CUDA_CONTEXT}
-    moments_by_phase = {
-        name: Moment({k: n for k, n in {**holds, **beside}.items() if n}) for name, holds in phases.items()
-    }
+    moments_by_phase = {}
+    for name, holds in phases.items():
+        heap = sum(size for kind, size in holds.items() if kind not in (BASE, FILES))
+        kept = {KEPT: round(FREED * heap)} if on_host else {}
+        moments_by_phase[name] = Moment({kind: size for kind, size in {**holds, **kept, **beside}.items() if size})
     return Estimate(device, moments_by_phase, parameters, base, weights, moments)
 
 
@@ -319,7 +280,7 @@ def _parameters(attached: Attached) -> Parameters:
     confidence = count(p for name, p in named.items() if name.startswith("confidence"))
     lora = count(attached.lora_parameters())
     modules = Counter(n.rsplit(".", 1)[-1] for n, m in attached.peft_model.named_modules() if hasattr(m, "lora_A"))
-    base = count(base_parameters(attached))
+    base = count(attached.base_parameters())
     return Parameters(base, lora, count([heads.mask_vector]), markov, confidence, dict(sorted(modules.items())))
 
 

@@ -1,7 +1,7 @@
 """Whether a conversion fits into so much memory, and what to change so that it does.
 
 Changes are tried from those that leave the result of training as it is to those that cost quality.
-Not here: the estimate itself (`estimate.py`), how it is shown (`dry_run.py`).
+Not here: the estimate itself (`estimate.py`), how it is shown (`report.py`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from retrofit.recipes.dry_run.allocator import CLibrary
 from retrofit.runtime.backends.sizes import standing_in
 from retrofit.runtime.rules.sampling import hash_constants
 
@@ -37,43 +36,31 @@ BLOCK = 512
 
 META = torch.device("meta")
 
-KEPT = "freed, not given back"
-NOTICED = 1 << 10
-"""Bytes from which on a new block is worth asking the C library about."""
-
 
 class Holdings:
     """Bytes that are alive by what they hold, now and at the fullest moment of each phase."""
 
-    def __init__(self, library: CLibrary | None):
-        self.library = library
+    def __init__(self) -> None:
         self.now: Counter[str] = Counter()
         self.fullest: dict[str, dict[str, int]] = {}
-        self._total = 0
-        self._most = (0, 0)
+        self._total = self._most = 0
         self.begin("")
 
     def begin(self, phase: str) -> None:
         self.phase = phase
-        before = self.fullest.get(phase, {})
-        held = sum(before.values())
-        self._most = (held, held - before.get(KEPT, 0))
+        self._most = sum(self.fullest.get(phase, {}).values())
         self._look()
 
     def change(self, kind: str, size: int) -> None:
         self.now[kind] += size
         self._total += size
-        if size >= NOTICED or (size > 0 and self.library is None):
+        if size > 0:
             self._look()
 
     def _look(self) -> None:
-        kept = 0
-        if self.library is not None:
-            kept = max(0, self.library.held - (self._total - self.now[BASE]))
-        if (self._total + kept, self._total) > self._most:
-            self._most = (self._total + kept, self._total)
-            holds = {kind: size for kind, size in self.now.items() if size}
-            self.fullest[self.phase] = holds | ({KEPT: kept} if kept else {})
+        if self._total > self._most:
+            self._most = self._total
+            self.fullest[self.phase] = {kind: size for kind, size in self.now.items() if size}
 
 
 @dataclass
@@ -99,16 +86,11 @@ class _Watch(TorchDispatchMode):
         place = storage._cdata
         if place in self.live:
             return
-        live, holdings, library = self.live, self.holdings, self.holdings.library
+        live, holdings = self.live, self.holdings
         size = -(-storage.nbytes() // self.block) * self.block
-        # The base lies in the pages of its file, and a real tensor, as an index is, has its memory.
-        apart = library is None or self.kind == BASE or not size or not tensor.is_meta
-        address = None if apart else library.make(size)  # type: ignore[union-attr]
 
         def gone(_: Any) -> None:
             holdings.change(live.pop(place).kind, -size)
-            if address is not None:
-                library.free(address)  # type: ignore[union-attr]
 
         live[place] = _Block(weakref.ref(storage, gone), self.kind, size)
         holdings.change(self.kind, size)
@@ -208,12 +190,12 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearsal(kind: str, library: CLibrary | None = None) -> Iterator[Rehearsal]:
+def rehearsal(kind: str) -> Iterator[Rehearsal]:
     """Inside, tensors that are made have no memory and are watched, first as the base's.
 
     kind: `cpu`, or `cuda` for a CPU that takes memory as a GPU does.
     """
-    watch = _Watch(Holdings(library), 1 if kind == "cpu" else BLOCK)
+    watch = _Watch(Holdings(), 1 if kind == "cpu" else BLOCK)
     fork, attention = torch.random.fork_rng, F.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:

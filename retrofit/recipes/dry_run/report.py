@@ -2,8 +2,8 @@
 
 Parameters and memory come from a rehearsal (`estimate.py`), time from a few steps on this machine where the weights
 are here.  Nothing is written.
-Not here: what the commands print it with (`convert_command.py`), reading all the text, which `retrofit data validate`
-does, and probes while training, whose K/V cache of a few prompts is far less than a step takes.
+Not here: how it is printed (`table.py`), reading all the text, which `retrofit data validate` does, and probes while
+training, whose K/V cache of a few prompts is far less than a step takes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from retrofit.errors import ResourceError, out_of_memory
-from retrofit.hub import EMBEDDED, check_device, load_config
+from retrofit.hub import check_device, load_config
 from retrofit.machine import free_memory, resident
-from retrofit.recipes.convert import MEASURED
 from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
 from retrofit.recipes.schema import Data, Recipe
@@ -31,7 +30,7 @@ from retrofit.recipes.text.documents import FILE_SUFFIXES, HUB_ID, documents
 from retrofit.recipes.text.faults import Skipped
 from retrofit.recipes.text.regenerate import cache_folder
 from retrofit.recipes.training.checkpoint import KEPT
-from retrofit.recipes.training.measure import held_out_acceptance
+from retrofit.recipes.training.measure import MEASURED, held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
 from retrofit.recipes.training.step import Trainer
@@ -40,8 +39,6 @@ from retrofit.weight_files import stored_dtype, weights_here
 PROBE_SECONDS = 20.0
 """A probe step that would take longer is run on one window of the batch."""
 PROBE_STEPS = 2
-SHOWN = 4
-"""Parts of a phase's memory that its line names."""
 RESPONSE_BYTES = 8
 """Of a token in the file of regenerated responses, about."""
 
@@ -108,7 +105,7 @@ def _text(
 ) -> dict[str, str]:
     """By source `ok`, or why it was not looked at.  Raises what `convert` raises of rows and the first document."""
     data, found = plan.data, {}
-    parts = [data] if isinstance(data.source, str) else [_alone(data, one) for one in data.source]
+    parts = [data] if isinstance(data.source, str) else [_single_source(data, one) for one in data.source]
     tokenizer = None
     with suppress(Exception):  # a folder with a configuration only
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -128,7 +125,7 @@ def _text(
     return found
 
 
-def _alone(data: Data, one: Any) -> Data:
+def _single_source(data: Data, one: Any) -> Data:
     """A source of a mixture by itself."""
     return data.model_copy(
         update={"source": one.source, "split": one.split or data.split, "field": one.field or data.field}
@@ -286,106 +283,3 @@ def _now(device: str) -> float:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def table(report: dict[str, Any], plan: Recipe) -> str:
-    """`dry_run` for people."""
-    parts = [
-        ["text", *_columns([(name, state, "") for name, state in report["text"].items()])],
-        ["parameters", *_parameter_lines(report["parameters"])],
-        ["memory", *_memory_lines(report["memory"], report["device"])],
-        ["disk", *_disk_lines(report["disk"], report["model"])],
-        ["time", *_time_lines(report["time"], plan)],
-    ]
-    if "fit" in report:
-        parts.append([f"fit {short(report['fit']['limit'])}", *_fit_lines(report["fit"])])
-    return "\n".join(line if not n else f"  {line}" for part in parts for n, line in enumerate(part))
-
-
-def _columns(rows: list[tuple[str, str, str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
-
-
-def _parameter_lines(counted: dict[str, Any]) -> list[str]:
-    modules = ", ".join(f"{count} {name}" for name, count in counted["modules"].items())
-    names = {"base": "base", "lora": "LoRA", "mask_vector": "mask vector", "markov_head": "Markov head"}
-    names |= {"confidence_head": "confidence head", "trained": "trained"}
-    notes = {"lora": f"on {modules}", "trained": f"{counted['share']:.2%} of the base"}
-    return _columns([(label, f"{counted[key]:,}", notes.get(key, "")) for key, label in names.items()])
-
-
-def _memory_lines(memory: dict[str, Any], device: str) -> list[str]:
-    peak = memory["peak"]
-    rows = []
-    for name, phase in memory["phases"].items():
-        rows.append((name, short(phase["bytes"]), _holds(phase, SHOWN)))
-    beyond = (
-        f"Python and its imports, {short(memory['python'])} more" if device == "cpu" else "what other programs hold"
-    )
-    compared = "" if device == "cpu" else "; estimates for GPUs have not been compared with one"
-    return [
-        f"beyond {beyond}; all windows full{compared}",
-        *_columns(rows),
-        f"peak {short(peak['bytes'])} ({peak['bytes']:,} bytes), {peak['phase']}:",
-        f"  {_holds(memory['phases'][peak['phase']], 99)}",
-    ]
-
-
-def _holds(phase: dict[str, Any], most: int) -> str:
-    """The largest parts of what a phase holds."""
-    held = sorted(phase["holds"].items(), key=lambda item: -item[1])
-    return ", ".join(f"{kind} {short(size)}" for kind, size in held[:most] if size >= phase["bytes"] / 1000)
-
-
-def _disk_lines(disk: dict[str, Any], model: str) -> list[str]:
-    kept = disk["checkpoints_kept"]
-    rows = [
-        (
-            "checkpoints",
-            short(disk["checkpoints"]),
-            f"{short(disk['checkpoint'])} each, {kept} kept, one being written",
-        ),
-        ("artifact", short(disk["artifact"]), ""),
-    ]
-    if "responses_at_most" in disk:
-        rows.append(("responses", short(disk["responses_at_most"]), f"at most, in {disk['responses_folder']}"))
-    if disk["download"]:
-        rows.append(("download", short(disk["download"]), model))
-    elif model == EMBEDDED:
-        rows.append(("download", "none", "the base ships with retrofit"))
-    return _columns([*rows, ("free", short(disk["free"]), "where the artifact goes")])
-
-
-def _time_lines(measured: dict[str, Any], plan: Recipe) -> list[str]:
-    if "not_measured" in measured:
-        return [f"not measured: {measured['not_measured']}"]
-    probe = measured["probe"]
-    scaled = "" if probe["windows"] == probe["of"] else f" on {probe['windows']} of {probe['of']} windows, scaled"
-    responses = ", without the time to write responses" if plan.data.responses == "regenerate" else ""
-    return _columns(
-        [
-            ("step", f"{measured['step']:.3g} s", f"measured in {probe['steps']} steps{scaled}"),
-            ("draft rows", f"{measured['draft_rows_per_second']:,.0f}/s", ""),
-            ("training", lasting(measured["training"]), f"{plan.train.steps:,} steps"),
-            ("measuring at the end", lasting(measured["measuring"]), ""),
-            ("total", lasting(measured["total"]), f"without reading text and writing checkpoints{responses}"),
-        ]
-    )
-
-
-def _fit_lines(fit: dict[str, Any]) -> list[str]:
-    if fit["fits"]:
-        return [f"it fits: {short(fit['needs'])} are needed"]
-    lines = [f"it does not fit: {short(fit['needs'])} are needed"]
-    for one in fit["suggestions"]:
-        lines.append(f"{' '.join(one['overrides'])}  needs {short(one['needs'])}")
-    return lines
-
-
-def lasting(seconds: float) -> str:
-    """`1 h 12 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

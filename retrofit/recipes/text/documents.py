@@ -11,7 +11,7 @@ Held out are, of `stdlib`, the files the embedded base never saw; of a Hub id th
 files, the `data.held_out` documents first by a hash of their id, though never more than half of them; of a mixture,
 each source's share.  Training never sees those.
 
-Not here: what a record may hold and how it becomes tokens (`encode.py`), batches, packing, tensors.
+Not here: what a record may hold and how it becomes tokens (`formats.py`), batches, packing, tensors.
 """
 
 from __future__ import annotations

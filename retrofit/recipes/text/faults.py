@@ -1,7 +1,7 @@
 """Rows of training text that cannot be used: what is wrong with one, and the count of those left out.
 
 A bad row stops whoever reads it, unless a `Skipped` is handed along; then it is counted and left out.
-Not here: finding the faults, which is the work of those who read (`local.py`, `data.py`, `encode.py`).
+Not here: finding the faults, which is the work of those who read (`local.py`, `documents.py`, `formats.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 All rows are checked when a source is opened, so that a bad one stops the run before it starts; then they are read
 as they are asked for, and only their places are kept.
-Not here: what a row may hold (`encode.py`), and how a Parquet file is read (`data.py`, the one place for `datasets`).
+Not here: what a row may hold (`formats.py`), and how a Parquet file is read (`documents.py`, the one place for
+`datasets`).
 """
 
 from __future__ import annotations

@@ -33,8 +33,7 @@ from retrofit.errors import ResourceError, TrainingError
 from retrofit.progress import progress
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.text.documents import Document
-from retrofit.recipes.text.sources import stable_hash
-from retrofit.recipes.training.blocks import document_rng
+from retrofit.recipes.text.sources import document_rng, stable_hash
 from retrofit.runtime.engine import Engine
 
 BATCH = 64
@@ -301,10 +300,7 @@ def cache_folder() -> Path:
 def weights_key(attached: Attached) -> str:
     """What tells one base from another, live ones too: shape, type and evenly spaced values of every tensor."""
     digest = hashlib.sha256()
-    for name, parameter in attached.peft_model.named_parameters():
-        if "lora_" not in name:
-            values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED)]
-            digest.update(
-                f"{tuple(parameter.shape)} {parameter.dtype}".encode() + values.float().cpu().numpy().tobytes()
-            )
+    for parameter in attached.base_parameters():
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED)]
+        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
 """What a source of training text is: rows that say where they lie, read one by one, in two parts.
 
 Held out is what is measured on; training never sees it.
-Not here: where rows come from (`library.py`, `local.py`, `data.py`).
+Not here: where rows come from (`library.py`, `local.py`, `documents.py`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from retrofit.errors import DataError
 from retrofit.recipes.text.formats import Content
@@ -93,6 +96,11 @@ def first_by_hash(ids: Sequence[str], name: str, count: int) -> list[int]:
             "give more documents, or set data.held_out=0",
         )
     return heapq.nsmallest(min(count, len(ids) // 2), range(len(ids)), key=lambda index: stable_hash(ids[index]))
+
+
+def document_rng(seed: int, epoch: int, document: str) -> np.random.Generator:
+    """Generator keyed by (seed, epoch, document id)."""
+    return np.random.default_rng([seed, epoch, zlib.crc32(document.encode())])
 
 
 def stable_hash(text: str) -> int:

@@ -16,7 +16,6 @@ keyed by (seed, epoch, document id), so neither packing nor the number of proces
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -60,11 +59,6 @@ class BlockBatch:
         where = torch.cat([torch.arange(n) + b * K for b, n in enumerate(lengths)]).to(hidden_NH.device)
         full = hidden_NH.new_zeros(len(lengths) * K, hidden_NH.shape[1])
         return full.index_copy(0, where, hidden_NH).view(len(lengths), K, -1)
-
-
-def document_rng(seed: int, epoch: int, document: str) -> np.random.Generator:
-    """Generator keyed by (seed, epoch, document id)."""
-    return np.random.default_rng([seed, epoch, zlib.crc32(document.encode())])
 
 
 def shares(anchors: int, diffusion_share: float, block: int) -> tuple[int, int, int]:

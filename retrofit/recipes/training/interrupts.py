@@ -26,7 +26,7 @@ class Interrupts:
     """Context manager: signal handlers inside it are ours.  Other threads than the main one get no signals."""
 
     def __init__(self) -> None:
-        self.insisted = False
+        self.second_signal = False
         """Whether there was a second signal that meant it."""
         self._first: int | None = None
         self._since = 0.0
@@ -66,7 +66,7 @@ class Interrupts:
             if self._depth == 0:
                 _leave(number)
         elif time.monotonic() - self._since >= PATIENCE:
-            self.insisted = True
+            self.second_signal = True
             _leave(number)
 
 

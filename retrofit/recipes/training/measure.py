@@ -14,7 +14,8 @@ from torch import Tensor
 
 from retrofit.adapters.attach import Attached
 from retrofit.recipes.text.documents import Document
-from retrofit.recipes.training.blocks import BlockBatch, add_sequence, choose_anchors, document_rng, eligible_anchors
+from retrofit.recipes.text.sources import document_rng
+from retrofit.recipes.training.blocks import BlockBatch, add_sequence, choose_anchors, eligible_anchors
 from retrofit.recipes.training.objective import total_variation
 from retrofit.recipes.training.step import clean_forward
 from retrofit.runtime.backends.hf.backend import HFBackend
@@ -22,6 +23,8 @@ from retrofit.runtime.rules.sampling import gumbel_noise
 
 TEMPERATURES = torch.logspace(-1, 1, 81)
 """Candidates for the confidence head's temperature per slot."""
+MEASURED = 32
+"""Held-out documents that acceptance is measured on; data.held_out may keep more out of training."""
 BLOCKS_AT_ONCE = 16
 RANKS = 16
 """Candidates per slot whose chances are kept."""

@@ -99,7 +99,7 @@ class Order:
             batch.append(last)
         return batch
 
-    def glance(self) -> list[Document]:
+    def upcoming(self) -> list[Document]:
         """As many documents as a batch has, out of those that come soon; nothing is taken."""
         self._fill()
         return [document for document, _ in self._buffer[: self._batch_size]]

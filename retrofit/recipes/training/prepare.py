@@ -1,6 +1,6 @@
 """From a recipe and a model to a base with an untrained adapter on it.
 
-Not here: training it (`convert.py`), weighing what that takes (`estimate.py`).
+Not here: training it (`convert.py`), weighing what that takes (`dry_run/estimate.py`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Between two steps the state is: trained weights and the optimizer's moments, the
 bad rows left out so far, and the lines of metrics.jsonl.  Anchors, masks and noise are keyed by the document, and
 nothing draws from a global generator, so there is no other.  When to stop early and which step to publish follow from
 those lines alone.
-Not here: a single step (`train.py`), a probe (`probe.py`), files (`checkpoint.py`), signals (`interrupts.py`).
+Not here: a single step (`step.py`), a probe (`probe.py`), files (`checkpoint.py`), signals (`interrupts.py`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every process draws the same batches and takes its share of each.  Losses and gradients are sums until their
 denominators are known, so adding up those of all processes gives what one process would have, within rounding.  All
 then hold the same gradients and take the same optimizer step; no weights travel.
-Not here: how processes meet (`processes.py`), the loss (`train.py`).
+Not here: how processes meet (`processes.py`), the loss (`step.py`).
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ from retrofit.errors import UsageError
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
+from retrofit.recipes.text.sources import document_rng
 from retrofit.recipes.training.blocks import (
     BlockBatch,
     add_sequence,
     choose_anchors,
-    document_rng,
     eligible_anchors,
     missed_anchors,
     shares,

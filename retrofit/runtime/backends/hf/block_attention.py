@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from retrofit.adapters.rows import BlockRows
+from retrofit.adapters.visibility import BlockRows
 from retrofit.runtime.backends.sizes import size_for
 
 TILE_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}

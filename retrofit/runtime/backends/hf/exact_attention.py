@@ -10,7 +10,7 @@ are.  Here a row's numbers depend on the row alone:
     branches     zeros BETWEEN a row's keys would, so a tree row finds the K/V of its own path side by side
 
 Which form holds on a machine is for the self-test (`exact_rows.py`) to say.  Not here: what a row sees
-(`adapters/rows.py`), and draft rows, whose bits may be anything.
+(`adapters/visibility.py`), and draft rows, whose bits may be anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrofit.adapters.rows import RowPlan, base_span
+from retrofit.adapters.rows import RowPlan
+from retrofit.adapters.visibility import base_span
 
 LEAST = 2
 """Rows of a product, at least: a single one takes another path through the libraries, which adds in another order."""

@@ -1,0 +1,144 @@
+"""What the rows of one forward see, as rectangles and masks that an attention call takes.
+
+Base rows, draft rows, and draft rows as blocks are each laid out as a rectangle [S, T], one line a sequence; the masks
+follow from where each row stands and which block or path it belongs to.
+Not here: which rows there are (`rows.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Group:
+    """One kind's rows of all sequences as a rectangle [S, T] for one attention call.
+
+    gather is None when the rows are a rectangle already (row = s * T + t); otherwise padding repeats row 0 of the
+    kind, and `scatter` picks the real ones back out of the flattened rectangle.
+    """
+
+    slots: list[int]
+    width: int
+    gather: Tensor | None
+    scatter: Tensor | None
+    query: np.ndarray
+    """[S, T] position of each row; padding -1."""
+    limit: np.ndarray
+    """[S, T] base K/V of positions below this are visible; padding 1 (anything finite: nobody reads it)."""
+    block: np.ndarray
+    """[S, T] number of the row's block within its sequence; padding -1."""
+    keys: int
+    """How many base positions the call has to read: max of limit."""
+    ancestors: np.ndarray | None = None
+    """Tree: [S, T, R] which base rows of this forward a row sees (of R, padded)."""
+    plain_causal: bool = False
+    """All sequences start at 0, so the lower triangle is the mask."""
+    last: int = 0
+    """Largest position of its rows."""
+    masks: dict[Any, Any] = field(default_factory=dict)
+    """What was made of the above for some window, which is the same in every layer that has it."""
+
+    def rectangle(self, rows_NHD: Tensor) -> Tensor:
+        """[N, H, D] rows of this kind to [S, H, T, D]."""
+        if self.gather is not None:
+            rows_NHD = rows_NHD[self.gather]
+        return rows_NHD.view(len(self.slots), self.width, *rows_NHD.shape[1:]).transpose(1, 2)
+
+    def flatten(self, out_SHTD: Tensor) -> Tensor:
+        """[S, H, T, D] back to [N, H, D]."""
+        flat = out_SHTD.transpose(1, 2).reshape(-1, out_SHTD.shape[1], out_SHTD.shape[3])
+        return flat if self.scatter is None else flat[self.scatter]
+
+
+@dataclass
+class BlockRows:
+    """Draft rows of one forward as blocks [n, K], one after another; shorter blocks are filled up with row 0.
+
+    gather is None when all blocks are whole; else `scatter` picks the real rows back out.
+    """
+
+    slots: list[int]
+    starts: list[int]
+    lengths: list[int]
+    block: int
+    """K, the most rows that a block has."""
+    device: torch.device
+    gather: Tensor | None
+    scatter: Tensor | None
+    tiles: dict[Any, Any] = field(default_factory=dict)
+    """How the attention call cuts them up, which is the same in every layer."""
+
+    @property
+    def last(self) -> int:
+        """Largest position of its rows."""
+        return max(start + n - 1 for start, n in zip(self.starts, self.lengths, strict=True))
+
+
+@dataclass
+class Paths:
+    """Tree: the base rows of this forward that each base row follows, itself last; [S, T, D] padded to the deepest."""
+
+    rows: Tensor
+    """Numbers of the rows in their sequence; padding 0."""
+    places: Tensor
+    """Positions the rows would have in a chain: start, start + 1, ..."""
+    there: Tensor
+    """Which entries are no padding."""
+    query: Tensor
+    """[S, T] position of each row."""
+    starts: list[int]
+    stop: int
+    """Behind the last place."""
+
+    def seen(self, window: int | None) -> Tensor:
+        """[S, T, D] which entries a row sees."""
+        return self.there if window is None else self.there & (self.query[..., None] - self.places < window)
+
+
+def base_span(group: Group, first: int, stop: int, window: int | None, step: int) -> tuple[int, int]:
+    """(low, high): cached keys that base rows `first` to `stop` of each sequence see, low a multiple of `step`."""
+    if group.width == 1 and len(group.slots) == 1:
+        lowest = last = group.last
+    else:
+        key = ("rows", first, stop)
+        if key not in group.masks:
+            query = group.query[:, first:stop]
+            there = query[query >= 0]
+            group.masks[key] = (int(there.min()), int(there.max())) if len(there) else (0, 0)
+        lowest, last = group.masks[key]
+    low = 0 if window is None else max(0, lowest - window + 1) // step * step
+    return low, last + 1
+
+
+def base_visibility(group: Group, window: int | None) -> np.ndarray:
+    """[S, T, keys] whether a row sees base position k: k < limit, and within the sliding window query - k < window."""
+    k = np.arange(group.keys)
+    seen = k < group.limit[:, :, None]
+    if window is not None:
+        seen &= group.query[:, :, None] - k < window
+    return seen
+
+
+def block_visibility(group: Group, causal: bool, window: int | None) -> np.ndarray:
+    """[S, T, T] whether a draft row sees another of its sequence: same block, not later if causal, |q - k| < window."""
+    query, other = group.query[:, :, None], group.query[:, None, :]
+    seen = group.block[:, :, None] == group.block[:, None, :]
+    if causal:
+        seen &= other <= query
+    if window is not None:
+        seen &= np.abs(query - other) < window
+    return seen
+
+
+def path_visibility(group: Group, base: Group, window: int | None) -> np.ndarray:
+    """[S, T, R] tree: whether a row sees base row r of this forward: an ancestor, and within the window."""
+    assert group.ancestors is not None
+    if window is None:
+        return group.ancestors
+    return group.ancestors & (group.query[:, :, None] - base.query[:, None, :] < window)

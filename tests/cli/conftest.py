@@ -1,0 +1,8 @@
+"""Every test of a command."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def runs_somewhere(somewhere: None) -> None:
+    """A command reads and writes in a folder of the test's own."""

@@ -1,0 +1,132 @@
+"""`retrofit generate`: text on stdout, talk on stderr, as `Engine.generate` gives it; bad prompts and options."""
+
+import json
+
+import pytest
+import torch
+from commands import PROMPT, done, refused, run
+from saved import save_artifact, save_base
+from tiny_models import CONTEXT, build
+
+from retrofit.errors import ResourceError
+from retrofit.runtime import engine
+
+
+def test_generated_text_is_on_stdout_and_talk_on_stderr(made):
+    result = run("generate", made, PROMPT, "--mode", "ar", "--max-new-tokens", 8)
+    assert result.exit_code == 0, result.stderr
+    model = engine.Engine.load(made)
+    expected = model.generate([PROMPT], mode="ar", max_new_tokens=8)[0].text
+    assert result.stdout == f"{expected}\n"
+    assert "8 tokens in" in result.stderr
+    assert "tokens/s" in result.stderr
+    assert "TPF 1.00" in result.stderr
+    assert result.stderr.endswith("; hf in float32, exact=off\n")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--strategy", "two_forward"], ["--strategy", "fused"], ["--strategy", "fused", "--prepare", "2"], []],
+    ids=["two_forward", "fused", "prepare 2", "auto"],
+)
+def test_self_spec_prints_what_ar_prints(made, more):
+    options = ["--max-new-tokens", 12, "--temperature", 0.8, "--seed", 3]
+    spec = run("generate", made, PROMPT, *options, *more)
+    assert spec.stdout == done("generate", made, PROMPT, *options, "--mode", "ar")
+    assert "TPF" in spec.stderr
+
+
+def test_quiet_is_quiet(made):
+    assert run("generate", made, PROMPT, "-q", "--max-new-tokens", 2).stderr == ""
+
+
+def test_json_is_one_line_per_prompt_in_their_order(made):
+    prompts = [PROMPT, "class Stack:", "for item in"]
+    options = ["--json", "--batch-size", 2, "--max-new-tokens", 6]
+    results = [json.loads(line) for line in done("generate", made, *prompts, *options).splitlines()]
+    expected = engine.Engine.load(made).generate(prompts, max_new_tokens=6)
+    assert [r["tokens"] for r in results] == [r.tokens for r in expected]
+    assert [r["text"] for r in results] == [r.text for r in expected]
+    assert [r["index"] for r in results] == [0, 1, 2]
+    assert all(r["finish_reason"] == "length" and r["stats"]["tpf"] > 0 for r in results)
+
+
+def test_several_prompts_are_printed_under_headers(made):
+    text = done("generate", made, PROMPT, "class Stack:", "--max-new-tokens", 2)
+    assert "==> prompt 1 <==" in text
+    assert "==> prompt 2 <==" in text
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",)], ids=["none", "dash"])
+def test_prompt_from_stdin(made, arguments):
+    options = ["--max-new-tokens", 4]
+    assert done("generate", made, *arguments, *options, stdin=PROMPT) == done("generate", made, PROMPT, *options)
+
+
+def test_options_from_the_environment(made):
+    text = done("generate", made, PROMPT, RETROFIT_JSON="1", RETROFIT_MAX_NEW_TOKENS="3", RETROFIT_MODE="ar")
+    assert len(json.loads(text)["tokens"]) == 3
+
+
+def test_backend_and_exact_reach_the_engine(made, monkeypatch):
+    seen = {}
+
+    def load(folder, **options):
+        seen.update(options)
+        raise ResourceError("seen")
+
+    monkeypatch.setattr(engine.Engine, "load", load)
+    refused(run("generate", made, PROMPT, "--backend", "fused", RETROFIT_EXACT="invariant"), 4)
+    assert (seen["backend"], seen["exact"]) == ("fused", "invariant")
+
+
+# Bad prompts and options
+
+GENERATE_BAD = {
+    "no such artifact": (["nowhere", PROMPT], 2, "nowhere: no such artifact"),
+    "prompt beyond the context": (["MADE", "d e f " * CONTEXT], 2, f"context is {CONTEXT}"),
+    "empty prompt": (["MADE", ""], 2, "prompt 0 is empty"),
+    "prepare": (["MADE", PROMPT, "--prepare", "some"], 2, "prepare"),
+    "no GPU": (["MADE", PROMPT, "--device", "cuda"], 4, "no CUDA GPU"),
+    "no base": (["MADE", PROMPT, "--base", "./gone"], 2, "no folder ./gone"),
+}
+
+
+@pytest.mark.parametrize("case", GENERATE_BAD)
+def test_generate_refuses(case, made):
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    arguments, code, message = GENERATE_BAD[case]
+    assert message in refused(run("generate", *[str(made) if a == "MADE" else a for a in arguments]), code)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--mode", "fast"], ["--temperature", "-1"], ["--top-p", "1.5"], ["--top-k", "0"], ["--no-such"]),
+        *(["--max-new-tokens", "0"], ["--seed", "x"], ["--dtype", "int8"], ["--threshold", "2"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_are_usage_errors(made, options):
+    result = run("generate", made, PROMPT, *options)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert options[0] in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_generate_refuses_bytes_that_are_no_text(made):
+    assert "not UTF-8" in refused(run("generate", made, stdin=b"\xff\xfe\xff"), 1)
+
+
+def test_text_needs_a_tokenizer(tmp_path):
+    build("llama").save_pretrained(tmp_path / "mute")
+    made = save_artifact(tmp_path / "mute-retrofit", tmp_path / "mute")
+    assert "tokenizer" in refused(run("generate", made, PROMPT), 2)
+
+
+def test_an_adapter_for_another_base(made, tmp_path):
+    other = save_base(tmp_path / "other", seed=1)
+    assert "belongs to another base" in refused(run("generate", made, PROMPT, "--base", other), 1)

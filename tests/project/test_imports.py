@@ -1,0 +1,144 @@
+"""Imports point one way, heavy packages are met late, and some packages have one place only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import retrofit
+
+PACKAGE = Path(retrofit.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import its own layer and those below.  Others (`__init__.py`, `cli/`) are the face, on top.
+LAYERS = {"errors": 0, "adapters": 2, "runtime": 3, "recipes": 4, "eval": 5}
+LAYERS |= dict.fromkeys(("artifact", "hub", "launch", "machine", "progress", "weight_files"), 1)
+FACE = 6
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """(absolute dotted name, column) of every import in the file, those inside functions too."""
+    found = []
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    package = parts if path.name == "__init__.py" else parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.col_offset) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: len(package) - node.level + 1]) + "." if node.level else ""
+            module = f"{start}{node.module or ''}".rstrip(".")
+            found += [(f"{module}.{alias.name}", node.col_offset) for alias in node.names]
+    return found
+
+
+def layer(dotted: str) -> int:
+    """The layer of `retrofit.x.y`."""
+    parts = dotted.split(".")
+    return 0 if parts[1:] == ["__version__"] else LAYERS.get(parts[1] if len(parts) > 1 else "", FACE)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_down(path):
+    own = layer(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+    ours = [name for name, _ in imports(path) if name.split(".")[0] == "retrofit"]
+    assert [name for name in ours if layer(name) > own] == []
+
+
+RECIPES = {
+    "schema": 0,
+    "yaml_text": 0,
+    "problems": 0,
+    "naming": 0,
+    "processes": 0,
+    "text": 1,
+    "training": 2,
+    "dry_run": 3,
+}
+"""Within `recipes/`, a file or folder may import those below it and its own; `convert` and `publish` are on top."""
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "recipes" in path.parts], ids=name_of)
+def test_recipes_go_one_way(path):
+    def place(dotted):
+        return RECIPES.get(next(iter(dotted.split(".")[2:]), ""), 4)
+
+    own = place(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+    ours = [name for name, _ in imports(path) if name.startswith("retrofit.recipes.")]
+    assert [name for name in ours if place(name) > own] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_the_command_line_imports_click(path):
+    tops = {name.split(".")[0] for name, _ in imports(path)}
+    assert "click" not in tops or path.parent == PACKAGE / "cli"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_outside_packages_have_one_place(path):
+    places = {"pydantic": "recipes/schema.py", "datasets": "recipes/text/documents.py"}
+    tops = {name.split(".")[0] for name, _ in imports(path)}
+    assert [top for top in tops & set(places) if places[top] != path.relative_to(PACKAGE).as_posix()] == []
+
+
+def test_datasets_is_imported_inside_functions_only():
+    early = [
+        name_of(path)
+        for path in FILES
+        for name, column in imports(path)
+        if name.split(".")[0] == "datasets" and column == 0
+    ]
+    assert early == []
+
+
+def test_kernels_import_nothing_of_ours():
+    kernels = [path for path in FILES if "kernels" in path.relative_to(PACKAGE).parts]
+    ours = [(name_of(path), name) for path in kernels for name, _ in imports(path)]
+    assert [(path, name) for path, name in ours if name.startswith("retrofit") and ".kernels." not in name] == []
+
+
+def heavy_after(code: str) -> str:
+    """Heavy packages that a fresh interpreter has loaded after running `code`."""
+    check = "import sys; print(*{'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules))"
+    command = [sys.executable, "-c", f"{code}\n{check}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "module", ["retrofit", "retrofit.errors", "retrofit.artifact.folder", "retrofit.recipes.schema"]
+)
+def test_light_modules_import_no_torch(module):
+    assert heavy_after(f"import {module}") == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["convert"], ["generate"], ["certify"], ["data"], ["data", "preview"]],
+    ids=lambda a: " ".join(a) or "retrofit",
+)
+def test_help_imports_no_torch(arguments):
+    code = (
+        "from click.testing import CliRunner\n"
+        "from retrofit.cli.main import main\n"
+        f"result = CliRunner().invoke(main, {[*arguments, '--help']!r})\n"
+        "assert result.exit_code == 0, result.output"
+    )
+    assert heavy_after(code) == ""
+
+
+def test_lazy_names_are_listed_and_others_refused():
+    assert {"Engine", "convert", "certify"} <= set(dir(retrofit))
+    with pytest.raises(AttributeError, match="no attribute 'engine_'"):
+        retrofit.engine_  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["Engine", "convert", "certify"])
+def test_lazy_names_lead_somewhere(name):
+    assert getattr(retrofit, name).__module__.startswith("retrofit.")

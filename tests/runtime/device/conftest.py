@@ -1,0 +1,29 @@
+"""The decoder on its plain specification, and `auto` restless: fixtures of the device's steps."""
+
+import random
+
+import pytest
+from fused_models import plain_decoder, plain_sampling
+
+from retrofit.runtime.auto import policy
+from retrofit.runtime.auto.cost import CostModel, Template
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` measures nothing and changes its plan at every step, trees among them."""
+    plain_decoder(monkeypatch)
+    rng = random.Random(1)
+
+    def best(model: CostModel, batch: int, rows: int | None = None) -> Template:
+        return rng.choice([Template("ar"), *rng.sample(model.templates(rows), 4), *[Template("fused", 3, 4)] * 3])
+
+    monkeypatch.setattr(CostModel, "best", best)
+    monkeypatch.setattr(policy, "RETHINK", 1)
+    monkeypatch.setattr(policy, "largest_tree", lambda *_: 4)
+    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_sampling(monkeypatch)

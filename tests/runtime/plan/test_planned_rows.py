@@ -1,0 +1,195 @@
+"""Which rows a request runs: below context, boundary and budget, of the likeliest lengths."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.rows import MASK
+from retrofit.runtime.plan import (
+    Choice,
+    Limits,
+    diffusion_rows,
+    likeliest_lengths,
+    looked_up,
+    max_verify,
+    new_block,
+    noise_token,
+    speculative_choice,
+    speculative_rows,
+    useful,
+)
+from retrofit.runtime.request import Request
+
+LAYOUTS = [
+    DraftLayout(block, fill, attention, shift, seed_row)
+    for block in (1, 3, 8)
+    for fill in ("mask", "noise")
+    for attention in ("bidirectional", "causal")
+    for shift, seed_row in ((1, "base"), (1, "draft"), (0, "draft"))
+    if block > 1 or shift == 1
+]
+
+
+def random_request(rng: random.Random, layout: DraftLayout, limits: Limits) -> Request:
+    """Some way into a generation, with as many drafts as a block may have left it."""
+    prompt = [rng.randrange(64) for _ in range(rng.randint(1, limits.context - 1))]
+    budget = rng.randint(1, limits.context - len(prompt))
+    request = Request(0, prompt, rng.randrange(99), budget, frozenset(), slot=0)
+    emitted = rng.randint(1, budget)
+    request.emit([rng.randrange(64) for _ in range(emitted)])
+    request.finish_reason = None
+    request.committed = request.position
+    count = rng.randint(0, max(0, min(layout.drafts, max_verify(request, limits))))
+    request.drafts = [rng.randrange(64) for _ in range(count)]
+    request.confidence = [rng.random() for _ in range(rng.choice([0, count]))]
+    return request
+
+
+def states(layout: DraftLayout, count: int = 200) -> Iterator[tuple[Request, Limits, random.Random]]:
+    rng = random.Random(layout.block)
+    for _ in range(count):
+        context = rng.randint(4, 40)
+        limits = Limits(context, rng.choice([None, rng.randint(2, context - 1)]))
+        request = random_request(rng, layout, limits)
+        if request.remaining > 0:
+            yield request, limits, rng
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "-".join(str(v) for v in x.to_dict().values()))
+def test_planned_rows_stay_below_context_boundary_and_budget(layout: DraftLayout) -> None:
+    met = set()
+    for request, limits, rng in states(layout):
+        strategy = rng.choice(["two_forward", "prompt_lookup", "ar", *(["fused"] * 3 if layout.anchored else [])])
+        prepare = rng.choice(["all", "last", 1, 2])
+        choice = speculative_choice(request, strategy, prepare, layout, limits)
+        rows = speculative_rows(request, choice, layout, limits, 64)
+        met.add(choice.kind)
+        p = request.position
+        end = limits.context
+        if limits.boundary is not None and p < limits.boundary:
+            end = min(end, limits.boundary)
+        positions = [rows.start + i for i in range(len(rows.tokens))]
+        positions += [b.start + i for b in rows.blocks for i in range(len(b.inputs))]
+        assert positions and max(positions) < end
+        assert len(choice.prepare) == len(rows.blocks)
+        assert list(choice.prepare) == sorted(set(choice.prepare) & set(range(choice.verify + 1)))
+        # A forward emits one token more than it verifies, so the last verified row must still fit the budget.
+        assert choice.verify <= max(0, request.remaining - 1)
+        assert choice.verify <= len(request.drafts)
+        if layout.anchored or not choice.prepare:
+            assert list(rows.tokens) == [request.tokens[-1], *request.drafts[: choice.verify]]
+            assert rows.start == p
+        else:
+            assert not rows.tokens and choice.verify == 0
+        for j, block in zip(choice.prepare, rows.blocks, strict=True):
+            assert block.start == (p + j + 1 if layout.anchored else p)
+            # Useful: after the block's anchor has emitted, two tokens are left, one of which it may draft.
+            assert request.remaining - (j + 1 if layout.anchored else 0) >= 2
+            # After it the seed stands at its start (the anchor has emitted); a draft needs a verifying row behind that.
+            assert block.start + 1 < end, "drafts that cannot be verified"
+            assert layout.first_drafting_row < len(block.inputs) <= layout.block
+            inputs = list(block.inputs)
+            if not layout.anchored:
+                assert inputs[0] == request.tokens[-1]
+                inputs[0] = MASK if layout.input == "mask" else noise_token(request.seed, block.start, 64)
+            noise = [noise_token(request.seed, block.start + i, 64) for i in range(len(inputs))]
+            assert inputs == ([MASK] * len(inputs) if layout.input == "mask" else noise)
+            full = min(layout.block, end - block.start)
+            assert len(block.inputs) == full or (layout.causal and len(block.inputs) < full)
+    assert {"ar", "draft", "verify"} <= met
+    assert "fused" in met or not layout.anchored
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "-".join(str(v) for v in x.to_dict().values()))
+def test_diffusion_rows_stay_below_context_and_boundary(layout: DraftLayout) -> None:
+    kinds = set()
+    for request, limits, rng in states(layout):
+        request.block = new_block(request, layout, limits)
+        assert request.block[0] == request.tokens[-1]
+        assert set(request.block[1:]) <= {MASK}
+        assert 1 <= len(request.block) <= min(layout.block, request.remaining + 1)
+        for i in range(1, len(request.block)):
+            if rng.random() < 0.6:
+                request.block[i] = rng.randrange(64)
+        rows, kind = diffusion_rows(request, layout, limits, 64)
+        kinds.add(kind)
+        assert (kind == "commit") is (MASK not in request.block)
+        (inputs, start) = (
+            (rows.tokens, rows.start) if kind == "commit" else (rows.blocks[0].inputs, rows.blocks[0].start)
+        )
+        assert start == request.position and len(inputs) == len(request.block)
+        assert start + len(inputs) <= limits.end(request)
+        noise = [noise_token(request.seed, start + i, 64) for i in range(len(inputs))]
+        assert list(inputs) == [
+            n if token == MASK and layout.input == "noise" else token
+            for token, n in zip(request.block, noise, strict=True)
+        ]
+    assert "commit" in kinds
+
+
+def test_likeliest_lengths_against_the_probabilities() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        verify = rng.randint(0, 6)
+        c = [rng.random() for _ in range(verify)]
+        chance = {}
+        for j in range(verify + 1):
+            chance[j] = float(np.prod(c[:j])) * (1 - c[j] if j < verify else 1.0)
+        assert abs(sum(chance.values()) - 1) < 1e-12
+        for count in range(1, verify + 3):
+            got = likeliest_lengths(c, verify, count)
+            assert list(got) == sorted(got) and len(got) == min(count, verify + 1)
+            assert sum(chance[j] for j in got) >= sum(sorted(chance.values())[-len(got) :]) - 1e-12
+    assert likeliest_lengths([], 3, 1) == (0,)
+    assert likeliest_lengths([0.5, 1.0], 2, 1) == (0,), "a tie goes to the shorter"
+
+
+def test_useful_by_hand() -> None:
+    layout, prompt = DraftLayout(block=4), [1] * 10
+    request = Request(0, prompt, 0, 6, frozenset(), slot=0)
+    request.emit([1, 1])  # 4 tokens remain: j = 0, 1, 2 leave 3, 2, 1
+    assert useful(request, range(4), layout, Limits(100)) == (0, 1)
+    assert request.position == 11  # a block after j accepted starts at 12 + j
+    assert useful(request, range(4), layout, Limits(14)) == (0,)  # of the block at 13 no draft could be verified
+    assert useful(request, range(4), layout, Limits(13)) == ()
+    assert useful(request, range(4), layout, Limits(100, boundary=12)) == ()
+    assert max_verify(request, Limits(100)) == 3
+    assert max_verify(request, Limits(13)) == 1
+    assert Limits(100, boundary=11).end(request) == 100  # the seed stands beyond it already
+
+
+def plainly_looked_up(tokens: list[int], count: int, longest: int) -> list[int]:
+    for n in range(longest, 0, -1):
+        ends = [e for e in range(n, len(tokens)) if tokens[e - n : e] == tokens[-n:]]
+        if ends and n < len(tokens):
+            return tokens[ends[-1] : ends[-1] + count]
+    return []
+
+
+def test_looked_up_against_a_plain_search() -> None:
+    rng = random.Random(0)
+    found = 0
+    for _ in range(300):
+        tokens = [rng.randrange(3) for _ in range(rng.randint(1, 14))]
+        got = looked_up(tokens, 4)
+        assert got == plainly_looked_up(tokens, 4, 3)
+        found += bool(got)
+    assert found > 200
+    assert looked_up([5, 6, 7, 5, 6], 2) == [7, 5]
+    assert looked_up([1, 2, 3], 4) == []
+
+
+def test_noise_is_a_function_of_seed_and_position() -> None:
+    table = [[noise_token(seed, position, 64) for position in range(400)] for seed in range(4)]
+    assert table == [[noise_token(seed, position, 64) for position in range(400)] for seed in range(4)]
+    assert all(0 <= token < 64 for row in table for token in row)
+    assert all(len(set(row)) > 55 for row in table)
+    assert len({tuple(row) for row in table}) == 4
+
+
+def test_choice_names_its_forward() -> None:
+    kinds = [Choice(v, p).kind for v, p in ((0, ()), (0, (0,)), (2, ()), (2, (0, 2)))]
+    assert kinds == ["ar", "draft", "verify", "fused"]

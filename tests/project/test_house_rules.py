@@ -189,7 +189,7 @@ def defaults(function):
     return {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
 
 
-@pytest.mark.parametrize(
+SETTINGS = pytest.mark.parametrize(
     ("command", "function"),
     [
         ("convert", convert), ("certify", certify), ("doctor", diagnose),
@@ -197,16 +197,26 @@ def defaults(function):
     ],
     ids=lambda value: value if isinstance(value, str) else value.__qualname__,
 )  # fmt: skip
+
+
+@SETTINGS
 def test_the_command_line_has_the_defaults_of_python(command, function):
     arguments = [] if command in ("convert", "doctor") else ["ARTIFACT"]
     given = main.commands[command].make_context(command, arguments).params
-    given.pop("out", None)  # has its default from the name of the model
+    for other in ("out", "device"):  # the name of the model gives the one, the test below is of the other
+        given.pop(other, None)
     theirs = {name: value or None for name, value in defaults(function).items() if name in given}
     ours = {name: value or None for name, value in given.items() if name in theirs}
     if "dtype" in theirs:
         ours["dtype"] = ours["dtype"] or "auto"  # what it is where it is not given
     assert len(ours) >= 3
     assert ours == theirs
+
+
+@SETTINGS
+def test_the_device_is_auto_everywhere(command, function):
+    options = {option.name: option.default for option in main.commands[command].params}
+    assert defaults(function).get("device", options["device"]) == options["device"] == "auto"
 
 
 def test_the_python_functions_have_the_same_defaults():

@@ -142,3 +142,8 @@ def test_lazy_names_are_listed_and_others_refused():
 @pytest.mark.parametrize("name", ["Engine", "convert", "certify"])
 def test_lazy_names_lead_somewhere(name):
     assert getattr(retrofit, name).__module__.startswith("retrofit.")
+
+
+def test_the_package_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "retrofit", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"retrofit {retrofit.__version__}\n")

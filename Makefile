@@ -6,7 +6,7 @@ STAMP := $(VENV)/.stamp
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test bars check clean
+.PHONY: help env demo test bars check docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,7 +29,7 @@ demo: env  ## convert the embedded base, decode held-out prompts in three modes,
 	@$(PY) -m benchmarks.demo
 
 test: env  ## all tests, on every core
-	@$(PY) -m pytest -n auto --dist loadfile
+	@$(PY) -m pytest -n auto --dist worksteal
 
 bars: env  ## measure the figures the project promises
 	@$(PY) -m benchmarks.bars
@@ -39,6 +39,9 @@ check: env  ## ruff, ruff format, mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
+docs: env  ## build the documentation into site/; no network
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 clean:  ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

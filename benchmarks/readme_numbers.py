@@ -1,14 +1,15 @@
-"""Draw the numbers of README.md from results/*.json.
+"""Draw the figures of docs/numbers.md, README.md and docs/index.md from results/*.json.
 
-They stand between `<!-- numbers:begin -->` and `<!-- numbers:end -->`; all else is left as it is.  GPU bars that no
-results/gpu-*.json holds are listed as not measured.  With --check nothing is written; exits 1 if the block is not what
-the results say.
+They stand between markers such as `<!-- numbers:begin -->` and `<!-- numbers:end -->`; all else is left as it is.  GPU
+bars that no results/gpu-*.json holds are listed as not measured.  With --check nothing is written; exits 1 if a block
+is not what the results say.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from benchmarks.gpu.bars import BARS as GPU_BARS
 from benchmarks.gpu.bars import TITLES as GPU_TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "numbers.md")
 RESULTS = ROOT / "results"
-BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 TITLES = {
     "conversion": "Conversion",
     "greedy": "Lossless, greedy",
@@ -48,28 +48,134 @@ VERDICTS = {True: "met", False: "**missed**", None: ""}
 
 
 @click.command(help=__doc__)
-@click.option("--check", is_flag=True, help="Only say whether README.md is up to date.")
+@click.option("--check", is_flag=True, help="Only say whether the pages are up to date.")
 def main(check: bool) -> None:
-    text = README.read_text(encoding="utf-8")
-    try:
-        new = redrawn(text, RESULTS)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    stale = []
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        try:
+            new = redrawn(text, RESULTS, path.name)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if new != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    if check and stale:
+        print(f"{', '.join(stale)}: not what results/ says; {HINT}", file=sys.stderr)
         sys.exit(1)
-    if check and new != text:
-        print(f"README.md is not what results/ says; {HINT}", file=sys.stderr)
-        sys.exit(1)
-    if not check:
-        README.write_text(new, encoding="utf-8")
 
 
-def redrawn(text: str, results: Path) -> str:
-    """README text with its numbers block drawn anew.  Raises ValueError where the two markers are not."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{block(results)}\n{END}{after}"
+def redrawn(text: str, results: Path, page: str = "numbers.md") -> str:
+    """A page's text with its blocks drawn anew.  Raises ValueError where their markers are not."""
+    return filled(text, blocks(page, results), page)
+
+
+def filled(text: str, contents: Mapping[str, str], page: str) -> str:
+    """The text with these contents between the markers of their names.  Raises ValueError where those are not."""
+    for name, content in contents.items():
+        begin, end = markers(name)
+        before, found, rest = text.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise ValueError(f"{page} has no {begin} ... {end}")
+        text = f"{before}{begin}\n{content}\n{end}{after}"
+    return text
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def blocks(page: str, results: Path) -> dict[str, str]:
+    """What stands between the markers of a page, by name."""
+    if page == "numbers.md":
+        return {"numbers": block(results)}
+    found = Results(results)
+    short = {"run": caption(found), "quickstart": quickstart(found)}
+    return {**short, "figures": figures(found)} if page == "README.md" else short
+
+
+class Results:
+    """The sections of all results files, by file and name."""
+
+    def __init__(self, folder: Path):
+        self.files = {path.stem: json.loads(path.read_text())["sections"] for path in sorted(folder.glob("*.json"))}
+
+    def figure(self, file: str, section: str, what: str) -> str:
+        """The figure of one bar.  Raises ValueError where it was not measured."""
+        bars = self.files.get(file, {}).get(section, {}).get("bars", [])
+        found = [bar["figure"] for bar in bars if bar["what"].strip() == what]
+        if not found:
+            raise ValueError(f"results/{file}.json: {section} has no figure {what!r}")
+        return str(found[0])
+
+    def figures(self, file: str, section: str) -> Any:
+        """What was measured beside the bars.  Raises ValueError where there is no such section."""
+        if section not in self.files.get(file, {}):
+            raise ValueError(f"results/{file}.json has no section {section}")
+        return self.files[file][section]["figures"]
+
+
+def caption(found: Results) -> str:
+    """What the picture shows, in a sentence or two."""
+    run = found.figures("run-cpu", "forwards")
+    tokens = sum(map(len, run["forwards"][1:]))
+    return (
+        f"A recorded run of the model that ships inside.  After the forward of the prompt `{run['prompt']}` it emits "
+        f"{tokens} tokens in {len(run['forwards']) - 1} forwards; `ar` emits the same tokens in {tokens}.  Green "
+        "tokens were drafted by the adapter and agreed to by the base; blue ones are the base's own, one in every "
+        "forward."
+    )
+
+
+def quickstart(found: Results) -> str:
+    """The quickstart's commands, what they printed, and where."""
+    lines = []
+    for command in found.figures("run-cpu", "quickstart")["printed"]:
+        lines += [f"$ {command['command']}", *shortened(command["lines"])]
+    where = source(found.files["run-cpu"]["quickstart"])
+    return "\n".join(["```console", *lines, "```", "", f"Recorded by {where}"])
+
+
+def shortened(lines: list[str], most: int = 10) -> list[str]:
+    """Lines without what is in the middle of very many, and without the end of very long ones."""
+    lines = [line if len(line) <= 118 else f"{line[:115]}..." for line in lines if line]
+    return lines if len(lines) <= most else [*lines[:2], "...", *lines[-4:]]
+
+
+def figures(found: Results) -> str:
+    """The few figures that say when it pays."""
+    bars = "bars-cpu"
+    tpf = found.figures(bars, "tpf")["T = 0.8"]["fused"]
+    sweep = found.figures("architectures", "sweep")["counts"]
+    exact = [found.figure("exact-cpu", name, f"{name[7:]}, bfloat16: self_spec = own ar")
+             for name in found.files["exact-cpu"]]  # fmt: skip
+    equal = [figure for bar in found.files[bars]["greedy"]["bars"] for figure in bar["figure"].split()]
+    wrong = [figure for figure in equal if len(set(figure.split("/"))) > 1]
+    rows = [
+        ["outputs equal to transformers' `generate`, greedy, fp32: each strategy and batch size on 64 prompts",
+         f"{len(equal) - len(wrong)} of {len(equal)} runs, in all prompts"],
+        ["outputs equal to own `ar` in bf16 at the level that `auto` finds, four random families",
+         ", ".join(sorted({figure.split(";")[0] for figure in exact}))],
+        ["decoders of transformers that decode exactly, are refused by name, are wrong",
+         f"{sweep['identical']}, {sweep['refused']}, {sweep['wrong']}"],
+        ["tokens per forward, T = 0.8 and T = 1",
+         f"{found.figure(bars, 'tpf', 'TPF, fused, T = 0.8')}, {found.figure(bars, 'tpf', 'TPF, fused, T = 1')}"],
+        ["rows computed per token for that, T = 0.8 (`ar`: 1)", f"{tpf['rows_per_token']:.0f}"],
+        *([f"seconds per token of `auto` against `ar`, {where}",
+           found.figure(bars, "speed", f"seconds per token, auto / ar, {where}")]
+          for where in ("T = 0.8, batch 1", "T = 0.8, batch 8", "greedy, batch 1", "greedy, batch 8")),
+        ["conversion", found.figure(bars, "conversion", "conversion of the embedded base")],
+        ["anything on a GPU", on_gpu(found)],
+    ]  # fmt: skip
+    return "\n".join(["| | measured |", "| --- | --- |", *(f"| {what} | {figure} |" for what, figure in rows)])
+
+
+def on_gpu(found: Results) -> str:
+    measured = [file for file in found.files if file.startswith("gpu-")]
+    return f"see {', '.join(measured)} in the numbers" if measured else "not measured"
 
 
 def block(results: Path) -> str:

@@ -172,3 +172,8 @@ def config_hash(config: dict[str, Any]) -> str:
 def same_base(a: dict[str, str | None], b: dict[str, str | None]) -> str | None:
     """The first field in which two fingerprints differ, None when they agree wherever both know."""
     return next((k for k in ("config", "headers", "norms") if a.get(k) and b.get(k) and a[k] != b[k]), None)
+
+
+def dtype_name(dtype: Any) -> str:
+    """`bfloat16` of `torch.bfloat16`, as configurations and options call it."""
+    return str(dtype).removeprefix("torch.")

@@ -1,6 +1,16 @@
 """Settings every test runs under: one thread (the models are tiny), a fixed random state, kernels without a GPU.
 
 Where there is no GPU, Triton's kernels run in its interpreter; that is decided before the first of them is imported.
+
+Folders mirror those of the package.  Functions that several files share are modules in `shared/`; fixtures that many
+look for are here:
+
+    base, made, own               a base and an artifact of it, made in no time; `own` may be damaged
+    model, texts                  a base and text files, to convert
+    flat, converted_artifact      a base and what the real `convert` wrote for it, to certify
+    somewhere                     a working folder and an environment of the test's own (every test in cli/ has it)
+    restless_auto                 `auto` changes its plan at every step
+    poisoned_memory               what was never written is NaN
 """
 
 import os
@@ -113,3 +123,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from several_processes import saved_model
 
     return saved_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of one layer whose drafts are often accepted; its tokenizer is that of `model`."""
+    from certifying import flat_base
+
+    return flat_base(tmp_path_factory.mktemp("flat") / "base")
+
+
+@pytest.fixture(scope="session")
+def converted_artifact(tmp_path_factory: pytest.TempPathFactory, flat: Path, texts: Path) -> Path:
+    """What the real `convert` wrote for `flat`, with measured ranks, so that `fused` runs trees."""
+    from certifying import converted
+
+    return converted(tmp_path_factory.mktemp("converted") / "artifact", flat, texts)

@@ -1,6 +1,6 @@
-"""The bars that only a GPU can judge, and their titles: what `benchmarks.gpu` measures and README.md lists.
+"""The bars that only a GPU can judge, and their titles: what `benchmarks.gpu` measures and docs/numbers.md lists.
 
-Imports nothing, so that README.md is drawn without torch.
+Imports nothing, so that it is drawn without torch.
 """
 
 from __future__ import annotations

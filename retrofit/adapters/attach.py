@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
-from retrofit.adapters.live import refuse_adapters, take_off
+from retrofit.adapters.live import refuse_adapters, remove_adapter
 from retrofit.adapters.roles import is_target, resolve_targets
 from retrofit.errors import ArtifactError, UnsupportedModelError
 
@@ -106,7 +106,7 @@ class Attached:
         with WRAPPING:
             if self.detached:
                 return
-            take_off(self.model, NAME)
+            remove_adapter(self.model, NAME)
             for parameter in self.trainable:
                 parameter.requires_grad_(True)
             self.detached = True
@@ -137,7 +137,7 @@ def attach(
     try:
         return _attached(model, layout, names, rank, alpha, markov_rank, confidence, seed, trainable)
     except BaseException:
-        take_off(model, NAME)
+        remove_adapter(model, NAME)
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
@@ -188,11 +188,11 @@ def _attached(
     wrong = []
     for name, module in peft_model.named_modules():
         if isinstance(module, GatedLoraLinear):
-            module.close_over(gate)
+            module.set_gate(gate)
         elif hasattr(module, "lora_A"):
             wrong.append(name)
     if wrong:
-        peft_model.unload()  # of other kinds than `take_off` knows
+        peft_model.unload()  # of other kinds than `remove_adapter` knows
         raise UnsupportedModelError(
             f"PEFT put an ungated LoRA on {wrong[0]} ({len(wrong)} modules); choose other targets"
         )

@@ -35,12 +35,12 @@ class GatedLoraLinear(lora.Linear):
     """`peft`'s LoRA linear layer, applied to rows >= gate.base_rows of the second-last dimension."""
 
     gate = Gate()
-    """Closed until `close_over`: another thread may run the model while the adapter is being attached."""
+    """Closed until `set_gate`: another thread may run the model while the adapter is being attached."""
     plain: nn.Linear | None = None
     by_hand = True
     """Whether gradients of draft rows are formed by hand; False is plain autograd, to compare with."""
 
-    def close_over(self, gate: Gate) -> None:
+    def set_gate(self, gate: Gate) -> None:
         """Obey this gate.  Also keeps the base layer at hand where it is a plain linear layer."""
         self.gate = gate
         self.__dict__["plain"] = self.base_layer if type(self.base_layer) is nn.Linear else None

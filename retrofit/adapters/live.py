@@ -86,7 +86,7 @@ def _refuse_places(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} is offloaded", WHOLE)
 
 
-def take_off(model: nn.Module, name: str) -> None:
+def remove_adapter(model: nn.Module, name: str) -> None:
     """Put back what our layers stand in front of; what others have put around or into them since stays.
 
     name: of our adapter in those layers.

@@ -142,6 +142,11 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
+def json_line(content: Any) -> str:
+    """A line of a JSONL file."""
+    return json.dumps(content) + "\n"
+
+
 def room(path: Path) -> str:
     """` (1,234 free)`; nothing where nobody can tell."""
     free = _free(path)

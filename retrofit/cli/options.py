@@ -67,11 +67,9 @@ class Loading:
     @property
     def device(self) -> str:
         """The device by name; `auto` is resolved here.  Imports torch."""
-        if self.device_name != "auto":
-            return self.device_name
-        import torch
+        from retrofit.hub import resolved_device
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return resolved_device(self.device_name)
 
     def engine(self, artifact: str, base: str | None) -> Engine:
         """Load an artifact.  Raises what `Engine.load` raises."""

@@ -127,11 +127,11 @@ def audit_run(
         )
     wanted = auditor.texts()
     # Wrong tokens first: they make the rows after them look wrong too.
-    problems = _emitted(results, wanted, eos) + auditor.problems
+    problems = _wrong_texts(results, wanted, eos) + auditor.problems
     return Audited(auditor, [result.tokens for result in results], problems)
 
 
-def _emitted(results: Sequence[Result], wanted: Sequence[Sequence[int]], eos: frozenset[int]) -> list[str]:
+def _wrong_texts(results: Sequence[Result], wanted: Sequence[Sequence[int]], eos: frozenset[int]) -> list[str]:
     """Emitted texts against the targets, and the reasons they ended for."""
     problems = []
     for number, (result, want) in enumerate(zip(results, wanted, strict=True)):
@@ -151,7 +151,7 @@ def every_plan(engine: Engine) -> Iterator[None]:
     kept = [(policy.costs, policy.calibrated) for policy in policies]
     for policy in policies:
         policy.costs, policy.calibrated = {}, set()
-        _restless(policy)
+        _vary_plans(policy)
     try:
         yield
     finally:
@@ -160,7 +160,7 @@ def every_plan(engine: Engine) -> Iterator[None]:
             policy.costs, policy.calibrated = costs, calibrated
 
 
-def _restless(policy: AutoPolicy) -> None:
+def _vary_plans(policy: AutoPolicy) -> None:
     drawn, steps = random.Random(0), itertools.count()
     held = Template("ar")
 
@@ -197,7 +197,7 @@ def ragged(prompts: Prompts, limit: int) -> tuple[list[list[int]], list[int]]:
     return cut, [max(1, limit - 3 * i % max(1, limit // 2)) for i in range(len(prompts))]
 
 
-def an_end(engine: Engine, prompts: Prompts, limits: Sequence[int], sampling: Sampling) -> frozenset[int]:
+def common_token(engine: Engine, prompts: Prompts, limits: Sequence[int], sampling: Sampling) -> frozenset[int]:
     """A token that ends some of the texts early: the one that stands inside the most of them."""
     seeds = [1000 + i for i in range(len(prompts))]
     results = engine.generate(
@@ -210,10 +210,10 @@ def an_end(engine: Engine, prompts: Prompts, limits: Sequence[int], sampling: Sa
     return frozenset([max(inside, key=lambda token: (inside[token], -token))]) if inside else frozenset()
 
 
-def _audited(engine: Engine, way: Way, prompts: Prompts, limit: int) -> Audited:
+def _audit_way(engine: Engine, way: Way, prompts: Prompts, limit: int) -> Audited:
     if way.ragged:
         cut, limits = ragged(prompts, limit)
-        eos = an_end(engine, cut, limits, way.sampling)
+        eos = common_token(engine, cut, limits, way.sampling)
         with ended_by(engine, eos):
             return audit_run(engine, cut, limits, way.sampling, eos, **way.options)
     if way.short:
@@ -233,12 +233,12 @@ def audit(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
     runs: dict[str, dict[str, int]] = {}
     for way in ways(engine):
         # What is compared with `ar` runs in full; the others show their rules in half of it.
-        found = _audited(engine, way, prompts, limit if way.compared else max(1, limit // 2))
+        found = _audit_way(engine, way, prompts, limit if way.compared else max(1, limit // 2))
         problems += [f"{way.name}: {problem}" for problem in found.problems]
         runs[way.name] = found.figures()
         if way.compared:
             texts.append(found.texts)
-    free, control = _free_runs(subject, prompts, limit, texts)
+    free, control = _differences_from_ar(subject, prompts, limit, texts)
     counts = {name: sum(run[name] for run in free) for name in CLASSES}
     checked = sum(run["targets"] for run in runs.values())
     firsts = [first for run in free for first in run["first_differences"]]
@@ -255,7 +255,7 @@ def audit(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
     return Verdict(all(run["targets"] for run in runs.values()) and not problems and not counts["bug"], detail, details)
 
 
-def _free_runs(
+def _differences_from_ar(
     subject: Subject, prompts: Prompts, limit: int, texts: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Differences of texts from `ar`'s by class, and of `ar`'s from its own in another batch: the noise floor."""

@@ -13,11 +13,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from retrofit.errors import ResourceError
-from retrofit.eval.exactness import LISTED, PLAIN, SEED, Prompts, Verdict, differing, excuse, reference, references
+from retrofit.eval.exactness import (
+    LISTED,
+    PLAIN,
+    SEED,
+    Prompts,
+    Verdict,
+    differing,
+    mark_excused,
+    reference,
+    references,
+)
 from retrofit.eval.replay import Sampling
 from retrofit.eval.subject import Subject
 from retrofit.runtime.backends.levels import HALF
 from retrofit.runtime.engine import Engine
+from retrofit.weight_files import dtype_name
 
 BATCHES = (8, 3, 1)
 SAMPLINGS = (Sampling(), Sampling(0.8))
@@ -55,10 +66,10 @@ def bitwise(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
             compared += count
             named = {"mode": mode, **options, "temperature": sampling.temperature}
             found += differing(named, [text[:tokens] for text in want[:count]], [r.tokens for r in results])
-        bad += len(found) if exact or half else excuse(subject, prompts, want, found, sampling)
+        bad += len(found) if exact or half else mark_excused(subject, prompts, want, found, sampling)
         differences += found
     equal = compared - len(differences)
-    name = str(subject.dtype).removeprefix("torch.")
+    name = dtype_name(subject.dtype)
     details: dict[str, Any] = {
         "exact": level,
         "dtype": name,
@@ -91,9 +102,9 @@ def _control(subject: Subject, prompts: Prompts, limit: int) -> tuple[dict[str, 
     alone = [reference(model, prompt, limit) for prompt in prompts]
     shortest = min(map(len, prompts))
     even = [list(prompt[-shortest:]) for prompt in prompts]  # a batch of equal lengths needs no padding
-    together = references(model, even, limit)
+    batched = references(model, even, limit)
     one_by_one = alone if all(len(p) == shortest for p in prompts) else [reference(model, p, limit) for p in even]
-    kept = sum(a == b for a, b in zip(one_by_one, together, strict=True))
+    kept = sum(a == b for a, b in zip(one_by_one, batched, strict=True))
     own = sum(a == b for a, b in zip(ar, alone, strict=True))
     figures = {"texts": len(prompts), "transformers_in_another_batch": kept, "ar_equals_transformers": own}
     text = f" (transformers keeps {kept} of {len(prompts)} of its own from batch 1 to {len(prompts)}; ar equals {own})"

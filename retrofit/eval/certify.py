@@ -44,6 +44,7 @@ from retrofit.hub import locate
 from retrofit.machine import cpu_name
 from retrofit.progress import progress as shown
 from retrofit.runtime.engine import Engine
+from retrofit.weight_files import dtype_name
 
 CERTIFICATE = "certificate.json"
 VERSION = 1
@@ -284,7 +285,7 @@ def _subject(folder: Path | None, engine: Engine | None) -> dict[str, Any]:
 def _environment_of(subject: Subject) -> dict[str, Any]:
     backend = subject.run.backend
     level = backend.exact
-    dtype = str(subject.dtype).removeprefix("torch.")
+    dtype = dtype_name(subject.dtype)
     return _environment(str(subject.device), dtype, backend.name, level)
 
 

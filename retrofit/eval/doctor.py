@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit import __version__
 from retrofit.artifact import folder as artifacts
 from retrofit.errors import GateError, ResourceError, RetrofitError, UnsupportedModelError
-from retrofit.hub import EMBEDDED, check_device, load_base
+from retrofit.hub import EMBEDDED, check_device, load_base, resolved_device
 from retrofit.progress import progress as shown
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def diagnose(
     folder: str | None = None,
     base: str | None = None,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "auto",
     backend: str = "auto",
     exact: str = "auto",
@@ -121,7 +121,7 @@ def diagnose(
     machine lacks is part of the result.  Raises ArtifactError, UsageError, ResourceError or UnsupportedModelError for
     an artifact, a base or the name of a device that is no good.
     """
-    artifact = artifacts.read(Path(folder)) if folder else None
+    artifact, device = artifacts.read(Path(folder)) if folder else None, resolved_device(device)
     try:
         check_device(device)
     except ResourceError as error:

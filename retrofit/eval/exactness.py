@@ -84,13 +84,13 @@ def adapter_tensors(engine: Engine) -> list[Tensor]:
 def gate(subject: Subject, prompts: Prompts) -> Verdict:
     """Base rows of mixed forwards with the trained adapter and with NaN in its place: bitwise the same."""
     engine = subject.run
-    tail, size = _room(engine)
+    tail, size = _forward_size(engine)
     rows = changed = forwards = 0
     for start in range(0, len(prompts), size):
         group = prompts[start : start + size]
-        trained = _mixed(engine, group, tail)
+        trained = _mixed_forwards(engine, group, tail)
         with nan_adapter(engine):
-            broken = _mixed(engine, group, tail)
+            broken = _mixed_forwards(engine, group, tail)
         for (logits, hidden), (other_logits, other_hidden) in zip(trained, broken, strict=True):
             same = _same_bits(logits, other_logits) & _same_bits(hidden, other_hidden)
             rows, changed, forwards = rows + len(same), changed + int((~same).sum()), forwards + 1
@@ -98,14 +98,14 @@ def gate(subject: Subject, prompts: Prompts) -> Verdict:
     return Verdict(rows > 0 and not changed, f"{rows - changed} of {rows} base rows unchanged", details)
 
 
-def _room(engine: Engine) -> tuple[int, int]:
+def _forward_size(engine: Engine) -> tuple[int, int]:
     """(base rows of a sequence, sequences) of a forward with a block on every base row."""
     most, each = engine.backend.most_rows, 1 + engine.layout.block
     tail = 5 if most is None else max(1, min(5, most // each))
     return tail, 4 if most is None else max(1, min(4, most // (tail * each)))
 
 
-def _mixed(engine: Engine, prompts: Prompts, tail: int) -> list[tuple[Tensor, Tensor]]:
+def _mixed_forwards(engine: Engine, prompts: Prompts, tail: int) -> list[tuple[Tensor, Tensor]]:
     """(logits, hidden) of base rows in forwards that hold blocks too: prompt tails verified, a block on each.
 
     The first verifies chains.  The second, where base rows can anchor blocks, verifies trees: every base row follows
@@ -133,13 +133,13 @@ def _mixed(engine: Engine, prompts: Prompts, tail: int) -> list[tuple[Tensor, Te
             got = engine.backend.forward(engine.backend.plan(plan), cache)
             out.append((got.base_logits, got.base_hidden))
             if tree:
-                _store_again(engine, prompts, tail, cache)
+                _store_first_rows(engine, prompts, tail, cache)
     finally:
         cache.release()
     return out
 
 
-def _store_again(engine: Engine, prompts: Prompts, tail: int, cache: Any) -> None:
+def _store_first_rows(engine: Engine, prompts: Prompts, tail: int, cache: Any) -> None:
     """Keep the first row of each tree; the others' places keep what the chains before them wrote."""
     where = [
         [n * tail for n in range(len(prompts))],
@@ -180,7 +180,7 @@ def greedy(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
         results = engine.generate(prompts, "self_spec", max_new_tokens=limit, temperature=0.0, **PLAIN, **options)
         differences += differing(options, want, [r.tokens for r in results])
         compared += len(results)
-    bad = excuse(subject, prompts, want, differences)
+    bad = mark_excused(subject, prompts, want, differences)
     detail = f"{compared - len(differences)} of {compared} texts identical to transformers"
     details = {"texts": compared, "tokens": compared * limit}
     return _equality(compared, differences, bad, detail, details)
@@ -199,7 +199,7 @@ def differing(
     return found
 
 
-def excuse(
+def mark_excused(
     subject: Subject,
     prompts: Prompts,
     want: Sequence[Sequence[int]],
@@ -261,7 +261,7 @@ def sampled(subject: Subject, prompts: Prompts, limit: int) -> Verdict:
             accepted += sum(sum(result.stats.accepted) for result in results)
             named = {**options, "sampling": sampling.options()}
             found += differing(named, want, [r.tokens for r in results])
-        bad += excuse(subject, prompts, want, found, sampling)
+        bad += mark_excused(subject, prompts, want, found, sampling)
         differences += found
     detail = f"{compared - len(differences)} of {compared} texts identical to ar at equal seed"
     details = {"texts": compared, "tokens": compared * limit, "accepted_drafts": accepted}

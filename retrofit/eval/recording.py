@@ -51,7 +51,7 @@ class Recorded:
     """What was drafted after it."""
 
 
-class _Tape:
+class _Recorder:
     """Hands each forward on as soon as the next one begins, when all that belongs to it is there."""
 
     def __init__(self, sink: Callable[[Recorded], None]):
@@ -70,13 +70,13 @@ def recording(engine: Engine, sink: Callable[[Recorded], None]) -> Iterator[None
 
     A draft tree's logits are many: those of a large vocabulary would not fit into memory together.
     """
-    tape = _Tape(sink)
+    recorder = _Recorder(sink)
     with ExitStack() as hooks:
-        _watch_host(engine, tape, hooks)
+        _watch_host(engine, recorder, hooks)
         if engine.backend.name == "fused":
-            _watch_device(engine, tape, hooks)
+            _watch_device(engine, recorder, hooks)
         yield
-    tape.put(None)
+    recorder.put(None)
 
 
 def _replace(owner: Any, name: str, value: Any, hooks: ExitStack) -> None:
@@ -86,7 +86,7 @@ def _replace(owner: Any, name: str, value: Any, hooks: ExitStack) -> None:
     hooks.callback(lambda: setattr(owner, name, before) if own else delattr(owner, name))
 
 
-def _watch_host(engine: Engine, tape: _Tape, hooks: ExitStack) -> None:
+def _watch_host(engine: Engine, recorder: _Recorder, hooks: ExitStack) -> None:
     backend, forward, draft = engine.backend, engine.backend.forward, modes.draft_tokens
     ran: list[Any] = []
 
@@ -100,19 +100,19 @@ def _watch_host(engine: Engine, tape: _Tape, hooks: ExitStack) -> None:
         else:
             positions, paths = plan.positions[0, :count].tolist(), _group_paths(plan) if tree else None
         logits = out.base_logits.detach().cpu().clone()
-        tape.put(Recorded(list(plan.sequences), logits, positions, paths))
+        recorder.put(Recorded(list(plan.sequences), logits, positions, paths))
         ran.clear()
         return out
 
     def drafted(hidden: Any, previous: Any, seeds: Sequence[int], indices: Sequence[int], *rest: Any) -> Any:
         made = draft(hidden, previous, seeds, indices, *rest)
         shape = rest[SHAPE]
-        if tape.last is not None and any(
+        if recorder.last is not None and any(
             part is backend.heads for part in rest
         ):  # another engine's drafts are none of ours
             for seed, index, tokens in zip(seeds, indices, made.tokens.tolist(), strict=True):
                 parents = list(range(-1, len(tokens))) if shape is None else list(shape.parents)
-                tape.last.proposals[seed, index] = Proposal(tokens, parents, shape is not None)
+                recorder.last.proposals[seed, index] = Proposal(tokens, parents, shape is not None)
         return made
 
     _replace(backend, "forward", recorded, hooks)
@@ -142,7 +142,7 @@ def _fused_paths(rows: Any, count: int) -> list[list[int]]:
     return [path[: d + 1] for path, d in zip(rows.paths[:count].tolist(), depth, strict=True)]
 
 
-class _Watched:
+class _RecordedHead:
     """A vocabulary projection that keeps what it last gave."""
 
     def __init__(self, head: Any):
@@ -157,21 +157,21 @@ class _Watched:
         return self.logits
 
 
-def _watch_device(engine: Engine, tape: _Tape, hooks: ExitStack) -> None:
+def _watch_device(engine: Engine, recorder: _Recorder, hooks: ExitStack) -> None:
     backend, stepper = engine.backend, engine._stepper
-    head = _Watched(backend.head)
+    head = _RecordedHead(backend.head)
 
     def with_steps(*arguments: Any) -> Any:
         steps = stepper(*arguments)
         if hasattr(steps, "loop"):
-            _watch_loop(steps.loop, head, tape, hooks)
+            _watch_loop(steps.loop, head, recorder, hooks)
         return steps
 
     _replace(backend, "head", head, hooks)
     _replace(engine, "_stepper", with_steps, hooks)
 
 
-def _watch_loop(loop: Any, head: _Watched, tape: _Tape, hooks: ExitStack) -> None:
+def _watch_loop(loop: Any, head: _RecordedHead, recorder: _Recorder, hooks: ExitStack) -> None:
     right = loop.step
 
     def stepped(kind: Any, lanes: int) -> Any:
@@ -179,7 +179,7 @@ def _watch_loop(loop: Any, head: _Watched, tape: _Tape, hooks: ExitStack) -> Non
         assert head.logits is not None
         forward = _read_back(loop, step, head.logits)
         if forward.sequences:
-            tape.put(forward)
+            recorder.put(forward)
         return step
 
     _replace(loop, "step", stepped, hooks)

@@ -169,7 +169,7 @@ class Auditor:
                 self._step(rows, own, forward.positions[given], paths, room, running)
                 key = self.asked.seeds[running.number], len(running.emitted)
                 running.proposal = forward.proposals.get(key)
-                self._due(running)
+                self._check_proposal(running)
             logits += count
 
     def texts(self) -> list[list[int]]:
@@ -180,7 +180,7 @@ class Auditor:
     def _prefill(self, rows: SequenceRows, logits_V: Tensor, positions: list[int]) -> None:
         running = self._slots.get(rows.slot)
         if rows.start == 0 and (running is None or running.done):
-            number = self._which(rows.tokens)
+            number = self._prompt_number(rows.tokens)
             if number is None:
                 self.problems.append(f"slot {rows.slot}: a prompt that nobody gave (rows)")
                 return
@@ -198,7 +198,7 @@ class Auditor:
             self._emit(running, [self._target(logits_V, running, [])])
             running.due, running.proposal = 0, None
 
-    def _which(self, tokens: Sequence[int]) -> int | None:
+    def _prompt_number(self, tokens: Sequence[int]) -> int | None:
         """The prompt that begins with these rows: one they hold whole, else the first of those not yet started."""
         waiting = [n for n in range(len(self.asked.prompts)) if n not in self._started]
         begins = [n for n in waiting if list(self.asked.prompts[n][: len(tokens)]) == list(tokens)]
@@ -216,7 +216,7 @@ class Auditor:
     ) -> None:
         where, position, parents = running.where, len(running.tokens) - 1, parents_of(rows)
         if not rows.tokens:
-            self._hang(rows, running, None)
+            self._expect_drafts(rows, running, None)
             return
         own = paths_of(parents)
         if own is None:
@@ -244,15 +244,15 @@ class Auditor:
         self.accepted += len(path) - 1
         self.branched += any(parents[j] != j - 1 for j in range(len(parents)))
         self._emit(running, targets)
-        self._hang(rows, running, path[-1] if rows.parents is not None else None)
+        self._expect_drafts(rows, running, path[-1] if rows.parents is not None else None)
 
-    def _hang(self, rows: SequenceRows, running: _Sequence, end: int | None) -> None:
+    def _expect_drafts(self, rows: SequenceRows, running: _Sequence, end: int | None) -> None:
         """The block that came true begins where the newest token stands now; in a tree it hangs on the path's end."""
         at = len(running.tokens) - 1
         blocks = [b for b in rows.blocks if b.start == at and (end is None or b.anchor == end)]
         running.due = len(blocks[0].inputs) - self.asked.first_drafting_row if blocks else 0
 
-    def _due(self, running: _Sequence) -> None:
+    def _check_proposal(self, running: _Sequence) -> None:
         """A block that came true proposes a draft for each slot that can be used, or the one tree of the run.
 
         Which tokens is the drafter's business.

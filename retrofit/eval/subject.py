@@ -28,6 +28,7 @@ from retrofit.recipes.text.library import held_out_prompts
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.loading import fused_backend
+from retrofit.weight_files import dtype_name
 
 PROMPT_TOKENS = 48
 HEADROOM = 1.2
@@ -74,7 +75,7 @@ class Subject:
         if dtype not in self._bases:
             self._bases.clear()
             gc.collect()
-            self._bases[dtype] = self._fresh(dtype)
+            self._bases[dtype] = self._load_base(dtype)
         return self._bases[dtype]
 
     def fp32(self) -> Engine:
@@ -87,7 +88,7 @@ class Subject:
             return self.run
         if self._fp32 is None:
             fused = self.run.backend.name == "fused"
-            self._fp32 = self._fused_in_fp32() if fused else self._converted(self._fresh(torch.float32))
+            self._fp32 = self._fused_in_fp32() if fused else self._converted(self._load_base(torch.float32))
         return self._fp32
 
     def _fused_in_fp32(self) -> Engine:
@@ -99,12 +100,12 @@ class Subject:
         config = artifact.config
         return Engine(backend, backend.layout, self.run.tokenizer, config.get("acceptance"), config, self.run.base)
 
-    def _fresh(self, dtype: torch.dtype) -> PreTrainedModel:
+    def _load_base(self, dtype: torch.dtype) -> PreTrainedModel:
         self._require_memory(dtype)
         if self.checkpoint is not None:
             model = load_base(
                 str(self.checkpoint),
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=dtype_name(dtype),
                 device=str(self.device),
                 trust_remote_code=self.trust_remote_code,
                 need_tokenizer=False,
@@ -149,7 +150,7 @@ class Subject:
             numbers = count(base_state(self.run.attached.model).values())
         need, free = HEADROOM * numbers * dtype.itemsize, free_memory(self.device)
         if need > free:
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             raise ResourceError(
                 f"the base in {name} needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} free",
                 "certify on a larger machine, or on the CPU with --device cpu",

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from retrofit.artifact.folder import ADAPTER, HEADS
-from retrofit.weight_files import COMPUTED, opened, weight_files
+from retrofit.weight_files import COMPUTED, dtype_name, opened, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +118,7 @@ def compare(
         "tensors": len(lines),
         "compared": len(found),
         "sha256": hashlib.sha256("".join(sorted(lines)).encode()).hexdigest(),
-        "dtype": str(next(iter(loaded.values())).dtype).removeprefix("torch."),
+        "dtype": dtype_name(next(iter(loaded.values())).dtype),
         **_named("changed", changed),
         **_named("not_loaded", unknown),
         **_named("not_in_checkpoint", extra),

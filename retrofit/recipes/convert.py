@@ -26,7 +26,7 @@ from retrofit.artifact import folder as artifact
 from retrofit.errors import GateError, ResourceError, TrainingError
 from retrofit.hub import Base
 from retrofit.progress import progress as shown
-from retrofit.recipes.naming import lasting_name
+from retrofit.recipes.naming import resolved_name
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.publish import publish
 from retrofit.recipes.schema import Recipe, by_key
@@ -178,7 +178,7 @@ class _Job:
     def wait_for_all(self, what: str) -> None:
         """Wait until all processes are here."""
         if self.processes is not None:
-            self.processes.together(what)
+            self.processes.exchange(what)
 
 
 def _run(job: _Job, interrupts: Interrupts) -> None:
@@ -309,7 +309,7 @@ def _settings(job: _Job) -> dict[str, Any]:
     settings = {key: value for key, value in by_key(job.plan).items() if key not in free}
     fingerprint = {f"base.fingerprint.{key}": value for key, value in job.base.fingerprint.items()}
     skip_bad = job.skipped is not None
-    return {**settings, "skip_bad": skip_bad, "base.model": lasting_name(job.base), **fingerprint}
+    return {**settings, "skip_bad": skip_bad, "base.model": resolved_name(job.base), **fingerprint}
 
 
 def _rewriter(job: _Job) -> Rewriter:

@@ -18,7 +18,7 @@ CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
 """A folder of the Hub's cache; below it, `snapshots/REVISION` is a model."""
 
 
-def lasting_name(base: Base) -> str:
+def resolved_name(base: Base) -> str:
     """The base's name as it will be understood from any folder of this machine."""
     if base.name == EMBEDDED or not Path(base.name).is_dir():
         return base.name
@@ -53,7 +53,7 @@ def local_places(plan: Recipe, base: Base, named: Mapping[str, Any]) -> dict[str
     """What the published names leave out: `base`, the folder of the base, and `data`, the places of the text."""
     sources = [plan.data.source] if isinstance(plan.data.source, str) else [one.source for one in plan.data.source]
     places = [str(Path(one).expanduser().resolve()) for one in sources if _shown(one) != one]
-    folder = lasting_name(base)
+    folder = resolved_name(base)
     return {
         **({"base": folder} if named["local"] and Path(folder).is_dir() else {}),
         **({"data": places} if places else {}),

@@ -1,7 +1,7 @@
 """Several processes that convert together, started by `torchrun` or `accelerate launch`.
 
 Every process runs the same program on the same text; what leaves a trace (checkpoints, the artifact, progress, talk)
-is the main process's alone.  They meet in `together`, where each tells all others something, and in `add_up`.  One
+is the main process's alone.  They meet in `exchange`, where each tells all others something, and in `add_up`.  One
 that fails leaves its error in the store; the main process, which looks there while it waits, raises it as its own and
 says so in the store, and the others end without a word.  So an error is told once.
 
@@ -31,17 +31,17 @@ from retrofit import errors
 from retrofit.errors import ResourceError, RetrofitError, TrainingError, UsageError
 from retrofit.launch import Launch, launched, speaks
 
-MEETING = timedelta(minutes=30)
+CONNECT_TIMEOUT = timedelta(minutes=30)
 """How long the processes wait for each other at the start, and inside a computation they all are in."""
-PATIENCE = timedelta(hours=12)
-"""How long they wait in `together`: one of them may be writing or reading something large."""
-TELLING = 600.0
+EXCHANGE_TIMEOUT = timedelta(hours=12)
+"""How long they wait in `exchange`: one of them may be writing or reading something large."""
+REPORT_SECONDS = 600.0
 """Seconds a failed process waits for the main one, which may be in a long step, before it tells of its error itself."""
-TELLING_SHARDED = 30.0
+REPORT_SECONDS_SHARDED = 30.0
 """The same with FSDP: the main one may be waiting for this process's weights, and never come."""
-LOOKING = 2.0
+LOST_SECONDS = 2.0
 """Seconds the main process looks for the error of one whose connection was lost."""
-GLANCE = 0.1
+POLL_SECONDS = 0.1
 """Seconds between two looks into the store."""
 BUCKET = 1 << 24
 """Numbers that are added up in one call."""
@@ -59,39 +59,39 @@ class Processes:
         self.rank, self.size, self.sharded = launch.rank, launch.size, launch.sharded
         self.device = _own_device(launch, device)
         if not dist.is_initialized():
-            _meet(self.device)
+            _connect(self.device)
         _met += 1
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"retrofit/{_met}", store)
-        self._talk = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._talk = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def together(self, what: str, value: Any = None) -> list[Any]:
+    def exchange(self, what: str, value: Any = None) -> list[Any]:
         """Wait for all processes; returns the value of each, by rank.  Raises TrainingError where one does not come."""
         data = torch.frombuffer(bytearray(pickle.dumps((what, value))), dtype=torch.uint8)
-        sizes = [int(size) for size in self._all(torch.tensor([len(data)]))]
-        parts = self._all(F.pad(data, (0, max(sizes) - len(data))))
+        sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
+        parts = self._gather(F.pad(data, (0, max(sizes) - len(data))))
         found = [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
         if any(other != what for other, _ in found):
             where = ", ".join(other for other, _ in found)
             raise TrainingError(f"the processes are not at the same place ({where})", "this is a bug; please report it")
         return [value for _, value in found]
 
-    def _all(self, tensor: Tensor) -> list[Tensor]:
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
         """Every process's tensor, on the CPU.  Waits in Python, so that signals are heard and failures seen."""
         found = [torch.empty_like(tensor) for _ in range(self.size)]
         work = dist.all_gather(found, tensor, group=self._talk, async_op=True)
         begin = looked = time.monotonic()
         while not work.is_completed():
             now = time.monotonic()
-            if now - looked > GLANCE:
+            if now - looked > POLL_SECONDS:
                 looked = now
                 if self._store.check(["failed" if self.is_main else "told"]):
                     raise _Failed
-            time.sleep(min(GLANCE, (now - begin) / 10))
+            time.sleep(min(POLL_SECONDS, (now - begin) / 10))
         work.wait()
         return found
 
@@ -109,13 +109,13 @@ class Processes:
                     whole.copy_(part.view_as(whole))
                 waiting = []
 
-    def _ended(self, error: BaseException) -> BaseException:
+    def _final_error(self, error: BaseException) -> BaseException:
         """What this process ends with, given what happened to it; tells the others."""
         if self.is_main:
             other = self._failure() if lost(error) else None
             with suppress(RuntimeError):
                 self._store.set("told", "")
-            return _taken_up(other, error) if lost(error) else error
+            return _as_own_error(other, error) if lost(error) else error
         if lost(error):
             return SystemExit(1)  # the main process is gone, or knows why another one is
         if not isinstance(error, Exception):
@@ -125,7 +125,7 @@ class Processes:
             self._store.compare_set("failed", "", json.dumps(_described(error, self.rank)))
             if self.sharded and self.device == "cpu":
                 return SystemExit(code)  # the main one's calls fail as soon as this process is gone
-            if self._comes("told", TELLING_SHARDED if self.sharded else TELLING):
+            if self._appears("told", REPORT_SECONDS_SHARDED if self.sharded else REPORT_SECONDS):
                 return SystemExit(code)
         except RuntimeError:  # the store is gone with the main process
             return SystemExit(code)
@@ -135,16 +135,16 @@ class Processes:
     def _failure(self) -> dict[str, Any] | None:
         """What the first process that failed said of it."""
         with suppress(RuntimeError):
-            if self._comes("failed", LOOKING):
+            if self._appears("failed", LOST_SECONDS):
                 found: dict[str, Any] = json.loads(self._store.get("failed"))
                 return found
         return None
 
-    def _comes(self, key: str, seconds: float) -> bool:
+    def _appears(self, key: str, seconds: float) -> bool:
         """Whether a key is in the store by then.  `Store.wait` would write to stderr."""
         end = time.monotonic() + seconds
         while not (there := bool(self._store.check([key]))) and time.monotonic() < end:
-            time.sleep(GLANCE)
+            time.sleep(POLL_SECONDS)
         return there
 
 
@@ -175,11 +175,11 @@ def joined(device: str) -> Iterator[Processes | None]:
         return
     _current = processes
     try:
-        with _deaf(processes):
+        with _signals_ignored(processes):
             yield processes
     except BaseException as error:
-        atexit.unregister(_leave)  # it would wait for calls that no one answers any more
-        end = processes._ended(error)
+        atexit.unregister(_disconnect)  # it would wait for calls that no one answers any more
+        end = processes._final_error(error)
         if end is error:
             raise
         raise end from None
@@ -193,16 +193,16 @@ def lost(error: BaseException) -> bool:
     return connection or isinstance(error, _Failed | dist.DistError)
 
 
-def _meet(device: str) -> None:
+def _connect(device: str) -> None:
     from accelerate import PartialState
 
     try:
-        PartialState(cpu=device == "cpu", timeout=MEETING)
+        PartialState(cpu=device == "cpu", timeout=CONNECT_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         hint = "start them by torchrun or accelerate launch; for one process unset RANK, WORLD_SIZE and LOCAL_RANK"
         raise ResourceError(f"the processes did not meet: {first}", hint) from error
-    atexit.register(_leave)
+    atexit.register(_disconnect)
 
 
 def _own_device(launch: Launch, device: str) -> str:
@@ -227,7 +227,7 @@ def _described(error: Exception, rank: int) -> dict[str, Any]:
     }
 
 
-def _taken_up(failure: dict[str, Any] | None, error: BaseException) -> Exception:
+def _as_own_error(failure: dict[str, Any] | None, error: BaseException) -> Exception:
     """The error of the process that is gone, as the main process's own."""
     notes = getattr(error, "__notes__", [])
     if failure is None:
@@ -246,7 +246,7 @@ def _taken_up(failure: dict[str, Any] | None, error: BaseException) -> Exception
 
 
 @contextmanager
-def _deaf(processes: Processes) -> Iterator[None]:
+def _signals_ignored(processes: Processes) -> Iterator[None]:
     """Ctrl-C and SIGTERM, which launchers send to all processes, are the main one's: the others follow it."""
     if processes.is_main or threading.current_thread() is not threading.main_thread():
         yield
@@ -260,7 +260,7 @@ def _deaf(processes: Processes) -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _leave() -> None:
+def _disconnect() -> None:
     if dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group()

@@ -17,6 +17,7 @@ from retrofit.recipes.naming import local_places, published_base, published_reci
 from retrofit.recipes.schema import Recipe, dump_recipe
 from retrofit.recipes.training.measure import HeldOut
 from retrofit.recipes.training.session import Session
+from retrofit.weight_files import dtype_name
 
 
 def publish(
@@ -66,7 +67,7 @@ def _config(
         "retrofit": __version__,
         "base": {
             **published_base(base),
-            "dtype": str(attached.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(attached.model.dtype),
             "fingerprint": base.fingerprint,
             "architecture": type(attached.model).__name__,
         },

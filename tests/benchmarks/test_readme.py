@@ -1,4 +1,4 @@
-"""The numbers in README.md are drawn from results/, never typed."""
+"""The numbers in docs/numbers.md, docs/index.md and README.md are drawn from results/, never typed."""
 
 import json
 from pathlib import Path
@@ -30,19 +30,55 @@ def results(folder: Path) -> Path:
     return folder
 
 
-def test_readme_is_what_the_results_say():
-    if not list(numbers.RESULTS.glob("*.json")):
-        pytest.skip("no results yet")
-    if not numbers.README.is_file():
-        pytest.skip("no README yet")
-    text = numbers.README.read_text(encoding="utf-8")
-    assert text == numbers.redrawn(text, numbers.RESULTS), numbers.HINT
+BEGIN, END = numbers.markers("numbers")
+
+
+@pytest.mark.parametrize("page", numbers.PAGES, ids=lambda path: path.name)
+def test_pages_are_what_the_results_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert text == numbers.redrawn(text, numbers.RESULTS, page.name), numbers.HINT
+
+
+def test_every_section_that_has_figures_has_a_table():
+    text = (numbers.ROOT / "docs" / "numbers.md").read_text(encoding="utf-8")
+    for path in numbers.RESULTS.glob("*.json"):
+        for section in json.loads(path.read_text())["sections"].values():
+            rows = [f"| {bar['what'].strip()} | {bar['bar']} | {bar['figure']} |" for bar in section["bars"]]
+            assert [row for row in rows if row not in text] == []
+            assert not section["bars"] or numbers.source(section) in text
+
+
+def test_the_readme_has_figures_of_the_results():
+    text = (numbers.ROOT / "README.md").read_text(encoding="utf-8")
+    found = numbers.Results(numbers.RESULTS)
+    for figure in (
+        found.figure("bars-cpu", "tpf", "TPF, fused, T = 0.8"),
+        found.figure("bars-cpu", "speed", "seconds per token, auto / ar, T = 0.8, batch 1"),
+        found.figure("bars-cpu", "conversion", "conversion of the embedded base"),
+    ):
+        assert f" {figure}" in text
+
+
+def test_a_figure_that_was_not_measured_is_an_error(tmp_path):
+    found = numbers.Results(results(tmp_path))
+    assert found.figure("bars-cpu", "tpf", "looping outputs") == "12%"
+    with pytest.raises(ValueError, match="no figure 'TPF, fused, T = 2'"):
+        found.figure("bars-cpu", "tpf", "TPF, fused, T = 2")
+    with pytest.raises(ValueError, match="no section forwards"):
+        found.figures("bars-cpu", "forwards")
+
+
+def test_what_was_printed_is_shortened_in_the_middle_only():
+    lines = [f"line {i}" for i in range(20)]
+    assert numbers.shortened(lines[:10]) == lines[:10]
+    assert numbers.shortened(lines) == ["line 0", "line 1", "...", *lines[-4:]]
+    assert numbers.shortened(["a" * 200]) == ["a" * 115 + "..."]
 
 
 def test_only_the_block_is_replaced(tmp_path):
-    text = f"top\n{numbers.BEGIN}\nold\n{numbers.END}\nbottom\n"
+    text = f"top\n{BEGIN}\nold\n{END}\nbottom\n"
     new = numbers.redrawn(text, results(tmp_path))
-    assert new.startswith(f"top\n{numbers.BEGIN}\n") and new.endswith(f"{numbers.END}\nbottom\n")
+    assert new.startswith(f"top\n{BEGIN}\n") and new.endswith(f"{END}\nbottom\n")
     assert "old" not in new
     assert "| TPF, fused, T = 0.8 | >= 1.65 | 1.80 | met |" in new
     assert "| looping outputs | stated | 12% |  |" in new
@@ -60,7 +96,7 @@ def gpu_results(folder: Path, **bar: object) -> Path:
 
 
 def test_without_results_every_gpu_bar_is_not_measured(tmp_path):
-    text = numbers.redrawn(f"{numbers.BEGIN}{numbers.END}", tmp_path)
+    text = numbers.redrawn(f"{BEGIN}{END}", tmp_path)
     for what, bar in BARS.values():
         assert f"| {what} | {bar} | not measured |  |" in text
     assert text.count("| what |") == 1 and "`python -m benchmarks.gpu`" in text
@@ -68,7 +104,7 @@ def test_without_results_every_gpu_bar_is_not_measured(tmp_path):
 
 def test_gpu_results_stand_beside_what_is_still_not_measured(tmp_path):
     what, bar = BARS["ar"]
-    text = numbers.redrawn(f"{numbers.BEGIN}{numbers.END}", gpu_results(results(tmp_path), what=what, bar=bar))
+    text = numbers.redrawn(f"{BEGIN}{END}", gpu_results(results(tmp_path), what=what, bar=bar))
     assert f"**{TITLES['ar']}**\n" in text and f"| {what} | {bar} | 91.0% | met |" in text
     assert "on NVIDIA Abacus, driver 580.1; torch 2.13.0; commit 0123456789ab" in text
     assert TITLES["rows"] not in text  # it has no figure
@@ -79,10 +115,10 @@ def test_gpu_results_stand_beside_what_is_still_not_measured(tmp_path):
 def test_all_gpu_bars_measured_leave_no_table_without_figures(tmp_path):
     rows = [{"what": what, "bar": bar, "figure": "1", "met": True} for what, bar in BARS.values()]
     (tmp_path / "gpu-a.json").write_text(json.dumps({"sections": {"ar": {**SECTION, "bars": rows}}}))
-    assert "not measured" not in numbers.redrawn(f"{numbers.BEGIN}{numbers.END}", tmp_path)
+    assert "not measured" not in numbers.redrawn(f"{BEGIN}{END}", tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", numbers.BEGIN, numbers.END, f"{numbers.END}{numbers.BEGIN}"])
+@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}"])
 def test_missing_markers_are_refused(tmp_path, text):
     with pytest.raises(ValueError, match="numbers:begin"):
         numbers.redrawn(text, tmp_path)

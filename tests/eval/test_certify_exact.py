@@ -3,10 +3,11 @@
 `ar` and `self_spec` run the same attention at a level, so a fault of it leaves them equal; only the base itself tells.
 """
 
+import shutil
 from typing import Any
 
 import pytest
-from certifying import command, converted, flat_base, small
+from certifying import command, small
 from tiny_models import build
 
 from retrofit.eval.distribution import tiny_engine
@@ -16,9 +17,8 @@ from retrofit.runtime.engine import Engine
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, texts):
-    base = flat_base(tmp_path_factory.mktemp("base"))
-    return converted(tmp_path_factory.mktemp("made") / "artifact", base, texts)
+def folder(tmp_path_factory, converted_artifact):
+    return shutil.copytree(converted_artifact, tmp_path_factory.mktemp("made") / "artifact")
 
 
 def scales_scores(patch):

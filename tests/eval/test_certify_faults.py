@@ -3,6 +3,7 @@
 The artifact is one that the real `convert` wrote, with measured ranks, so `fused` runs trees.
 """
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -27,11 +28,9 @@ PROMPTS = [[i, *range(i, i + (i % 5 if i % 3 == 0 else 0))] for i in range(24)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, texts):
-    base = flat_base(tmp_path_factory.mktemp("base"))
-    made = converted(tmp_path_factory.mktemp("made") / "artifact", base, texts)
-    assert ranks_of(made) is not None
-    return made
+def folder(tmp_path_factory, converted_artifact):
+    assert ranks_of(converted_artifact) is not None
+    return shutil.copytree(converted_artifact, tmp_path_factory.mktemp("made") / "artifact")
 
 
 def accepts_one_too_many(patch):

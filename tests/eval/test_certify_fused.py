@@ -49,7 +49,7 @@ def engine_of(folder, exact="off"):
 def audited(engine, names, count=4, tokens=6):
     """The ways of decoding of these names, audited."""
     prompts = [[7 * i % 60, i, 3 * i % 50, 5][: 1 + i % 4] for i in range(count)]
-    return {w.name: audit._audited(engine, w, prompts, tokens) for w in audit.ways(engine) if w.name in names}
+    return {w.name: audit._audit_way(engine, w, prompts, tokens) for w in audit.ways(engine) if w.name in names}
 
 
 def test_the_command_certifies_the_fused_backend(folder, monkeypatch):

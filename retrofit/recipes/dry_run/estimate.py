@@ -205,19 +205,19 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: st
     stage.phase(ATTACHING, OTHER)
     base = Base(model, None, plan.base.model, None, None, {})
     attached, backend = attached_to(base, plan)
-    stage.call(ADAPTER, attached.parameters())
+    stage.label(ADAPTER, attached.parameters())
     trainer = Trainer(attached, backend, plan)
     trainer.optimizer.param_groups[0]["foreach"] = kind != "cpu"  # PyTorch's choice: all parameters at once on a GPU
     run = backend.run_trunk
     for step in range(STEPS):
-        backend.run_trunk = _announced(stage, trainer, run)  # type: ignore[method-assign]
+        backend.run_trunk = _with_phases(stage, trainer, run)  # type: ignore[method-assign]
         stage.phase(BUFFERS, GRADIENTS)
         trainer.gradients([[(document, step) for document in windows_of(plan, backend.head.vocab, step)]])
-        stage.call(GRADIENTS, [p.grad for p in trainer.trained])
+        stage.label(GRADIENTS, [p.grad for p in trainer.trained])
         backend.run_trunk = run  # type: ignore[method-assign]
         stage.phase(STEP, OTHER)
         trainer.update()
-        stage.call(MOMENTS, [t for state in trainer.optimizer.state.values() for t in state.values()])
+        stage.label(MOMENTS, [t for state in trainer.optimizer.state.values() for t in state.values()])
     stage.phase(REST, OTHER)
     if plan.data.responses == "regenerate":
         stage.phase(WRITING, CLEAN)
@@ -229,15 +229,15 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: st
     return attached, trainer
 
 
-def _announced(stage: Rehearsal, trainer: Trainer, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _with_phases(stage: Rehearsal, trainer: Trainer, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`run_trunk`, where the phases of a step begin: base rows, draft rows, and the way back through those."""
 
     def backward(gradient: Tensor) -> None:
-        stage.call(GRADIENTS, [p.grad for p in trainer.trained])
+        stage.label(GRADIENTS, [p.grad for p in trainer.trained])
         stage.phase(BACKWARD, DRAFT)
 
     def run_trunk(rows: RowPlan, cache: KVCache) -> Tensor:
-        stage.call(GRADIENTS, [p.grad for p in trainer.trained])
+        stage.label(GRADIENTS, [p.grad for p in trainer.trained])
         if rows.draft is None:
             stage.phase(CLEAN_FORWARD, CLEAN)
             return run(rows, cache)

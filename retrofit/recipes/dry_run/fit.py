@@ -110,9 +110,9 @@ def suggestions(plan: Recipe, limit: int, peak: Callable[[Recipe], int]) -> tupl
 
     found = [change for kind in kinds if (change := mildest(kind, {})) is not None]
     if not found:
-        together: Change = {}
+        combined: Change = {}
         for number, kind in enumerate(kinds):
-            change = mildest(kind, together)
+            change = mildest(kind, combined)
             if change is not None:
                 for earlier in kinds[:number]:
                     less = {key: value for key, value in change.items() if key not in earlier[0]}
@@ -120,7 +120,7 @@ def suggestions(plan: Recipe, limit: int, peak: Callable[[Recipe], int]) -> tupl
                         change = less
                 found.append(change)
                 break
-            together |= kind[-1]
+            combined |= kind[-1]
     fitting = [Suggestion(_written(change), needs(change)) for change in found]
     least = min(known, key=lambda key: known[key], default=())
     return fitting, Suggestion(least, known.get(least, 0))

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_iter
 
 from retrofit.runtime.backends.sizes import standing_in
 from retrofit.runtime.rules.sampling import hash_constants
+from retrofit.weight_files import dtype_name
 
 BASE = "base weights"
 NUMBER = 1e-9
@@ -95,7 +96,7 @@ class _Watch(TorchDispatchMode):
         live[place] = _Block(weakref.ref(storage, gone), self.kind, size)
         holdings.change(self.kind, size)
 
-    def call(self, tensor: Tensor, kind: str) -> None:
+    def label(self, tensor: Tensor, kind: str) -> None:
         """Say what it holds."""
         block = self.live.get(tensor.untyped_storage()._cdata)
         if block is not None and block.kind != kind:
@@ -151,7 +152,7 @@ class _Arrays(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.numpy, Tensor.tolist) and args[0].is_meta:
-            zeros = np.zeros(tuple(args[0].shape), dtype=str(args[0].dtype).removeprefix("torch."))
+            zeros = np.zeros(tuple(args[0].shape), dtype=dtype_name(args[0].dtype))
             return zeros if func is Tensor.numpy else zeros.tolist()
         return func(*args, **(kwargs or {}))
 
@@ -182,11 +183,11 @@ class Rehearsal:
         self._watch.kind = kind
         self._watch.holdings.begin(name)
 
-    def call(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
+    def label(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
         """Say what these tensors hold."""
         for tensor in tensors:
             if tensor is not None:
-                self._watch.call(tensor, kind)
+                self._watch.label(tensor, kind)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from retrofit.recipes.training.measure import MEASURED, held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
 from retrofit.recipes.training.step import Trainer
-from retrofit.weight_files import stored_dtype, weights_here
+from retrofit.weight_files import dtype_name, stored_dtype, weights_here
 
 PROBE_SECONDS = 20.0
 """A probe step that would take longer is run on one window of the batch."""
@@ -152,7 +152,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> int:
 
 def _declared_dtype(config: PreTrainedConfig) -> str | None:
     declared = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    return None if declared is None else str(declared).removeprefix("torch.")
+    return None if declared is None else dtype_name(declared)
 
 
 def _parameters(found: Estimate) -> dict[str, Any]:

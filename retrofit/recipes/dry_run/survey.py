@@ -110,7 +110,7 @@ def draft_blocks(document: Document, recipe: Recipe, vocab: int) -> list[dict[st
             "anchor": block.start - before,
             "start": block.start,
             "inputs": [None if token == MASK else int(token) for token in block.inputs],
-            "targets": [int(t) if judged else None for t, judged in zip(target, eligible, strict=True)],
+            "targets": [int(t) if counts else None for t, counts in zip(target, eligible, strict=True)],
         }
         for block, target, eligible in zip(batch.sequences[0], batch.target, batch.eligible, strict=True)
     ]

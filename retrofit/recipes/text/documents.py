@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retrofit.errors import DataError, ResourceError, UsageError
-from retrofit.recipes.text.faults import Skipped, judged
+from retrofit.recipes.text.faults import Skipped, read_or_skip
 from retrofit.recipes.text.formats import Content, content, encode, one_line
 from retrofit.recipes.text.library import stdlib
 from retrofit.recipes.text.local import FILE_SUFFIXES, Table, local
@@ -101,7 +101,7 @@ def documents(
         one = opened[number]
         rng = random.Random(seed if number == turn == 0 else f"{seed} {number} {turn}") if part == "train" else None
         for row in one.source.rows(part, rng):
-            made = judged(skipped, _document, row, tokenizer, vocab, one.name)
+            made = read_or_skip(skipped, _document, row, tokenizer, vocab, one.name)
             if made is not None:
                 mark = (f"{number}/" if len(opened) > 1 else "") + made.id + (f"~{turn}" if turn else "")
                 yield replace(made, id=mark)

@@ -49,7 +49,7 @@ class Skipped:
         """As JSON."""
         return [[row.kind, row.where, row.problem, row.advice] for row in self.rows.values()]
 
-    def take_up(self, packed: Iterable[Sequence[str]]) -> None:
+    def restore(self, packed: Iterable[Sequence[str]]) -> None:
         """Add what `pack` gave in an earlier run: rows are met again only from the epoch on that is gone on with."""
         for row in packed:
             self.add(RowError(*row))
@@ -74,7 +74,7 @@ class Skipped:
         return f"skipped {total} bad row{'' if total == 1 else 's'}" + (f" ({parts})" if parts else "")
 
 
-def judged(skipped: Skipped | None, make: Callable[..., Made], *arguments: Any) -> Made | None:
+def read_or_skip(skipped: Skipped | None, make: Callable[..., Made], *arguments: Any) -> Made | None:
     """What `make(*arguments)` returns; None for a bad row where those are skipped, else its RowError is raised."""
     try:
         return make(*arguments)

@@ -2,14 +2,18 @@
 
 A record has `messages` (a conversation, rendered by the tokenizer's chat template), or `prompt` and
 `response`, or `text`.  Text and responses end with the tokenizer's EOS token, conversations with what the
-template writes, so that the end is drafted too.  Not here: where records come from.
+template writes, so that the end is drafted too.  Of a conversation the responses are what the template itself marks by
+`{% generation %}`; where it marks nothing they are found by what it writes around a message.
+Not here: where records come from.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from retrofit.recipes.text.faults import RowError
@@ -170,12 +174,55 @@ def _chat_tokens(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: s
     if not tokenizer.is_fast:
         hint = "give records of `prompt` and `response`"
         raise RowError("template", where, "conversations need a fast tokenizer", hint)
+    found = _marked(messages, tokenizer, where) or _surrounded(messages, tokenizer, where)
+    if not any(found[1]):
+        raise RowError("no_response", where, "the chat template leaves no response token", "remove the record")
+    return found
+
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _marked(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[list[int], list[bool]] | None:
+    """Tokens, and which of them the chat template marks as the assistant's; None where it marks nothing.
+
+    None also for a tokenizer that leaves characters out: transformers looks for the token of a span's last character,
+    and without one marks all that follows.
+    """
+    template = tokenizer.chat_template
+    template = template.get("default", "") if isinstance(template, dict) else template
+    if not _GENERATION.search(template):
+        return None
+    encoded = _applied(
+        messages,
+        tokenizer,
+        where,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+    )
+    if any(end < start for (_, end), (start, _) in pairwise(encoded["offset_mapping"])):
+        return None
+    return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+
+
+def _surrounded(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
+    """Tokens, and which of them lie in the assistant's turns as `_render` finds them."""
     text, spans = _render(messages, tokenizer, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    response = _inside(encoded["offset_mapping"], spans)
-    if not any(response):
-        raise RowError("no_response", where, "the chat template leaves no response token", "remove the record")
-    return list(encoded["input_ids"]), response
+    return list(encoded["input_ids"]), _inside(encoded["offset_mapping"], spans)
+
+
+def _applied(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str, **options: Any) -> Any:
+    """What the chat template makes of messages.  Raises RowError where it refuses them."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError, ValueError) as error:  # templates may also trip over what they are given
+        problem = f"the chat template refuses the messages: {one_line(error)}"
+        hint = "change the roles to those the template knows, or remove the record"
+        raise RowError("template", where, problem, hint) from None
 
 
 def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
@@ -198,15 +245,9 @@ def _render(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -
     the turn) to the end of the turn's closing token.  Templates may write a turn otherwise once others
     follow (reasoning is dropped), so spans are found by what surrounds the content, never by the content.
     """
-    from jinja2 import TemplateError
 
     def render(turns: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
-        except (TemplateError, TypeError, ValueError) as error:  # templates may also trip over what they are given
-            problem = f"the chat template refuses the messages: {one_line(error)}"
-            hint = "change the roles to those the template knows, or remove the record"
-            raise RowError("template", where, problem, hint) from None
+        return str(_applied(turns, tokenizer, where, tokenize=False, add_generation_prompt=ask))
 
     whole = render(list(messages))
     spans = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from retrofit.errors import DataError, UsageError
-from retrofit.recipes.text.faults import RowError, Skipped, judged
+from retrofit.recipes.text.faults import RowError, Skipped, read_or_skip
 from retrofit.recipes.text.formats import Content, Text, content, parse
 from retrofit.recipes.text.sources import Indexed, Source, first_by_hash
 
@@ -136,19 +136,19 @@ def _lines(path: Path, field: str | None, skipped: Skipped | None) -> Iterator[_
             if not line.raw.strip():
                 continue
             blank = False
-            if judged(skipped, line.record, path, field):
+            if read_or_skip(skipped, line.record, path, field):
                 yield _Place(path, line.offset, line.length, line.number)
     if blank:
-        judged(skipped, _refuse_empty, path, "put one JSON object on each line")
+        read_or_skip(skipped, _refuse_empty, path, "put one JSON object on each line")
 
 
 def _table_rows(path: Path, field: str | None, table: Table, skipped: Skipped | None) -> Iterator[_Place]:
     number = 0
     for number, record in enumerate(table, 1):
-        if judged(skipped, content, record, f"{path}:{number}", field):
+        if read_or_skip(skipped, content, record, f"{path}:{number}", field):
             yield _Place(path, line=number, table=table)
     if number == 0:
-        judged(skipped, _refuse_empty, path, "name a file with rows in it")
+        read_or_skip(skipped, _refuse_empty, path, "name a file with rows in it")
 
 
 def _pieces(path: Path, skipped: Skipped | None) -> Iterator[_Place]:
@@ -160,7 +160,7 @@ def _pieces(path: Path, skipped: Skipped | None) -> Iterator[_Place]:
     first, blank, nothing = 1, True, True
     with path.open("rb") as file:
         for line in _raw_lines(file):
-            text = judged(skipped, line.text, path)
+            text = read_or_skip(skipped, line.text, path)
             # a piece is closed by the line after it, so that the last one is known to be the last
             full = end - start >= PIECE and line.raw.strip()
             if not blank and (text is None or full):
@@ -173,14 +173,14 @@ def _pieces(path: Path, skipped: Skipped | None) -> Iterator[_Place]:
             elif text.strip():
                 blank = nothing = False
     if nothing:
-        judged(skipped, _refuse_empty, path, "name a file with text in it")
+        read_or_skip(skipped, _refuse_empty, path, "name a file with text in it")
     if not blank:
         yield _Place(path, start, end - start, first)
 
 
 def _whole(path: Path, skipped: Skipped | None) -> Iterator[_Place]:
     """A text file of a folder: one document, none when it is blank, like many an `__init__.py`, or bad."""
-    if judged(skipped, _has_text, path):
+    if read_or_skip(skipped, _has_text, path):
         yield _Place(path)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from retrofit.adapters.attach import Attached
-from retrofit.artifact.files import room
+from retrofit.artifact.files import json_line, room
 from retrofit.errors import ResourceError, TrainingError
 from retrofit.progress import progress
 from retrofit.recipes.processes import Processes
@@ -144,7 +144,7 @@ def _written(
     """Responses in the order of the jobs, from the cache where it has them; new ones go there one by one."""
     done = {number: found for number, job in enumerate(jobs) if cache and (found := cache.get(job.key)) is not None}
     if processes is not None:
-        told = processes.together("responses", ([job.key for job in jobs], done))
+        told = processes.exchange("responses", ([job.key for job in jobs], done))
         if any(keys != told[0][0] for keys, _ in told):
             hint = "let data.source be the same files for all of them"
             raise TrainingError("the processes read different text", hint)
@@ -159,7 +159,7 @@ def _written(
         if cache is not None:
             cache.put(jobs[number].key, tokens)
     if processes is not None:
-        for rank, theirs in enumerate(processes.together("generated", {n: done[n] for n in mine})):
+        for rank, theirs in enumerate(processes.exchange("generated", {n: done[n] for n in mine})):
             done |= theirs
             if cache is not None and rank != processes.rank:
                 for number, tokens in theirs.items():
@@ -244,7 +244,7 @@ class ResponseCache:
 
     def put(self, key: str, tokens: list[int]) -> None:
         """Add a response.  Raises ResourceError: disk full, folder not writable."""
-        line = (json.dumps({"key": key, "tokens": tokens}) + "\n").encode()
+        line = json_line({"key": key, "tokens": tokens}).encode()
         try:
             self._places[key] = self._append(line)
         except OSError as error:

@@ -117,11 +117,11 @@ def add_sequence(
         if layout.input == "noise":
             inputs = np.where(inputs == MASK, rng.integers(0, vocab, layout.block), inputs)
         blocks.append(Block(start, inputs[inside].tolist()))
-        _judge(batch, x, is_response, position, known, weight, first_clean_row, diffusion)
+        _add_targets(batch, x, is_response, position, known, weight, first_clean_row, diffusion)
     batch.sequences.append(blocks)
 
 
-def _judge(
+def _add_targets(
     batch: BlockBatch,
     x: np.ndarray,
     is_response: np.ndarray,

@@ -2,7 +2,7 @@
 
 A signal raises KeyboardInterrupt or SystemExit(143) where the program stands, so that a step of minutes does not
 delay it.  In a `held` block (weights move, a checkpoint or an artifact is written) it waits for the end of the
-block.  A second signal waits for nothing, if it comes PATIENCE seconds after the first or later: launchers such as
+block.  A second signal waits for nothing, if it comes INSIST_SECONDS after the first or later: launchers such as
 torchrun, and terminals, send the same wish twice at once.
 Not here: what is saved.
 """
@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 2.0
+INSIST_SECONDS = 2.0
 """Seconds from which a second signal is meant as one."""
 
 
@@ -37,7 +37,7 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():  # only that one may set signal handlers
             # one that is ignored, as Ctrl-C is by jobs in the background, stays so
             numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            self._previous = {number: signal.signal(number, self._arrived) for number in numbers}
+            self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -58,19 +58,19 @@ class Interrupts:
     def check(self) -> None:
         """Raise for a signal that came meanwhile, or whose exception a library swallowed."""
         if self._first is not None:
-            _leave(self._first)
+            _raise_for(self._first)
 
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._first is None:
             self._first, self._since = number, time.monotonic()
             if self._depth == 0:
-                _leave(number)
-        elif time.monotonic() - self._since >= PATIENCE:
+                _raise_for(number)
+        elif time.monotonic() - self._since >= INSIST_SECONDS:
             self.second_signal = True
-            _leave(number)
+            _raise_for(number)
 
 
-def _leave(number: int) -> None:
+def _raise_for(number: int) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

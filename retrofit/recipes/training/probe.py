@@ -29,7 +29,7 @@ from retrofit.runtime.request import CYCLES
 
 TEMPERATURE = 0.8
 """Where responses are greedy: greedy text of small models loops, and any drafter looks brilliant on it."""
-TOGETHER = 8
+BATCH = 8
 """Requests that run together."""
 
 
@@ -55,7 +55,7 @@ class Probe:
             strategy = {"strategy": "fused", "prepare": "all", "tree": 0}
         results = engine.generate(
             self.prompts, "self_spec", max_new_tokens=self.tokens, temperature=self.temperature,
-            seed=self.seeds, batch_size=TOGETHER, original_settings=False, **strategy,
+            seed=self.seeds, batch_size=BATCH, original_settings=False, **strategy,
         )  # fmt: skip
         stats = [result.stats for result in results]
         tokens, forwards = sum(s.tokens for s in stats), sum(s.decode_forwards for s in stats)
@@ -105,7 +105,7 @@ def live_probe(
         return probe
 
     def told() -> dict[str, Any]:
-        found: dict[str, Any] = processes.together("probe", probe() if processes.is_main else None)[0]
+        found: dict[str, Any] = processes.exchange("probe", probe() if processes.is_main else None)[0]
         return found
 
     return told

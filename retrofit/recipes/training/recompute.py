@@ -33,7 +33,7 @@ def recompute_layers(backend: HFBackend) -> Callable[[], None]:
     """Let every layer forget its activations between forward and backward; returns the undo."""
     layers = decoder_layers(backend)
     # `forward` and not the call: hooks on the layer, FSDP's among them, run once.
-    undone = [instead(layer, _forgetful(layer.forward, backend)) for layer in layers]
+    undone = [instead(layer, _recomputed(layer.forward, backend)) for layer in layers]
 
     def undo() -> None:
         for one in undone:
@@ -42,7 +42,7 @@ def recompute_layers(backend: HFBackend) -> Callable[[], None]:
     return undo
 
 
-def _forgetful(forward: Callable[..., Any], backend: HFBackend) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], backend: HFBackend) -> Callable[..., Any]:
     def run(*arguments: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **named)

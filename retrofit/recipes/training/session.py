@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from retrofit.artifact.files import json_line
 from retrofit.errors import TrainingError, UsageError
 from retrofit.recipes.text.faults import Skipped
 from retrofit.recipes.training.checkpoint import Checkpoint, Checkpoints, differences
@@ -90,7 +91,7 @@ class Session:
         state = {kind: checkpoint.tensors(f"{kind}.safetensors") for kind in ("weights", "optimizer")}
         self.trainer.load_state(state, checkpoint.step)
         if self.skipped is not None:
-            self.skipped.take_up(checkpoint.state["skipped"])
+            self.skipped.restore(checkpoint.state["skipped"])
         self.history, self.run_id = history, checkpoint.state.get("run", self.run_id)
         self._place, self._saved, self._earlier = place, checkpoint.step, float(checkpoint.state["seconds"])
 
@@ -110,7 +111,7 @@ class Session:
             begin = time.perf_counter()
             batches = [self.order.batch() for _ in range(train.accumulation)]
             result = self.trainer.gradients(batches)
-            self._judge(result, batches)
+            self._check_loss(result, batches)
             with self.interrupts.held():
                 self._place = None  # until all parts of the state are those of one step again
                 self.trainer.update()
@@ -141,7 +142,7 @@ class Session:
     def _report(self, on_step: Callable[[int, dict[str, Any]], None]) -> None:
         """Write down and show the step just done, and save it where that is due."""
         train, step, record = self.trainer.recipe.train, self.trainer.steps_done, self.history[-1]
-        self.checkpoints.add_metrics(json.dumps(record) + "\n")
+        self.checkpoints.add_metrics(json_line(record))
         on_step(step, record)
         if (train.save_every and step % train.save_every == 0) or step in self._needed(self.history):
             self.save()
@@ -200,7 +201,7 @@ class Session:
             tensors = self.trainer.state()
             contents: dict[str, Any] = {f"{kind}.safetensors": tensors[kind] for kind in ("weights", "optimizer")}
             contents["documents.safetensors"] = documents
-            contents["state.json"] = (json.dumps(state) + "\n").encode()
+            contents["state.json"] = json_line(state).encode()
             contents["metrics.jsonl"] = self.metrics()
             folder = self.checkpoints.save(step, contents)
             self._saved = step
@@ -209,7 +210,7 @@ class Session:
 
     def metrics(self, steps: int | None = None) -> bytes:
         """metrics.jsonl as it has to be, of the first so many steps or of all."""
-        return "".join(json.dumps(record) + "\n" for record in self.history[:steps]).encode()
+        return "".join(json_line(record) for record in self.history[:steps]).encode()
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
         slots = slot_report(result.sums)
@@ -225,7 +226,7 @@ class Session:
             **({} if result.seconds_clean is None else {"seconds_clean": round(result.seconds_clean, 4)}),
         }
 
-    def _judge(self, result: StepResult, batches: Sequence[Batch]) -> None:
+    def _check_loss(self, result: StepResult, batches: Sequence[Batch]) -> None:
         """Raises TrainingError for a step that must not be taken."""
         recent = self.history[max(self.trainer.recipe.train.warmup, len(self.history) - MEDIAN_OF) :]
         untrained = self.history[0]["loss"] if self.history else result.loss

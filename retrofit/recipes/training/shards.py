@@ -58,7 +58,7 @@ def shard(attached: Attached, backend: HFBackend, processes: Processes) -> None:
 
 def _in_step(forward: Callable[..., Tensor], processes: Processes) -> Callable[..., Tensor]:
     def run_trunk(plan: RowPlan, cache: KVCache) -> Tensor:
-        processes.together("forward and backward" if torch.is_grad_enabled() else "forward")
+        processes.exchange("forward and backward" if torch.is_grad_enabled() else "forward")
         return forward(plan, cache)
 
     return run_trunk

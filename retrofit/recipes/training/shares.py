@@ -29,7 +29,7 @@ from retrofit.recipes.training.order import Batch
 Anchors = list[dict[str, list[int]]]
 
 
-def deal(loads: Sequence[int], size: int) -> list[list[int]]:
+def assign(loads: Sequence[int], size: int) -> list[list[int]]:
     """Which items each of `size` processes takes, by number: the heaviest first, each to whoever has least so far.
 
     With as many items as processes or more, everyone gets one.
@@ -74,18 +74,18 @@ class Shares:
 
     def __init__(self, batches: Sequence[Batch], processes: Processes, rows: int):
         self.processes, self.batches = processes, batches
-        self.dealt = [deal([len(d.tokens) + rows for d, _ in batch], processes.size) for batch in batches]
+        self.assigned = [assign([len(d.tokens) + rows for d, _ in batch], processes.size) for batch in batches]
 
-    def mine(self) -> list[Batch]:
-        own = [shares[self.processes.rank] for shares in self.dealt]
+    def own_batches(self) -> list[Batch]:
+        own = [shares[self.processes.rank] for shares in self.assigned]
         return [[batch[item] for item in share] for batch, share in zip(self.batches, own, strict=True)]
 
-    def agree(self, trained: Sequence[Tensor], anchors: Anchors) -> Anchors:
+    def merge_anchors(self, trained: Sequence[Tensor], anchors: Anchors) -> Anchors:
         """The anchors of all documents, in their order.
 
         Raises TrainingError where the processes read different text or hold different weights.
         """
-        told = self.processes.together("step", (_digest(self.batches), checksum(trained), anchors))
+        told = self.processes.exchange("step", (_digest(self.batches), checksum(trained), anchors))
         for what, number in (("read different text", 0), ("hold different weights", 1)):
             if any(value[number] != told[0][number] for value in told):
                 wrong = [str(rank) for rank, value in enumerate(told) if value[number] != told[0][number]]
@@ -96,7 +96,7 @@ class Shares:
                 raise TrainingError(f"processes 0 and {', '.join(wrong)} {what}", hint)
         queues = [iter(value[2]) for value in told]
         ordered: Anchors = []
-        for shares in self.dealt:
+        for shares in self.assigned:
             by_item = {item: next(queues[rank]) for rank, share in enumerate(shares) for item in share}
             ordered += [by_item[item] for item in sorted(by_item)]
         return ordered
@@ -141,7 +141,7 @@ def _unpacked(sums: Sums, drafts: int, numbers: Tensor) -> tuple[int, int]:
     return int(clean), int(draft)
 
 
-class Looking(Checkpoints):
+class ReadOnlyCheckpoints(Checkpoints):
     """The checkpoints as another process than the main one has them: it reads them and writes nothing."""
 
     def save(self, step: int, contents: Contents) -> Path:
@@ -164,24 +164,24 @@ class Looking(Checkpoints):
 def shared_checkpoints(out: Path, processes: Processes | None) -> Iterator[Checkpoints]:
     """`checkpoints(out)` of the main process, which holds the lock; the others look on.  Raises what that raises."""
     if processes is not None and not processes.is_main:
-        processes.together("lock")
+        processes.exchange("lock")
         if not folder_of(out).is_dir():
             raise UsageError(
                 f"process {processes.rank} does not see {folder_of(out)}, which the main process has made",
                 "put the output (-o) where all processes see it",
             )
-        yield Looking(folder_of(out))
+        yield ReadOnlyCheckpoints(folder_of(out))
         return
     with checkpoints(out) as saved:
         if processes is not None:
-            processes.together("lock")
+            processes.exchange("lock")
         yield saved
 
 
 def same_start(processes: Processes, settings: dict[str, Any], newest: Checkpoint | None) -> None:
     """Raises UsageError where the processes were told different things or see different checkpoints."""
     step = newest.step if newest is not None else 0
-    told = processes.together("start", (settings, step))
+    told = processes.exchange("start", (settings, step))
     for rank, (other, seen) in enumerate(told):
         if seen != told[0][1]:
             raise UsageError(

@@ -98,7 +98,7 @@ class Trainer:
         shares = None
         if self.processes is not None:
             shares = Shares(batches, self.processes, self.recipe.train.anchors * self.attached.layout.block)
-            batches = shares.mine()
+            batches = shares.own_batches()
         sums, self._seconds_clean = Sums(), 0.0
         draft_gradients = [torch.zeros_like(p) for p in self.trained]
         diff_gradients = [torch.zeros_like(p) for p in self.trained]
@@ -108,7 +108,7 @@ class Trainer:
             rows = self._accumulate(batch, sums, draft_gradients, diff_gradients, anchors)
             clean_rows, draft_rows = clean_rows + rows[0], draft_rows + rows[1]
         if shares is not None:
-            anchors = shares.agree(self.trained, anchors)
+            anchors = shares.merge_anchors(self.trained, anchors)
             both, drafts = [*draft_gradients, *diff_gradients], self.attached.layout.drafts
             clean_rows, draft_rows = shares.add_up(sums, drafts, (clean_rows, draft_rows), both)
         self._set_gradients(sums, draft_gradients, diff_gradients)
@@ -206,10 +206,10 @@ class Trainer:
             missed = missed_anchors(first_group, best.cpu().numpy(), len(documents))
             rows += len(run("missed", again, missed)[0]) * layout.block
         teacher.forget()
-        _take(self.trained, draft_gradients)
+        _move_gradients(self.trained, draft_gradients)
         if diffusion:
             rows += len(run("masked", diffusion)[0]) * layout.block
-            _take(self.trained, diff_gradients)
+            _move_gradients(self.trained, diff_gradients)
         return int(clean_hidden.shape[0]), rows
 
     def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
@@ -245,7 +245,7 @@ def clean_forward(backend: HFBackend, documents: list[Document]) -> tuple[KVCach
     return cache, hidden
 
 
-def _take(parameters: list[nn.Parameter], buffers: list[Tensor]) -> None:
+def _move_gradients(parameters: list[nn.Parameter], buffers: list[Tensor]) -> None:
     """Move gradients into the buffers of the term they belong to."""
     for p, buffer in zip(parameters, buffers, strict=True):
         if p.grad is not None:

@@ -20,7 +20,7 @@ from retrofit.recipes import convert as conversion
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.text.regenerate import ResponseCache
 from retrofit.recipes.training.shards import shard
-from retrofit.recipes.training.shares import deal
+from retrofit.recipes.training.shares import assign
 from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
@@ -65,7 +65,7 @@ def test_every_document_is_dealt_once_and_evenly() -> None:
     for size in (1, 2, 3, 8):
         for count in (size, size + 1, 4 * size):
             loads = torch.randint(1, 2048, (count,), generator=generator).tolist()
-            shares = deal(loads, size)
+            shares = assign(loads, size)
             assert sorted(item for share in shares for item in share) == list(range(count))
             assert all(shares)
             carried = [sum(loads[item] for item in share) for share in shares]

@@ -59,7 +59,7 @@ def stopped_waiting(out: Path, texts: Path) -> None:
             time.sleep(0.1)
 
     if rank() == 0:
-        right = Processes.together
+        right = Processes.exchange
 
         def interrupting(self: Processes, what: str, value: Any = None) -> Any:
             if what == "step" and len(curve(folder_of(out) / "metrics.jsonl")) == 3:
@@ -67,7 +67,7 @@ def stopped_waiting(out: Path, texts: Path) -> None:
             return right(self, what, value)
 
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        patch.setattr(Processes, "together", interrupting)
+        patch.setattr(Processes, "exchange", interrupting)
     else:
         at_step(4, look, patch, "gradients")
     run(out, texts)
@@ -313,5 +313,5 @@ def test_processes_that_nobody_started_are_waited_for_only_so_long(tmp_path: Pat
 
 
 def converts_live_impatiently(out: Path, texts: Path) -> None:
-    pytest.MonkeyPatch().setattr(processes, "MEETING", timedelta(seconds=1))
+    pytest.MonkeyPatch().setattr(processes, "CONNECT_TIMEOUT", timedelta(seconds=1))
     converts_live(out, texts, {})

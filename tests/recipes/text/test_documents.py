@@ -1,19 +1,13 @@
 """Text sources: which documents they give, and which tokens are responses."""
 
 import pytest
-from text_sources import CHATML, MESSAGES, TINY, answers, read, write_lines
+from text_sources import CHATML, MESSAGES, THOUGHT_LAST, TINY, answers, read, write_lines
 from transformers import AutoTokenizer
 
 from retrofit.errors import DataError
 from retrofit.recipes.text.documents import Document, windows
 
 # as Qwen3: the last answer carries an empty thought, which earlier ones lose
-THOUGHT_LAST = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # as the DeepSeek-R1 distillations: the generation prompt has more than the turn itself
 THOUGHT_ASKED = (
     "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}"

@@ -70,7 +70,7 @@ def test_the_second_signal_waits_for_nothing(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, patience: float
 ) -> None:
     """The first comes in step 3; while its checkpoint is being written comes the second, which may come too soon."""
-    monkeypatch.setattr(interrupts, "PATIENCE", patience)
+    monkeypatch.setattr(interrupts, "INSIST_SECONDS", patience)
     out, right = tmp_path / "out", files.write_file
 
     def write(path: Path, content: Any) -> Any:
@@ -89,7 +89,7 @@ def test_two_signals_while_the_weights_move(
     tmp_path: Path, texts: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, patience: float
 ) -> None:
     """torchrun sends two at once; that is no insisting."""
-    monkeypatch.setattr(interrupts, "PATIENCE", patience)
+    monkeypatch.setattr(interrupts, "INSIST_SECONDS", patience)
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)], patch)

@@ -29,7 +29,7 @@ from retrofit.runtime.host import modes
 
 LAYOUT = DraftLayout(block=4)
 PROMPTS = random_prompts((1, 7, 30, 12))
-NEW = 16
+NEW = 10
 
 
 class Layer:

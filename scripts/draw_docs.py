@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import readme_numbers as numbers
 from benchmarks.readme_numbers import ROOT
-from retrofit.artifact.folder import SCHEMA
+from retrofit.artifact.schema import SCHEMA
 from retrofit.cli.main import main as retrofit
 from retrofit.recipes import schema
 from scripts import draw_run

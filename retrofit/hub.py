@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import ResourceError, RetrofitError, UnsupportedModelError, UsageError, out_of_memory
+from retrofit.progress import downloading
 from retrofit.weight_files import INDEX, config_hash, file_fingerprint, indexed, weight_source
 
 if TYPE_CHECKING:
@@ -73,22 +74,28 @@ def locate(
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.py"] if code else [])
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
+
+    def fetch(wanted: list[str], other: list[str] | None = None) -> Path:
+        with downloading(f"downloading {name}") as bar:
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    local_files_only=offline,
+                    tqdm_class=bar,
+                    allow_patterns=wanted,
+                    ignore_patterns=other,
+                )
+            )
+
     with _hub_errors(name, revision):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        folder = fetch(patterns)
         if not weights:
             return folder
         # Of weights that lie there twice, as for other programs, only the ones that are loaded.
         index = folder / INDEX
         more = indexed(index) if index.is_file() else ["*.safetensors"]
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*patterns, *more],
-                ignore_patterns=["consolidated*", "original/*", "*/*.safetensors"],
-                local_files_only=offline,
-            )
-        )
+        return fetch([*patterns, *more], ["consolidated*", "original/*", "*/*.safetensors"])
 
 
 @contextmanager
@@ -271,6 +278,15 @@ def load_config(
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), folder
     except Exception as error:
         raise _not_loaded(name, "cpu", error) from error
+
+
+def resolved_device(device: str) -> str:
+    """The device by name: `auto` is a GPU where there is one.  Imports torch."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> None:

@@ -21,7 +21,6 @@ import click
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,6 +31,7 @@ from transformers import (
 )
 
 from retrofit.errors import RetrofitError, UsageError
+from retrofit.progress import progress, tracked
 from retrofit.recipes.schema import Data
 from retrofit.recipes.text.documents import documents
 from retrofit.recipes.text.library import HELD_OUT_LIST, stdlib_texts
@@ -94,19 +94,19 @@ def train(out: Path, steps: int, device: str, seed: int) -> None:
     model = new_model(config).to(device).train()
     optimizers = new_optimizers(model)
     batches = sequences(tokens, random.Random(seed))
-    for step in (progress := tqdm(range(steps), unit="step")):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * lr_share(step, steps)
-        rows = next(batches).to(device)
-        loss = next_token_loss(model, rows)[0].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if step % 10 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+    with progress("training", "step", steps) as shown:
+        for step in range(steps):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * lr_share(step, steps)
+            rows = next(batches).to(device)
+            loss = next_token_loss(model, rows)[0].mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            shown.advance(text=f"loss {loss.item():.3f}" if step % 10 == 0 else None)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(out)
@@ -124,7 +124,7 @@ def evaluate(folder: Path, device: str = "cpu", windows: int | None = None) -> d
     tokens = torch.tensor(token_stream(tokenizer, "held_out"))
     rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)[:windows]
     loss, hits = 0.0, 0
-    for batch in tqdm(rows.split(BATCH), unit="batch", desc="held out"):
+    for batch in tracked(rows.split(BATCH), "held out", "batch", -(-len(rows) // BATCH)):
         losses, right = next_token_loss(model, batch.to(device))
         loss += losses.double().sum().item()
         hits += int(right.sum())

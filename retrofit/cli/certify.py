@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Literal
 
 import click
 
 from retrofit.cli.options import CONTEXT, Loading, artifact_argument, base_option, engine_options, output_options
 from retrofit.cli.output import is_quiet, quieten_libraries, say
+from retrofit.cli.tables import print_table
 
 
 @click.command(context_settings=CONTEXT)
@@ -53,15 +53,13 @@ def certify(
         base=base,
         offline=loading.offline,
         trust_remote_code=loading.trust_remote_code,
-        progress=not is_quiet() and sys.stderr.isatty(),
+        progress=not is_quiet(),
     )
     path = certificate.save(folder)
     if as_json:
         click.echo(path.read_text(encoding="utf-8"), nl=False)
     else:
-        width = max(len(check.name) for check in certificate.checks)
-        for check in certificate.checks:
-            click.echo(f"{check.status:<8}  {check.name:<{width}}  {check.detail}")
+        print_table([(f"{check.status:<8}", check.name, check.detail) for check in certificate.checks])
     say(f"certified was {certificate.what}")
     say(f"wrote {path}")
     certificate.require()

@@ -19,7 +19,9 @@ import click
 
 from retrofit.cli.options import CONTEXT, output_options, skip_bad_option
 from retrofit.cli.output import emit_json, is_quiet, quieten_libraries, say
+from retrofit.cli.tables import print_table
 from retrofit.errors import DataError, UsageError
+from retrofit.progress import tracked
 
 if TYPE_CHECKING:
     from retrofit.recipes.schema import Recipe
@@ -42,16 +44,14 @@ class Text:
     offline: bool
 
     def documents(self, part: Part, skipped: Skipped | None, progress: str | None = None) -> Iterator[Document]:
-        from tqdm import tqdm
-
         from retrofit.recipes.text.documents import documents
 
         read = documents(
             self.recipe.data, self.tokenizer, part=part, seed=self.recipe.train.seed, skipped=skipped,
             vocab=self.vocab, offline=self.offline,
         )  # fmt: skip
-        hidden = progress is None or is_quiet() or not sys.stderr.isatty()
-        yield from tqdm(islice(read, self.limit), desc=progress, unit="document", disable=hidden, leave=False)
+        hidden = progress is None or is_quiet()
+        yield from tracked(islice(read, self.limit), progress or "", "document", quiet=hidden, brief=True)
 
 
 def _text_options(function: Any) -> Any:
@@ -269,15 +269,16 @@ def _print_stats(report: dict[str, Any], recipe: Recipe) -> None:
         "windows": f"{report['windows']:,} to train on, {report['dropped_windows']:,} dropped without response token",
         "anchors": f"{report['anchors']:,}; {report['unusable']:,} documents have none and are passed over",
     }
-    for name, value in rows.items():
-        click.echo(f"{name:<10} {value}")
-    sources = report.get("sources", {})
-    width = max(map(len, sources), default=0)
-    for name, found in sources.items():
-        click.echo(
-            f"{name:<{width}}  weight {found['weight']:.1%}, {found['token_share']:.1%} of the tokens of training; "
-            f"holds {found['documents']:,} documents, {found['tokens']:,} tokens"
-        )
+    print_table([*rows.items()])
+    if sources := report.get("sources"):
+        print_table([(name, _of_source(found)) for name, found in sources.items()])
+
+
+def _of_source(found: dict[str, Any]) -> str:
+    return (
+        f"weight {found['weight']:.1%}, {found['token_share']:.1%} of the tokens of training; "
+        f"holds {found['documents']:,} documents, {found['tokens']:,} tokens"
+    )
 
 
 @data.command(context_settings=CONTEXT)

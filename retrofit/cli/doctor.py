@@ -8,13 +8,14 @@ import click
 
 from retrofit.cli.options import CONTEXT, Loading, base_option, engine_options, output_options
 from retrofit.cli.output import emit_json, quieten_libraries
-from retrofit.cli.tables import aligned, gib
+from retrofit.cli.tables import gib, print_table
 
 if TYPE_CHECKING:
     from retrofit.eval.doctor import Diagnosis
     from retrofit.runtime.backends.hf.exact_rows import Priced
 
-COLUMNS = ("what", "shape", "kernel", "rows", "bits")
+LEVELS = ("level", "holds", "rows", "ar, ms a step", "price")
+CHECKS = ("what", "shape", "kernel", "rows", "bits")
 
 
 @click.command(context_settings=CONTEXT)
@@ -57,7 +58,8 @@ def doctor(folder: str | None, base: str | None, loading: Loading, as_json: bool
     # Printed first: whatever fails below, this is what a report about it needs.
     facts = environment()
     if not as_json:
-        click.echo(f"{environment_table(facts)}\n")
+        print_table(environment_rows(facts))
+        click.echo()
     diagnosis = diagnose(
         folder,
         base,
@@ -67,16 +69,17 @@ def doctor(folder: str | None, base: str | None, loading: Loading, as_json: bool
         exact=loading.exact,
         offline=loading.offline,
         trust_remote_code=loading.trust_remote_code,
+        progress=True,
     )
     if as_json:
         emit_json({"environment": facts, **diagnosis.to_dict()}, indent=2)
     else:
-        click.echo(table(diagnosis))
+        show(diagnosis)
     if diagnosis.problem is not None:
         raise diagnosis.problem
 
 
-def environment_table(facts: dict[str, Any]) -> str:
+def environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """`environment` for people: one line per fact."""
     from retrofit.eval.doctor import PACKAGES
 
@@ -100,25 +103,25 @@ def environment_table(facts: dict[str, Any]) -> str:
     ]
     if facts["TRITON_INTERPRET"] is not None:
         lines.append(("TRITON_INTERPRET", facts["TRITON_INTERPRET"]))
-    width = max(len(name) for name, _ in lines) + 2
-    return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
+    return lines
 
 
-def table(found: Diagnosis) -> str:
-    """The checks and the verdict, for people."""
-    if not found.checks and not found.levels:
-        return found.verdict
-    bucket = f" of {found.bucket} rows" if found.bucket else ""
-    parts = [f"{found.model} in {found.dtype} on {found.device}, backend {found.backend}, exact={found.exact}{bucket}"]
+def show(found: Diagnosis) -> None:
+    """Print the checks and the verdict."""
+    if found.checks or found.levels:
+        bucket = f" of {found.bucket} rows" if found.bucket else ""
+        click.echo(
+            f"{found.model} in {found.dtype} on {found.device}, backend {found.backend}, exact={found.exact}{bucket}\n"
+        )
     if found.levels:
         off = found.levels[0].seconds or 1.0
-        parts.append(
-            aligned([("level", "holds", "rows", "ar, ms a step", "price"), *(_priced(x, off) for x in found.levels)])
-        )
+        print_table([_priced(level, off) for level in found.levels], LEVELS)
+        click.echo()
     if found.checks:
         cells = [(c.what, c.shape, c.kernel, c.rows, "equal" if c.equal else "DIFFER") for c in found.checks]
-        parts.append(aligned([COLUMNS, *cells]))
-    return "\n\n".join([*parts, found.verdict])
+        print_table(cells, CHECKS)
+        click.echo()
+    click.echo(found.verdict)
 
 
 def _priced(found: Priced, off: float) -> tuple[str, ...]:

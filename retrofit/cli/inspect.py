@@ -8,7 +8,7 @@ import click
 
 from retrofit.cli.options import CONTEXT, artifact_argument, output_options
 from retrofit.cli.output import emit_json
-from retrofit.cli.tables import facts
+from retrofit.cli.tables import facts, print_table
 
 
 @click.command(context_settings=CONTEXT)
@@ -29,11 +29,14 @@ def inspect(folder: str, as_json: bool) -> None:
     if as_json:
         emit_json(described, indent=2)
     else:
-        click.echo(table(described))
+        print_table([*facts_of(described).items()])
+        click.echo("files")
+        column = max(len(f"{size:,}") for size in described["files"].values())
+        print_table([(f"  {size:>{column},}", name) for name, size in described["files"].items()])
 
 
-def table(described: dict[str, Any]) -> str:
-    """`describe` for people: one line per fact."""
+def facts_of(described: dict[str, Any]) -> dict[str, str]:
+    """`describe` for people, but for the files."""
     base, draft, adapter = described["base"], described["draft"], described["adapter"]
     parameters, training = described["parameters"], described["training"]
     added = parameters["adapter"] + parameters["heads"]
@@ -42,7 +45,7 @@ def table(described: dict[str, Any]) -> str:
     heads += ["confidence"] if adapter["confidence"] else []
     revision = f" @ {base['revision']}" if base["revision"] else ""
     modules = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapter["modules"]}))
-    lines = {
+    return {
         "artifact": described["artifact"],
         "written by": f"retrofit {described['retrofit']}, format {described['format']}",
         "base": f"{base['model']}{revision} ({base['architecture']})",
@@ -57,11 +60,6 @@ def table(described: dict[str, Any]) -> str:
         "training": facts(training) or "not recorded",
         "certificate": _verdict(described["certificate"]),
     }
-    width = max(map(len, lines)) + 2
-    rows = [f"{name:<{width}}{line}" for name, line in lines.items()]
-    sizes = described["files"]
-    column = max(len(f"{size:,}") for size in sizes.values())
-    return "\n".join([*rows, "files", *(f"  {size:>{column},}  {name}" for name, size in sizes.items())])
 
 
 def _verdict(content: dict[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrofit.cli.output import quieten_libraries, say
+from retrofit.progress import silent
 
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
@@ -29,6 +30,8 @@ EXACT = ["auto", "off", "bucket", "invariant"]
 def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
     if value:
         ctx.meta[f"retrofit.{parameter.name}"] = True
+        if parameter.name == "quiet":
+            ctx.with_resource(silent())
     return value
 
 
@@ -64,11 +67,9 @@ class Loading:
     @property
     def device(self) -> str:
         """The device by name; `auto` is resolved here.  Imports torch."""
-        if self.device_name != "auto":
-            return self.device_name
-        import torch
+        from retrofit.hub import resolved_device
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return resolved_device(self.device_name)
 
     def engine(self, artifact: str, base: str | None) -> Engine:
         """Load an artifact.  Raises what `Engine.load` raises."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from retrofit.progress import silent
+
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine, Result
 
@@ -25,7 +27,9 @@ def is_quiet() -> bool:
 
 def be_quiet() -> None:
     """As if the running command had been given -q."""
-    click.get_current_context().meta[QUIET] = True
+    context = click.get_current_context()
+    context.meta[QUIET] = True
+    context.with_resource(silent())
 
 
 def say(message: str) -> None:

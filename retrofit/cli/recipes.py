@@ -6,6 +6,7 @@ import click
 
 from retrofit.cli.options import CONTEXT, output_options
 from retrofit.cli.output import emit_json
+from retrofit.cli.tables import print_table
 
 
 @click.group(context_settings=CONTEXT)
@@ -34,9 +35,7 @@ def recipes_ls(as_json: bool) -> None:
     if as_json:
         emit_json([{"name": name, "base": base} for name, base in bases.items()])
         return
-    width = max(map(len, bases))
-    for name, base in bases.items():
-        click.echo(f"{name:<{width}}  {base or 'any model'}")
+    print_table([(name, base or "any model") for name, base in bases.items()])
 
 
 @recipes.command("show", context_settings=CONTEXT)

@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,6 @@ from typing import Any, Literal
 import torch
 import transformers
 import yaml
-from tqdm import tqdm
 
 from retrofit import __version__
 from retrofit.artifact import folder as artifacts
@@ -44,6 +42,7 @@ from retrofit.eval.exactness import Verdict
 from retrofit.eval.subject import Subject, token_prompts
 from retrofit.hub import locate
 from retrofit.machine import cpu_name
+from retrofit.progress import progress as shown
 from retrofit.runtime.engine import Engine
 from retrofit.weight_files import dtype_name
 
@@ -157,7 +156,7 @@ def certify(
     folder is loaded (an engine stays as it is).  backend, exact: as `Engine.load`, which the folder is loaded by: what
     is certified is what runs.  base: folder or Hub id of the original checkpoint; a folder knows its own, a live
     engine needs it for the check of the base weights.  prompts: texts or token ids in place of held-out text of the
-    recipe's source.  progress: a bar on stderr.
+    recipe's source.  progress: on stderr, as `retrofit.progress` shows it.
 
     A check that fails is part of the answer; raises only what loading raises (UsageError, ArtifactError,
     ResourceError, UnsupportedModelError, and GateError for a level that does not hold here).
@@ -169,12 +168,12 @@ def certify(
     if folder is not None:
         artifacts.check(folder)
     checks: list[Check] = []
-    with tqdm(total=len(CHECKS), disable=not progress, file=sys.stderr, leave=False, unit="check") as bar:
+    with shown("certifying", "check", len(CHECKS), quiet=not progress, brief=True) as bar:
 
         def run(name: str, function: Callable[[], Verdict]) -> Check:
-            bar.set_description(name)
+            bar.about(name)
             checks.append(_run(name, function))
-            bar.update()
+            bar.advance()
             return checks[-1]
 
         kept = run("artifact", lambda: _artifact(target))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from retrofit import __version__
 from retrofit.artifact import folder as artifacts
 from retrofit.errors import GateError, ResourceError, RetrofitError, UnsupportedModelError
-from retrofit.hub import EMBEDDED, check_device, load_base
+from retrofit.hub import EMBEDDED, check_device, load_base, resolved_device
+from retrofit.progress import progress as shown
 
 if TYPE_CHECKING:
     from retrofit.runtime.backends.fused.backend import FusedGQA
@@ -97,48 +99,60 @@ class _Asked:
     exact: str
     offline: bool
     trust_remote_code: bool
+    stage: Callable[[str], None]
+    """Says what begins now."""
 
 
 def diagnose(
     folder: str | None = None,
     base: str | None = None,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "auto",
     backend: str = "auto",
     exact: str = "auto",
     offline: bool = False,
     trust_remote_code: bool = False,
+    progress: bool = False,
 ) -> Diagnosis:
     """Run the self-test for an artifact's model; without an artifact, for a base alone, the embedded one by default.
 
-    The other options are those of `Engine.load`.  What this machine lacks is part of the result.  Raises
-    ArtifactError, UsageError, ResourceError or UnsupportedModelError for an artifact, a base or the name of a device
-    that is no good.
+    progress: on stderr, as `retrofit.progress` shows it.  The other options are those of `Engine.load`.  What this
+    machine lacks is part of the result.  Raises ArtifactError, UsageError, ResourceError or UnsupportedModelError for
+    an artifact, a base or the name of a device that is no good.
     """
-    asked = _Asked(device, dtype, backend, exact, offline, trust_remote_code)
-    artifact = artifacts.read(Path(folder)) if folder else None
+    artifact, device = artifacts.read(Path(folder)) if folder else None, resolved_device(device)
     try:
         check_device(device)
     except ResourceError as error:
         return _untested(device, error)
+    with shown("testing", "stage", quiet=not progress, brief=True) as work:
+
+        def stage(name: str) -> None:
+            work.advance(1 if work.text else 0, name)
+
+        return _tested(_Asked(device, dtype, backend, exact, offline, trust_remote_code, stage), artifact, base)
+
+
+def _tested(asked: _Asked, artifact: artifacts.Artifact | None, base: str | None) -> Diagnosis:
     lacking = _lacking(asked)
     if lacking is not None:
-        if backend == "fused":
-            return _untested(device, lacking)
+        if asked.backend == "fused":
+            return _untested(asked.device, lacking)
         return _own_modules(asked, artifact, base, lacking)
     from retrofit.runtime.backends import interface
     from retrofit.runtime.backends.fused.self_test import self_test
     from retrofit.runtime.backends.fused.weights import unsupported
     from retrofit.runtime.loading import fused_backend, text_config
 
+    asked.stage("looking at the base's files")
     named = artifact.config["base"] if artifact else {}
     files = load_base(
         base or (artifacts.base_of(artifact.folder, artifact.config) if artifact else EMBEDDED),
         None if base else named.get("revision"),
-        device=device,
-        trust_remote_code=trust_remote_code,
-        offline=offline,
+        device=asked.device,
+        trust_remote_code=asked.trust_remote_code,
+        offline=asked.offline,
         need_tokenizer=False,
         with_model=False,
     )
@@ -146,12 +160,14 @@ def diagnose(
     reason = unsupported(text_config(files.folder))
     if reason is not None:
         unfit = UnsupportedModelError(f"our kernels cannot run {files.name}: {reason}")
-        if backend == "fused":
-            return _untested(device, unfit)
+        if asked.backend == "fused":
+            return _untested(asked.device, unfit)
         return _own_modules(asked, artifact, base, unfit)
-    kind = named.get("dtype", "auto") if dtype == "auto" else dtype
-    level = "bucket" if exact == "auto" else exact
-    fused = fused_backend(files, artifact, device, kind, level, interface.BUCKET_ROWS)
+    kind = named.get("dtype", "auto") if asked.dtype == "auto" else asked.dtype
+    level = "bucket" if asked.exact == "auto" else asked.exact
+    asked.stage("loading the base")
+    fused = fused_backend(files, artifact, asked.device, kind, level, interface.BUCKET_ROWS)
+    asked.stage("comparing rows")
     return _judged(fused, files.name, self_test(fused, fused.layout.drafts))
 
 
@@ -185,6 +201,7 @@ def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str |
 
     options: dict[str, Any] = {"offline": asked.offline, "trust_remote_code": asked.trust_remote_code}
     dtype = asked.dtype
+    asked.stage("loading the base")
     if artifact is not None:
         engine = Engine.load(artifact.folder, asked.device, dtype, exact="off", backend="hf", base=base, **options)
         name = base or str(artifact.folder)
@@ -195,7 +212,9 @@ def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str |
     with engine:
         backend: HFBackend = engine.backend  # type: ignore[assignment]
         drafts = engine.layout.drafts
+        asked.stage("comparing rows, timing levels")
         levels = survey(backend, drafts)
+        asked.stage("choosing a level")
         problem = None
         try:
             settled = settle(backend, asked.exact, drafts)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
 from retrofit.errors import GateError, ResourceError, TrainingError
 from retrofit.hub import Base
+from retrofit.progress import progress as shown
 from retrofit.recipes.naming import resolved_name
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.publish import publish
@@ -256,14 +256,7 @@ def _announce(job: _Job, session: Session) -> None:
 def _train(job: _Job, session: Session, tracker: tracking.Tracker, interrupts: Interrupts) -> None:
     """Train the steps that are left, and put the weights that are to be published into the model."""
     train, say = job.plan.train, _say(job.quiet)
-    with tqdm(
-        initial=session.steps_reported,
-        total=train.steps,
-        unit="step",
-        disable=job.quiet,
-        file=sys.stderr,
-        dynamic_ncols=True,
-    ) as bar:
+    with shown("training", "step", train.steps, done=session.steps_reported, quiet=job.quiet) as bar:
         session.run(progress(bar, tracker))
     done = session.trainer.steps_done
     if train.save_every or session.published["step"] != done:

@@ -1,8 +1,8 @@
 """An artifact that an earlier commit wrote loads, and decodes what that commit decoded.
 
 of_0479a83/ was written there by `retrofit convert adapter.rank=4 adapter.alpha=8 adapter.markov_rank=8 train.steps=12
-train.warmup=2 train.batch_size=4 train.anchors=16`; of_0479a83.json holds what its `Engine.generate` gave, in fp32 on a
-CPU, with seed 3.
+train.warmup=2 train.batch_size=4 train.anchors=16`, but for the base's folder in adapter_config.json, which is short;
+of_0479a83.json holds what its `Engine.generate` gave, in fp32 on a CPU, with seed 3.
 """
 
 import json

@@ -6,6 +6,7 @@ import pytest
 from commands import done, run
 
 import retrofit
+from retrofit import progress
 from retrofit.artifact import folder as artifact
 from retrofit.eval import certify
 
@@ -13,6 +14,7 @@ from retrofit.eval import certify
 def test_certify_writes_the_certificate_and_prints_the_checks(own, monkeypatch):
     monkeypatch.setitem(certify.LEVELS, "quick", certify.Size(prompts=2, tokens=8, samples=0))
     monkeypatch.setattr(certify, "distribution", lambda *_: certify.Verdict(True, "not run here", {}))
+    monkeypatch.setattr(progress, "EVERY", float("inf"))
     result = run("certify", own, "--dtype", "float32")
     assert result.exit_code == 0, result.output
     content = json.loads((own / "certificate.json").read_text())

@@ -13,6 +13,7 @@ from text_sources import CHATML, MESSAGES, write_lines
 from tiny_models import VOCABULARY, build
 from transformers import AutoTokenizer
 
+from retrofit import progress
 from retrofit.adapters.layout import DraftLayout
 from retrofit.cli import main as cli
 from retrofit.cli.data import _pieces
@@ -202,6 +203,16 @@ def test_token_shares_are_those_of_training(base, tmp_path):
 def test_stats_for_people(base, source):
     text = done("data", "stats", source, *KEYS, "--model", base)
     assert text.startswith("documents  4\ntokens ") and "longer than data.max_length 24" in text
+
+
+def test_progress_goes_to_stderr_and_not_with_q(base, source, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    order = ["data", "stats", source, *KEYS, "--model", base, "--json"]
+    shown, quiet = run(*order), run(*order, "-q")
+    assert shown.stderr.startswith("counting: 1 documents, 0:00:0")
+    assert quiet.stderr == ""
+    assert json.loads(shown.stdout) == json.loads(quiet.stdout)
+    assert run(*order).stderr != "", "what -q asked for ends with its command"
 
 
 def test_bad_rows_stop_stats_and_preview_unless_skipped(base, tmp_path):

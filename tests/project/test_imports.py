@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import its own layer and those below.  Others (`__init__.py`, `cli/`) are the face, on top.
 LAYERS = {"errors": 0, "adapters": 2, "runtime": 3, "recipes": 4, "eval": 5}
-LAYERS |= dict.fromkeys(("artifact", "hub", "launch", "machine", "weight_files"), 1)
+LAYERS |= dict.fromkeys(("artifact", "hub", "launch", "machine", "progress", "weight_files"), 1)
 FACE = 6
 
 
@@ -142,3 +142,8 @@ def test_lazy_names_are_listed_and_others_refused():
 @pytest.mark.parametrize("name", ["Engine", "convert", "certify"])
 def test_lazy_names_lead_somewhere(name):
     assert getattr(retrofit, name).__module__.startswith("retrofit.")
+
+
+def test_the_package_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "retrofit", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"retrofit {retrofit.__version__}\n")

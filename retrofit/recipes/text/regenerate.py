@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -27,11 +26,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from retrofit.adapters.attach import Attached
 from retrofit.artifact.files import json_line, room
 from retrofit.errors import ResourceError, TrainingError
+from retrofit.progress import progress
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.sources import document_rng, stable_hash
@@ -184,14 +183,11 @@ def _generated(
         original_settings=False,  # the drafter learns the model's own distribution
         with_text=False,
     )
-    with tqdm(
-        total=known + len(numbers), initial=known, desc="regenerating", unit="response", disable=quiet, leave=False,
-        file=sys.stderr, dynamic_ncols=True,
-    ) as bar:  # fmt: skip
+    with progress("regenerating", "response", known + len(numbers), done=known, quiet=quiet) as shown:
         for event in events:
             if event.result is not None:
                 yield numbers[event.index], event.result.tokens
-                bar.update()
+                shown.advance()
 
 
 def prompt_length(document: Document, seed: int) -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
-
+from retrofit.progress import Progress
 from retrofit.recipes.training import tracking
 from retrofit.recipes.training.probe import line as probed
 
 
-def progress(bar: tqdm[Any], tracker: tracking.Tracker) -> Callable[[int, dict[str, Any]], None]:
+def progress(bar: Progress, tracker: tracking.Tracker) -> Callable[[int, dict[str, Any]], None]:
     tokens, drafts, seconds, clean, latest = [0], [0], [0.0], [0.0], [""]
 
     def show(step: int, record: dict[str, Any]) -> None:
@@ -24,13 +23,11 @@ def progress(bar: tqdm[Any], tracker: tracking.Tracker) -> Callable[[int, dict[s
         loss, accept = record["loss"], record["accept"]["sampled"]
         if "probe" in record:
             latest[0] = f" probe {probed(record)}"
-        bar.set_postfix_str(
-            f"loss {loss['total']:.3f} (ar {loss['ar']:.2f} diff {loss['diff']:.2f} draft {loss['draft']:.3f} "
+        bar.advance(
+            text=f"loss {loss['total']:.3f} (ar {loss['ar']:.2f} diff {loss['diff']:.2f} draft {loss['draft']:.3f} "
             f"conf {loss['conf']:.2f}) accept {' '.join(f'{a:.2f}' for a in accept)} tau {record['tau']:.2f} "
-            f"{tokens[0] / time:,.0f} tokens/s {drafts[0] / time:,.0f} draft rows/s{cost}{latest[0]}",
-            refresh=False,
+            f"{tokens[0] / time:,.0f} tokens/s {drafts[0] / time:,.0f} draft rows/s{cost}{latest[0]}"
         )
-        bar.update()
         tracker.log(record)
 
     return show

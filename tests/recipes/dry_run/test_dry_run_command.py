@@ -100,7 +100,7 @@ def test_time_is_measured_where_the_weights_are(folder, bare_heap):
 def test_weights_on_the_hub_stay_there(folder, monkeypatch, bare_heap):
     asked = []
 
-    def snapshot(name, revision, allow_patterns, local_files_only):
+    def snapshot(name, revision, allow_patterns, local_files_only, **more):
         asked.append((name, allow_patterns))
         return str(folder)
 

@@ -1,0 +1,179 @@
+"""What we lean on in other packages without a promise that it stays: names that are private or not documented.
+
+Data only; nothing imports it but a test, which names what vanished from the versions installed, and finds private names
+in our code that are not listed here.  What one of them vanishing means is in `why`.  A new one is a last resort.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TRIED = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "triton": "3.7.1", "accelerate": "1.15.0"}
+"""The newest version of each that the tests passed with."""
+
+
+class PrivateApi(NamedTuple):
+    """One name that may vanish."""
+
+    name: str
+    """Dotted: package, module, class where there is one, name."""
+    why: str
+    used_by: tuple[str, ...]
+    """Files that use it."""
+
+
+PRIVATE_APIS = (
+    # torch
+    PrivateApi(
+        "torch.nn.Module._parameters",
+        "a weight past the module machinery, a tenth of a small model's decode step; what a module holds of its own",
+        ("retrofit/adapters/gated_lora.py", "retrofit/runtime/backends/hf/exact_products.py"),
+    ),
+    PrivateApi(
+        "torch.nn.Module._forward_hooks",
+        "whether somebody hooked the layer, which then has to be called as a module",
+        ("retrofit/adapters/gated_lora.py",),
+    ),
+    PrivateApi("torch.nn.Module._forward_pre_hooks", "as `_forward_hooks`", ("retrofit/adapters/gated_lora.py",)),
+    PrivateApi(
+        "torch.nn.Module._compiled_call_impl",
+        "whether a module was compiled in place, which would decode with recorded code",
+        ("retrofit/runtime/backends/hf/backend.py",),
+    ),
+    PrivateApi(
+        "torch._dynamo.eval_frame._torchdynamo_orig_callable",
+        "set on a function that torch.compile wrapped, which would decode with recorded code",
+        ("retrofit/runtime/backends/hf/backend.py",),
+    ),
+    PrivateApi(
+        "torch.UntypedStorage._cdata",
+        "tells two tensors of one storage from two of two: the dry run counts storages",
+        ("retrofit/recipes/dry_run/rehearsal.py",),
+    ),
+    PrivateApi(
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        "sees every operation of the dry run",
+        ("retrofit/recipes/dry_run/rehearsal.py",),
+    ),
+    PrivateApi(
+        "torch.utils._pytree.tree_iter",
+        "the tensors in what an operation of the dry run returned",
+        ("retrofit/recipes/dry_run/rehearsal.py",),
+    ),
+    PrivateApi(
+        "torch._ops.OpOverload._schema",
+        "whether an operation of the dry run works in place",
+        ("retrofit/recipes/dry_run/rehearsal.py",),
+    ),
+    PrivateApi(
+        "torch.ops.aten._local_scalar_dense",
+        "reads a value, which tensors without values cannot give",
+        ("retrofit/recipes/dry_run/rehearsal.py",),
+    ),
+    PrivateApi(
+        "torch.ops.aten._to_copy",
+        "moves a tensor, which in the dry run keeps it without values",
+        ("retrofit/recipes/dry_run/rehearsal.py",),
+    ),
+    PrivateApi(
+        "torch.ops.aten._unique2",
+        "a size that depends on values: the dry run takes the largest",
+        ("retrofit/recipes/dry_run/rehearsal.py",),
+    ),
+    PrivateApi(
+        "torch.ops.aten._grouped_mm",
+        "experts: PyTorch knows the shape of the result in bfloat16 only",
+        ("retrofit/recipes/dry_run/rehearsal.py",),
+    ),
+    PrivateApi(
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+        "the dry run of attention on the CPU",
+        ("retrofit/recipes/dry_run/rehearsal.py",),
+    ),
+    PrivateApi(
+        "torch.distributed.distributed_c10d._get_default_store",
+        "where processes leave word that one has failed",
+        ("retrofit/recipes/processes.py",),
+    ),
+    PrivateApi("torch.utils.collect_env.get_os", "`retrofit doctor`", ("retrofit/eval/doctor.py",)),
+    PrivateApi("torch.utils.collect_env.get_libc_version", "`retrofit doctor`", ("retrofit/eval/doctor.py",)),
+    # transformers
+    PrivateApi(
+        "transformers.PreTrainedConfig._experts_implementation",
+        "how routed experts are computed, which decides how draft rows are kept from base rows",
+        ("retrofit/eval/subject.py", "retrofit/runtime/backends/hf/backend.py"),
+    ),
+    PrivateApi(
+        "transformers.PreTrainedConfig._name_or_path",
+        "the name of a live model",
+        ("retrofit/recipes/training/prepare.py",),
+    ),
+    PrivateApi(
+        "transformers.GenerationConfig._from_model_config",
+        "whether a generation_config was written or derived: only one that was written may leave EOS out",
+        ("retrofit/runtime/settings.py",),
+    ),
+    PrivateApi(
+        "transformers.PreTrainedModel._is_stateful",
+        "a recurrent state cannot be rolled back, so such a model is refused",
+        ("retrofit/runtime/backends/hf/refused.py",),
+    ),
+    PrivateApi(
+        "transformers.PreTrainedModel._can_set_attn_implementation",
+        "a model that does not call the attention interface is refused",
+        ("retrofit/runtime/backends/hf/refused.py",),
+    ),
+    PrivateApi(
+        "transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected",
+        "tensors of a checkpoint that are none of the model's, when its weights are compared",
+        ("retrofit/eval/weights.py",),
+    ),
+    PrivateApi(
+        "transformers.core_model_loading.revert_weight_conversion",
+        "turns experts that were fused at load back into the tensors of the checkpoint",
+        ("retrofit/eval/weights.py",),
+    ),
+    PrivateApi(
+        "transformers.AttentionInterface._global_mapping",
+        "the benchmark's plain trainer puts its own attention in the place of ours",
+        ("benchmarks/naive_training.py",),
+    ),
+    PrivateApi(
+        "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping",
+        "every decoder there is, for the table of supported models",
+        ("benchmarks/decoders.py",),
+    ),
+    # peft
+    PrivateApi(
+        "peft.LoraConfig._register_custom_module",
+        "lets PEFT make gated layers; documented as experimental",
+        ("retrofit/adapters/attach.py",),
+    ),
+    PrivateApi(
+        "peft.utils.other.AuxiliaryTrainingWrapper",
+        "a model with somebody else's adapter is refused",
+        ("retrofit/adapters/live.py",),
+    ),
+    # accelerate
+    PrivateApi(
+        "accelerate.hooks._hf_hook",
+        "set on modules that are offloaded, which are refused",
+        ("retrofit/adapters/live.py",),
+    ),
+    # triton
+    PrivateApi(
+        "triton.runtime.interpreter._patch_lang",
+        "the interpreter replaces `tl` anew at every call; ours does so once",
+        ("retrofit/runtime/kernels/interpreter.py",),
+    ),
+    PrivateApi(
+        "triton.runtime.interpreter.InterpreterBuilder",
+        "its casts and products are made those of a GPU",
+        ("retrofit/runtime/kernels/interpreter.py",),
+    ),
+    PrivateApi(
+        "triton.runtime.interpreter.TensorHandle",
+        "what its casts and products return",
+        ("retrofit/runtime/kernels/interpreter.py",),
+    ),
+)

@@ -7,7 +7,7 @@ what samples where drafts are compared.
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.auto import cost, policy
-from retrofit.runtime.auto.cost import CostModel, Template
-from retrofit.runtime.auto.policy import AutoPolicy, tree_shape
+from retrofit.runtime.auto.cost import CostModel
+from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.device import loop as device_loop
-from retrofit.runtime.device.kinds import Kind, chain, fixed_template, kinds_of
-from retrofit.runtime.device.loop import DeviceLoop, DeviceSteps
+from retrofit.runtime.device.loop import DeviceLoop
+from retrofit.runtime.device.lowering import lowered
+from retrofit.runtime.device.steps import DeviceSteps
 from retrofit.runtime.engine import Engine, Result
 from retrofit.runtime.kernels.state import ALL, GIVEN, LAST
-from retrofit.runtime.rules.tree import grow
+from retrofit.runtime.plan import AR, Cycle, StepPlan, cut_cycle, fixed_cycle, fused, two_forward
+from retrofit.runtime.rules.tree import fixed_tree, grow
 
 WIDE = DraftLayout(block=3)
 PROMPTS = random_prompts((9, 3, 5), vocab=VOCABULARY)
@@ -49,13 +51,13 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     plain_decoder(monkeypatch)
     rng = random.Random(1)
 
-    def best(model: CostModel, batch: int, rows: int | None = None) -> Template:
-        return rng.choice([Template("ar"), *rng.sample(model.templates(rows), 4), *[Template("fused", 3, 4)] * 3])
+    def best(model: CostModel, batch: int, rows: int | None = None) -> Cycle:
+        return rng.choice([AR, *rng.sample(model.cycles(rows), 4), *[fused(3)] * 3])
 
     monkeypatch.setattr(CostModel, "best", best)
     monkeypatch.setattr(policy, "RETHINK", 1)
     monkeypatch.setattr(policy, "largest_tree", lambda *_: 4)
-    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
+    monkeypatch.setattr(cost, "REPEATS", 0)
 
 
 @pytest.fixture
@@ -79,11 +81,11 @@ def oracle(
 ) -> Engine:
     """The engine with planted drafts; request i has seed i."""
     options = WAYS[way]
-    shape = None
+    tree = None
     if "tree" in options:
-        shape = tree_shape(engine.layout, {}, options.get("prepare", "all"), options["tree"], hot)
-    engine.device_policy = AutoPolicy(engine.layout, engine.limits, RANKS)
-    return planted(engine, Planted(dict(enumerate(tokens)), mistakes, shape=shape))
+        tree = fixed_tree(engine.layout, {}, options.get("prepare", "all"), options["tree"], hot)
+    engine.device_policy = AutoPolicy(engine.layout, RANKS)
+    return planted(engine, Planted(dict(enumerate(tokens)), mistakes, tree=tree))
 
 
 def fresh(name: str = "llama", layout: DraftLayout = WIDE, eos: Sequence[int] = (), **changes: Any) -> Engine:
@@ -267,7 +269,7 @@ def test_a_step_is_read_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("faster")
 def test_auto_times_its_plans_without_touching_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "calibrate", partial(cost.calibrate, repeats=1))
+    monkeypatch.setattr(cost, "REPEATS", 1)
     engine, _ = pair(small("llama", num_hidden_layers=1), WIDE)
     tokens = tokens_of(engine, PROMPTS, "self_spec", max_new_tokens=4, batch_size=2)
     assert tokens == [t[:4] for t in truth("llama")]
@@ -290,15 +292,15 @@ def _no_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     accept = device_loop.accept
 
-    def wrong(state: Any, lanes: Tensor, shape: Any, targets: Tensor, *rest: Any) -> Any:
-        if shape.base_rows > 1:
+    def wrong(state: Any, lanes: Tensor, step: Any, targets: Tensor, *rest: Any) -> Any:
+        if step.base_rows > 1:
             rows = targets.view(len(lanes), -1).clone()
-            drafts = state.drafts[lanes, : shape.base_rows - 1]
-            kept = (rows[:, :-1] == drafts).long().cumprod(1).sum(1).clamp(max=shape.base_rows - 2)
+            drafts = state.drafts[lanes, : step.base_rows - 1]
+            kept = (rows[:, :-1] == drafts).long().cumprod(1).sum(1).clamp(max=step.base_rows - 2)
             lane = torch.arange(len(lanes), device=lanes.device)
             rows[lane, kept] = torch.where(state.num_drafts[lanes] > kept, drafts[lane, kept], rows[lane, kept])
             targets = rows.view(-1)
-        return accept(state, lanes, shape, targets, *rest)
+        return accept(state, lanes, step, targets, *rest)
 
     monkeypatch.setattr(device_loop, "accept", wrong)
 
@@ -317,8 +319,8 @@ def _noise_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 def _read_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = DeviceSteps._launch
 
-    def wrong(self: DeviceSteps, kind: Kind, template: Template, requests: list[Any], lanes: int) -> Any:
-        return launch(self, kind, template, requests[::-1], lanes)
+    def wrong(self: DeviceSteps, plan: StepPlan, requests: list[Any], lanes: int) -> Any:
+        return launch(self, plan, requests[::-1], lanes)
 
     monkeypatch.setattr(DeviceSteps, "_launch", wrong)
 
@@ -358,17 +360,17 @@ def test_a_planted_fault_changes_tokens(
 @pytest.mark.usefixtures("faster")
 @pytest.mark.parametrize("forgetful", [False, True])
 def test_drafts_are_forgotten_when_the_plan_changes(forgetful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chain, tree, chain: drafts of one shape are not verified as another's; exact they would be, but of no use."""
-    shape = grow(((0.5, 0.4), (0.5, 0.4)), 4)
-    plans = [Template("fused", 3, 4), Template("fused", 3, 4), Template("fused", 4, 5, shape), Template("fused", 2, 3)]
+    """Chain, tree, chain: drafts of one tree are not verified as another's; exact they would be, but of no use."""
+    tree = grow(((0.5, 0.4), (0.5, 0.4)), 4)
+    cycles = [fused(3), fused(3), fused(4, "all", tree), fused(2)]
     engine = fresh()
     steps: list[tuple[int, int]] = []
-    monkeypatch.setattr(AutoPolicy, "template", lambda *_: plans[min(len(steps), 3)])
+    monkeypatch.setattr(AutoPolicy, "choose", lambda *_: cycles[min(len(steps), 3)])
     launch = DeviceSteps._launch
 
-    def recorded(self: DeviceSteps, kind: Kind, *rest: Any) -> Any:
-        flight = launch(self, kind, *rest)
-        steps.append((kind.rows, int(flight.record[0, 2])))
+    def recorded(self: DeviceSteps, plan: StepPlan, *rest: Any) -> Any:
+        flight = launch(self, plan, *rest)
+        steps.append((1 + plan.verify, int(flight.record[0, 2])))
         return flight
 
     monkeypatch.setattr(DeviceSteps, "_launch", recorded)
@@ -388,23 +390,30 @@ def test_drafts_are_forgotten_when_the_plan_changes(forgetful: bool, monkeypatch
 # Plans
 
 
-def test_kinds_of_a_plan() -> None:
-    assert kinds_of(Template("ar")) == [Kind("ar", (-1,))]
-    draft, verify = kinds_of(Template("two_forward", 2))
-    assert (draft.rows, draft.blocks, draft.draft_parents) == (1, 1, chain(2))
-    assert (verify.rows, verify.blocks, verify.parents) == (3, 0, draft.draft_parents)
-    for template, hang in (
-        (Template("fused", 2, 3), ALL),
-        (Template("fused", 2, 2), GIVEN),
-        (Template("last", 2, 1), LAST),
-    ):
-        (kind,) = kinds_of(template)
-        assert (kind.parents, kind.blocks, kind.hang, kind.anchors) == (chain(2), template.prepare, hang, None)
-        assert kind.draft_parents == kind.parents
-    shape = grow(((0.5, 0.4), (0.5, 0.4)), 4)
-    (kind,) = kinds_of(Template("fused", 4, 2, shape))
-    assert (kind.parents, kind.draft_ranks) == (shape.parents, shape.ranks)
-    assert (kind.hang, kind.anchors) == (GIVEN, shape.likeliest_ends(2))
+def test_a_plan_as_tensors() -> None:
+    def chain(nodes: int) -> list[int]:
+        return list(range(-1, nodes))
+
+    def of(plan: StepPlan) -> tuple[Any, ...]:
+        step = lowered(plan, 3, "cpu")
+        anchors = None if step.anchors is None else tuple(step.anchors.tolist())
+        return step.parents.tolist(), step.blocks, step.hang, step.draft_parents.tolist(), anchors
+
+    assert of(AR[0]) == ([-1], 0, ALL, [-1], None)
+    draft, verify = two_forward(2)
+    assert of(draft) == ([-1], 1, ALL, chain(2), None)
+    assert of(verify) == (chain(2), 0, ALL, [-1], None)
+    for hang, blocks, place in (("all", 3, ALL), (3, 3, ALL), (9, 3, ALL), (2, 2, GIVEN), ("last", 1, LAST)):
+        assert of(fused(2, hang)[0]) == (chain(2), blocks, place, chain(2), None)
+    tree = grow(((0.5, 0.4), (0.5, 0.4)), 4)
+    parents = list(tree.parents)
+    assert of(fused(4, 2, tree)[0]) == (parents, 2, GIVEN, parents, tree.likeliest_ends(2))
+    assert of(fused(4, "all", tree)[0]) == (parents, 5, ALL, parents, None)
+    assert of(StepPlan(3, 2, 3, tree)) == (parents[:4], 2, GIVEN, parents[:4], tree.first(3).likeliest_ends(2))
+    step = lowered(fused(4, "all", tree)[0], 3, "cpu")
+    assert tuple(step.draft_ranks.tolist()) == tree.ranks and tuple(step.draft_depths.tolist()) == tree.depths
+    assert (step.block, step.draft_deepest, step.chain) == (3, max(tree.depths), False)
+    assert lowered(fused(2)[0], 3, "cpu").draft_ranks.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("rows", [None, 1, 2, 3, 4, 5, 8, 16, 40])
@@ -412,12 +421,13 @@ def test_kinds_of_a_plan() -> None:
 @pytest.mark.parametrize("strategy", ["ar", "two_forward", "fused"])
 def test_fixed_plans_fit_their_rows(strategy: str, prepare: str | int, rows: int | None) -> None:
     layout = DraftLayout(block=3)
-    template = fixed_template(strategy, prepare, layout, None, rows)
-    for kind in kinds_of(template):
-        assert rows is None or kind.rows + kind.blocks * layout.block <= max(rows, 1)
-        assert kind.hang != ALL or kind.blocks in (0, kind.rows)
+    cycle = cut_cycle(fixed_cycle(strategy, prepare, layout), layout, rows)
+    for plan in cycle:
+        step = lowered(plan, layout.block, "cpu")
+        assert rows is None or step.base_rows + step.draft_rows <= max(rows, 1)
+        assert step.hang != ALL or step.blocks in (0, step.base_rows)
     if rows is None and strategy == "fused":
-        assert template.verify == layout.drafts
-        assert template.prepare == (1 if prepare == "last" else 4 if prepare == "all" else min(int(prepare), 4))
+        assert cycle[0].verify == layout.drafts
+        assert cycle[0].blocks == (1 if prepare == "last" else 4 if prepare == "all" else min(int(prepare), 4))
     if rows is not None and rows < 4:
-        assert template.strategy == "ar"
+        assert cycle == AR

@@ -15,11 +15,12 @@ from torch import Tensor
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.errors import UnsupportedModelError, UsageError
-from retrofit.runtime.auto import policy
+from retrofit.runtime.auto import cost
 from retrofit.runtime.backends.fused.backend import FusedGQA
 from retrofit.runtime.backends.interface import Output
 from retrofit.runtime.backends.levels import EXACT
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.rules.tree import fixed_tree
 
 FAMILIES = ("llama", "mistral_window", "qwen2", "qwen3")
 FORWARD = ("llama", "llama_tied", "llama_mqa", "mistral_window", "qwen2_window", "qwen3_window")
@@ -144,7 +145,7 @@ WAYS: dict[str, Sequence[tuple[str, int, dict[str, Any]]]] = {
 
 @pytest.fixture(autouse=True)
 def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
+    monkeypatch.setattr(cost, "REPEATS", 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -163,8 +164,8 @@ def test_self_spec_is_ar_at_every_level(exact: str, options: dict[str, Any]) -> 
     engine, _ = pair(small("llama", num_hidden_layers=1), exact=exact)
     common = {"max_new_tokens": 7, "temperature": 0.8, "seed": 4, "batch_size": 1}
     want = tokens_of(engine, PROMPTS[1:], "ar", **common)
-    shape = policy.tree_shape(LAYOUT, {}, "all", options["tree"], True) if options else None
-    planted(engine, Planted({4: want[0]}, 0.2, shape=shape))
+    tree = fixed_tree(LAYOUT, {}, "all", options["tree"], True) if options else None
+    planted(engine, Planted({4: want[0]}, 0.2, tree=tree))
     (result,) = engine.generate(PROMPTS[1:], "self_spec", strategy="fused", **options, **common)
     assert result.tokens == want[0]
     assert max(result.stats.accepted) >= (1 if options else 2)

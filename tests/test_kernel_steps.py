@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retrofit.runtime.kernels import reference, steps
 from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
-from retrofit.runtime.kernels.state import ALL, GIVEN, LAST, State, StepShape
+from retrofit.runtime.kernels.state import ALL, GIVEN, LAST, State, StepTensors
 from retrofit.runtime.rules import accept as acceptance
 from retrofit.runtime.rules.sampling import hash_bits_plain
 from retrofit.runtime.rules.tree import accepted_path, grow
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 class Case:
     state: State
     lanes: Tensor
-    shape: StepShape
+    step: StepTensors
     parents: list[int]
     block_table: Tensor
     context: int
@@ -43,7 +43,7 @@ class Case:
     targets: Tensor
 
 
-def random_shape(rng: random.Random) -> tuple[StepShape, list[int]]:
+def random_step(rng: random.Random) -> tuple[StepTensors, list[int]]:
     if rng.random() < 0.5:
         parents = list(range(-1, rng.randint(0, 6)))
     else:
@@ -54,11 +54,11 @@ def random_shape(rng: random.Random) -> tuple[StepShape, list[int]]:
     block = rng.randint(1, 8)
     if rng.random() < 0.1:
         hang, blocks, block = GIVEN, 0, 0
-    return StepShape.of(parents, blocks, block, hang, DEVICE), parents
+    return StepTensors.of(parents, blocks, block, hang, DEVICE), parents
 
 
-def random_state(rng: random.Random, shape: StepShape, eos: list[int]) -> State:
-    nodes = shape.base_rows - 1
+def random_state(rng: random.Random, step: StepTensors, eos: list[int]) -> State:
+    nodes = step.base_rows - 1
     state = State.empty(SLOTS, CAPACITY, nodes + rng.randint(0, 2), eos, DEVICE)
     state.tokens.copy_(torch.randint(0, VOCABULARY, state.tokens.shape))
     state.drafts.copy_(torch.randint(0, VOCABULARY, state.drafts.shape))
@@ -70,8 +70,8 @@ def random_state(rng: random.Random, shape: StepShape, eos: list[int]) -> State:
         state.seed[slot] = rng.choice([rng.getrandbits(20), rng.getrandbits(64) - 2**63])
         state.active[slot] = rng.random() < 0.8
         state.num_drafts[slot] = rng.choice([nodes, rng.randint(0, nodes)])
-        anchors = rng.sample(range(shape.base_rows), shape.base_rows)
-        anchors = [rng.randint(-1, shape.base_rows + 1) if rng.random() < 0.3 else a for a in anchors]
+        anchors = rng.sample(range(step.base_rows), step.base_rows)
+        anchors = [rng.randint(-1, step.base_rows + 1) if rng.random() < 0.3 else a for a in anchors]
         state.anchors[slot, : len(anchors)] = torch.tensor(anchors)
     return state
 
@@ -84,30 +84,30 @@ def random_lanes(rng: random.Random) -> Tensor:
 def random_case(number: int) -> Case:
     rng = random.Random(number)
     torch.manual_seed(number)
-    shape, parents = random_shape(rng)
-    state = random_state(rng, shape, rng.choice([[], [EOS], [EOS, 77, 3]]))
+    step, parents = random_step(rng)
+    state = random_state(rng, step, rng.choice([[], [EOS], [EOS, 77, 3]]))
     lanes = random_lanes(rng)
     # No request goes beyond the context; often one is close to it, and its blocks are cut.
     context = int(state.end.max()) + rng.choice([0, 0, 1, 5])
-    rows = steps.allocate_rows(shape, LANES, rng.choice([None, 1, 40, 300]), rng.randint(1, 5), DEVICE)
+    rows = steps.allocate_rows(step, LANES, rng.choice([None, 1, 40, 300]), rng.randint(1, 5), DEVICE)
     block_table = torch.randperm(SLOTS * PAGES).view(SLOTS, PAGES).int().to(DEVICE)
     seeds, indices = (torch.empty(rows.num_base, dtype=torch.int64, device=DEVICE) for _ in range(2))
     targets = torch.randint(0, VOCABULARY, (rows.num_base,), device=DEVICE)
     agreeing = rng.choice([1, rng.random()])
     for lane, slot in enumerate(lanes.tolist()):
-        for j in range(1, shape.base_rows):
+        for j in range(1, step.base_rows):
             if slot >= 0 and rng.random() < agreeing:
-                targets[lane * shape.base_rows + parents[j]] = state.drafts[slot, j - 1]
+                targets[lane * step.base_rows + parents[j]] = state.drafts[slot, j - 1]
     noise = rng.choice([None, None, None, VOCABULARY, 152064])
-    first = rng.randint(0, min(1, shape.block))
-    return Case(state, lanes, shape, parents, block_table, context, noise, first, rows, seeds, indices, targets)
+    first = rng.randint(0, min(1, step.block))
+    return Case(state, lanes, step, parents, block_table, context, noise, first, rows, seeds, indices, targets)
 
 
 def run_plan(kernels, case: Case) -> None:
     kernels.plan_rows(
         case.state,
         case.lanes,
-        case.shape,
+        case.step,
         case.block_table,
         case.context,
         case.noise_inputs,
@@ -118,7 +118,7 @@ def run_plan(kernels, case: Case) -> None:
 
 
 def run_accept(kernels, case: Case):
-    return kernels.accept(case.state, case.lanes, case.shape, case.targets, case.rows, case.first)
+    return kernels.accept(case.state, case.lanes, case.step, case.targets, case.rows, case.first)
 
 
 def assert_same(got, want) -> None:
@@ -164,12 +164,12 @@ def test_cases_meet_what_they_should() -> None:
     for number in CASES:
         case = random_case(number)
         run_plan(reference, case)
-        rows, shape, running = case.rows, case.shape, case.state.active.tolist()
-        met |= {"chain" if shape.chain else "tree", f"hang {shape.hang}"}
+        rows, step, running = case.rows, case.step, case.state.active.tolist()
+        met |= {"chain" if step.chain else "tree", f"hang {step.hang}"}
         if rows.padded > rows.num_rows + LANES * steps.PADDING_ROWS:
             met.add("padding")
         sizes = (rows.high - rows.low)[rows.high > 0]
-        if (sizes < shape.block).any():
+        if (sizes < step.block).any():
             met.add("block cut")
         drafted = case.state.num_drafts.tolist()
         outcome = run_accept(reference, case)
@@ -177,7 +177,7 @@ def test_cases_meet_what_they_should() -> None:
             if slot < 0 or not running[slot]:
                 met.add("idle" if slot < 0 else "inactive")
                 continue
-            places = rows.places[lane * shape.base_rows :][: shape.base_rows]
+            places = rows.places[lane * step.base_rows :][: step.base_rows]
             pages = set((places[places >= 0] // PAGE).tolist())
             if len(pages) > 1:
                 met.add("two pages")
@@ -203,17 +203,17 @@ def test_cases_meet_what_they_should() -> None:
 def test_noise_inputs_are_those_of_the_engine() -> None:
     """hash(seed, position, 0) % vocabulary, for seeds of more than 32 bits and below 0 too."""
     seeds = [0, 1, 2**31, 2**32 + 5, -1, -(2**63), 2**63 - 1, 0x9E3779B97F4A7C15 - 2**64]
-    shape = StepShape.of([-1], 1, 8, ALL, DEVICE)
+    step = StepTensors.of([-1], 1, 8, ALL, DEVICE)
     state = State.empty(len(seeds), 8, 0, [], DEVICE)
     for t, value in ((state.length, 3), (state.end, 8), (state.active, 1)):
         t.fill_(value)
     state.seed.copy_(torch.tensor(seeds))
-    rows = steps.allocate_rows(shape, len(seeds), None, 1, DEVICE)
+    rows = steps.allocate_rows(step, len(seeds), None, 1, DEVICE)
     table = torch.zeros(len(seeds), 1, dtype=torch.int32, device=DEVICE)
     lanes = torch.arange(len(seeds), device=DEVICE)
     noise = torch.empty(2, rows.num_base, dtype=torch.int64, device=DEVICE)
     for vocabulary in (151936, 2**31 - 1):
-        steps.plan_rows(state, lanes, shape, table, 100, vocabulary, rows, noise[0], noise[1])
+        steps.plan_rows(state, lanes, step, table, 100, vocabulary, rows, noise[0], noise[1])
         want = [hash_bits_plain(seed, position, 0) % vocabulary for seed in seeds for position in range(3, 11)]
         assert rows.ids[rows.num_base :].tolist() == want
 
@@ -222,11 +222,11 @@ def test_a_lane_is_planned_alike_alone_and_among_others() -> None:
     for number in range(2):
         case = random_case(number)
         run_plan(steps, case)
-        W, D = case.shape.base_rows, case.shape.draft_rows
+        W, D = case.step.base_rows, case.step.draft_rows
         for lane in range(2):
             alone = copy.deepcopy(case)
             alone.lanes = case.lanes[lane : lane + 1].clone()
-            alone.rows = steps.allocate_rows(case.shape, 1, None, 1, DEVICE)
+            alone.rows = steps.allocate_rows(case.step, 1, None, 1, DEVICE)
             alone.seeds, alone.indices = case.seeds[:W].clone(), case.indices[:W].clone()
             run_plan(steps, alone)
             n = case.rows.num_base
@@ -240,23 +240,23 @@ def test_a_lane_is_planned_alike_alone_and_among_others() -> None:
 def test_allocated_rows() -> None:
     for number in range(40):
         rng = random.Random(number)
-        shape, _ = random_shape(rng)
+        step, _ = random_step(rng)
         lanes, padded, groups = rng.randint(1, 5), rng.choice([None, 3, 500]), rng.randint(1, 40)
-        rows = steps.allocate_rows(shape, lanes, padded, groups, DEVICE)
-        assert rows.num_base == lanes * shape.base_rows
-        assert rows.num_draft == lanes * shape.blocks * shape.block
+        rows = steps.allocate_rows(step, lanes, padded, groups, DEVICE)
+        assert rows.num_base == lanes * step.base_rows
+        assert rows.num_draft == lanes * step.blocks * step.block
         assert rows.padded == max(padded or 0, rows.num_rows)
         assert len(rows.ids) == len(rows.positions) == len(rows.slots) == len(rows.limits) == rows.padded
         assert (rows.places == -1).all() and not rows.limits.any() and not rows.ids.any()
-        counts = [[shape.base_rows] * lanes, [shape.draft_rows] * lanes]
+        counts = [[step.base_rows] * lanes, [step.draft_rows] * lanes]
         first, count, base_tiles = cut_tiles(counts[0], counts[1], tile_rows(groups), DEVICE)
         assert torch.equal(rows.tile_first, first) and torch.equal(rows.tile_count, count)
         assert rows.base_tiles == base_tiles
         covered = [row for a, n in zip(first.tolist(), count.tolist(), strict=True) for row in range(a, a + n)]
         assert covered == list(range(rows.num_rows))
-        assert (rows.starts is None) == (rows.paths is None) == shape.chain
+        assert (rows.starts is None) == (rows.paths is None) == step.chain
         if rows.paths is not None:
-            assert rows.paths.shape == (rows.padded, shape.deepest + 1) and len(rows.starts) == rows.padded
+            assert rows.paths.shape == (rows.padded, step.deepest + 1) and len(rows.starts) == rows.padded
 
 
 class Lane(NamedTuple):
@@ -268,7 +268,7 @@ class Lane(NamedTuple):
 
 def accept_plainly(parents: list[int], lane: list[Lane], end: int = 100, eos: tuple[int, ...] = (), block: int = 0):
     """Plan and accept these requests, each of length 10; returns (state, outcome)."""
-    shape = StepShape.of(parents, len(parents) if block else 0, block, ALL, DEVICE)
+    step = StepTensors.of(parents, len(parents) if block else 0, block, ALL, DEVICE)
     n, W = len(lane), len(parents)
     state = State.empty(n, 120, max(1, W - 1), eos, DEVICE)
     targets = torch.zeros(n, W, dtype=torch.int64)
@@ -278,12 +278,12 @@ def accept_plainly(parents: list[int], lane: list[Lane], end: int = 100, eos: tu
         targets[slot, : len(wanted)] = torch.tensor(wanted)
     for t, value in ((state.length, 10), (state.end, end), (state.active, 1), (state.origin, 4)):
         t.fill_(value)
-    rows = steps.allocate_rows(shape, n, None, 1, DEVICE)
+    rows = steps.allocate_rows(step, n, None, 1, DEVICE)
     keys = torch.empty(2, rows.num_base, dtype=torch.int64, device=DEVICE)
     table = torch.arange(2 * n, dtype=torch.int32, device=DEVICE).view(n, 2)
     lanes = torch.arange(n, device=DEVICE)
-    steps.plan_rows(state, lanes, shape, table, 120, None, rows, keys[0], keys[1])
-    return state, steps.accept(state, lanes, shape, targets.flatten().to(DEVICE), rows, 0)
+    steps.plan_rows(state, lanes, step, table, 120, None, rows, keys[0], keys[1])
+    return state, steps.accept(state, lanes, step, targets.flatten().to(DEVICE), rows, 0)
 
 
 def test_chains_are_accepted_as_by_the_acceptance_rule() -> None:
@@ -431,7 +431,7 @@ def test_a_tree_step_after_compaction_reads_the_accepted_path() -> None:
     done = 0
     for number in range(12):
         case = random_case(number)
-        if case.shape.chain:
+        if case.step.chain:
             continue
         before = case.state.length.clone()
         run_plan(steps, case)
@@ -446,7 +446,7 @@ def test_a_tree_step_after_compaction_reads_the_accepted_path() -> None:
             for d in range(int(outcome.kept[lane])):
                 place = int(length_before[lane]) - 1 + d
                 page = int(case.block_table[slot, place // PAGE])
-                want = lane * case.shape.base_rows + int(outcome.path[lane, d]) + 1
+                want = lane * case.step.base_rows + int(outcome.path[lane, d]) + 1
                 assert key[0, page, 0, place % PAGE].tolist() == [want, want]
                 done += 1
         assert not value.any()

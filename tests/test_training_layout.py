@@ -31,7 +31,7 @@ from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
 from retrofit.runtime.host.modes import Run
-from retrofit.runtime.plan import Choice, speculative_rows
+from retrofit.runtime.plan import StepPlan, speculative_rows
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import SamplingParams
 
@@ -114,7 +114,7 @@ def test_draft_rows_give_the_logits_of_decoding(name: str, layout: DraftLayout) 
     for tokens, anchors, blocks in zip(TEXTS, ANCHORS, group.sequences, strict=True):
         for anchor, block in zip(anchors, blocks, strict=True):
             request = decoding_request(tokens, anchor, 0)
-            rows = speculative_rows(request, Choice(0, (0,)), layout, engine.limits, 64)
+            rows = speculative_rows(request, StepPlan(0, (0,)), layout, engine.limits, 64)
             rows = as_in_training(rows, [block])
             assert rows.blocks[0].start == block.start
             # Training cuts a block at the end of its document; a bidirectional row would see the difference.
@@ -148,7 +148,7 @@ def test_a_fused_forward_runs_the_blocks_of_training(name: str) -> None:
     cache, clean = clean_forward(backend, [document(tokens)])
     request = decoding_request(tokens, p, 0)
     request.drafts = tokens[p + 1 : p + 4]
-    rows = speculative_rows(request, Choice(3, (0, 1, 2, 3)), layout, engine.limits, 64)
+    rows = speculative_rows(request, StepPlan(3, (0, 1, 2, 3)), layout, engine.limits, 64)
     with torch.inference_mode():
         trained = backend.run_trunk(backend.plan(group.rows()), cache)
         out = backend.forward(backend.plan([rows]), committed(engine, tokens, p))

@@ -8,16 +8,16 @@ One layer is ten launches:
     down        | LoRA, residual, norm of the next layer
 
 Rounding points are the original's.  Families differ by flags: biases, q/k norms, sliding windows, tied embeddings.
-Not here: which rows run, sampling, CUDA graphs (`device_loop.py`), reading weights (`weights.py`).
+Not here: which rows run, sampling, CUDA graphs (`device/loop.py`), reading weights (`weights.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from retrofit.errors import ResourceError, UsageError
 from retrofit.runtime.backends.context import context_length
 from retrofit.runtime.backends.fused.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.backends.fused.weights import Checkpoint, Linear, Weights, head_width, load
-from retrofit.runtime.backends.interface import BUCKET_ROWS, Output, eos_set
+from retrofit.runtime.backends.interface import BUCKET_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.levels import EXACT
 from retrofit.runtime.backends.turns import Line, Turns
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
@@ -42,7 +42,13 @@ from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
 from retrofit.runtime.kernels.sampling import choose
 from retrofit.runtime.kernels.swiglu import swiglu
 from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.tree import parents_of, paths_of
 from retrofit.runtime.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from retrofit.runtime.auto.policy import AutoPolicy
+    from retrofit.runtime.request import Request
+    from retrofit.runtime.run import Run
 
 ONE_AT_A_TIME = Line()
 """Steps of all fused backends of the process: a step being recorded must not meet another, and Triton's interpreter
@@ -156,6 +162,23 @@ class FusedGQA:
         self.cache = self.cache or cache
         return cache
 
+    def stepper(
+        self, run: Run, requests: Sequence[Request], slots: int, on_host: AutoPolicy, on_device: AutoPolicy
+    ) -> Stepper:
+        """Steps planned on the device where that is built: not for diffusion, n-gram drafts, a repetition penalty,
+        rules of the base's own, and blocks without an anchor."""
+        from retrofit.runtime.device.steps import DeviceSteps
+        from retrofit.runtime.host.steps import HostSteps
+
+        if (
+            run.strategy not in ("diffusion", "prompt_lookup")
+            and run.params.repetition_penalty in (None, 1.0)
+            and run.rules is None
+            and (run.strategy == "ar" or (self.layout.anchored and self.heads is not None))
+        ):
+            return DeviceSteps(run, requests, slots, on_device)
+        return HostSteps(run, requests, slots, on_host)
+
     def plan(self, sequences: list[SequenceRows]) -> HostPlan:
         return HostPlan(sequences)
 
@@ -235,7 +258,7 @@ class FusedGQA:
             slots[span], limits[span], starts[span] = s.slot, positions[span] + 1, s.start
             places[span] = cache.places(s.slot, range(s.start, s.start + len(s.tokens)))
             if plan.tree:
-                for j, path in enumerate(row_paths(s)):
+                for j, path in enumerate(paths_of(parents_of(s))):
                     paths[row + j, : len(path)] = path
             row = span.stop
         for s, block in blocks:
@@ -245,7 +268,7 @@ class FusedGQA:
             slots[span], limits[span], starts[span] = s.slot, block.start, s.start
             low[own], high[own] = own.start, own.stop
             if plan.tree and s.tokens:
-                path = row_paths(s)[block.anchor]
+                path = paths_of(parents_of(s))[block.anchor]
                 paths[span, : len(path)] = path
             row = span.stop
         counts_draft = [sum(len(b.inputs) for b in s.blocks) for s in plan.sequences if s.blocks]
@@ -320,15 +343,6 @@ class VocabHead:
         """[N, H] -> [N, V]."""
         with full_precision_reductions(hidden_NH.device):
             return self.linear(hidden_NH)
-
-
-def row_paths(sequence: SequenceRows) -> list[list[int]]:
-    """For each base row, the rows on the way to it, itself last."""
-    n = len(sequence.tokens)
-    paths: list[list[int]] = []
-    for j, parent in enumerate(range(-1, n - 1) if sequence.parents is None else sequence.parents[:n]):
-        paths.append([*(paths[parent] if parent >= 0 else []), j])
-    return paths
 
 
 def rotary_table(config: Any, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

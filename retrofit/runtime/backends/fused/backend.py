@@ -13,10 +13,8 @@ Not here: which rows run, sampling, CUDA graphs (`device/loop.py`), reading weig
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
-from retrofit.adapters.rows import SequenceRows, base_positions
+from retrofit.adapters.rows import FlatRows, SequenceRows
 from retrofit.errors import ResourceError, UsageError
 from retrofit.runtime.backends.context import context_length
 from retrofit.runtime.backends.fused.paged import HEADROOM, PagedCache, pages_for
@@ -179,11 +177,11 @@ class FusedGQA:
             return DeviceSteps(run, requests, slots, on_device)
         return HostSteps(run, requests, slots, on_host)
 
-    def plan(self, sequences: list[SequenceRows]) -> HostPlan:
-        return HostPlan(sequences)
+    def plan(self, sequences: list[SequenceRows]) -> FlatRows:
+        return FlatRows(sequences)
 
-    def forward(self, plan: HostPlan, cache: PagedCache) -> Output:
-        """One forward of a plan made on the host."""
+    def forward(self, plan: FlatRows, cache: PagedCache) -> Output:
+        """One forward of rows planned on the host."""
         rows = self.rows(plan, cache)
         hidden = self.run(rows, cache, plan.prefill)
         cache.staged = rows.places if plan.tree else None
@@ -239,24 +237,24 @@ class FusedGQA:
             seed = index = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
         return choose(scores, 0.0 if params.temperature == 0 else 1.0, seed, index)
 
-    def rows(self, plan: HostPlan, cache: PagedCache) -> Rows:
-        """The rows of a host plan on the device."""
-        base = [s for s in plan.sequences if s.tokens]
-        blocks = [(s, block) for s in plan.sequences for block in s.blocks]
-        num_base = sum(len(s.tokens) for s in base)
-        num_draft = sum(len(block.inputs) for _, block in blocks)
-        padded = max(num_base + num_draft, 0 if plan.prefill else self.most_rows or 0)
+    def rows(self, plan: FlatRows, cache: PagedCache) -> Rows:
+        """Rows planned on the host, on the device."""
+        num_base, num_rows = plan.num_base, len(plan.ids)
+        num_draft = num_rows - num_base
+        padded = max(num_rows, 0 if plan.prefill else self.most_rows or 0)
         wide, narrow = np.int64, np.int32
         ids, positions = np.zeros(padded, wide), np.zeros(padded, wide)
         slots, limits, starts = np.zeros(padded, narrow), np.zeros(padded, narrow), np.zeros(padded, narrow)
         places, low, high = np.zeros(num_base, wide), np.zeros(num_draft, narrow), np.zeros(num_draft, narrow)
         paths = np.zeros((padded, max(len(s.tokens) for s in plan.sequences) if plan.tree else 1), narrow)
+        ids[:num_rows], positions[:num_rows], slots[:num_rows] = plan.ids, plan.positions, plan.slots
+        limits[:num_base] = positions[:num_base] + 1
+        base = [s for s in plan.sequences if s.tokens]
+        blocks = [(s, block) for s in plan.sequences for block in s.blocks]
         row = 0
         for s in base:
             span = slice(row, row + len(s.tokens))
-            ids[span], positions[span] = s.tokens, base_positions(s)
-            slots[span], limits[span], starts[span] = s.slot, positions[span] + 1, s.start
-            places[span] = cache.places(s.slot, range(s.start, s.start + len(s.tokens)))
+            starts[span], places[span] = s.start, cache.places(s.slot, range(s.start, s.start + len(s.tokens)))
             if plan.tree:
                 for j, path in enumerate(paths_of(parents_of(s))):
                     paths[row + j, : len(path)] = path
@@ -264,9 +262,7 @@ class FusedGQA:
         for s, block in blocks:
             span = slice(row, row + len(block.inputs))
             own = slice(row - num_base, span.stop - num_base)
-            ids[span], positions[span] = block.inputs, range(block.start, block.start + len(block.inputs))
-            slots[span], limits[span], starts[span] = s.slot, block.start, s.start
-            low[own], high[own] = own.start, own.stop
+            limits[span], starts[span], low[own], high[own] = block.start, s.start, own.start, own.stop
             if plan.tree and s.tokens:
                 path = paths_of(parents_of(s))[block.anchor]
                 paths[span, : len(path)] = path
@@ -281,33 +277,6 @@ class FusedGQA:
             num_base, num_draft, padded, put(ids), put(positions), put(slots), put(limits), put(places), put(low),
             put(high), *tiles, put(starts) if plan.tree else None, put(paths) if plan.tree else None,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HostPlan:
-    """Rows of one forward, planned on the host."""
-
-    sequences: list[SequenceRows]
-
-    @property
-    def tree(self) -> bool:
-        return any(s.parents is not None for s in self.sequences)
-
-    @property
-    def prefill(self) -> bool:
-        return any(s.last_logits_only for s in self.sequences)
-
-    @property
-    def logit_rows(self) -> list[int] | None:
-        """Base rows whose logits are wanted; None: all."""
-        if not self.prefill:
-            return None
-        ends = itertools.accumulate(len(s.tokens) for s in self.sequences)
-        return [
-            row
-            for s, end in zip(self.sequences, ends, strict=True)
-            for row in (range(end - 1, end) if s.last_logits_only else range(end - len(s.tokens), end))
-        ]
 
 
 def check_kernels(device: torch.device) -> None:

@@ -156,7 +156,7 @@ def launches_of(
     rows_each = None if backend.most_rows is None else backend.most_rows // lanes
     cache.open(0, CAPACITY)
     with caught(found), torch.inference_mode():
-        backend.forward(backend.plan([SequenceRows(0, 0, [0] * PROMPT, last_logits_only=True)]), cache)
+        backend.forward(backend.row_plan([SequenceRows(0, 0, [0] * PROMPT, last_logits_only=True)]), cache)
         for strategy, prepare, tree in WAYS:
             for plan in cut_cycle(fixed_cycle(strategy, prepare, layout, tree), layout, rows_each):
                 loop.step(plan, lanes)

@@ -132,17 +132,17 @@ def emits_the_draft(patch):
 
 
 def reuses_the_noise(patch):
-    right = device_loop.plan_rows
+    right = device_loop.lay_rows
 
     def mutant(state, lanes, step, *rest):
         right(state, lanes, step, *rest)
         rest[-1].view(-1, step.base_rows)[:] = rest[-1].view(-1, step.base_rows)[:, :1].clone()
 
-    patch.setattr(device_loop, "plan_rows", mutant)
+    patch.setattr(device_loop, "lay_rows", mutant)
 
 
 def stands_one_further(patch):
-    right = device_loop.plan_rows
+    right = device_loop.lay_rows
 
     def mutant(state, lanes, step, *rest):
         right(state, lanes, step, *rest)
@@ -150,17 +150,17 @@ def stands_one_further(patch):
         if step.base_rows > 1:
             rows.positions[1 : step.base_rows] += rows.limits[1 : step.base_rows] > 0
 
-    patch.setattr(device_loop, "plan_rows", mutant)
+    patch.setattr(device_loop, "lay_rows", mutant)
 
 
 def verifies_other_drafts(patch):
-    right = device_loop.plan_rows
+    right = device_loop.lay_rows
 
     def mutant(state, *rest):
         state.drafts[:, 0] ^= 1
         right(state, *rest)
 
-    patch.setattr(device_loop, "plan_rows", mutant)
+    patch.setattr(device_loop, "lay_rows", mutant)
 
 
 def passes_over_an_end(patch):
@@ -248,13 +248,13 @@ def test_the_distribution_is_that_of_the_fused_steps(folder, monkeypatch):
     monkeypatch.setattr(distribution, "ALPHA", 0.01)  # of so few samples
     assert distribution.tiny_engine(backend).backend.name == "fused"
     assert distribution.distribution(96, backend).ok
-    right = device_loop.plan_rows
+    right = device_loop.lay_rows
 
     def mutant(*arguments):
         right(*arguments)
         arguments[-1].zero_()
 
-    monkeypatch.setattr(device_loop, "plan_rows", mutant)
+    monkeypatch.setattr(device_loop, "lay_rows", mutant)
     assert not distribution.distribution(96, backend).ok
 
 

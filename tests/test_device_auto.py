@@ -112,7 +112,7 @@ def test_an_interrupted_recording_leaves_the_lanes_as_they_were(monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(device_loop, "plan_rows", interrupted)
+        patch.setattr(device_loop, "lay_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             decode(engine, PROMPTS[:1], "ar")
     assert not engine.backend.cache.leased

@@ -306,14 +306,14 @@ def _one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _noise_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_rows = device_loop.plan_rows
+    lay_rows = device_loop.lay_rows
 
     def wrong(state: Any, lanes: Tensor, *rest: Any) -> None:
-        plan_rows(state, lanes, *rest)
+        lay_rows(state, lanes, *rest)
         indices = rest[-1].view(len(lanes), -1)
         indices.copy_(indices[:, :1].expand_as(indices).clone())
 
-    monkeypatch.setattr(device_loop, "plan_rows", wrong)
+    monkeypatch.setattr(device_loop, "lay_rows", wrong)
 
 
 def _read_by_another(monkeypatch: pytest.MonkeyPatch) -> None:

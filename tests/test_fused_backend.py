@@ -52,7 +52,7 @@ def run(engine: Engine, plans: Plans, slots: int = 2) -> list[Output]:
         cache.open(slot, 64)
     with torch.inference_mode():
         for sequences in plans:
-            made.append(backend.forward(backend.plan(sequences), cache))
+            made.append(backend.forward(backend.row_plan(sequences), cache))
             if sequences is TREE:
                 kept = ([0, 2, 3, 4, 5], [0, 0, 0, 1, 1], [9, 10, 11, 3, 4])
                 cache.store(*(torch.tensor(values, device=backend.device) for values in kept))
@@ -274,8 +274,8 @@ def test_row_counts() -> None:
         made = backend(exact=exact, rows=ROWS)
         cache = made.new_cache(1, 32)
         cache.open(0, 32)
-        decode = made.rows(made.plan([SequenceRows(0, 4, [1, 2])]), cache)
-        prompt = made.rows(made.plan([SequenceRows(0, 0, [1, 2, 3], last_logits_only=True)]), cache)
+        decode = made.rows(made.row_plan([SequenceRows(0, 4, [1, 2])]), cache)
+        prompt = made.rows(made.row_plan([SequenceRows(0, 0, [1, 2, 3], last_logits_only=True)]), cache)
         padded[exact] = (decode.padded, prompt.padded, made.most_rows, made.prefill_alone)
     assert padded == {
         "off": (2, 3, None, False),

@@ -104,7 +104,7 @@ def random_case(number: int) -> Case:
 
 
 def run_plan(kernels, case: Case) -> None:
-    kernels.plan_rows(
+    kernels.lay_rows(
         case.state,
         case.lanes,
         case.step,
@@ -213,7 +213,7 @@ def test_noise_inputs_are_those_of_the_engine() -> None:
     lanes = torch.arange(len(seeds), device=DEVICE)
     noise = torch.empty(2, rows.num_base, dtype=torch.int64, device=DEVICE)
     for vocabulary in (151936, 2**31 - 1):
-        steps.plan_rows(state, lanes, step, table, 100, vocabulary, rows, noise[0], noise[1])
+        steps.lay_rows(state, lanes, step, table, 100, vocabulary, rows, noise[0], noise[1])
         want = [hash_bits_plain(seed, position, 0) % vocabulary for seed in seeds for position in range(3, 11)]
         assert rows.ids[rows.num_base :].tolist() == want
 
@@ -282,7 +282,7 @@ def accept_plainly(parents: list[int], lane: list[Lane], end: int = 100, eos: tu
     keys = torch.empty(2, rows.num_base, dtype=torch.int64, device=DEVICE)
     table = torch.arange(2 * n, dtype=torch.int32, device=DEVICE).view(n, 2)
     lanes = torch.arange(n, device=DEVICE)
-    steps.plan_rows(state, lanes, step, table, 120, None, rows, keys[0], keys[1])
+    steps.lay_rows(state, lanes, step, table, 120, None, rows, keys[0], keys[1])
     return state, steps.accept(state, lanes, step, targets.flatten().to(DEVICE), rows, 0)
 
 

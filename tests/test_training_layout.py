@@ -66,7 +66,7 @@ def training_blocks(engine: Engine, diffusion: bool) -> tuple[BlockBatch, dict[s
         first += len(tokens)
     cache, _ = clean_forward(backend, [document(tokens) for tokens in TEXTS])
     with torch.inference_mode():
-        hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
+        hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
         drafting = hidden[:, engine.layout.first_drafting_row :]
         tensors = group.tensors(hidden.device)
         logits = heads.draft_logits(backend.head(drafting.flatten(0, 1)), tensors["previous"].flatten()).view(
@@ -100,7 +100,7 @@ def committed(engine: Engine, tokens: list[int], count: int) -> KVCache:
     rows = [SequenceRows(0, 0, tokens[:first])]
     rows += [SequenceRows(0, i, [tokens[i]]) for i in range(first, count)]
     for row in rows:
-        engine.backend.forward(engine.backend.plan([row]), cache)
+        engine.backend.forward(engine.backend.row_plan([row]), cache)
     return cache
 
 
@@ -121,7 +121,7 @@ def test_draft_rows_give_the_logits_of_decoding(name: str, layout: DraftLayout) 
             if len(block.inputs) < layout.block:
                 rows = replace(rows, blocks=[Block(block.start, block.inputs)])
             with torch.inference_mode():
-                out = engine.backend.forward(engine.backend.plan([rows]), committed(engine, tokens, anchor))
+                out = engine.backend.forward(engine.backend.row_plan([rows]), committed(engine, tokens, anchor))
                 hidden = out.draft_hidden[layout.first_drafting_row :]
                 live = len(hidden)
                 # Teacher-forced: the previous token is the text's own, from the seed (or the true next) on.
@@ -150,8 +150,8 @@ def test_a_fused_forward_runs_the_blocks_of_training(name: str) -> None:
     request.drafts = tokens[p + 1 : p + 4]
     rows = speculative_rows(request, StepPlan(3, (0, 1, 2, 3)), layout, engine.limits, 64)
     with torch.inference_mode():
-        trained = backend.run_trunk(backend.plan(group.rows()), cache)
-        out = backend.forward(backend.plan([rows]), committed(engine, tokens, p))
+        trained = backend.run_trunk(backend.row_plan(group.rows()), cache)
+        out = backend.forward(backend.row_plan([rows]), committed(engine, tokens, p))
     torch.testing.assert_close(out.draft_hidden, trained, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(out.base_hidden, clean[p : p + 4], rtol=2e-4, atol=2e-4)
     assert [int(s[0]) for s in group.source] == [p + 1, p + 2, p + 3, p + 4]
@@ -379,7 +379,7 @@ def test_gradients_against_autograd_through_the_whole_model(kind: str) -> None:
     parameters = [p for n, p in attached.peft_model.named_parameters() if "lora_" in n]
     parameters += [heads.mask_vector, heads.markov_w1, heads.markov_w2]
 
-    hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
+    hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
     tensors = group.tensors(hidden.device)
     q = torch.log_softmax(heads.draft_logits(backend.head(hidden.flatten(0, 1)), tensors["previous"].flatten()), -1)
     with torch.no_grad():
@@ -392,7 +392,7 @@ def test_gradients_against_autograd_through_the_whole_model(kind: str) -> None:
     loss = (loss * tensors["eligible"].flatten()).sum()
     want = torch.autograd.grad(loss, parameters)
 
-    hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
+    hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
     sums = Sums()
     teacher = Teacher(clean, backend.head, heads.vocab, kind == "kl")
     gradient, best = backward_draft(Blocks(hidden=hidden, **tensors), teacher, heads, sums, kind, "uniform")

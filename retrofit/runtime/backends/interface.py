@@ -117,7 +117,7 @@ class Backend(Protocol):
     def new_cache(self, slots: int, capacity: int) -> Cache:
         """A cache for so many sequences of up to `capacity` positions, until it is released."""
 
-    def plan(self, sequences: list[SequenceRows]) -> Any:
+    def row_plan(self, sequences: list[SequenceRows]) -> Any:
         """What `forward` of this backend takes."""
 
     def forward(self, plan: Any, cache: Any) -> Output:

@@ -25,7 +25,7 @@ from retrofit.runtime.kernels.drafting import draft
 from retrofit.runtime.kernels.rows import Rows
 from retrofit.runtime.kernels.sampling import candidates
 from retrofit.runtime.kernels.state import GIVEN, Outcome, State, StepTensors
-from retrofit.runtime.kernels.steps import accept, allocate_rows, compact, plan_rows
+from retrofit.runtime.kernels.steps import accept, allocate_rows, compact, lay_rows
 from retrofit.runtime.plan import StepPlan
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import SamplingParams, process_logits
@@ -176,7 +176,7 @@ class DeviceLoop:
         backend, state, cache, rows, tensors = self.backend, self.state, self.cache, step.rows, step.tensors
         lanes = self.lanes[: rows.num_base // tensors.base_rows]
         noise = backend.head.vocab if self.layout.input == "noise" else None
-        plan_rows(
+        lay_rows(
             state, lanes, tensors, cache.block_table, backend.context_length, noise, rows, step.seeds, step.indices
         )
         hidden = backend.run(rows, cache)

@@ -65,7 +65,7 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
             room -= count
             if r.long_rope or run.backend.prefill_alone:
                 break
-        out = run.backend.forward(run.backend.plan(rows), run.cache)
+        out = run.backend.forward(run.backend.row_plan(rows), run.cache)
         complete = [i for i, (_, done) in enumerate(finished) if done]
         if not complete:
             continue
@@ -83,8 +83,8 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
     plans: of each request, all of one cycle.
     """
     rows = [speculative_rows(r, p, run.layout, run.limits, run.vocab) for r, p in zip(requests, plans, strict=True)]
-    laid = run.backend.plan(rows)
-    out = run.backend.forward(laid, run.cache)
+    row_plan = run.backend.row_plan(rows)
+    out = run.backend.forward(row_plan, run.cache)
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
     steps = [step for row in rows for step in _depths(row)]
     drafted = None if run.rules is None else [path for row in rows for path in _row_paths(row)]
@@ -98,7 +98,7 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
         return
     targets = _split(_targets(run, out.base_logits, owners, steps, on_paths), rows)
     paths = _paths(rows, targets)
-    if laid.tree:
+    if row_plan.tree:
         _store(run, requests, rows, paths)
     hangs: list[tuple[Request, Tensor]] = []
     offset = 0
@@ -217,7 +217,7 @@ def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
         if not r.block:
             r.block = new_block(r, run.layout, run.limits)
     planned = [diffusion_rows(r, run.layout, run.limits, run.vocab) for r in requests]
-    out = run.backend.forward(run.backend.plan([row for row, _ in planned]), run.cache)
+    out = run.backend.forward(run.backend.row_plan([row for row, _ in planned]), run.cache)
     commits = [(r, row) for r, (row, kind) in zip(requests, planned, strict=True) if kind == "commit"]
     owners = [r for r, _ in commits]
     last = torch.tensor([len(row.tokens) for _, row in commits], dtype=torch.long).cumsum(0) - 1

@@ -310,7 +310,7 @@ def draft(
     return tokens[:, 1:]
 
 
-def plan_rows(
+def lay_rows(
     state: State,
     lanes: Tensor,
     step: StepTensors,

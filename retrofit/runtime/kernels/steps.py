@@ -1,6 +1,6 @@
 """What happens between two forwards, on the device: lay the rows of a step, accept drafts, move a tree's K/V.
 
-    plan_rows    program = lane                     state -> rows; the lanes share the padding rows
+    lay_rows    program = lane                     state -> rows; the lanes share the padding rows
     accept       program = lane                     targets -> state, outcome
     compact      program = (layer, lane, K/V head)  K/V of the accepted path -> places without gaps
 
@@ -24,7 +24,7 @@ _PAGE = tl.constexpr(PAGE)
 _ALL = tl.constexpr(ALL)
 _LAST = tl.constexpr(LAST)
 
-PLAN_WARPS = 4
+LAY_WARPS = 4
 """Up to some hundred draft rows in a vector."""
 ONE_WARP = 1
 """`accept` reads state that it then writes, `compact` moves into places that it has read: warps would have to wait for
@@ -64,7 +64,7 @@ def allocate_rows(step: StepTensors, lanes: int, padded: int | None, groups: int
     )
 
 
-def plan_rows(
+def lay_rows(
     state: State,
     lanes: Tensor,
     step: StepTensors,
@@ -75,8 +75,8 @@ def plan_rows(
     seeds: Tensor,
     indices: Tensor,
 ) -> None:
-    """Write the rows of a step into `rows` and each base row's noise key; see `reference.plan_rows`."""
-    _plan_kernel[(len(lanes),)](
+    """Write the rows of a step into `rows` and each base row's noise key; see `reference.lay_rows`."""
+    _lay_kernel[(len(lanes),)](
         lanes,
         state.tokens,
         state.length,
@@ -120,7 +120,7 @@ def plan_rows(
         DRAFT_VECTOR=triton.next_power_of_2(max(1, step.draft_rows)),
         DEPTH_VECTOR=triton.next_power_of_2(step.deepest + 1),
         PADDING=PADDING_ROWS,
-        num_warps=PLAN_WARPS,
+        num_warps=LAY_WARPS,
     )
 
 
@@ -233,7 +233,7 @@ def _write_paths(
         "tokens_stride", "drafts_stride", "anchors_stride", "table_stride", "context", "num_base", "num_rows", "padded",
     ]
 )  # fmt: skip
-def _plan_kernel(
+def _lay_kernel(
     lanes_ptr,
     tokens_ptr,
     length_ptr,

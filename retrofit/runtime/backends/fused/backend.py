@@ -177,7 +177,7 @@ class FusedGQA:
             return DeviceSteps(run, requests, slots, on_device)
         return HostSteps(run, requests, slots, on_host)
 
-    def plan(self, sequences: list[SequenceRows]) -> FlatRows:
+    def row_plan(self, sequences: list[SequenceRows]) -> FlatRows:
         return FlatRows(sequences)
 
     def forward(self, plan: FlatRows, cache: PagedCache) -> Output:

@@ -212,7 +212,7 @@ class HFBackend:
     def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
         return choose(scores, params, seed, index)
 
-    def plan(self, sequences: list[SequenceRows]) -> RowPlan:
+    def row_plan(self, sequences: list[SequenceRows]) -> RowPlan:
         prefill = any(s.last_logits_only for s in sequences)
         return RowPlan(sequences, self.device, self.causal_blocks, 1 if prefill else self.least_rows)
 

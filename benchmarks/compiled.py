@@ -32,10 +32,10 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.backends.fused.backend import FusedGQA
 from retrofit.runtime.backends.fused.weights import head_width
-from retrofit.runtime.device.kinds import fixed_template, kinds_of
 from retrofit.runtime.device.loop import DeviceLoop
+from retrofit.runtime.plan import cut_cycle, fixed_cycle
 from retrofit.runtime.rules.sampling import SamplingParams
-from retrofit.runtime.rules.tree import Shape, grow
+from retrofit.runtime.rules.tree import DraftTree, grow
 
 META = torch.device("meta")
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -66,7 +66,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }  # fmt: skip
 TREE = grow(((0.6, 0.15, 0.1),) * 8, 18)
-PLANS: tuple[tuple[str, str | int, Shape | None], ...] = (
+WAYS: tuple[tuple[str, str | int, DraftTree | None], ...] = (
     ("ar", "all", None), ("two_forward", "all", None), ("fused", "all", None), ("fused", 3, None),
     ("fused", "all", TREE),
 )  # fmt: skip
@@ -156,10 +156,10 @@ def launches_of(
     rows_each = None if backend.most_rows is None else backend.most_rows // lanes
     cache.open(0, CAPACITY)
     with caught(found), torch.inference_mode():
-        backend.forward(backend.plan([SequenceRows(0, 0, [0] * PROMPT, last_logits_only=True)]), cache)
-        for strategy, prepare, shape in PLANS:
-            for kind in kinds_of(fixed_template(strategy, prepare, layout, shape, rows_each)):
-                loop.step(kind, lanes)
+        backend.forward(backend.row_plan([SequenceRows(0, 0, [0] * PROMPT, last_logits_only=True)]), cache)
+        for strategy, prepare, tree in WAYS:
+            for plan in cut_cycle(fixed_cycle(strategy, prepare, layout, tree), layout, rows_each):
+                loop.step(plan, lanes)
     return list(found)
 
 

@@ -32,7 +32,7 @@ class NaiveTrainer(Trainer):
     def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
         layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
         with dense_draft_rows():
-            hidden = self.backend.run_trunk(self.backend.plan(group.rows()), cache)
+            hidden = self.backend.run_trunk(self.backend.row_plan(group.rows()), cache)
         drafting = group.rectangle(hidden)[:, layout.first_drafting_row :]
         B, D, H = drafting.shape
         rows = drafting.reshape(B * D, H)

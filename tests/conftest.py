@@ -43,16 +43,17 @@ def fixed_random_state() -> None:
 @pytest.fixture
 def restless_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` changes its plan at every step and measures nothing: any mixture of strategies must be lossless."""
-    from retrofit.runtime.auto import policy
-    from retrofit.runtime.auto.cost import CostModel, Template
+    from retrofit.runtime.auto import cost
+    from retrofit.runtime.auto.cost import CostModel
+    from retrofit.runtime.plan import AR, Cycle
 
     rng = random.Random(0)
 
-    def best(model: CostModel, batch: int, rows: int | None = None) -> Template:
-        return rng.choice([Template("ar"), *model.templates(rows)])
+    def best(model: CostModel, batch: int, rows: int | None = None) -> Cycle:
+        return rng.choice([AR, *model.cycles(rows)])
 
     monkeypatch.setattr(CostModel, "best", best)
-    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
+    monkeypatch.setattr(cost, "REPEATS", 0)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from retrofit.eval.speed import ratio_of
 from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.engine import Engine, Result
 from retrofit.runtime.rules.sampling import SamplingParams
-from retrofit.runtime.rules.tree import Shape
+from retrofit.runtime.rules.tree import DraftTree
 
 JUDGED = 0.8
 """The oracle's acceptance at which the bars are judged, and at which losslessness is tested."""
@@ -118,7 +118,7 @@ def auto_beside_ar(bench: Bench, found: Found, shape: str, bar: str) -> None:
         ways = {"ar": partial(run, "ar"), "auto": partial(run, strategy="auto")}
 
         drop_cache(engine)
-        engine.device_policy = AutoPolicy(engine.layout, engine.limits, {})
+        engine.device_policy = AutoPolicy(engine.layout, {})
         results = {name: way() for name, way in ways.items()}  # records the steps, times the plans
         turns: list[dict[str, float]] = []
         for turn in range(sizes.auto_turns):
@@ -128,7 +128,7 @@ def auto_beside_ar(bench: Bench, found: Found, shape: str, bar: str) -> None:
         fastest = {name: min(turn[name] for turn in turns) for name in ways}
 
         sure = [JUDGED] * engine.layout.drafts
-        engine.device_policy = AutoPolicy(engine.layout, engine.limits, {"conditional": {"greedy": sure}})
+        engine.device_policy = AutoPolicy(engine.layout, {"conditional": {"greedy": sure}})
         truth, longest = [result.tokens for result in results["ar"]], sizes.prompt_tokens + sizes.auto_tokens
         let_oracle_draft(engine, truth, JUDGED, batch=batch, longest=longest, params=GREEDY)
         ways["auto"]()
@@ -290,12 +290,12 @@ class Trial:
 
     def alone(self, limit: float) -> None:
         """One prompt at a time: a few by `ar` and by a tree, by chains as many as `limit` seconds allow."""
-        sizes, shape = self.bench.sizes, tree_of(self.bench)
+        sizes, tree = self.bench.sizes, tree_of(self.bench)
         few, chunk, until = range(min(sizes.few, len(self.prompts))), sizes.chunk, time.perf_counter() + limit
         if not self.truth or self.bench.left() < LEAST_SECONDS:
             return
         self.hold(1, "ar", *self.run(few, 1, {"mode": "ar"}))
-        self.draft(1, shape)
+        self.draft(1, tree)
         self.hold(1, "tree", *self.run(few, 1, {"strategy": "fused", "tree": sizes.tree}))
         self.draft(1)
         seconds = dict.fromkeys(CHAINS, 0.0)
@@ -319,12 +319,12 @@ class Trial:
         )  # fmt: skip
         return self.bench.wall(generate)
 
-    def draft(self, batch: int, shape: Shape | None = None) -> None:
+    def draft(self, batch: int, tree: DraftTree | None = None) -> None:
         """From now on an oracle drafts."""
         sizes = self.bench.sizes
         let_oracle_draft(
             self.engine, self.truth, JUDGED, batch=batch, longest=sizes.prompt_tokens + sizes.new_tokens,
-            params=SamplingParams(self.temperature), shape=shape,
+            params=SamplingParams(self.temperature), tree=tree,
         )  # fmt: skip
 
     def hold(self, batch: int, name: str, seconds: float, results: list[Result]) -> None:

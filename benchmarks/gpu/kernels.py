@@ -40,7 +40,7 @@ def attention(bench: Bench, found: Found) -> None:
             0, start - k, [1] * (k + 1), [Block(start - k + j + 1, [MASK] * block) for j in range(k + 1)]
         )
         for plan in (SequenceRows(0, start, [1]), fused):
-            rows = backend.rows(backend.plan([plan]), cache)
+            rows = backend.rows(backend.row_plan([plan]), cache)
             query = torch.randn(rows.padded, backend.config.num_attention_heads, width, **made)
             drafts = torch.randn(2, rows.num_draft, heads, width, **made)
 

@@ -17,7 +17,7 @@ from retrofit.runtime.engine import Engine
 from retrofit.runtime.kernels.reference import hash_bits
 from retrofit.runtime.kernels.state import State
 from retrofit.runtime.rules.sampling import SamplingParams
-from retrofit.runtime.rules.tree import Shape
+from retrofit.runtime.rules.tree import DraftTree
 
 PLACE = (1 << 31) - 1
 """Stands for the token id in the noise's key: no vocabulary reaches it, so the noise is no sampler's."""
@@ -56,17 +56,17 @@ def let_oracle_draft(
     batch: int,
     longest: int,
     params: SamplingParams,
-    shape: Shape | None = None,
+    tree: DraftTree | None = None,
 ) -> None:
     """From now on, drafts of `generate` with these parameters come from an oracle.
 
     truth: tokens of the requests with seeds 0, 1, ...  batch, longest: how many run together, and prompt plus output of
-    the longest, as that `generate` will have them.  shape: of the drafts, where they branch.
+    the longest, as that `generate` will have them.  tree: that the drafts hang on, where they branch.
     """
     backend = engine.backend
     assert isinstance(backend, FusedGQA)
-    depths = range(1, engine.layout.drafts + 1) if shape is None else shape.depths[1:]
-    ranks = [0] * engine.layout.drafts if shape is None else shape.ranks[1:]
+    depths = range(1, engine.layout.drafts + 1) if tree is None else tree.depths[1:]
+    ranks = [0] * engine.layout.drafts if tree is None else tree.ranks[1:]
     known = torch.tensor([list(tokens) for tokens in truth], device=backend.device)
     oracle = Oracle(known, acceptance, backend.head.vocab, depths, ranks)
     cache = backend.new_cache(batch, longest)

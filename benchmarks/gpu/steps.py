@@ -8,17 +8,15 @@ from statistics import median
 import torch
 
 from benchmarks.gpu.bench import Bench, Found, drop_cache, spread
-from retrofit.runtime.auto.cost import Template
-from retrofit.runtime.auto.policy import UNKNOWN_CHANCE
 from retrofit.runtime.backends.fused.backend import FusedGQA
-from retrofit.runtime.device.kinds import Kind, chain, fixed_template, kinds_of
 from retrofit.runtime.device.loop import DeviceLoop
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.plan import Cycle, StepPlan, fused, num_rows, two_forward
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import SamplingParams
-from retrofit.runtime.rules.tree import Shape, grow
+from retrofit.runtime.rules.tree import UNKNOWN_CHANCE, DraftTree, grow
 
-AR = kinds_of(Template("ar"))[0]
+AR = StepPlan()
 
 
 class Steps:
@@ -45,8 +43,8 @@ class Steps:
         self.loop.reset(ignore_eos=True)
 
     @torch.no_grad()
-    def time(self, kind: Kind, batch: int | None = None) -> list[float]:
-        """Seconds of each step of this kind for the first `batch` requests, all its rows in use."""
+    def time(self, plan: StepPlan, batch: int | None = None) -> list[float]:
+        """Seconds of each step of this plan for the first `batch` requests, all its rows in use."""
         requests = self.requests[:batch]
         for request in requests:
             self.loop.start(request)
@@ -54,23 +52,23 @@ class Steps:
             self.loop.stop(request.slot)
         lanes = self.loop.serve([request.slot for request in requests])
         return self.bench.seconds(
-            lambda: self.loop.step(kind, lanes), before=lambda: self.loop.state.num_drafts.fill_(kind.rows - 1)
+            lambda: self.loop.step(plan, lanes), before=lambda: self.loop.state.num_drafts.fill_(plan.verify)
         )
 
 
-def tree_of(bench: Bench) -> Shape:
+def tree_of(bench: Bench) -> DraftTree:
     return grow(UNKNOWN_CHANCE * bench.layout.drafts, bench.sizes.tree)
 
 
-def speculative_kinds(bench: Bench, engine: Engine) -> dict[str, list[Kind]]:
-    """The steps that each way of speculating takes in turn."""
-    layout, k = engine.layout, engine.layout.drafts
+def speculative_cycles(bench: Bench, engine: Engine) -> dict[str, Cycle]:
+    """The plans that each way of speculating takes in turn."""
+    k, tree = engine.layout.drafts, tree_of(bench)
     return {
-        "two_forward": kinds_of(Template("two_forward", k)),
-        "fused, all accept lengths": kinds_of(Template("fused", k, k + 1)),
-        f"fused, {min(3, k)} accept lengths": kinds_of(Template("fused", k, min(3, k))),
-        "fused, last": kinds_of(Template("last", k, 1)),
-        f"fused, tree of {bench.sizes.tree}": kinds_of(fixed_template("fused", "all", layout, tree_of(bench), None)),
+        "two_forward": two_forward(k),
+        "fused, all accept lengths": fused(k),
+        f"fused, {min(3, k)} accept lengths": fused(k, min(3, k)),
+        "fused, last": fused(k, "last"),
+        f"fused, tree of {bench.sizes.tree}": fused(tree.nodes, "all", tree),
     }
 
 
@@ -109,8 +107,7 @@ def rows(bench: Bench, found: Found) -> None:
                 return
             requests = -(-count // sizes.lane_rows)
             each = count // requests
-            kind = Kind("verify", chain(each - 1)) if each > 1 else AR
-            seconds = Steps(bench, engine, requests).time(kind)
+            seconds = Steps(bench, engine, requests).time(StepPlan(each - 1))
             found.figures[exact][str(count)] = {**spread(seconds), "requests": requests}
         times = {int(n): entry["median_ms"] for n, entry in found.figures[exact].items()}
         wide = max(n for n in times if n <= 64)
@@ -126,18 +123,18 @@ def rows(bench: Bench, found: Found) -> None:
 
 def steps(bench: Bench, found: Found) -> None:
     """Steps of every way of speculating, beside AR."""
-    engine, block = bench.engine(), bench.layout.block
+    engine = bench.engine()
     for batch in bench.sizes.step_batches:
         timer = Steps(bench, engine, batch)
         plain = median(timer.time(AR))
         figures = found.figures[str(batch)] = {"ar": {"median_ms": round(plain * 1e3, 4)}}
-        for name, kinds in speculative_kinds(bench, engine).items():
+        for name, cycle in speculative_cycles(bench, engine).items():
             if bench.left() < 5:
                 found.figures["stopped"] = f"out of time before {name}, batch {batch}"
                 return
-            parts = [timer.time(kind) for kind in kinds]
+            parts = [timer.time(plan) for plan in cycle]
             total = sum(median(part) for part in parts)
-            counts = [batch * (kind.rows + kind.blocks * block) for kind in kinds]
+            counts = [batch * num_rows(plan, engine.layout) for plan in cycle]
             figures[name] = {
                 "steps": [spread(part) for part in parts], "rows": counts, "median_ms": round(total * 1e3, 4),
                 "to_ar": round(total / plain, 4),
@@ -149,14 +146,14 @@ def steps(bench: Bench, found: Found) -> None:
 
 def adapter(bench: Bench, found: Found) -> None:
     """The same steps with and without LoRA, in turn."""
-    kinds = {"fused": speculative_kinds(bench, bench.engine())["fused, all accept lengths"][0], "ar": AR}
+    plans = {"fused": speculative_cycles(bench, bench.engine())["fused, all accept lengths"][0], "ar": AR}
     timers = {have: Steps(bench, bench.engine(adapter=have), 1) for have in (True, False)}
     overheads = {}
-    for name, kind in kinds.items():
+    for name, plan in plans.items():
         times: dict[bool, list[float]] = {True: [], False: []}
         for _turn in range(3):
             for have, timer in timers.items():
-                times[have] += timer.time(kind)
+                times[have] += timer.time(plan)
         overheads[name] = median(times[True]) / median(times[False]) - 1
         found.figures[name] = {"with": spread(times[True]), "without": spread(times[False])}
     shown = ", ".join(f"{overhead:.1%}" for overhead in overheads.values())
@@ -178,9 +175,9 @@ def exact(bench: Bench, found: Found) -> None:
             seconds = timer.time(AR, batch)
             plain.setdefault(batch, median(seconds))
             figures[f"ar, batch {batch}"] = {**spread(seconds), "to_off": median(seconds) / plain[batch]}
-        fused = speculative_kinds(bench, engine)["fused, all accept lengths"][0]
-        if bucket is None or fused.rows + fused.blocks * engine.layout.block <= bucket:
-            figures["fused, batch 1"] = spread(timer.time(fused, 1))
+        plan = speculative_cycles(bench, engine)["fused, all accept lengths"][0]
+        if bucket is None or num_rows(plan, engine.layout) <= bucket:
+            figures["fused, batch 1"] = spread(timer.time(plan, 1))
         shown = ", ".join(
             f"{figures[f'ar, batch {batch}']['median_ms']:.2f} ({figures[f'ar, batch {batch}']['to_off']:.2f} of off's)"
             for batch in batches
@@ -196,13 +193,13 @@ def shapes(bench: Bench, found: Found) -> None:
         assert isinstance(engine.backend, FusedGQA)
         timer = Steps(bench, engine, 1)
         plain = timer.time(AR)
-        fused = timer.time(speculative_kinds(bench, engine)["fused, all accept lengths"][0])
+        speculative = timer.time(speculative_cycles(bench, engine)["fused, all accept lengths"][0])
         nbytes = engine.backend.weights.nbytes
         share = nbytes / bench.copy_rate() / median(plain)
         found.figures[shape] = {
-            "ar": spread(plain), "fused": spread(fused), "weight_bytes": nbytes, "of_copy_bandwidth": share,
+            "ar": spread(plain), "fused": spread(speculative), "weight_bytes": nbytes, "of_copy_bandwidth": share,
         }  # fmt: skip
-        shown = f"{median(plain) * 1e3:.2f}, {median(fused) * 1e3:.2f}; {share:.0%}"
+        shown = f"{median(plain) * 1e3:.2f}, {median(speculative) * 1e3:.2f}; {share:.0%}"
         found.state(f"{shape} shape: ms of AR and fused, batch 1; AR's share of the copy bandwidth", shown)
         bench.release(keep=lambda key: key[0] == "llama-3.1-8b")
 

@@ -68,6 +68,45 @@ class SequenceRows:
     """Tree: which base row of this forward each one follows, -1 for the committed prefix.  None: the one before it."""
 
 
+class FlatRows:
+    """The rows of one forward in their order, filler aside: what both backends lay out.
+
+    Attributes: `ids`, `positions` and `slots` of all rows, base rows first; `num_base`; `logit_rows`, base rows whose
+    logits are wanted, None: all.
+    """
+
+    def __init__(self, sequences: Sequence[SequenceRows]):
+        self.sequences = list(sequences)
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        wanted: list[int] = []
+        for seq in self.sequences:
+            first = len(self.ids)
+            self._add(seq.slot, seq.tokens, base_positions(seq))
+            end = len(self.ids)
+            wanted.extend(range(end - 1 if seq.last_logits_only else first, end))
+        self.num_base = len(self.ids)
+        self.logit_rows = None if len(wanted) == self.num_base else wanted
+        for seq in self.sequences:
+            for block in seq.blocks:
+                self._add(seq.slot, block.inputs, range(block.start, block.start + len(block.inputs)))
+
+    def _add(self, slot: int, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        self.ids.extend(tokens)
+        self.positions.extend(positions)
+        self.slots.extend([slot] * len(tokens))
+
+    @property
+    def tree(self) -> bool:
+        """Whether drafts branch."""
+        return any(s.parents is not None for s in self.sequences)
+
+    @property
+    def prefill(self) -> bool:
+        return any(s.last_logits_only for s in self.sequences)
+
+
 class RowPlan:
     """The rows of one forward as tensors.
 
@@ -127,35 +166,18 @@ class RowPlan:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _flat_rows(self) -> tuple[list[int], list[int]]:
-        ids: list[int] = []
-        positions: list[int] = []
-        logit_rows: list[int] = []
-        slots: list[int] = []
-        for seq in self.sequences:
-            first = len(ids)
-            ids.extend(seq.tokens)
-            positions.extend(base_positions(seq))
-            slots.extend([seq.slot] * len(seq.tokens))
-            if seq.last_logits_only:
-                logit_rows.append(len(ids) - 1)
-            else:
-                logit_rows.extend(range(first, len(ids)))
-        self.num_base = len(ids)
-        self.logit_rows = None if len(logit_rows) == len(ids) else self._tensor(np.asarray(logit_rows))
-        self.base_slots = self._tensor(np.asarray(slots, dtype=np.int64))
-        self.base_positions = self._tensor(np.asarray(positions, dtype=np.int64))
-        drafts = sum(len(b.inputs) for seq in self.sequences for b in seq.blocks)
-        self.num_rows = max(self.num_base + drafts, self.least_rows)
+        flat = FlatRows(self.sequences)
+        n = self.num_base = flat.num_base
+        self.logit_rows = None if flat.logit_rows is None else self._tensor(np.asarray(flat.logit_rows))
+        self.base_slots = self._tensor(np.asarray(flat.slots[:n], dtype=np.int64))
+        self.base_positions = self._tensor(np.asarray(flat.positions[:n], dtype=np.int64))
+        drafts = len(flat.ids) - n
+        self.num_rows = max(n + drafts, self.least_rows)
         self.first_draft = self.num_rows - drafts
         # A token and a position that this forward has anyway: a model may look at the largest of them.
-        filler = self.first_draft - self.num_base
-        ids.extend([ids[0] if ids else 0] * filler)
-        positions.extend([self.sequences[0].start] * filler)
-        for seq in self.sequences:
-            for block in seq.blocks:
-                ids.extend(block.inputs)
-                positions.extend(range(block.start, block.start + len(block.inputs)))
-        return ids, positions
+        filler = self.first_draft - n
+        ids = [*flat.ids[:n], *[flat.ids[0] if n else 0] * filler, *flat.ids[n:]]
+        return ids, [*flat.positions[:n], *[self.sequences[0].start] * filler, *flat.positions[n:]]
 
     def _base_group(self) -> Group | None:
         seqs = [s for s in self.sequences if s.tokens]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,9 @@ from retrofit.eval.exactness import BATCH, LISTED, PLAIN, Prompts, Verdict
 from retrofit.eval.recording import recording
 from retrofit.eval.replay import Asked, Auditor, Sampling
 from retrofit.eval.subject import Subject
-from retrofit.runtime.auto.cost import Template
 from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.engine import Engine, Result
-from retrofit.runtime.host.modes import Run
+from retrofit.runtime.plan import AR, Cycle, StepPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +35,8 @@ GREEDY, SAMPLED = Sampling(), Sampling(0.8)
 PENALTY = Sampling(0.8, top_k=50, repetition_penalty=3.0)
 """So strong that a row which forgot the drafts on its own path repeats one of them."""
 RAGGED_BATCH = 3
-PLAN_STEPS = 3
-"""Steps that a plan of `auto` holds for: drafts of one are verified by the next of the same plan."""
+CYCLE_STEPS = 3
+"""Steps that a cycle of `auto` holds for: drafts of one plan are verified by the next of the same cycle."""
 
 
 @dataclass(frozen=True)
@@ -146,38 +145,34 @@ def _wrong_texts(results: Sequence[Result], wanted: Sequence[Sequence[int]], eos
 
 @contextmanager
 def every_plan(engine: Engine) -> Iterator[None]:
-    """Let `auto` change its plan every few steps, through all that it could choose, and time nothing."""
+    """Let `auto` change its cycle every few steps, through all that it could choose, and time nothing."""
     policies = [engine.policy, engine.device_policy]
-    kept = [(policy.costs, policy.calibrated) for policy in policies]
+    kept = [(policy.costs, policy.timed) for policy in policies]
     for policy in policies:
-        policy.costs, policy.calibrated = {}, set()
+        policy.costs, policy.timed = {}, set()
         _vary_plans(policy)
     try:
         yield
     finally:
-        for policy, (costs, calibrated) in zip(policies, kept, strict=True):
-            del policy.template, policy.learn, policy.calibrate
-            policy.costs, policy.calibrated = costs, calibrated
+        for policy, (costs, timed) in zip(policies, kept, strict=True):
+            del policy.choose, policy.trials
+            policy.costs, policy.timed = costs, timed
 
 
 def _vary_plans(policy: AutoPolicy) -> None:
     drawn, steps = random.Random(0), itertools.count()
-    held = Template("ar")
+    held = AR
 
-    def template(run: Run, batch: int) -> Template:
+    def choose(sampled: bool, batch: int, rows: int | None) -> Cycle:
         nonlocal held
-        if next(steps) % PLAN_STEPS == 0:
-            costs = policy.costs[run.params.temperature > 0]
-            held = drawn.choice([Template("ar"), *costs.templates(run.rows_each(batch))])
+        if next(steps) % CYCLE_STEPS == 0:
+            held = drawn.choice([AR, *policy.model(sampled).cycles(rows)])
         return held
 
-    def learn(sampled: bool, batch: int, step: Callable[[int, int], float], room: int, rows: int | None) -> None:
-        AutoPolicy.learn(policy, sampled, batch, step, 0, rows)  # no room, so no probe
+    def trials(sampled: bool, batch: int, room: int, rows: int | None) -> list[StepPlan]:
+        return []
 
-    def calibrate(run: Run, batch: int) -> None:
-        learn(run.params.temperature > 0, batch, lambda *_: 0.0, 0, None)
-
-    policy.template, policy.learn, policy.calibrate = template, learn, calibrate  # type: ignore[method-assign]
+    policy.choose, policy.trials = choose, trials  # type: ignore[method-assign]
 
 
 @contextmanager

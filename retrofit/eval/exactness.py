@@ -124,13 +124,13 @@ def _mixed_forwards(engine: Engine, prompts: Prompts, tail: int) -> list[tuple[T
                 known = len(prompt) - count
                 if step == 0 and known:
                     head = SequenceRows(slot, 0, list(prompt[:known]), last_logits_only=True)
-                    engine.backend.forward(engine.backend.plan([head]), cache)
+                    engine.backend.forward(engine.backend.row_plan([head]), cache)
                 parents = [-1, *[0] * (count - 1)] if tree and count > 1 else None
                 blocks = _blocks(engine, known, count, parents)
                 plan.append(SequenceRows(slot, known, list(prompt[known:]), blocks, parents=parents))
             if tree and (tail < 2 or not engine.layout.anchored):
                 continue
-            got = engine.backend.forward(engine.backend.plan(plan), cache)
+            got = engine.backend.forward(engine.backend.row_plan(plan), cache)
             out.append((got.base_logits, got.base_hidden))
             if tree:
                 _store_first_rows(engine, prompts, tail, cache)

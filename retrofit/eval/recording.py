@@ -1,6 +1,6 @@
 """What an engine runs while it generates, as it passes: the rows of every forward, their logits, what was drafted.
 
-Forwards planned on the host are watched where the backend runs them.  Steps planned on the device (`device_loop.py`)
+Forwards planned on the host are watched where the backend runs them.  Steps planned on the device (`device/loop.py`)
 are read back from the rows that the kernels laid and ran; on a GPU they then run one launch at a time, not as graphs.
 Either way a forward becomes `SequenceRows`, the same for both backends.  Not here: judging any of it (`replay.py`).
 """
@@ -20,8 +20,8 @@ from retrofit.runtime.host import modes
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
 
-SHAPE = 5
-"""Which of the arguments of `draft_tokens` behind the first four is the tree's shape."""
+TREE = 5
+"""Which of the arguments of `draft_tokens` behind the first four is the tree."""
 Key = tuple[int, int]
 """(request seed, output index of the first draft)."""
 
@@ -33,7 +33,7 @@ class Proposal:
     tokens: list[int]
     parents: list[int]
     grown: bool = False
-    """Whether it has the shape of a tree that was grown for the run, of however many nodes."""
+    """Whether its nodes are the first of a tree that was grown for the run, of however many nodes."""
 
 
 @dataclass
@@ -106,13 +106,13 @@ def _watch_host(engine: Engine, recorder: _Recorder, hooks: ExitStack) -> None:
 
     def drafted(hidden: Any, previous: Any, seeds: Sequence[int], indices: Sequence[int], *rest: Any) -> Any:
         made = draft(hidden, previous, seeds, indices, *rest)
-        shape = rest[SHAPE]
+        tree = rest[TREE]
         if recorder.last is not None and any(
             part is backend.heads for part in rest
         ):  # another engine's drafts are none of ours
             for seed, index, tokens in zip(seeds, indices, made.tokens.tolist(), strict=True):
-                parents = list(range(-1, len(tokens))) if shape is None else list(shape.parents)
-                recorder.last.proposals[seed, index] = Proposal(tokens, parents, shape is not None)
+                parents = list(range(-1, len(tokens))) if tree is None else list(tree.parents)
+                recorder.last.proposals[seed, index] = Proposal(tokens, parents, tree is not None)
         return made
 
     _replace(backend, "forward", recorded, hooks)
@@ -158,7 +158,7 @@ class _RecordedHead:
 
 
 def _watch_device(engine: Engine, recorder: _Recorder, hooks: ExitStack) -> None:
-    backend, stepper = engine.backend, engine._stepper
+    backend, stepper = engine.backend, engine.backend.stepper
     head = _RecordedHead(backend.head)
 
     def with_steps(*arguments: Any) -> Any:
@@ -168,14 +168,14 @@ def _watch_device(engine: Engine, recorder: _Recorder, hooks: ExitStack) -> None
         return steps
 
     _replace(backend, "head", head, hooks)
-    _replace(engine, "_stepper", with_steps, hooks)
+    _replace(backend, "stepper", with_steps, hooks)
 
 
 def _watch_loop(loop: Any, head: _RecordedHead, recorder: _Recorder, hooks: ExitStack) -> None:
     right = loop.step
 
-    def stepped(kind: Any, lanes: int) -> Any:
-        step = right(kind, lanes)
+    def stepped(plan: Any, lanes: int) -> Any:
+        step = right(plan, lanes)
         assert head.logits is not None
         forward = _read_back(loop, step, head.logits)
         if forward.sequences:
@@ -189,8 +189,8 @@ def _watch_loop(loop: Any, head: _RecordedHead, recorder: _Recorder, hooks: Exit
 
 def _read_back(loop: Any, step: Any, logits: Tensor) -> Recorded:
     """The rows that a step on the device ran, lane by lane; lanes without a request have none in use."""
-    kind, rows, state, K = step.kind, step.rows, loop.state, loop.layout.block
-    W, base, blocks = kind.rows, rows.num_base, kind.blocks
+    tensors, rows, state, K = step.tensors, step.rows, loop.state, loop.layout.block
+    W, base, blocks, follows = tensors.base_rows, rows.num_base, tensors.blocks, tensors.parents.tolist()
     ids, positions, limits = rows.ids.tolist(), rows.positions.tolist(), rows.limits.tolist()
     high = rows.high.tolist()
     table = None if rows.paths is None else rows.paths.tolist()
@@ -210,7 +210,7 @@ def _read_back(loop: Any, step: Any, logits: Tensor) -> Recorded:
                 depth = positions[own[0]] - start - 1
                 anchor = depth if table is None else number[table[own[0]][depth]]
                 hung.append(Block(positions[own[0]], [MASK if ids[r] < 0 else ids[r] for r in own], anchor))
-        parents = None if table is None else [number.get(kind.parents[j], W) for j in used]
+        parents = None if table is None else [number.get(follows[j], W) for j in used]
         found.sequences.append(SequenceRows(slot, start, [ids[first + j] for j in used], hung, parents=parents))
         found.positions += [positions[first + j] for j in used]
         if table is not None and found.paths is not None:
@@ -222,7 +222,7 @@ def _read_back(loop: Any, step: Any, logits: Tensor) -> Recorded:
         if count:
             key = int(state.seed[slot]), int(state.length[slot] - state.origin[slot])
             found.proposals[key] = Proposal(
-                state.drafts[slot, :count].tolist(), list(kind.draft_parents), table is not None
+                state.drafts[slot, :count].tolist(), tensors.draft_parents.tolist(), table is not None
             )
     found.logits = logits[wanted].detach().cpu().clone()
     return found

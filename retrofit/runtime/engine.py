@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,12 +22,11 @@ from retrofit.adapters.roles import ROLES
 from retrofit.artifact import folder as artifacts
 from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
-from retrofit.runtime.auto.policy import ROWS, AutoPolicy, tree_shape
+from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.backends.hf.backend import HFBackend, wrap
 from retrofit.runtime.backends.hf.exact_rows import Settled, settle
-from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend
-from retrofit.runtime.host.modes import Run, prefill_step
-from retrofit.runtime.host.steps import HostSteps
+from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend, Stepper
+from retrofit.runtime.host.modes import prefill_step
 from retrofit.runtime.loading import check_options as check_loading
 from retrofit.runtime.loading import check_same_base, fits_fused, fused_backend
 from retrofit.runtime.options import (
@@ -40,15 +39,14 @@ from retrofit.runtime.options import (
     stops_of,
     whole,
 )
-from retrofit.runtime.plan import Limits
+from retrofit.runtime.plan import Cycle, Limits, fixed_cycle
 from retrofit.runtime.prompts import Prompts, encode, listed
 from retrofit.runtime.request import Request, Stats
+from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.tree import ROWS, fixed_tree
+from retrofit.runtime.run import Run
 from retrofit.runtime.scheduler import Scheduler
 from retrofit.runtime.settings import Settings
-
-if TYPE_CHECKING:
-    # These need Triton, which exists on Linux only.
-    from retrofit.runtime.device.loop import DeviceSteps
 
 ENCODING = threading.Lock()
 """Tokenizers keep truncation and padding in themselves, and refuse to be set while another thread encodes."""
@@ -103,8 +101,8 @@ class Engine:
         self._attached = attached
         self.limits = Limits(backend.context_length, backend.rope_boundary)
         self._acceptance = acceptance or {}
-        self.policy = AutoPolicy(self.layout, self.limits, self._acceptance)
-        self.device_policy = AutoPolicy(self.layout, self.limits, self._acceptance)
+        self.policy = AutoPolicy(self.layout, self._acceptance)
+        self.device_policy = AutoPolicy(self.layout, self._acceptance)
         """What steps planned on the device cost; they are timed apart from those planned on the host."""
         self.settled: Settled | None = None
         """How the level of exactness was found, on the hf backend."""
@@ -345,17 +343,8 @@ class Engine:
         )  # fmt: skip
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
         slots = min(batch_size, max(1, len(requests)), self.backend.most_rows or batch_size)
-        shape = None
-        if (mode, strategy) == ("self_spec", "fused"):
-            shape = tree_shape(
-                self.layout, self._acceptance, prepare, tree, params.temperature > 0, self._rows_each(slots)
-            )
-
-        nodes = 0 if shape is None else shape.nodes
-        if self.backend.most_nodes is not None and nodes > self.backend.most_nodes:
-            raise UsageError(
-                f"tree is {nodes}; the {self.backend.name} backend verifies up to {self.backend.most_nodes} draft nodes"
-            )
+        name = strategy if mode == "self_spec" else mode
+        cycle = None if name in ("auto", "diffusion") else self._cycle(name, prepare, tree, params, slots)
 
         def events() -> Iterator[Event]:
             turn = self.backend.turns.turn
@@ -367,20 +356,34 @@ class Engine:
                 params,
                 self.layout,
                 self.limits,
+                name,
+                cycle,
                 threshold,
-                with_confidence=mode == "self_spec" and (strategy == "auto" or isinstance(prepare, int)),
-                shape=shape,
+                with_confidence=name == "auto" or (mode == "self_spec" and isinstance(prepare, int)),
                 rules=rules if rules.active else None,
             )
             try:
                 with turn():
                     run.watch(requests)
-                    steps = self._stepper(run, slots, requests, mode, strategy, prepare)
+                    steps = self.backend.stepper(run, requests, slots, self.policy, self.device_policy)
                 yield from self._loop(run, steps, requests, slots, with_text)
             finally:
                 run.cache.release()
 
         return events()
+
+    def _cycle(self, strategy: str, prepare: str | int, tree: int | None, params: SamplingParams, slots: int) -> Cycle:
+        """The plans of `ar` or of a fixed strategy.  Raises UsageError for a tree that the backend cannot verify."""
+        grown = None
+        if strategy == "fused":
+            sampled = params.temperature > 0
+            grown = fixed_tree(self.layout, self._acceptance, prepare, tree, sampled, self._rows_each(slots))
+        most = self.backend.most_nodes
+        if grown is not None and most is not None and grown.nodes > most:
+            raise UsageError(
+                f"tree is {grown.nodes}; the {self.backend.name} backend verifies up to {most} draft nodes"
+            )
+        return fixed_cycle(strategy, prepare, self.layout, grown)
 
     def _rows_each(self, requests: int) -> int:
         """Rows that a request may have in a forward, if so many run."""
@@ -390,7 +393,7 @@ class Engine:
     def _loop(
         self,
         run: Run,
-        steps: HostSteps | DeviceSteps,
+        steps: Stepper,
         requests: list[Request],
         slots: int,
         with_text: bool,
@@ -406,7 +409,7 @@ class Engine:
                     if request is not touched[-1]:
                         self.backend.turns.check_open()  # whoever reads a stream may have closed the engine
 
-    def _turn(self, run: Run, steps: HostSteps | DeviceSteps, scheduler: Scheduler) -> list[Request]:
+    def _turn(self, run: Run, steps: Stepper, scheduler: Scheduler) -> list[Request]:
         """Admit what fits, prefill it, run a step of the others, retire what is done; returns all that took part."""
         begin = time.perf_counter()
         admitted = scheduler.admit()
@@ -424,31 +427,6 @@ class Engine:
             steps.finish(request)
             run.cache.close(request.slot)
         return touched
-
-    def _stepper(
-        self, run: Run, slots: int, requests: list[Request], mode: str, strategy: str, prepare: str | int
-    ) -> HostSteps | DeviceSteps:
-        """Steps planned on the device where that is built: the fused backend, but for diffusion, n-gram drafts, a
-        repetition penalty, rules of the base's own, and blocks without an anchor."""
-        name = strategy if mode == "self_spec" else mode
-        if (
-            self.backend.name == "fused"
-            and name not in ("diffusion", "prompt_lookup")
-            and run.params.repetition_penalty in (None, 1.0)
-            and run.rules is None
-            and (name == "ar" or (self.layout.anchored and self.backend.heads is not None))
-        ):
-            from retrofit.runtime.device.kinds import fixed_template
-            from retrofit.runtime.device.loop import DeviceSteps, loop_over
-
-            loop = loop_over(run)
-            room = run.rows_each(loop.lanes_for(slots))
-            template = None if name == "auto" else fixed_template(name, prepare, self.layout, run.shape, room)
-            ignore_eos = all(not r.eos for r in requests)
-            return DeviceSteps(run, loop, self.device_policy, template, ignore_eos)
-        if name == "auto" and requests:
-            self.policy.calibrate(run, slots)
-        return HostSteps(run, self.policy, mode, strategy, prepare)
 
     def _prefill(self, run: Run, admitted: list[Request]) -> None:
         if not admitted:

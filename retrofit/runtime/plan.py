@@ -1,40 +1,70 @@
-"""Which rows a request runs in its next forward.  Pure functions of its state; no tensor, no model.
+"""What a step does for a request, and which rows that makes.  Pure functions of its state; no tensor, no model.
 
-    self_spec, seed at p, drafts d1 d2 (K = 3), verify 2, prepare {0, 2}:
+    self_spec, seed at p, drafts d1 d2 (K = 3), verify 2, blocks on the rows {0, 2}:
       base rows    seed d1 d2           at p p+1 p+2
       block of 0   M M M                at p+1 p+2 p+3       used if no draft is accepted
       block of 2   M M M                at p+3 p+4 p+5       used if both are
-    `ar` is verify 0, prepare {}.  `two_forward` alternates (0, {0}) and (K, {}).
 
+A strategy is a cycle of plans, taken in turn:
+
+    ar              {seed}
+    two_forward     {seed} + block  |  {seed, d_1 .. d_k}
+    fused           {seed, d_1 .. d_k} + blocks on all rows, on the last, or on the likeliest h; drafts may branch
+    prompt_lookup   {seed, d_1 .. d_k}, drafts that the text itself proposes
+
+On the host a plan is made for each request (`planned`), then cut to the rows there are (`cut`); on the device it is cut
+once and lowered to tensors (`device/lowering.py`), and the kernels leave out what a request cannot use.
 Rows at or beyond the context limit are never planned, nor is what the remaining budget cannot use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import hash_bits_plain
+from retrofit.runtime.rules.tree import DraftTree
+
+Hang = str | int | tuple[int, ...]
+"""Base rows that blocks hang on: "all", "last", the likeliest so many, or just these.  Of a chain a row's number is the
+accept length that makes its block come true."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a forward does for one request: verify so many drafts, hang a block on these accept lengths.
+class StepPlan:
+    """What one step does for a request: which drafts it verifies, where it hangs blocks, what it drafts.
 
-    Where drafts branch both count base rows: verify the first nodes of the tree, hang a block on these rows.
+    The base rows are the seed and `verify` drafts, the first ones; they hang on the tree that they were made on.
     """
 
     verify: int = 0
-    prepare: tuple[int, ...] = ()
+    hang: Hang = ()
+    draft: int = 0
+    """Drafts to make of the block that comes true.  The host makes all that a block proposes, for whatever plan is
+    next."""
+    tree: DraftTree | None = None
+    """What they are made on, its first nodes; None: a chain."""
 
-    @property
+    @cached_property
+    def blocks(self) -> int:
+        """How many blocks it runs."""
+        if isinstance(self.hang, tuple):
+            return len(self.hang)
+        if self.hang == "last":
+            return 1
+        return self.verify + 1 if self.hang == "all" else min(int(self.hang), self.verify + 1)
+
+    @cached_property
     def kind(self) -> str:
-        if self.verify:
-            return "fused" if self.prepare else "verify"
-        return "draft" if self.prepare else "ar"
+        return kind_of_forward(self.verify, self.blocks)
+
+
+Cycle = tuple[StepPlan, ...]
+AR: Cycle = (StepPlan(),)
 
 
 @dataclass(frozen=True)
@@ -51,38 +81,94 @@ class Limits:
         return min(self.boundary, self.context)
 
 
-def speculative_choice(
-    request: Request, strategy: str, prepare: str | int, layout: DraftLayout, limits: Limits
-) -> Choice:
-    """The choice of a fixed strategy: `two_forward`, `fused`, `prompt_lookup` (verify what was looked up), `ar`."""
-    verify = min(len(request.drafts), max_verify(request, limits))
-    if strategy in ("ar", "prompt_lookup"):
-        return Choice(verify)
-    if request.shape is not None and strategy == "fused":
-        verify = len(request.drafts)
-        rows = request.shape.likeliest_ends(verify + 1 if prepare in ("all", "last") else int(prepare))
-        return Choice(verify, useful(request, rows, layout, limits))
+def kind_of_forward(verified: int, blocks: int) -> str:
+    """As what the statistics count a forward of one request."""
+    if verified:
+        return "fused" if blocks else "verify"
+    return "draft" if blocks else "ar"
+
+
+# Cycles of plans
+
+
+def two_forward(drafts: int) -> Cycle:
+    return StepPlan(0, "all", drafts), StepPlan(drafts)
+
+
+def fused(drafts: int, hang: str | int = "all", tree: DraftTree | None = None) -> Cycle:
+    return (StepPlan(drafts, hang, drafts, tree),)
+
+
+def fixed_cycle(strategy: str, prepare: str | int, layout: DraftLayout, tree: DraftTree | None = None) -> Cycle:
+    """The plans of `ar` or of a fixed strategy.  prepare, tree: of `fused`, where blocks hang and how drafts branch."""
+    if strategy == "ar":
+        return AR
+    if strategy == "prompt_lookup":
+        return (StepPlan(layout.drafts),)
     if strategy == "two_forward":
-        return Choice(verify) if verify else Choice(0, useful(request, (0,), layout, limits))
-    if prepare == "all":
-        lengths: tuple[int, ...] = tuple(range(verify + 1))
-    elif prepare == "last":
-        lengths = (verify,)
-    else:
-        lengths = likeliest_lengths(request.confidence[:verify], verify, int(prepare))
-    return Choice(verify, useful(request, lengths, layout, limits))
+        return two_forward(layout.drafts)
+    return fused(layout.drafts if tree is None else tree.nodes, prepare, tree)
 
 
-def fitted(choice: Choice, layout: DraftLayout, rows: int | None) -> Choice:
-    """A choice cut to `rows` rows of a request (None: any number): blocks go first, then drafts; `ar` always fits."""
-    if rows is None or choice.kind == "ar":
-        return choice
-    base = 1 if layout.anchored or not choice.prepare else 0
-    verify, blocks = choice.verify, choice.prepare
-    if blocks and base + layout.block <= rows:
+def cut(plan: StepPlan, layout: DraftLayout, rows: int | None) -> StepPlan:
+    """A plan cut to `rows` rows of a request (None: any number): blocks go first, then drafts; `ar` always fits."""
+    if rows is None or not (plan.verify or plan.hang):
+        return plan
+    base = 1 if layout.anchored or not plan.hang else 0
+    verify, hang = plan.verify, plan.hang
+    if hang and base + layout.block <= rows:
         verify = min(verify, rows - base - layout.block)
     verify = min(verify, rows - 1)
-    return Choice(verify, tuple(j for j in blocks if j <= verify)[: max(0, (rows - base - verify) // layout.block)])
+    room = max(0, (rows - base - verify) // layout.block)
+    if isinstance(hang, tuple):
+        hang = tuple(j for j in hang if j <= verify)[:room]
+    elif room < replace(plan, verify=verify).blocks:
+        hang = room or ()
+    return StepPlan(verify, hang, min(plan.draft, verify) if plan.verify else plan.draft, plan.tree)
+
+
+def cut_cycle(cycle: Cycle, layout: DraftLayout, rows: int | None) -> Cycle:
+    """The cycle of a fixed strategy whose steps all fit: where nothing can be verified beside a block, it is in turn
+    with it; where no block fits, nothing is drafted."""
+    if rows is None or cycle == AR:
+        return cycle
+    if 1 + layout.block > rows:
+        return AR
+    last = cut(cycle[-1], layout, rows)
+    return (last,) if len(cycle) == 1 and last.verify else two_forward(min(layout.drafts, rows - 1))
+
+
+def num_rows(plan: StepPlan, layout: DraftLayout) -> int:
+    """Rows that a plan runs for a request which has all its drafts."""
+    base = 1 if layout.anchored or not plan.blocks else 0
+    return base + plan.verify + plan.blocks * layout.block
+
+
+# The plan of one request
+
+
+def planned(
+    cycle: Cycle, request: Request, layout: DraftLayout, limits: Limits, chance: Sequence[float] = ()
+) -> StepPlan:
+    """What a request does next of a cycle: what its drafts, its budget and the context leave of one of the plans.
+
+    chance: that each draft of a chain is accepted, given those before it, where no confidence head has said so.
+    """
+    drafts, tree = len(request.drafts), request.tree
+    verify = min(cycle[-1].verify, drafts, max_verify(request, limits)) if tree is None else drafts
+    plan = cycle[-1] if verify else cycle[0]
+    rows: Sequence[int]
+    if not plan.hang or (tree is not None and plan.tree is None):
+        rows = ()  # drafts of a tree that the plan does not have any more are verified, and nothing hangs on them
+    elif plan.hang == "all":
+        rows = range(verify + 1)
+    elif plan.hang == "last":
+        rows = (verify,)
+    else:
+        assert isinstance(plan.hang, int)
+        confidence = (request.confidence or chance)[:verify]
+        rows = likeliest_lengths(confidence, verify, plan.hang) if tree is None else tree.likeliest_ends(plan.hang)
+    return StepPlan(verify, useful(request, rows, layout, limits), plan.draft, plan.tree)
 
 
 def max_verify(request: Request, limits: Limits) -> int:
@@ -90,11 +176,11 @@ def max_verify(request: Request, limits: Limits) -> int:
     return max(0, min(request.remaining - 1, limits.end(request) - 1 - request.position))
 
 
-def useful(request: Request, lengths: Sequence[int], layout: DraftLayout, limits: Limits) -> tuple[int, ...]:
-    """Accept lengths whose block could still be verified: two tokens left after it, and room for a first draft."""
+def useful(request: Request, rows: Sequence[int], layout: DraftLayout, limits: Limits) -> tuple[int, ...]:
+    """Base rows whose block could still be verified: two tokens left after it, and room for a first draft."""
     kept = []
-    for j in lengths:
-        depth = j if request.shape is None else request.shape.depths[j]
+    for j in rows:
+        depth = j if request.tree is None else request.tree.depths[j]
         start = request.position + depth + 1 if layout.anchored else request.position
         emitted = depth + 1 if layout.anchored else 0
         if request.remaining - emitted >= 2 and start + 1 < limits.end(request):
@@ -113,16 +199,20 @@ def likeliest_lengths(confidence: Sequence[float], verify: int, count: int) -> t
     return tuple(sorted(best))
 
 
-def speculative_rows(request: Request, choice: Choice, layout: DraftLayout, limits: Limits, vocab: int) -> SequenceRows:
-    """Rows of an `ar`, `draft`, `verify` or `fused` forward."""
-    p, shape = request.position, request.shape
-    if not layout.anchored and choice.prepare:
+# Its rows
+
+
+def speculative_rows(request: Request, plan: StepPlan, layout: DraftLayout, limits: Limits, vocab: int) -> SequenceRows:
+    """Rows of an `ar`, `draft`, `verify` or `fused` forward.  plan: of this request, so it says which rows."""
+    p, tree = request.position, request.tree
+    assert isinstance(plan.hang, tuple)
+    if not layout.anchored and plan.hang:
         block = draft_block(request, p, request.tokens[-1], -1, layout, limits, vocab)
         return SequenceRows(slot=request.slot, start=request.committed, blocks=[block])
-    tokens = [request.tokens[-1], *request.drafts[: choice.verify]]
-    depth = list(range(len(tokens))) if shape is None else shape.depths
-    blocks = [draft_block(request, p + depth[j] + 1, None, j, layout, limits, vocab) for j in choice.prepare]
-    parents = None if shape is None or not choice.verify else shape.parents[: len(tokens)]
+    tokens = [request.tokens[-1], *request.drafts[: plan.verify]]
+    depth = list(range(len(tokens))) if tree is None else tree.depths
+    blocks = [draft_block(request, p + depth[j] + 1, None, j, layout, limits, vocab) for j in plan.hang]
+    parents = None if tree is None or not plan.verify else tree.parents[: len(tokens)]
     return SequenceRows(slot=request.slot, start=request.committed, tokens=tokens, blocks=blocks, parents=parents)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retrofit.runtime.rules.processors import Guard, Rules
-from retrofit.runtime.rules.tree import Shape
+from retrofit.runtime.rules.tree import DraftTree
 
 CYCLES = ("ar", "verify", "fused")
 """Kinds of forward that end a verify cycle; a `draft` forward belongs to the cycle of the drafts it makes."""
@@ -109,9 +109,9 @@ class Request:
     long_rope: bool = False
     """Whether the cached K/V were computed beyond a longrope boundary."""
     drafts: list[int] = field(default_factory=list)
-    """Drafted tokens: a chain, or the nodes of a tree in the order of `shape`."""
-    shape: Shape | None = None
-    """Shape of the drafts where they branch; None: each follows the one before."""
+    """Drafted tokens: a chain, or the nodes of `tree` in its order."""
+    tree: DraftTree | None = None
+    """What the drafts hang on where they branch; None: each follows the one before."""
     confidence: list[float] = field(default_factory=list)
     """Per draft: probability that it is accepted, given all before it are.  Empty without a confidence head."""
     block: list[int] = field(default_factory=list)
@@ -148,6 +148,9 @@ class Request:
     @property
     def done(self) -> bool:
         return self.finish_reason is not None
+
+    def drop_drafts(self) -> None:
+        self.drafts, self.confidence, self.tree = [], [], None
 
     def guarded(self, rules: Rules) -> None:
         """Put the text under a base's rules."""

@@ -27,7 +27,7 @@ CAUSAL = DraftLayout(block=4, attention="causal")
 def prefilled(backend: HFBackend) -> KVCache:
     cache = KVCache(2, 64)
     rows = [SequenceRows(slot=s, start=0, tokens=p[:n]) for s, (p, n) in enumerate(zip(PROMPTS, START, strict=True))]
-    backend.forward(backend.plan(rows), cache)
+    backend.forward(backend.row_plan(rows), cache)
     return cache
 
 
@@ -43,7 +43,7 @@ def mixed_rows() -> list[SequenceRows]:
 @torch.inference_mode()
 def mixed_forward(engine: Engine) -> tuple[Output, KVCache]:
     cache = prefilled(engine.backend)
-    return engine.backend.forward(engine.backend.plan(mixed_rows()), cache), cache
+    return engine.backend.forward(engine.backend.row_plan(mixed_rows()), cache), cache
 
 
 def own_logits(model: PreTrainedModel) -> Tensor:
@@ -59,9 +59,9 @@ def test_new_adapter_is_the_identity(name: str) -> None:
     with torch.inference_mode():
         cache = prefilled(engine.backend)
         draft = SequenceRows(0, start, [], [Block(start, tokens[start:])])
-        as_draft = engine.backend.forward(engine.backend.plan([draft]), cache).draft_hidden
+        as_draft = engine.backend.forward(engine.backend.row_plan([draft]), cache).draft_hidden
         base = SequenceRows(0, start, tokens[start:])
-        as_base = engine.backend.forward(engine.backend.plan([base]), cache).base_hidden
+        as_base = engine.backend.forward(engine.backend.row_plan([base]), cache).base_hidden
         torch.testing.assert_close(as_draft, as_base, rtol=1e-4, atol=1e-4)
         heads = engine.attached.heads
         trunk = engine.backend.head(as_draft)
@@ -69,7 +69,7 @@ def test_new_adapter_is_the_identity(name: str) -> None:
         assert torch.equal(heads.draft_logits(trunk, previous), trunk)
         assert torch.equal(heads.confidence(as_draft, previous, 0, True), torch.full((len(previous),), 0.5))
         randomise(engine)
-        changed = engine.backend.forward(engine.backend.plan([draft]), cache).draft_hidden
+        changed = engine.backend.forward(engine.backend.row_plan([draft]), cache).draft_hidden
     assert (changed - as_base).abs().max() > 0.01, "the adapter does nothing on draft rows"
 
 
@@ -110,7 +110,7 @@ def test_the_mask_vector_meets_the_embedding_multiplier(name: str) -> None:
     with torch.no_grad():
         engine.attached.heads.mask_vector.copy_(engine.backend.embedding.weight[9])
         rows = SequenceRows(0, 3, [], [Block(3, [9, MASK, 4])])
-        embedded = engine.backend.embed(engine.backend.plan([rows]))
+        embedded = engine.backend.embed(engine.backend.row_plan([rows]))
     torch.testing.assert_close(embedded[1], embedded[0])
     assert not torch.equal(embedded[2], embedded[0])
 
@@ -201,7 +201,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
 
 def test_only_adapter_parameters_get_gradients() -> None:
     engine = Engine.from_model(build("llama"))
-    plan = engine.backend.plan(mixed_rows())
+    plan = engine.backend.row_plan(mixed_rows())
     with torch.no_grad():
         cache = prefilled(engine.backend)
     randomise(engine)

@@ -159,10 +159,10 @@ def test_draft_rows_of_a_conv1d_are_those_of_plain_peft() -> None:
     assert any(isinstance(m.base_layer, Conv1D) for m in attached.model.modules() if hasattr(m, "lora_A"))
     assert attached.adapter_config()["fan_in_fan_out"] is True
     tokens = [5, 9, 33, 2, 17]
-    plan = backend.plan([SequenceRows(0, 0, [], [Block(0, tokens)])])
+    plan = backend.row_plan([SequenceRows(0, 0, [], [Block(0, tokens)])])
     with torch.inference_mode():
         cache = KVCache(1, 8)
-        backend.forward(backend.plan([SequenceRows(0, 0, [1])]), cache)  # a cache to read from
+        backend.forward(backend.row_plan([SequenceRows(0, 0, [1])]), cache)  # a cache to read from
         drafted = backend.head(backend.run_trunk(plan, cache))
     plain = plain_peft(decoders.build("gpt2"), attached)
     with torch.inference_mode():
@@ -180,8 +180,8 @@ def test_a_conv1d_learns() -> None:
     backend = engine.backend
     cache = KVCache(1, 8)
     with torch.no_grad():
-        backend.forward(backend.plan([SequenceRows(0, 0, [5, 9, 33])]), cache)
-    plan = backend.plan([SequenceRows(0, 3, [], [Block(3, [2, 17])])])
+        backend.forward(backend.row_plan([SequenceRows(0, 0, [5, 9, 33])]), cache)
+    plan = backend.row_plan([SequenceRows(0, 3, [], [Block(3, [2, 17])])])
     backend.run_trunk(plan, cache).square().sum().backward()
     up = [p for n, p in engine.attached.peft_model.named_parameters() if "lora_B" in n]
     assert up and all(p.grad is not None and p.grad.abs().sum() > 0 for p in up)

@@ -44,9 +44,9 @@ def merged(artifact: Path, scaling: float) -> PreTrainedModel:
 def draft_logits(engine: Engine) -> Tensor:
     """Of a block that nothing precedes and that reads tokens: no row of its forward is a base row."""
     cache = KVCache(2, 64)
-    engine.backend.forward(engine.backend.plan([SequenceRows(0, 0, TOKENS)]), cache)  # another sequence's
+    engine.backend.forward(engine.backend.row_plan([SequenceRows(0, 0, TOKENS)]), cache)  # another sequence's
     rows = SequenceRows(1, 0, [], [Block(0, TOKENS)])
-    return engine.backend.head(engine.backend.run_trunk(engine.backend.plan([rows]), cache))
+    return engine.backend.head(engine.backend.run_trunk(engine.backend.row_plan([rows]), cache))
 
 
 @torch.inference_mode()

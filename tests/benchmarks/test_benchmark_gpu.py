@@ -337,11 +337,11 @@ def test_generate_takes_its_drafts_from_the_oracle(tree):
     engine = bench.engine()
     prompts, options = bench.prompts(1, 3, 64), {"max_new_tokens": 8, "batch_size": 1, "ignore_eos": True}
     truth = [result.tokens for result in engine.generate(prompts, "ar", **options)]
-    shape = tree_of(bench) if tree else None
-    let_oracle_draft(engine, truth, 1.0, batch=1, longest=11, params=SamplingParams(), shape=shape)
+    grown = tree_of(bench) if tree else None
+    let_oracle_draft(engine, truth, 1.0, batch=1, longest=11, params=SamplingParams(), tree=grown)
     (result,) = engine.generate(prompts, strategy="fused", tree=tree, **options)
     assert result.tokens == truth[0]
-    deep = max(shape.depths) if shape else 2
+    deep = max(grown.depths) if grown else 2
     # The first step only drafts; then each accepts all, until too few tokens are left.
     assert result.stats.accepted[0] == deep
     assert result.stats.forwards["draft"] == 1 and result.stats.decode_forwards == 1 + -(-6 // (deep + 1))

@@ -20,7 +20,7 @@ from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
 from retrofit.runtime.host import steps as host_steps
-from retrofit.runtime.plan import Choice
+from retrofit.runtime.plan import Cycle, StepPlan
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules import sampling
 
@@ -254,12 +254,12 @@ def test_mutant_rollback_forgotten(subject, monkeypatch):
     """Rejected rows count as committed: what follows reads stale K/V at wrong positions."""
     step = modes.speculative_step
 
-    def mutant(run, requests, choices):
+    def mutant(run, requests, plans):
         before = [r.committed for r in requests]
-        step(run, requests, choices)
-        for request, was, choice in zip(requests, before, choices, strict=True):
+        step(run, requests, plans)
+        for request, was, plan in zip(requests, before, plans, strict=True):
             if request.committed > was:
-                request.committed = was + 1 + choice.verify
+                request.committed = was + 1 + plan.verify
 
     monkeypatch.setattr(host_steps, "speculative_step", mutant)
     verdict = audit.audit(subject, PROMPTS, LIMIT)
@@ -337,19 +337,19 @@ def test_mutant_penalty_on_the_committed_prefix_only(monkeypatch):
 
 def test_mutant_verify_length_looks_ahead(subject, monkeypatch):
     """Drafts are dropped unless all will be accepted: the text stays right, but acceptance is a lie."""
-    right = host_steps.speculative_choice
+    right = host_steps.planned
     peek = subject.base(torch.float32)
 
-    def mutant(request: Request, *rest) -> Choice:
-        choice = right(request, *rest)
-        drafts = request.drafts[: choice.verify]
+    def mutant(cycle: Cycle, request: Request, *rest) -> StepPlan:
+        plan = right(cycle, request, *rest)
+        drafts = request.drafts[: plan.verify]
         if not drafts:
-            return choice
+            return plan
         ids = torch.tensor([[*request.tokens, *drafts[:-1]]])
         targets = peek(ids).logits[0, -len(drafts) :].argmax(-1).tolist()
-        return choice if targets == drafts else Choice(0, choice.prepare[:1])
+        return plan if targets == drafts else StepPlan(0, plan.hang[:1])
 
-    monkeypatch.setattr(host_steps, "speculative_choice", mutant)
+    monkeypatch.setattr(host_steps, "planned", mutant)
     assert exactness.greedy(subject, PROMPTS, LIMIT).ok
     verdict = audit.audit(subject, PROMPTS, LIMIT)
     assert not verdict.ok

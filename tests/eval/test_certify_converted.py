@@ -139,7 +139,7 @@ def test_auto_is_put_back(made):
     with audit.every_plan(engine):
         engine.generate([[1, 2, 3]], strategy="auto", max_new_tokens=4)
         assert engine.policy.costs is not costs
-    assert engine.policy.costs is costs and not vars(engine.policy).keys() & {"template", "learn", "calibrate"}
+    assert engine.policy.costs is costs and not vars(engine.policy).keys() & {"choose", "trials"}
 
 
 def test_demo_ends_with_the_certificate(made, tmp_path, monkeypatch):

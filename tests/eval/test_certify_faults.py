@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 
 from retrofit.adapters import rows as row_plans
 from retrofit.eval import audit, certify
-from retrofit.runtime.auto import policy
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
 from retrofit.runtime.host import steps as host_steps
@@ -51,14 +50,13 @@ def forgets_to_roll_back(patch):
     """Rejected rows count as committed: what follows stands at wrong positions and reads stale K/V."""
     step = modes.speculative_step
 
-    def mutant(run, requests, choices):
+    def mutant(run, requests, plans):
         before = [r.committed for r in requests]
-        step(run, requests, choices)
-        for request, was, choice in zip(requests, before, choices, strict=True):
+        step(run, requests, plans)
+        for request, was, plan in zip(requests, before, plans, strict=True):
             if request.committed > was:
-                request.committed = was + 1 + choice.verify
+                request.committed = was + 1 + plan.verify
 
-    patch.setattr(policy, "speculative_step", mutant)
     patch.setattr(host_steps, "speculative_step", mutant)
 
 
@@ -83,33 +81,33 @@ def grows_another_tree_when_it_pays(patch):
     """A tree that depends on what has been decoded: acceptance is then measured on chosen cases."""
     right = modes._draft
 
-    def mutant(run, hangs):
+    def mutant(run, hangs, tree):
         even = hangs[0][0].tokens[-1] % 2 == 0
-        right(run if even else replace(run, shape=run.shape.first(3)), hangs)
+        right(run, hangs, tree if even else tree.first(3))
 
     patch.setattr(modes, "_draft", mutant)
 
 
 def drops_drafts_that_fail(patch):
     """The text stays right, but what is accepted is a lie: a draft is verified only if its token is even."""
-    right = host_steps.speculative_choice
+    right = host_steps.planned
 
-    def mutant(request, *rest):
-        choice = right(request, *rest)
-        fails = any(token % 2 for token in request.drafts[: choice.verify])
-        return replace(choice, verify=0, prepare=choice.prepare[:1]) if fails else choice
+    def mutant(cycle, request, *rest):
+        plan = right(cycle, request, *rest)
+        fails = any(token % 2 for token in request.drafts[: plan.verify])
+        return replace(plan, verify=0, hang=plan.hang[:1]) if fails else plan
 
-    patch.setattr(host_steps, "speculative_choice", mutant)
+    patch.setattr(host_steps, "planned", mutant)
 
 
 def verifies_other_drafts(patch):
     """The draft head's tokens are replaced after the fact, as a peek at the target would."""
     right = modes.speculative_rows
 
-    def mutant(request, choice, *rest):
-        if choice.verify and request.shape is None:
+    def mutant(request, plan, *rest):
+        if plan.verify and request.tree is None:
             request.drafts = [request.drafts[0] ^ 1, *request.drafts[1:]]
-        return right(request, choice, *rest)
+        return right(request, plan, *rest)
 
     patch.setattr(modes, "speculative_rows", mutant)
 

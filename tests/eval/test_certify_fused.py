@@ -17,7 +17,7 @@ from retrofit.eval import audit, bitwise, certify, distribution, exactness, weig
 from retrofit.eval.recording import recording
 from retrofit.eval.replay import Sampling, cut, paths_of
 from retrofit.eval.subject import Subject
-from retrofit.runtime.auto import policy
+from retrofit.runtime.auto import cost
 from retrofit.runtime.device import loop as device_loop
 from retrofit.runtime.engine import Engine
 
@@ -37,8 +37,7 @@ def made(tmp_path_factory, texts):
 def folder(made, tmp_path, monkeypatch):
     plain_decoder(monkeypatch)
     plain_sampling(monkeypatch)
-    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
-    monkeypatch.setattr(policy, "ROWS", 24)
+    monkeypatch.setattr(cost, "REPEATS", 0)
     return shutil.copytree(made, tmp_path / "artifact")
 
 
@@ -122,46 +121,46 @@ def emits_the_draft(patch):
     """The first draft is emitted whatever its target was."""
     right = device_loop.accept
 
-    def mutant(state, lanes, shape, targets, *rest):
+    def mutant(state, lanes, step, targets, *rest):
         targets = targets.clone()
         for lane, slot in enumerate(lanes.tolist()):
-            if shape.base_rows > 1 and int(state.num_drafts[slot]):
-                targets[lane * shape.base_rows] = state.drafts[slot, 0]
-        return right(state, lanes, shape, targets, *rest)
+            if step.base_rows > 1 and int(state.num_drafts[slot]):
+                targets[lane * step.base_rows] = state.drafts[slot, 0]
+        return right(state, lanes, step, targets, *rest)
 
     patch.setattr(device_loop, "accept", mutant)
 
 
 def reuses_the_noise(patch):
-    right = device_loop.plan_rows
+    right = device_loop.lay_rows
 
-    def mutant(state, lanes, shape, *rest):
-        right(state, lanes, shape, *rest)
-        rest[-1].view(-1, shape.base_rows)[:] = rest[-1].view(-1, shape.base_rows)[:, :1].clone()
+    def mutant(state, lanes, step, *rest):
+        right(state, lanes, step, *rest)
+        rest[-1].view(-1, step.base_rows)[:] = rest[-1].view(-1, step.base_rows)[:, :1].clone()
 
-    patch.setattr(device_loop, "plan_rows", mutant)
+    patch.setattr(device_loop, "lay_rows", mutant)
 
 
 def stands_one_further(patch):
-    right = device_loop.plan_rows
+    right = device_loop.lay_rows
 
-    def mutant(state, lanes, shape, *rest):
-        right(state, lanes, shape, *rest)
+    def mutant(state, lanes, step, *rest):
+        right(state, lanes, step, *rest)
         rows = rest[3]
-        if shape.base_rows > 1:
-            rows.positions[1 : shape.base_rows] += rows.limits[1 : shape.base_rows] > 0
+        if step.base_rows > 1:
+            rows.positions[1 : step.base_rows] += rows.limits[1 : step.base_rows] > 0
 
-    patch.setattr(device_loop, "plan_rows", mutant)
+    patch.setattr(device_loop, "lay_rows", mutant)
 
 
 def verifies_other_drafts(patch):
-    right = device_loop.plan_rows
+    right = device_loop.lay_rows
 
     def mutant(state, *rest):
         state.drafts[:, 0] ^= 1
         right(state, *rest)
 
-    patch.setattr(device_loop, "plan_rows", mutant)
+    patch.setattr(device_loop, "lay_rows", mutant)
 
 
 def passes_over_an_end(patch):
@@ -249,13 +248,13 @@ def test_the_distribution_is_that_of_the_fused_steps(folder, monkeypatch):
     monkeypatch.setattr(distribution, "ALPHA", 0.01)  # of so few samples
     assert distribution.tiny_engine(backend).backend.name == "fused"
     assert distribution.distribution(96, backend).ok
-    right = device_loop.plan_rows
+    right = device_loop.lay_rows
 
     def mutant(*arguments):
         right(*arguments)
         arguments[-1].zero_()
 
-    monkeypatch.setattr(device_loop, "plan_rows", mutant)
+    monkeypatch.setattr(device_loop, "lay_rows", mutant)
     assert not distribution.distribution(96, backend).ok
 
 
@@ -264,4 +263,4 @@ def test_auto_is_put_back(folder):
     with audit.every_plan(engine):
         engine.generate([[1, 2, 3]], strategy="auto", max_new_tokens=3, temperature=0.8)
         assert engine.device_policy.costs
-    assert not engine.device_policy.costs and not vars(engine.device_policy).keys() & {"template", "learn", "calibrate"}
+    assert not engine.device_policy.costs and not vars(engine.device_policy).keys() & {"choose", "trials"}

@@ -86,6 +86,31 @@ def test_outside_packages_have_one_place(path):
     assert [top for top in tops & set(places) if places[top] != path.relative_to(PACKAGE).as_posix()] == []
 
 
+ROOMS = {"kernels": 0, "rules": 0, "backends": 1, "auto": 2, "host": 3, "device": 3, "engine": 4}
+"""Rooms of the runtime: each imports its own and those below."""
+
+
+def test_rooms_of_the_runtime_import_down_but_where_a_backend_makes_its_stepper():
+    def room(dotted):
+        parts = dotted.split(".")
+        return parts[2] if parts[:2] == ["retrofit", "runtime"] and len(parts) > 2 else ""
+
+    early, late = set(), set()
+    for path in FILES:
+        own = room(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+        for name, column in imports(path) if own in ROOMS else []:
+            other = room(name)
+            if other in ROOMS and other != own and ROOMS[other] >= ROOMS[own]:
+                (early if column == 0 else late).add((path.relative_to(PACKAGE / "runtime").as_posix(), other))
+    assert early == set()
+    assert late == {
+        *((f"backends/{name}.py", "auto") for name in ("interface", "hf/backend", "fused/backend")),  # types only
+        ("backends/hf/backend.py", "host"),
+        ("backends/fused/backend.py", "host"),
+        ("backends/fused/backend.py", "device"),
+    }
+
+
 def test_datasets_is_imported_inside_functions_only():
     early = [
         name_of(path)

@@ -115,7 +115,7 @@ def test_a_closed_engine_refuses_and_says_why() -> None:
         assert same is engine
     engine.close()
     engine.close()
-    plan = engine.backend.plan([SequenceRows(0, 0, [1, 2])])
+    plan = engine.backend.row_plan([SequenceRows(0, 0, [1, 2])])
     for use in (
         lambda: engine.generate(PROMPTS),
         lambda: engine.stream(PROMPTS),

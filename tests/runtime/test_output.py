@@ -140,13 +140,13 @@ def test_prompts_are_prefilled_in_pieces_of_so_many_rows(monkeypatch: pytest.Mon
     """Four prompts of 32 tokens in all, eight rows a forward; then a row of each."""
     monkeypatch.setattr(modes, "PREFILL_ROWS", 8)
     engine, rows = random_engine(), []
-    plan = engine.backend.plan
+    plan = engine.backend.row_plan
 
     def recorded(sequences: Sequence[SequenceRows], *rest: Any) -> Any:
         rows.append(sum(len(sequence.tokens) for sequence in sequences))
         return plan(sequences, *rest)
 
-    monkeypatch.setattr(engine.backend, "plan", recorded)
+    monkeypatch.setattr(engine.backend, "row_plan", recorded)
     assert tokens_of(engine, prompts(), "ar", max_new_tokens=2, batch_size=4) == [t[:2] for t in free_run()]
     assert rows == [8, 8, 8, 8, 4]
 
@@ -183,17 +183,15 @@ def test_every_forward_is_counted_and_nothing_committed_runs_again(
     plans: list[list[SequenceRows]] = []
     begin_run = engine._loop
 
-    def loop(run: modes.Run, *rest: Any) -> Any:
-        if way.get("strategy") == "auto":  # its probe forwards belong to nobody
-            engine.policy.calibrate(run, batch)
-        plan = engine.backend.plan
+    def loop(*rest: Any) -> Any:  # the trials of `auto`, which belong to nobody, have run by then
+        plan = engine.backend.row_plan
 
         def recorded(sequences: list[SequenceRows]) -> Any:
             plans.append(sequences)
             return plan(sequences)
 
-        monkeypatch.setattr(engine.backend, "plan", recorded)
-        return begin_run(run, *rest)
+        monkeypatch.setattr(engine.backend, "row_plan", recorded)
+        return begin_run(*rest)
 
     monkeypatch.setattr(engine, "_loop", loop)
     results = engine.generate(prompts(), max_new_tokens=NEW, batch_size=batch, **way)

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from retrofit.adapters import gated_lora
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.auto import policy
+from retrofit.runtime.auto import cost, policy
 from retrofit.runtime.backends import threads
 from retrofit.runtime.backends.hf import answers
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.plan import StepPlan
 
 LAYOUT = DraftLayout(block=3)
 PROMPTS = random_prompts((20, 7))
@@ -50,8 +51,7 @@ def changing() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quick_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = policy.calibrate
-    monkeypatch.setattr(policy, "calibrate", lambda *arguments: timed(*arguments, repeats=1))
+    monkeypatch.setattr(cost, "REPEATS", 1)
 
 
 def opened(model: PreTrainedModel) -> Engine:
@@ -217,10 +217,14 @@ def test_streams_that_are_half_read_stand_in_nobodys_way() -> None:
 def test_plans_are_timed_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = opened(build("llama"))
     timed = []
-    learn = policy.AutoPolicy.learn
-    monkeypatch.setattr(
-        policy.AutoPolicy, "learn", lambda *arguments: (timed.append(arguments[1:3]), learn(*arguments))
-    )
+    trials = policy.AutoPolicy.trials
+
+    def noted(*arguments: Any) -> list[StepPlan]:
+        if made := trials(*arguments):
+            timed.append(arguments[1:3])
+        return made
+
+    monkeypatch.setattr(policy.AutoPolicy, "trials", noted)
     ready = threading.Barrier(3)
 
     def auto() -> None:

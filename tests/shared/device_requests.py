@@ -8,8 +8,9 @@ from decoding import random_prompts, tokens_of
 from fused_models import VOCABULARY, WIDE, Planted, pair, planted, small
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.auto.policy import AutoPolicy, tree_shape
+from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.rules.tree import fixed_tree
 
 PROMPTS = random_prompts((9, 3, 5), vocab=VOCABULARY)
 NEW = 10
@@ -42,11 +43,11 @@ def oracle(
 ) -> Engine:
     """The engine with planted drafts; request i has seed i."""
     options = WAYS[way]
-    shape = None
+    tree = None
     if "tree" in options:
-        shape = tree_shape(engine.layout, {}, options.get("prepare", "all"), options["tree"], hot)
-    engine.device_policy = AutoPolicy(engine.layout, engine.limits, RANKS)
-    return planted(engine, Planted(dict(enumerate(tokens)), mistakes, shape=shape))
+        tree = fixed_tree(engine.layout, {}, options.get("prepare", "all"), options["tree"], hot)
+    engine.device_policy = AutoPolicy(engine.layout, RANKS)
+    return planted(engine, Planted(dict(enumerate(tokens)), mistakes, tree=tree))
 
 
 def fresh(name: str = "llama", layout: DraftLayout = WIDE, eos: Sequence[int] = (), **changes: Any) -> Engine:

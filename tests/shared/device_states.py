@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retrofit.runtime.kernels import steps
 from retrofit.runtime.kernels.rows import Rows
-from retrofit.runtime.kernels.state import ALL, GIVEN, LAST, State, StepShape
+from retrofit.runtime.kernels.state import ALL, GIVEN, LAST, State, StepTensors
 from retrofit.runtime.rules.tree import grow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +22,7 @@ EOS = 5
 class Case:
     state: State
     lanes: Tensor
-    shape: StepShape
+    step: StepTensors
     parents: list[int]
     block_table: Tensor
     context: int
@@ -34,7 +34,7 @@ class Case:
     targets: Tensor
 
 
-def random_shape(rng: random.Random) -> tuple[StepShape, list[int]]:
+def random_step(rng: random.Random) -> tuple[StepTensors, list[int]]:
     if rng.random() < 0.5:
         parents = list(range(-1, rng.randint(0, 6)))
     else:
@@ -45,11 +45,11 @@ def random_shape(rng: random.Random) -> tuple[StepShape, list[int]]:
     block = rng.randint(1, 8)
     if rng.random() < 0.1:
         hang, blocks, block = GIVEN, 0, 0
-    return StepShape.of(parents, blocks, block, hang, DEVICE), parents
+    return StepTensors.of(parents, blocks, block, hang, DEVICE), parents
 
 
-def random_state(rng: random.Random, shape: StepShape, eos: list[int]) -> State:
-    nodes = shape.base_rows - 1
+def random_state(rng: random.Random, step: StepTensors, eos: list[int]) -> State:
+    nodes = step.base_rows - 1
     state = State.empty(SLOTS, CAPACITY, nodes + rng.randint(0, 2), eos, DEVICE)
     state.tokens.copy_(torch.randint(0, VOCABULARY, state.tokens.shape))
     state.drafts.copy_(torch.randint(0, VOCABULARY, state.drafts.shape))
@@ -61,8 +61,8 @@ def random_state(rng: random.Random, shape: StepShape, eos: list[int]) -> State:
         state.seed[slot] = rng.choice([rng.getrandbits(20), rng.getrandbits(64) - 2**63])
         state.active[slot] = rng.random() < 0.8
         state.num_drafts[slot] = rng.choice([nodes, rng.randint(0, nodes)])
-        anchors = rng.sample(range(shape.base_rows), shape.base_rows)
-        anchors = [rng.randint(-1, shape.base_rows + 1) if rng.random() < 0.3 else a for a in anchors]
+        anchors = rng.sample(range(step.base_rows), step.base_rows)
+        anchors = [rng.randint(-1, step.base_rows + 1) if rng.random() < 0.3 else a for a in anchors]
         state.anchors[slot, : len(anchors)] = torch.tensor(anchors)
     return state
 
@@ -75,30 +75,30 @@ def random_lanes(rng: random.Random) -> Tensor:
 def random_case(number: int) -> Case:
     rng = random.Random(number)
     torch.manual_seed(number)
-    shape, parents = random_shape(rng)
-    state = random_state(rng, shape, rng.choice([[], [EOS], [EOS, 77, 3]]))
+    step, parents = random_step(rng)
+    state = random_state(rng, step, rng.choice([[], [EOS], [EOS, 77, 3]]))
     lanes = random_lanes(rng)
     # No request goes beyond the context; often one is close to it, and its blocks are cut.
     context = int(state.end.max()) + rng.choice([0, 0, 1, 5])
-    rows = steps.allocate_rows(shape, LANES, rng.choice([None, 1, 40, 300]), rng.randint(1, 5), DEVICE)
+    rows = steps.allocate_rows(step, LANES, rng.choice([None, 1, 40, 300]), rng.randint(1, 5), DEVICE)
     block_table = torch.randperm(SLOTS * PAGES).view(SLOTS, PAGES).int().to(DEVICE)
     seeds, indices = (torch.empty(rows.num_base, dtype=torch.int64, device=DEVICE) for _ in range(2))
     targets = torch.randint(0, VOCABULARY, (rows.num_base,), device=DEVICE)
     agreeing = rng.choice([1, rng.random()])
     for lane, slot in enumerate(lanes.tolist()):
-        for j in range(1, shape.base_rows):
+        for j in range(1, step.base_rows):
             if slot >= 0 and rng.random() < agreeing:
-                targets[lane * shape.base_rows + parents[j]] = state.drafts[slot, j - 1]
+                targets[lane * step.base_rows + parents[j]] = state.drafts[slot, j - 1]
     noise = rng.choice([None, None, None, VOCABULARY, 152064])
-    first = rng.randint(0, min(1, shape.block))
-    return Case(state, lanes, shape, parents, block_table, context, noise, first, rows, seeds, indices, targets)
+    first = rng.randint(0, min(1, step.block))
+    return Case(state, lanes, step, parents, block_table, context, noise, first, rows, seeds, indices, targets)
 
 
 def run_plan(kernels, case: Case) -> None:
-    kernels.plan_rows(
+    kernels.lay_rows(
         case.state,
         case.lanes,
-        case.shape,
+        case.step,
         case.block_table,
         case.context,
         case.noise_inputs,
@@ -109,7 +109,7 @@ def run_plan(kernels, case: Case) -> None:
 
 
 def run_accept(kernels, case: Case):
-    return kernels.accept(case.state, case.lanes, case.shape, case.targets, case.rows, case.first)
+    return kernels.accept(case.state, case.lanes, case.step, case.targets, case.rows, case.first)
 
 
 def assert_same(got, want) -> None:

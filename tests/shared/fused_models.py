@@ -22,11 +22,11 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.backends.fused import backend as fused_gqa
 from retrofit.runtime.backends.fused.backend import FusedGQA
 from retrofit.runtime.device import loop as device_loop
-from retrofit.runtime.device.loop import DeviceSteps
+from retrofit.runtime.device.steps import DeviceSteps
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.kernels import reference
 from retrofit.runtime.kernels.state import State
-from retrofit.runtime.rules.tree import Shape
+from retrofit.runtime.rules.tree import DraftTree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 32
@@ -131,7 +131,7 @@ class Planted:
         truth: dict[int, Sequence[int]],
         mistakes: float = 0.25,
         vocab: int = VOCABULARY,
-        shape: Shape | None = None,
+        tree: DraftTree | None = None,
     ):
         longest = max(map(len, truth.values())) + 64
         self.truth = torch.zeros(max(truth) + 1, longest, dtype=torch.int64)
@@ -139,21 +139,21 @@ class Planted:
             self.truth[seed, : len(tokens)] = torch.tensor(list(tokens))
         drawn = torch.Generator().manual_seed(3)
         self.wrong = torch.rand(self.truth.shape, generator=drawn) < mistakes
-        widest = 1 if shape is None else 1 + max(shape.ranks)
+        widest = 1 if tree is None else 1 + max(tree.ranks)
         self.holds = torch.randint(0, widest + (mistakes > 0), self.truth.shape, generator=drawn)
         self.truth, self.wrong, self.holds = (t.to(DEVICE) for t in (self.truth, self.wrong, self.holds))
-        self.vocab, self.shape, self.calls = vocab, shape, 0
-        if shape is not None:
-            self.ranks, self.depths = (torch.tensor(v[1:], device=DEVICE) for v in (shape.ranks, shape.depths))
+        self.vocab, self.tree, self.calls = vocab, tree, 0
+        if tree is not None:
+            self.ranks, self.depths = (torch.tensor(v[1:], device=DEVICE) for v in (tree.ranks, tree.depths))
 
     def __call__(self, state: State) -> None:
         self.calls += 1
         seed, index = state.seed.clamp(0, len(self.truth) - 1), state.length - state.origin
-        nodes = 16 if self.shape is None else len(self.ranks)
-        ahead = torch.arange(nodes, device=seed.device) if self.shape is None else self.depths - 1
+        nodes = 16 if self.tree is None else len(self.ranks)
+        ahead = torch.arange(nodes, device=seed.device) if self.tree is None else self.depths - 1
         place = (index[:, None] + ahead).clamp(0, self.truth.shape[1] - 1)
         true = self.truth[seed[:, None], place]
-        if self.shape is None:
+        if self.tree is None:
             drafts = (true + self.wrong[seed[:, None], place]) % self.vocab
         else:
             right = self.holds[seed[:, None], place] == self.ranks
@@ -163,7 +163,7 @@ class Planted:
 
 def planted(engine: Engine, override: Callable[[State], None] | None) -> Engine:
     """The engine, its drafts changed by `override`."""
-    stepper = engine._stepper
+    stepper = engine.backend.stepper
 
     def with_override(*args: Any) -> Any:
         steps = stepper(*args)
@@ -171,7 +171,7 @@ def planted(engine: Engine, override: Callable[[State], None] | None) -> Engine:
             steps.loop.override = override
         return steps
 
-    engine._stepper = with_override  # type: ignore[method-assign]
+    engine.backend.stepper = with_override  # type: ignore[method-assign]
     return engine
 
 

@@ -254,7 +254,7 @@ def _write_responses(plan: Recipe, backend: HFBackend) -> None:
     """The K/V of all requests that run together, at their longest, and a decoding forward of theirs."""
     rows = [SequenceRows(slot=slot, start=0, tokens=(0,)) for slot in range(BATCH)]
     with torch.no_grad():
-        backend.forward(backend.plan(rows), backend.new_cache(BATCH, plan.data.max_length))
+        backend.forward(backend.row_plan(rows), backend.new_cache(BATCH, plan.data.max_length))
 
 
 def windows_of(plan: Recipe, vocab: int, step: int) -> list[Document]:

@@ -77,7 +77,7 @@ def held_out_acceptance(
         if not len(group):
             continue
         cache, clean_hidden = clean_forward(backend, [document])
-        hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
+        hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
         part = group.tensors(hidden.device)
         drafting = hidden[:, layout.first_drafting_row :]
         for i in range(0, len(group), BLOCKS_AT_ONCE):

@@ -215,7 +215,7 @@ class Trainer:
     def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
         """Forward and backward of one group's draft rows; [B, D] argmax of q for L_draft groups."""
         layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
-        hidden = self.backend.run_trunk(self.backend.plan(group.rows()), cache)
+        hidden = self.backend.run_trunk(self.backend.row_plan(group.rows()), cache)
         drafting = group.rectangle(hidden)[:, layout.first_drafting_row :]
         blocks = Blocks(hidden=drafting, **group.tensors(hidden.device))
         if masked:
@@ -241,7 +241,7 @@ def clean_forward(backend: HFBackend, documents: list[Document]) -> tuple[KVCach
     rows = [SequenceRows(slot=s, start=0, tokens=document.tokens) for s, document in enumerate(documents)]
     cache = KVCache(len(documents), max(len(document.tokens) for document in documents))
     with torch.no_grad():
-        hidden = backend.run_trunk(backend.plan(rows), cache)
+        hidden = backend.run_trunk(backend.row_plan(rows), cache)
     return cache, hidden
 
 

@@ -1,4 +1,4 @@
-"""The cost model behind `strategy="auto"`: which plan emits most tokens per second on this machine, now.
+"""The cost model behind `strategy="auto"`: which cycle of plans emits most tokens per second on this machine, now.
 
 Time: the fastest step seen for each (rows, whether it drafts), interpolated in rows; minima, because noise only adds.
 Tokens: the chance c_i that draft i is accepted given those before it, a running mean that starts at what training
@@ -13,41 +13,29 @@ measured.  With survival s_i = c_1 .. c_i and S_k = sum_{i<=k} s_i, K rows a blo
 
 where m_h is the chance that the accept length was among the h prepared; if not, the next step only drafts.  A tree of n
 nodes has S = the sum of their survivals as measured at conversion, and r, how much of that came true here so far.
-D is part of a drafting step's measured time.  Not here: running anything but the probe forwards it is given.
+D is part of a drafting step's measured time.  A trial is a step that is run to be timed, for no request.  Not here:
+running anything (the steppers do), keeping what was chosen (`policy.py`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.rules.tree import Shape
+from retrofit.runtime.plan import AR, Cycle, StepPlan, fused, num_rows, two_forward
+from retrofit.runtime.rules.tree import DraftTree
 
 PRIOR_WEIGHT = 32.0
 """Observations the prior acceptance counts for."""
 MARGIN = 1.02
-"""A plan must promise this much more than `ar` to be chosen: near break-even, noise decides and `ar` is safe."""
-
-
+"""A cycle must promise this much more than `ar` to be chosen: near break-even, noise decides and `ar` is safe."""
 REAL_STEPS = 3
-"""Timed steps of one kind that outweigh its probes."""
+"""Timed steps of one kind that outweigh its trials."""
 MOST_ROWS = 256
 """Rows of one request and forward beyond which no plan is considered."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """One kind of plan: drafts verified, accept lengths prepared, draft tree.
-
-    strategy: `ar | two_forward | fused`, or `last`, which is `fused` with a block on the last draft only.
-    """
-
-    strategy: str
-    verify: int = 0
-    prepare: int = 0
-    shape: Shape | None = None
+REPEATS = 5
+"""How often a plan is tried: the fastest counts."""
 
 
 @dataclass
@@ -57,7 +45,7 @@ class CostModel:
     layout: DraftLayout
     acceptance: list[float]
     """Prior chance that draft i is accepted, given those before it were."""
-    shapes: list[Shape] = field(default_factory=list)
+    trees: list[DraftTree] = field(default_factory=list)
     """Draft trees worth comparing."""
     times: dict[bool, dict[int, float]] = field(default_factory=lambda: {False: {}, True: {}})
     """drafts? -> rows -> fastest seconds."""
@@ -72,13 +60,13 @@ class CostModel:
         self.tried = [PRIOR_WEIGHT] * len(self.acceptance)
         self.hits = [PRIOR_WEIGHT * a for a in self.acceptance]
 
-    def observe_time(self, rows: int, drafts: bool, seconds: float, *, probe: bool = False) -> None:
-        """A probe runs over little or no context: the real steps of the same rows take its place, once there are some.
+    def observe_time(self, rows: int, drafts: bool, seconds: float, *, trial: bool = False) -> None:
+        """A trial runs over little or no context: the real steps of the same rows take its place, once there are some.
 
         One would not do: it may be the step that the machine stumbled over.
         """
         known = self.times[drafts]
-        if probe:
+        if trial:
             known[rows] = min(known.get(rows, seconds), seconds)
             return
         count, fastest = self.real.get((drafts, rows), (0, seconds))
@@ -122,82 +110,62 @@ class CostModel:
         (n0, t0), (n1, t1) = known[at - 1], known[at]
         return t0 + (t1 - t0) * (rows - n0) / (n1 - n0)
 
-    def rate(self, template: Template, batch: int) -> float:
+    def rate(self, cycle: Cycle, batch: int) -> float:
         """Expected tokens per second and request."""
-        c, K = self.conditional(), self.layout.block
-        if template.shape is not None:
+        c, K, plan = self.conditional(), self.layout.block, cycle[-1]
+        if plan.tree is not None:
             realised = self.branched[0] / self.branched[1]
-            rows = batch * (1 + template.shape.nodes) * (1 + K)
-            return (1 + realised * template.shape.expected) / self.time(rows, True)
-        k, h = template.verify, template.prepare
+            return (1 + realised * plan.tree.expected) / self.time(batch * (1 + plan.tree.nodes) * (1 + K), True)
+        if cycle == AR:
+            return 1 / self.time(batch, False)
+        k, h = plan.verify, plan.blocks
         survival, alive = [], 1.0
         for i in range(k):
             alive *= c[i]
             survival.append(alive)
         S = sum(survival)
-        if template.strategy == "ar":
-            return 1 / self.time(batch, False)
-        anchored = self.layout.anchored
-        draft_only = self.time(batch * ((1 if anchored else 0) + K), True)
-        if template.strategy == "two_forward":
-            return ((2 if anchored else 1) + S) / (draft_only + self.time(batch * (1 + k), False))
+        draft_only = self.time(batch * num_rows(StepPlan(0, "all"), self.layout), True)
+        if len(cycle) == 2:
+            return ((2 if self.layout.anchored else 1) + S) / (draft_only + self.time(batch * (1 + k), False))
         lengths = [1.0, *survival]
         chance = sorted((a - b for a, b in zip(lengths, [*survival, 0.0], strict=True)), reverse=True)
         missed = 1 - sum(chance[:h])
-        fused = self.time(batch * (1 + k + h * K), True)
-        return (1 + S + missed) / (fused + missed * draft_only)
+        step = self.time(batch * (1 + k + h * K), True)
+        return (1 + S + missed) / (step + missed * draft_only)
 
-    def templates(self, rows: int | None = None) -> list[Template]:
-        """All plans worth comparing, of at most so many rows of a request and forward."""
-        D = self.layout.drafts
-        drafting = (1 if self.layout.anchored else 0) + self.layout.block
-        plans = [Template("two_forward", k) for k in range(1, D + 1) if drafting <= (rows or MOST_ROWS)]
+    def cycles(self, rows: int | None = None) -> list[Cycle]:
+        """All cycles worth comparing, of plans of at most so many rows of a request and forward."""
+        most, counts = min(MOST_ROWS, rows or MOST_ROWS), range(1, self.layout.drafts + 1)
+        cycles = [two_forward(k) for k in counts if num_rows(StepPlan(0, "all"), self.layout) <= (rows or MOST_ROWS)]
         if self.layout.anchored:
-            plans += [Template("fused", k, h) for k in range(1, D + 1) for h in range(1, k + 2)]
-            plans += [Template("fused", shape.nodes, shape.nodes + 1, shape) for shape in self.shapes]
-        return [p for p in plans if 1 + p.verify + p.prepare * self.layout.block <= min(MOST_ROWS, rows or MOST_ROWS)]
+            cycles += [fused(k, h if h <= k else "all") for k in counts for h in range(1, k + 2)]
+            cycles += [fused(tree.nodes, "all", tree) for tree in self.trees]
+        return [cycle for cycle in cycles if num_rows(cycle[-1], self.layout) <= most]
 
-    def best(self, batch: int, rows: int | None = None) -> Template:
-        """The plan with the highest expected rate; `ar` unless another beats it by MARGIN.  rows: of a request."""
-        ar = Template("ar")
+    def best(self, batch: int, rows: int | None = None) -> Cycle:
+        """The cycle with the highest expected rate; `ar` unless another beats it by MARGIN.  rows: of a request."""
         if not self.times[True]:
-            return ar
-        top = max(self.templates(rows), key=lambda t: self.rate(t, batch), default=ar)
-        return top if self.rate(top, batch) > MARGIN * self.rate(ar, batch) else ar
+            return AR
+        top = max(self.cycles(rows), key=lambda cycle: self.rate(cycle, batch), default=AR)
+        return top if self.rate(top, batch) > MARGIN * self.rate(AR, batch) else AR
 
+    def trials(self, room: int, rows: int | None = None) -> list[StepPlan]:
+        """What to time once for a batch size, as often as it is to be run: the corners and the middle of all plans.
 
-def probe_rows(model: CostModel) -> list[tuple[int, int]]:
-    """(verified, prepared) pairs per request to time once for a batch size: the corners and the middle of all plans."""
-    layout = model.layout
-    D = layout.drafts
-    pairs = [(0, 0), (max(1, D // 2), 0), (D, 0), (0, 1)]
-    if layout.anchored:
-        pairs += [(1, 2), (max(1, D // 2), max(1, D // 2)), (D, D + 1)]
-        pairs += [(shape.nodes, shape.nodes + 1) for shape in model.shapes]
-    return list(dict.fromkeys(pairs))
-
-
-def calibrate(
-    model: CostModel,
-    batch: int,
-    step: Callable[[int, int], float],
-    room: int,
-    rows: int | None = None,
-    repeats: int = 5,
-) -> None:
-    """Time the probe plans that fit into `room` positions, and into `rows` rows of a request.
-
-    `step(verified, prepared)` runs one and returns its seconds.
-    """
-    K = model.layout.block
-    pairs = [
-        (verified, prepared)
-        for verified, prepared in probe_rows(model)
-        if max(verified, prepared - 1) + (K if prepared else 0) < room
-        and 1 + verified + prepared * K <= min(MOST_ROWS, rows or MOST_ROWS)
-    ]
-    for _ in range(repeats):
-        for verified, prepared in pairs:
-            base = 1 if (model.layout.anchored or not prepared) else 0
-            rows = batch * (base + verified + prepared * model.layout.block)
-            model.observe_time(rows, prepared > 0, step(verified, prepared), probe=True)
+        room: positions there are.  rows: most rows of a request.
+        """
+        D, K, most = self.layout.drafts, self.layout.block, min(MOST_ROWS, rows or MOST_ROWS)
+        middle = max(1, D // 2)
+        plans = [StepPlan(), StepPlan(middle), StepPlan(D), two_forward(D)[0]]
+        if self.layout.anchored:
+            cycles = [fused(1), fused(middle, middle), fused(D), *(fused(t.nodes, "all", t) for t in self.trees)]
+            plans += [plan for (plan,) in cycles]
+        different: dict[tuple[int, int], StepPlan] = {}
+        for plan in plans:
+            different.setdefault((plan.verify, plan.blocks), plan)
+        fitting = [
+            plan
+            for (verify, blocks), plan in different.items()
+            if max(verify, blocks - 1) + (K if blocks else 0) < room and 1 + verify + blocks * K <= most
+        ]
+        return fitting * REPEATS

@@ -1,1 +1,1 @@
-"""One interface, `forward(plan) -> logits`, and what implements it."""
+"""One interface, `forward(row_plan) -> logits`, and what implements it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.backends.turns import Turns
 from retrofit.runtime.rules.sampling import SamplingParams
 from retrofit.runtime.settings import Settings
+
+if TYPE_CHECKING:
+    from retrofit.runtime.auto.policy import AutoPolicy
+    from retrofit.runtime.request import Request
+    from retrofit.runtime.run import Run
 
 BUCKET_ROWS = 128
 """Rows of every decoding forward at `exact="bucket"`: so many a datacentre GPU computes at about the price of one."""
@@ -50,6 +55,19 @@ class Cache(Protocol):
 
     def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
         """After a tree forward: keep base row rows[n] as (slots[n], positions[n]) in every layer, forget the others."""
+
+
+class Stepper(Protocol):
+    """Takes the steps of one `generate` call."""
+
+    def start(self, requests: Sequence[Request]) -> None:
+        """Requests that have just been prefilled."""
+
+    def step(self, running: list[Request]) -> None:
+        """One step of the running requests, or one launched and an earlier one read."""
+
+    def finish(self, request: Request) -> None:
+        """A request that is done."""
 
 
 class VocabProjection(Protocol):
@@ -99,13 +117,21 @@ class Backend(Protocol):
     def new_cache(self, slots: int, capacity: int) -> Cache:
         """A cache for so many sequences of up to `capacity` positions, until it is released."""
 
-    def plan(self, sequences: list[SequenceRows]) -> Any:
+    def row_plan(self, sequences: list[SequenceRows]) -> Any:
         """What `forward` of this backend takes."""
 
     def forward(self, plan: Any, cache: Any) -> Output:
         """One forward over a cache of this backend.
 
         Writes the base rows' K/V to the cache; draft rows leave nothing behind.
+        """
+
+    def stepper(
+        self, run: Run, requests: Sequence[Request], slots: int, on_host: AutoPolicy, on_device: AutoPolicy
+    ) -> Stepper:
+        """What takes the steps of a call, `slots` requests together.
+
+        on_host, on_device: what `auto` has learned of steps that are planned there.
         """
 
     def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:

@@ -1,20 +1,15 @@
-"""One step of all running requests, planned, decided and drafted on the device; the host reads what happened later.
+"""The state of all requests on the device, and the steps over it: planned, decided and drafted there.
 
-    host     launch n | launch n+1 | read n | launch n+2 | read n+1 ...
-    device   [ step n ][ step n+1 ][ step n+2 ] ...
-
-A step is one CUDA graph, replayed: plan the rows, forward, choose targets, accept, draft.  The state of the requests
+A step is one CUDA graph, replayed: lay the rows, forward, choose targets, accept, draft.  The state of the requests
 (tokens, lengths, drafts) stays on the device, so a step waits for nothing.  A request ends on the device at EOS and at
 its length; stop strings are found by the host, and what was decoded meanwhile is dropped.
 Without CUDA the same steps run one launch at a time.
 
-Not here: admission and prefill (`engine.py`), what the kernels compute (`kernels/`), which plan `auto` picks.
+Not here: which step is next, and reading what it did (`steps.py`), what the kernels compute (`kernels/`).
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,44 +18,34 @@ from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import ResourceError
-from retrofit.runtime.auto.cost import Template
-from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.backends.fused.backend import FusedGQA
 from retrofit.runtime.backends.fused.paged import HEADROOM, PagedCache
-from retrofit.runtime.device.kinds import Kind, chain, kinds_of, name_of
-from retrofit.runtime.host.modes import Run
+from retrofit.runtime.device.lowering import lowered
 from retrofit.runtime.kernels.drafting import draft
 from retrofit.runtime.kernels.rows import Rows
 from retrofit.runtime.kernels.sampling import candidates
-from retrofit.runtime.kernels.state import GIVEN, Outcome, State, StepShape
-from retrofit.runtime.kernels.steps import accept, allocate_rows, compact, plan_rows
+from retrofit.runtime.kernels.state import GIVEN, Outcome, State, StepTensors
+from retrofit.runtime.kernels.steps import accept, allocate_rows, compact, lay_rows
+from retrofit.runtime.plan import StepPlan
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import SamplingParams, process_logits
-from retrofit.runtime.rules.tree import depths
+from retrofit.runtime.run import Run
 
 CANDIDATES = 64
 """Tokens per slot among which the Markov head chooses: the trunk's likeliest."""
 LOOPS = 4
 """Sampling parameters whose recorded steps are kept: each has a state and graphs of its own."""
-LAG = 1
-"""Steps in flight beyond the one that is being read."""
 
 
 @dataclass
 class Step:
-    """A kind of step for so many lanes: its rows and tables on the device, and the graph that runs it."""
+    """A plan for so many lanes: its rows and tables on the device, and the graph that runs it."""
 
-    kind: Kind
-    shape: StepShape
+    plan: StepPlan
+    tensors: StepTensors
     rows: Rows
     seeds: Tensor
     indices: Tensor
-    draft_parents: Tensor
-    draft_ranks: Tensor
-    draft_depths: Tensor
-    draft_depth: int
-    anchors: Tensor | None
-    """Rows that blocks always hang on."""
     record: Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
 
@@ -95,7 +80,7 @@ class DeviceLoop:
         self.lanes = torch.full((cache.slots,), self.idle, dtype=torch.int64, device=backend.device)
         self.serving: list[int] = []
         """Slots that the lanes serve now."""
-        self.steps: dict[tuple[Kind, int], Step] = {}
+        self.steps: dict[tuple[StepPlan, int], Step] = {}
         self.pool = torch.cuda.graph_pool_handle() if backend.device.type == "cuda" else None
 
     def reset(self, ignore_eos: bool) -> None:
@@ -137,33 +122,26 @@ class DeviceLoop:
     def lanes_for(self, requests: int) -> int:
         return min(self.backend.lanes(requests), self.cache.slots)
 
-    def step(self, kind: Kind, lanes: int) -> Step:
+    def step(self, plan: StepPlan, lanes: int) -> Step:
         """Run one step for the lanes; its record is on the device when the stream gets there."""
-        step = self.steps.get((kind, lanes)) or self._new_step(kind, lanes)
+        step = self.steps.get((plan, lanes)) or self._new_step(plan, lanes)
         if step.graph is None:
             self._body(step)
         else:
             step.graph.replay()
         return step
 
-    def _new_step(self, kind: Kind, lanes: int) -> Step:
-        device, layout = self.backend.device, self.layout
-        shape = StepShape.of(kind.parents, kind.blocks, layout.block, kind.hang, device)
-        rows = allocate_rows(shape, lanes, self.backend.most_rows, self.backend.groups, device)
-        if self.backend.most_rows is not None and rows.num_rows > self.backend.most_rows:
-            raise RuntimeError(
-                f"{kind.name} of {lanes} lanes has {rows.num_rows} rows, the bucket {self.backend.most_rows}"
-            )
-        keys = [torch.zeros(rows.num_base, dtype=torch.int64, device=device) for _ in range(2)]
-        depth = depths(kind.draft_parents)
-        parents, ranks, deep = (
-            torch.tensor(list(v), device=device) for v in (kind.draft_parents, kind.draft_ranks, depth)
-        )
-        anchors = None if kind.anchors is None else torch.tensor(kind.anchors, device=device)
-        step = Step(kind, shape, rows, keys[0], keys[1], parents, ranks, deep, max(depth), anchors)
+    def _new_step(self, plan: StepPlan, lanes: int) -> Step:
+        device, most = self.backend.device, self.backend.most_rows
+        tensors = lowered(plan, self.layout.block, device)
+        rows = allocate_rows(tensors, lanes, most, self.backend.groups, device)
+        if most is not None and rows.num_rows > most:
+            raise RuntimeError(f"a {plan.kind} step of {lanes} lanes has {rows.num_rows} rows, the bucket {most}")
+        seeds = torch.zeros(rows.num_base, dtype=torch.int64, device=device)
+        step = Step(plan, tensors, rows, seeds, torch.zeros_like(seeds))
         if device.type == "cuda":
             self._capture(step)
-        self.steps[kind, lanes] = step
+        self.steps[plan, lanes] = step
         return step
 
     def _capture(self, step: Step) -> None:
@@ -195,27 +173,29 @@ class DeviceLoop:
         return graph
 
     def _body(self, step: Step) -> None:
-        backend, state, cache, rows, shape = self.backend, self.state, self.cache, step.rows, step.shape
-        lanes = self.lanes[: rows.num_base // shape.base_rows]
+        backend, state, cache, rows, tensors = self.backend, self.state, self.cache, step.rows, step.tensors
+        lanes = self.lanes[: rows.num_base // tensors.base_rows]
         noise = backend.head.vocab if self.layout.input == "noise" else None
-        plan_rows(state, lanes, shape, cache.block_table, backend.context_length, noise, rows, step.seeds, step.indices)
+        lay_rows(
+            state, lanes, tensors, cache.block_table, backend.context_length, noise, rows, step.seeds, step.indices
+        )
         hidden = backend.run(rows, cache)
         # One pass over the vocabulary's weights serves targets and drafts; a bucket never changes its row count.
-        all_rows = shape.blocks > 0 or backend.exact == "bucket"
+        all_rows = tensors.blocks > 0 or backend.exact == "bucket"
         logits = backend.head(hidden if all_rows else hidden[: rows.num_base])
         scores = process_logits(logits[: rows.num_base], self.params, None) if self.params.temperature else logits
         targets = backend.choose(scores[: rows.num_base], self.params, step.seeds, step.indices)
-        before = None if shape.chain else state.length[lanes]
-        outcome = accept(state, lanes, shape, targets, rows, self.layout.first_drafting_row)
+        before = None if tensors.chain else state.length[lanes]
+        outcome = accept(state, lanes, tensors, targets, rows, self.layout.first_drafting_row)
         if before is not None:
             compact(cache.keys, cache.values, cache.block_table, lanes, before, outcome.path, outcome.kept)
-        if shape.blocks:
-            self._draft(step, logits, hidden, outcome, lanes)
+        if tensors.blocks:
+            self._draft(tensors, logits, hidden, outcome, lanes)
         step.record = outcome.record
 
-    def _draft(self, step: Step, logits: Tensor, hidden: Tensor, outcome: Outcome, lanes: Tensor) -> None:
+    def _draft(self, step: StepTensors, logits: Tensor, hidden: Tensor, outcome: Outcome, lanes: Tensor) -> None:
         """Draft from the block that came true, and say where the next blocks hang."""
-        state, heads, D = self.state, self.backend.heads, step.draft_depth
+        state, heads, D = self.state, self.backend.heads, step.draft_deepest
         assert heads is not None
         temperature = self.params.temperature
         length, seed = state.length[lanes], state.seed[lanes]
@@ -233,7 +213,7 @@ class DeviceLoop:
         made = chosen[:, 0] >= 0
         state.drafts[lanes, : tokens.shape[1]] = tokens
         state.num_drafts[lanes] = torch.where(made, tokens.shape[1], 0)
-        if step.shape.hang == GIVEN:
+        if step.hang == GIVEN:
             rows = self._likeliest(step, hidden, chosen, previous, tokens)
             none = torch.full_like(rows, -1)
             none[:, 0] = 0
@@ -241,7 +221,7 @@ class DeviceLoop:
         if self.override is not None:
             self.override(state)
 
-    def _likeliest(self, step: Step, hidden: Tensor, chosen: Tensor, previous: Tensor, tokens: Tensor) -> Tensor:
+    def _likeliest(self, step: StepTensors, hidden: Tensor, chosen: Tensor, previous: Tensor, tokens: Tensor) -> Tensor:
         """[lanes, blocks] rows at which the accepted path most likely ends; as `plan.likeliest_lengths`."""
         if step.anchors is not None:
             return step.anchors.expand(len(tokens), -1)
@@ -256,138 +236,4 @@ class DeviceLoop:
             sure = torch.sigmoid(logits[:, kind].view(-1, k) / heads.confidence_temperature[kind, :k])
         alive = torch.nn.functional.pad(sure.cumprod(1), (1, 0), value=1.0)
         ends = alive * (1 - torch.nn.functional.pad(sure, (0, 1), value=0.0))
-        return ends.topk(step.shape.blocks, dim=1).indices.sort(dim=1).values
-
-
-@dataclass
-class Flight:
-    """A step that runs or has run, and where its record arrives."""
-
-    kind: Kind
-    template: Template
-    requests: list[Request]
-    rows_each: int
-    rows: int
-    record: Tensor
-    events: tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None
-    seconds: float
-
-
-class DeviceSteps:
-    """The stepper of one `generate` call on the fused backend: `ar`, `two_forward`, `fused` and `auto`."""
-
-    def __init__(self, run: Run, loop: DeviceLoop, policy: AutoPolicy, template: Template | None, ignore_eos: bool):
-        """template: the fixed plan; None: `auto`."""
-        self.run, self.loop, self.policy, self.fixed = run, loop, policy, template
-        self.flights: deque[Flight] = deque()
-        self.drafted: tuple[int, ...] = (-1,)
-        """Shape of the drafts on the device."""
-        self.turn: list[Kind] = []
-        """What is left of the present plan's steps."""
-        loop.reset(ignore_eos)
-
-    def start(self, requests: Sequence[Request]) -> None:
-        """Take over requests that have just been prefilled."""
-        for request in requests:
-            request.committed = request.position
-            self.loop.start(request)
-
-    def finish(self, request: Request) -> None:
-        """A request that is done, perhaps by a stop string, of which the device knows nothing."""
-        self.loop.stop(request.slot)
-
-    def step(self, running: list[Request]) -> None:
-        """Launch one step for the running requests, read what an earlier one did."""
-        slots = [r.slot for r in running]
-        if self.fixed is None:
-            self._calibrate(len(slots))
-        lanes = self.loop.serve(slots)
-        template = self.fixed or self.policy.template(self.run, lanes)
-        if not self.turn or self.turn[0] not in kinds_of(template):
-            self.turn = kinds_of(template)
-        kind = self.turn.pop(0)
-        if kind.rows > 1 and kind.parents != self.drafted:
-            self.loop.forget_drafts()
-        if kind.blocks:
-            self.drafted = kind.draft_parents
-        self.flights.append(self._launch(kind, template, list(running), lanes))
-        while len(self.flights) > LAG:
-            self._read(self.flights.popleft())
-
-    def _calibrate(self, batch: int) -> None:
-        """Time the plans once, without requests: products and launches, which dominate.
-
-        Times go by rows, so what was timed for many requests tells about few.
-        """
-        lanes, sampled = self.loop.lanes_for(batch), self.run.params.temperature > 0
-        if (sampled, lanes) in self.policy.calibrated:
-            return
-        known = self.policy.costs[sampled].times[True] if sampled in self.policy.costs else {}
-        if len(known) > 2 and any(was == sampled and timed > lanes for was, timed in self.policy.calibrated):
-            return
-        self.loop.serve([self.loop.idle] * batch)
-
-        def step(verified: int, prepared: int) -> float:
-            if not prepared:
-                kind = Kind("verify", chain(verified))
-            elif not verified:
-                kind = kinds_of(Template("two_forward", self.run.layout.drafts))[0]
-            else:
-                trees = {shape.nodes: shape for shape in self.policy.costs[sampled].shapes}
-                tree = trees.get(verified) if prepared == verified + 1 else None
-                kind = kinds_of(Template("fused", verified, prepared, tree))[0]
-            if (kind, lanes) not in self.loop.steps:
-                self.loop.step(kind, lanes)
-            flight = self._launch(kind, Template("ar"), [], lanes)
-            self._wait(flight)
-            return flight.seconds
-
-        self.policy.learn(sampled, lanes, step, self.run.limits.context, self.run.rows_each(lanes))
-
-    def _launch(self, kind: Kind, template: Template, requests: list[Request], lanes: int) -> Flight:
-        cuda = self.loop.backend.device.type == "cuda"
-        each = kind.rows + kind.blocks * self.run.layout.block
-        begin = time.perf_counter()
-        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) if cuda else None
-        if events is not None:
-            events[0].record()
-        record = self.loop.step(kind, lanes).record
-        assert record is not None
-        if events is None:
-            record = record.clone()
-        else:
-            events[1].record()
-            arrived = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
-            record = arrived.copy_(record, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-            return Flight(kind, template, requests, each, lanes * each, record, (events[0], events[1], done), 0.0)
-        return Flight(kind, template, requests, each, lanes * each, record, None, time.perf_counter() - begin)
-
-    def _wait(self, flight: Flight) -> None:
-        if flight.events is not None:
-            begin, end, done = flight.events
-            done.synchronize()
-            flight.seconds = begin.elapsed_time(end) / 1e3
-
-    def _read(self, flight: Flight) -> None:
-        """Tell the requests, and the cost model, what a step did."""
-        self._wait(flight)
-        costs = self.policy.costs[self.run.params.temperature > 0] if self.fixed is None else None
-        for request, record in zip(flight.requests, flight.record.tolist(), strict=False):
-            taken, accepted, verified, *tokens = record
-            if request.done:
-                continue
-            if not taken:
-                raise RuntimeError(f"request {request.index} has ended on the device, and the host was not told")
-            request.stats.count(name_of(flight.kind, verified), flight.rows_each)
-            request.emit(tokens[:taken])
-            request.committed = request.position
-            if verified:
-                request.stats.accepted.append(accepted)
-                request.stats.verified.append(verified)
-            if costs is not None and verified:
-                tree = flight.template.shape
-                costs.observe(accepted, verified, None if tree is None else tree.expected)
-        if costs is not None:
-            costs.observe_time(flight.rows, flight.kind.blocks > 0, flight.seconds)
+        return ends.topk(step.blocks, dim=1).indices.sort(dim=1).values

@@ -17,7 +17,7 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.runtime.rules.processors import Constrain, Guard, constrained
 from retrofit.runtime.rules.sampling import SamplingParams, choose, process_logits, ranked
-from retrofit.runtime.rules.tree import Shape
+from retrofit.runtime.rules.tree import DraftTree
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def draft_tokens(
     heads: Heads,
     params: SamplingParams,
     with_confidence: bool,
-    shape: Shape | None = None,
+    tree: DraftTree | None = None,
     guards: Sequence[Guard] | None = None,
 ) -> Drafted:
-    """Draft D tokens for each of B blocks, or the nodes of a tree of that shape.
+    """Draft D tokens for each of B blocks, or the nodes of a tree.
 
     previous: the token before the first draft (the newest emitted one); indices: output index of the first draft;
     seen_BV: tokens of each request's path so far, needed under a repetition penalty; guards: the base's rules over the
@@ -53,8 +53,8 @@ def draft_tokens(
     token = torch.tensor(previous, device=device)
     seed = torch.tensor(seeds, dtype=torch.int64, device=device)
     index = torch.tensor(indices, dtype=torch.int64, device=device)
-    if shape is not None:
-        return Drafted(_draft_tree(trunk_BDV, token, seed, index, seen_BV, heads, params, shape, guards), None)
+    if tree is not None:
+        return Drafted(_draft_tree(trunk_BDV, token, seed, index, seen_BV, heads, params, tree, guards), None)
     seen = seen_BV.clone() if seen_BV is not None else None
     paths: list[list[int]] = [[] for _ in range(B)]
     tokens, confidence = [], []
@@ -83,19 +83,19 @@ def _draft_tree(
     seen_BV: Tensor | None,
     heads: Heads,
     params: SamplingParams,
-    shape: Shape,
+    tree: DraftTree,
     guards: Sequence[Guard] | None,
 ) -> Tensor:
     """[B, nodes] tokens of a tree: each row's children are its best candidates by log q + g, level by level."""
     B, _, V = trunk_BDV.shape
-    tokens = trunk_BDV.new_zeros((B, len(shape.parents)), dtype=torch.long)
+    tokens = trunk_BDV.new_zeros((B, len(tree.parents)), dtype=torch.long)
     tokens[:, 0] = previous_B
     seen = {0: seen_BV}
     routes: dict[int, list[list[int]]] = {0: [[] for _ in range(B)]}
-    for depth in range(max(shape.depths)):
-        children = [j for j, d in enumerate(shape.depths) if d == depth + 1]
-        parents = sorted({shape.parents[j] for j in children})
-        P, widest = len(parents), 1 + max(shape.ranks[j] for j in children)
+    for depth in range(max(tree.depths)):
+        children = [j for j, d in enumerate(tree.depths) if d == depth + 1]
+        parents = sorted({tree.parents[j] for j in children})
+        P, widest = len(parents), 1 + max(tree.ranks[j] for j in children)
         before = tokens[:, parents].reshape(-1)
         logits = heads.draft_logits(trunk_BDV[:, depth].repeat_interleave(P, 0), before)
         paths = None if seen_BV is None else torch.stack([_known(seen[p]) for p in parents], 1).view(B * P, V)
@@ -106,11 +106,11 @@ def _draft_tree(
         best = ranked(scores, params, seed_B.repeat_interleave(P), step, widest)
         best = best.view(B, P, widest)
         for j in children:
-            tokens[:, j] = best[:, parents.index(shape.parents[j]), shape.ranks[j]]
+            tokens[:, j] = best[:, parents.index(tree.parents[j]), tree.ranks[j]]
             if seen_BV is not None:
-                seen[j] = _known(seen[shape.parents[j]]).scatter(1, tokens[:, j : j + 1], True)
+                seen[j] = _known(seen[tree.parents[j]]).scatter(1, tokens[:, j : j + 1], True)
             if guards is not None:
-                before_j = routes[shape.parents[j]]
+                before_j = routes[tree.parents[j]]
                 routes[j] = [[*path, token] for path, token in zip(before_j, tokens[:, j].tolist(), strict=True)]
     return tokens[:, 1:]
 

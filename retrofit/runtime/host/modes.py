@@ -1,7 +1,7 @@
 """The steps of the three modes over a batch of requests: one forward each, then what follows from it.
 
     prefill       prompt rows                         emits the first token
-    speculative   `ar`, `two_forward`, `fused` alike: the choice says how many drafts to verify and where to hang blocks
+    speculative   `ar` and every strategy alike: the plan says which drafts to verify and where to hang blocks
     diffusion     denoise a block until it is full, then commit it by base rows
 
 Tokens that are emitted are always targets y_j = argmax(log p_j + g_j) of base rows (diffusion's are its own).
@@ -17,54 +17,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, SequenceRows
-from retrofit.runtime.backends.interface import Backend, Cache
 from retrofit.runtime.host.drafting import draft_tokens
-from retrofit.runtime.plan import Choice, Limits, diffusion_rows, max_verify, new_block, speculative_rows
+from retrofit.runtime.plan import StepPlan, diffusion_rows, max_verify, new_block, speculative_rows
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.accept import accepted_length
-from retrofit.runtime.rules.processors import Constrain, Guard, Rules, constrained
-from retrofit.runtime.rules.sampling import SamplingParams, choose, path_seen, process_logits
-from retrofit.runtime.rules.tree import Shape, accepted_path, depths
+from retrofit.runtime.rules.processors import Constrain, Guard, constrained
+from retrofit.runtime.rules.sampling import choose, path_seen, process_logits
+from retrofit.runtime.rules.tree import DraftTree, accepted_path, depths, parents_of, paths_of
+from retrofit.runtime.run import Run
 
 PREFILL_ROWS = 2048
 """Prompt rows per forward; bounds activations and attention masks."""
-
-
-@dataclass
-class Run:
-    """What all steps of one `generate` call share."""
-
-    backend: Backend
-    cache: Cache
-    params: SamplingParams
-    layout: DraftLayout
-    limits: Limits
-    threshold: float = 0.9
-    """Diffusion: confidence from which a position is committed."""
-    with_confidence: bool = False
-    shape: Shape | None = None
-    """Shape of the draft trees of this step; None: chains."""
-    rules: Rules | None = None
-    """What the base's own settings forbid and force; None: nothing."""
-
-    @property
-    def vocab(self) -> int:
-        return self.backend.head.vocab
-
-    def rows_each(self, requests: int) -> int | None:
-        """Rows that each of so many requests may have in a forward; None: any number."""
-        return None if self.backend.most_rows is None else self.backend.most_rows // requests
-
-    def watch(self, requests: Sequence[Request]) -> None:
-        """Keep what a repetition penalty and the base's rules need to know of each text."""
-        for request in requests:
-            if self.rules is not None:
-                request.guarded(self.rules)
-        if self.params.repetition_penalty not in (None, 1.0):
-            for request in requests:
-                request.watch(self.vocab, self.backend.device)
 
 
 @dataclass(frozen=True)
@@ -101,7 +65,7 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
             room -= count
             if r.long_rope or run.backend.prefill_alone:
                 break
-        out = run.backend.forward(run.backend.plan(rows), run.cache)
+        out = run.backend.forward(run.backend.row_plan(rows), run.cache)
         complete = [i for i, (_, done) in enumerate(finished) if done]
         if not complete:
             continue
@@ -113,45 +77,49 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
             r.emit([token], prefill=r.output_index == 0)
 
 
-def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
-    """One forward of `ar` or `self_spec`: verify, emit, and draft from the block that came true."""
-    rows = [speculative_rows(r, c, run.layout, run.limits, run.vocab) for r, c in zip(requests, choices, strict=True)]
-    plan = run.backend.plan(rows)
-    out = run.backend.forward(plan, run.cache)
+def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[StepPlan]) -> None:
+    """One forward of `ar` or `self_spec`: verify, emit, and draft from the block that came true.
+
+    plans: of each request, all of one cycle.
+    """
+    rows = [speculative_rows(r, p, run.layout, run.limits, run.vocab) for r, p in zip(requests, plans, strict=True)]
+    row_plan = run.backend.row_plan(rows)
+    out = run.backend.forward(row_plan, run.cache)
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
     steps = [step for row in rows for step in _depths(row)]
     drafted = None if run.rules is None else [path for row in rows for path in _row_paths(row)]
     on_paths = Paths(_path_seen(requests, rows), drafted)
-    if all(c.kind == "ar" for c in choices):
+    if all(p.kind == "ar" for p in plans):
         for r, token in zip(requests, _targets(run, out.base_logits, owners, steps, on_paths), strict=True):
             r.stats.count("ar", 1)
-            r.drafts, r.confidence, r.shape = [], [], None
+            r.drop_drafts()
             r.emit([token])
             r.committed += 1
         return
     targets = _split(_targets(run, out.base_logits, owners, steps, on_paths), rows)
     paths = _paths(rows, targets)
-    if plan.tree:
+    if row_plan.tree:
         _store(run, requests, rows, paths)
     hangs: list[tuple[Request, Tensor]] = []
     offset = 0
-    for r, c, row, target, path in zip(requests, choices, rows, targets, paths, strict=True):
-        r.stats.count(c.kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
-        r.drafts, r.confidence, r.shape = [], [], None
+    for r, p, row, target, path in zip(requests, plans, rows, targets, paths, strict=True):
+        r.stats.count(p.kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
+        r.drop_drafts()
         if target:
             taken = r.emit([target[j] for j in path])
             r.committed += len(path)
-            if c.verify:
+            if p.verify:
                 r.stats.accepted.append(min(len(path) - 1, taken))
                 r.stats.verified.append(max(_depths(row)))
         end = path[-1] if target else 0
-        for anchor, block in zip(c.prepare, row.blocks, strict=True):
+        assert isinstance(p.hang, tuple)
+        for anchor, block in zip(p.hang, row.blocks, strict=True):
             if anchor == end and not r.done:
                 first = offset + run.layout.first_drafting_row
                 hangs.append((r, out.draft_hidden[first : offset + len(block.inputs)]))
             offset += len(block.inputs)
     if hangs:
-        _draft(run, hangs)
+        _draft(run, hangs, plans[0].tree)
 
 
 def _depths(row: SequenceRows) -> list[int]:
@@ -161,11 +129,7 @@ def _depths(row: SequenceRows) -> list[int]:
 
 def _row_paths(row: SequenceRows) -> list[list[int]]:
     """Drafts on the way from the seed to each base row, its own included."""
-    paths: list[list[int]] = []
-    for j, token in enumerate(row.tokens):
-        parent = j - 1 if row.parents is None else row.parents[j]
-        paths.append([] if j == 0 else [*paths[parent], token])
-    return paths
+    return [[row.tokens[j] for j in path[1:]] for path in paths_of(parents_of(row))]
 
 
 def _path_seen(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
@@ -191,10 +155,7 @@ def _paths(rows: Sequence[SequenceRows], targets: Sequence[list[int]]) -> list[l
     if all(row.parents is None for row in rows):
         kept = _accepted([list(row.tokens[1:]) for row in rows], list(targets))
         return [list(range(n + 1)) if target else [] for n, target in zip(kept, targets, strict=True)]
-    return [
-        accepted_path(row.tokens, row.parents or range(-1, len(row.tokens) - 1), target)
-        for row, target in zip(rows, targets, strict=True)
-    ]
+    return [accepted_path(row.tokens, parents_of(row), target) for row, target in zip(rows, targets, strict=True)]
 
 
 def _store(run: Run, requests: Sequence[Request], rows: Sequence[SequenceRows], paths: list[list[int]]) -> None:
@@ -211,15 +172,18 @@ def _store(run: Run, requests: Sequence[Request], rows: Sequence[SequenceRows], 
     run.cache.store(*(torch.tensor(v, device=run.backend.device) for v in (index, slots, positions)))
 
 
-def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
-    """Draft tokens for each request from the drafting rows [D, H] of the block that came true."""
+def _draft(run: Run, hangs: list[tuple[Request, Tensor]], tree: DraftTree | None) -> None:
+    """Draft tokens for each request from the drafting rows [D, H] of the block that came true; tree: to hang them on.
+
+    A chain is drafted whole, whatever the plan: the next one may verify more of it.
+    """
     wanted = [min(len(hidden), max_verify(r, run.limits)) for r, hidden in hangs]
     hangs = [hang for hang, n in zip(hangs, wanted, strict=True) if n > 0]
     wanted = [n for n in wanted if n > 0]
     if not hangs:
         return
-    shapes = [None if run.shape is None else run.shape.cut(n) for n in wanted]
     width = max(wanted)
+    widest = None if tree is None else tree.cut(width)
     requests = [r for r, _ in hangs]
     hidden_BDH = torch.stack([torch.nn.functional.pad(h[:width], (0, 0, 0, max(0, width - len(h)))) for _, h in hangs])
     heads = run.backend.heads
@@ -234,17 +198,17 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
         heads,
         run.params,
         run.with_confidence,
-        None if run.shape is None else run.shape.cut(width),
+        widest,
         _guards(requests),
     )
     tokens = drafted.tokens.tolist()
     confidence = drafted.confidence.tolist() if drafted.confidence is not None else [[]] * len(requests)
-    for r, d, c, n, shape in zip(requests, tokens, confidence, wanted, shapes, strict=True):
-        if run.shape is None or shape is None:
+    for r, d, c, n in zip(requests, tokens, confidence, wanted, strict=True):
+        if widest is None:
             r.drafts, r.confidence = d[:n], c[:n]
-            continue
-        deep = run.shape.cut(width).depths[1:]
-        r.drafts, r.shape = [t for t, depth in zip(d, deep, strict=True) if depth <= n], shape
+        else:
+            r.drafts = [t for t, depth in zip(d, widest.depths[1:], strict=True) if depth <= n]
+            r.tree = widest.cut(n)
 
 
 def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
@@ -253,7 +217,7 @@ def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
         if not r.block:
             r.block = new_block(r, run.layout, run.limits)
     planned = [diffusion_rows(r, run.layout, run.limits, run.vocab) for r in requests]
-    out = run.backend.forward(run.backend.plan([row for row, _ in planned]), run.cache)
+    out = run.backend.forward(run.backend.row_plan([row for row, _ in planned]), run.cache)
     commits = [(r, row) for r, (row, kind) in zip(requests, planned, strict=True) if kind == "commit"]
     owners = [r for r, _ in commits]
     last = torch.tensor([len(row.tokens) for _, row in commits], dtype=torch.long).cumsum(0) - 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retrofit.runtime.kernels.rows import PAGE, Rows
-from retrofit.runtime.kernels.state import ALL, LAST, Outcome, State, StepShape
+from retrofit.runtime.kernels.state import ALL, LAST, Outcome, State, StepTensors
 
 
 def split_matmul(x_RK: Tensor, weight_NK: Tensor, splits: int, block_k: int) -> Tensor:
@@ -310,10 +310,10 @@ def draft(
     return tokens[:, 1:]
 
 
-def plan_rows(
+def lay_rows(
     state: State,
     lanes: Tensor,
-    shape: StepShape,
+    step: StepTensors,
     block_table: Tensor,
     context: int,
     noise_inputs: int | None,
@@ -332,7 +332,7 @@ def plan_rows(
     position + 1 < end.  A block is in use if its anchor is; of its rows those below `context`.  Rows not in use have
     limit 0, place -1, an empty scratch range, id 0, slot 0 and position 0.
     """
-    W, base = shape.base_rows, rows.num_base
+    W, base = step.base_rows, rows.num_base
     for t in (rows.ids, rows.positions, rows.slots, rows.limits, rows.low, rows.high, seeds, indices):
         t.zero_()
     rows.places.fill_(-1)
@@ -341,44 +341,44 @@ def plan_rows(
             continue
         p, drafted = int(state.length[slot]) - 1, int(state.num_drafts[slot])
         end, seed = int(state.end[slot]), int(state.seed[slot])
-        used = [j <= drafted and p + int(shape.depths[j]) + 1 < end for j in range(W)]
+        used = [j <= drafted and p + int(step.depths[j]) + 1 < end for j in range(W)]
         for j in range(W):
             if not used[j]:
                 continue
-            row, depth = b * W + j, int(shape.depths[j])
+            row, depth = b * W + j, int(step.depths[j])
             rows.ids[row] = state.tokens[slot, p] if j == 0 else state.drafts[slot, j - 1]
             rows.positions[row], rows.slots[row], rows.limits[row] = p + depth, slot, p + depth + 1
             rows.places[row] = int(block_table[slot, (p + j) // PAGE]) * PAGE + (p + j) % PAGE
             seeds[row], indices[row] = seed, p + depth + 1 - int(state.origin[slot])
             if rows.starts is not None and rows.paths is not None:
-                rows.starts[row], rows.paths[row] = p, shape.paths[j]
-        for m in range(shape.blocks):
-            anchor = anchor_of(state, shape, slot, m)
+                rows.starts[row], rows.paths[row] = p, step.paths[j]
+        for m in range(step.blocks):
+            anchor = anchor_of(state, step, slot, m)
             if not 0 <= anchor < W or not used[anchor]:
                 continue
-            start = p + int(shape.depths[anchor]) + 1
-            low = (b * shape.blocks + m) * shape.block
-            for i in range(min(shape.block, context - start)):
+            start = p + int(step.depths[anchor]) + 1
+            low = (b * step.blocks + m) * step.block
+            for i in range(min(step.block, context - start)):
                 row = base + low + i
                 rows.ids[row] = -1
                 if noise_inputs is not None:
                     bits = hash_bits(*(torch.tensor(v) for v in (seed, start + i, 0)))
                     rows.ids[row] = int(bits) % noise_inputs
                 rows.positions[row], rows.slots[row], rows.limits[row] = start + i, slot, start
-                rows.low[low + i], rows.high[low + i] = low, low + min(shape.block, context - start)
+                rows.low[low + i], rows.high[low + i] = low, low + min(step.block, context - start)
                 if rows.starts is not None and rows.paths is not None:
-                    rows.starts[row], rows.paths[row] = p, shape.paths[anchor]
+                    rows.starts[row], rows.paths[row] = p, step.paths[anchor]
 
 
-def anchor_of(state: State, shape: StepShape, slot: int, m: int) -> int:
+def anchor_of(state: State, step: StepTensors, slot: int, m: int) -> int:
     """The base row that block m of a request hangs on."""
-    if shape.hang == ALL:
+    if step.hang == ALL:
         return m
-    return int(state.num_drafts[slot]) if shape.hang == LAST else int(state.anchors[slot, m])
+    return int(state.num_drafts[slot]) if step.hang == LAST else int(state.anchors[slot, m])
 
 
 def accept(
-    state: State, lanes: Tensor, shape: StepShape, targets: Tensor, rows: Rows, first_drafting_row: int
+    state: State, lanes: Tensor, step: StepTensors, targets: Tensor, rows: Rows, first_drafting_row: int
 ) -> Outcome:
     """Follow the drafts that equal their targets, emit the targets of the rows on that path, move the state on.
 
@@ -389,24 +389,24 @@ def accept(
     fewer than two more tokens are wanted (a draft could not be verified).  Its row i + first_drafting_row proposes
     slot i + 1; slots whose row is not in use are -1.
     """
-    W, n = shape.base_rows, len(lanes)
+    W, n = step.base_rows, len(lanes)
     made: dict[str, Any] = {"dtype": torch.int64, "device": targets.device}
-    record = torch.zeros(n, 3 + shape.deepest + 1, **made)
-    path_out = torch.zeros(n, shape.deepest + 1, **made)
+    record = torch.zeros(n, 3 + step.deepest + 1, **made)
+    path_out = torch.zeros(n, step.deepest + 1, **made)
     kept = torch.zeros(n, **made)
-    chosen = torch.full((n, max(1, shape.block)), -1, **made)
+    chosen = torch.full((n, max(1, step.block)), -1, **made)
     for b, slot in enumerate(lanes.tolist()):
         if slot < 0 or not int(state.active[slot]):
             continue
         used = [int(rows.limits[b * W + j]) > 0 for j in range(W)]
-        anchors = [anchor_of(state, shape, slot, m) for m in range(shape.blocks)]
+        anchors = [anchor_of(state, step, slot, m) for m in range(step.blocks)]
         path = [0]
         while True:
             target = int(targets[b * W + path[-1]])
             following = [
                 j
                 for j in range(1, W)
-                if used[j] and int(shape.parents[j]) == path[-1] and int(state.drafts[slot, j - 1]) == target
+                if used[j] and int(step.parents[j]) == path[-1] and int(state.drafts[slot, j - 1]) == target
             ]
             if not following:
                 break
@@ -421,7 +421,7 @@ def accept(
             if token in state.eos.tolist() or int(state.length[slot]) >= int(state.end[slot]):
                 state.active[slot] = 0
                 break
-        verified = max(int(shape.depths[j]) for j in range(W) if used[j])
+        verified = max(int(step.depths[j]) for j in range(W) if used[j])
         record[b, 0], record[b, 1], record[b, 2] = taken, min(len(path) - 1, taken), verified
         path_out[b, : len(path)] = torch.tensor(path)
         kept[b] = len(path)
@@ -431,8 +431,8 @@ def accept(
         for m, anchor in enumerate(anchors):
             if anchor != path[-1]:
                 continue
-            for i in range(shape.block - first_drafting_row):
-                row = (b * shape.blocks + m) * shape.block + i + first_drafting_row
+            for i in range(step.block - first_drafting_row):
+                row = (b * step.blocks + m) * step.block + i + first_drafting_row
                 if int(rows.high[row]) > 0:
                     chosen[b, i] = rows.num_base + row
             break

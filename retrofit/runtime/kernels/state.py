@@ -1,4 +1,4 @@
-"""State of the requests that decode together, kept on the device, and what one kind of step does with it.
+"""State of the requests that decode together, kept on the device, and what a step does with it.
 
 A step serves `lanes` of the state's slots.  Per request, with p the position of the seed (the newest token):
 
@@ -39,7 +39,7 @@ class State:
     num_drafts: Tensor
     """[slots] how many of them are there, in the order of the nodes."""
     anchors: Tensor
-    """[slots, most nodes + 1] rows that blocks hang on, where the shape says GIVEN; -1: none."""
+    """[slots, most nodes + 1] rows that blocks hang on, where the step says GIVEN; -1: none."""
     eos: Tensor
     """[ends, at least 1] tokens that end a request; -1 matches nothing."""
 
@@ -56,11 +56,11 @@ class State:
 
 
 @dataclass(frozen=True)
-class StepShape:
-    """What one kind of step runs for each request: base rows {seed, nodes}, and blocks of `block` draft rows."""
+class StepTensors:
+    """A plan as the kernels read it: base rows {seed, nodes}, blocks of `block` draft rows, and the drafts to make."""
 
     parents: Tensor
-    """int64 [nodes + 1], -1 for the seed; a chain is 0, 1, 2, ..."""
+    """int64 [nodes + 1], -1 for the seed; a chain is -1, 0, 1, 2, ..."""
     depths: Tensor
     """int64 [nodes + 1]."""
     paths: Tensor
@@ -70,6 +70,13 @@ class StepShape:
     block: int
     hang: int
     """ALL (blocks = nodes + 1), LAST (blocks = 1) or GIVEN."""
+    draft_parents: Tensor
+    draft_ranks: Tensor
+    draft_depths: Tensor
+    """int64 [drafts + 1], of the drafts to make, row 0 the token before them."""
+    draft_deepest: int
+    anchors: Tensor | None
+    """int64 [blocks] with GIVEN: the rows where they are always the same; None: where the confidence head says."""
 
     @property
     def base_rows(self) -> int:
@@ -84,22 +91,45 @@ class StepShape:
         return self.paths.shape[1] - 1
 
     @classmethod
-    def of(cls, parents: Sequence[int], blocks: int, block: int, hang: int, device: torch.device | str) -> StepShape:
+    def of(
+        cls,
+        parents: Sequence[int],
+        blocks: int,
+        block: int,
+        hang: int,
+        device: torch.device | str,
+        draft_parents: Sequence[int] = (-1,),
+        draft_ranks: Sequence[int] = (0,),
+        anchors: Sequence[int] | None = None,
+    ) -> StepTensors:
         """parents of all rows, the seed's -1 first."""
-        paths: list[list[int]] = []
-        for j, parent in enumerate(parents):
-            paths.append([*(paths[parent] if parent >= 0 else []), j])
+
+        def put(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        paths, draft_depths = _paths(parents), [len(path) - 1 for path in _paths(draft_parents)]
         deepest = max(map(len, paths))
-        chain = list(parents) == list(range(-1, len(parents) - 1))
         return cls(
-            torch.tensor(list(parents), device=device),
-            torch.tensor([len(path) - 1 for path in paths], device=device),
-            torch.tensor([path + [0] * (deepest - len(path)) for path in paths], device=device),
-            chain,
+            put(list(parents)),
+            put([len(path) - 1 for path in paths]),
+            put([path + [0] * (deepest - len(path)) for path in paths]),
+            list(parents) == list(range(-1, len(parents) - 1)),
             blocks,
             block,
             hang,
+            put(list(draft_parents)),
+            put(list(draft_ranks)),
+            put(draft_depths),
+            max(draft_depths),
+            None if anchors is None else put(list(anchors)),
         )
+
+
+def _paths(parents: Sequence[int]) -> list[list[int]]:
+    paths: list[list[int]] = []
+    for j, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), j])
+    return paths
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """What happens between two forwards, on the device: lay the rows of a step, accept drafts, move a tree's K/V.
 
-    plan_rows    program = lane                     state -> rows; the lanes share the padding rows
+    lay_rows    program = lane                     state -> rows; the lanes share the padding rows
     accept       program = lane                     targets -> state, outcome
     compact      program = (layer, lane, K/V head)  K/V of the accepted path -> places without gaps
 
 A program of the first two holds all base rows of its lane as one vector, all its draft rows as another.  Whatever is
 not in use is written too, as what `reference.py` calls not in use, so a step never sees what the one before it left.
-Two lanes never serve the same slot.  Not here: which shape a step has, and who gets a slot.
+Two lanes never serve the same slot.  Not here: what a step does, and who gets a slot.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
 from retrofit.runtime.kernels.sampling import hash_bits
-from retrofit.runtime.kernels.state import ALL, LAST, Outcome, State, StepShape
+from retrofit.runtime.kernels.state import ALL, LAST, Outcome, State, StepTensors
 
 _PAGE = tl.constexpr(PAGE)
 _ALL = tl.constexpr(ALL)
 _LAST = tl.constexpr(LAST)
 
-PLAN_WARPS = 4
+LAY_WARPS = 4
 """Up to some hundred draft rows in a vector."""
 ONE_WARP = 1
 """`accept` reads state that it then writes, `compact` moves into places that it has read: warps would have to wait for
@@ -33,20 +33,18 @@ PADDING_ROWS = 64
 """Padding rows that a lane clears at once."""
 
 
-def allocate_rows(shape: StepShape, lanes: int, padded: int | None, groups: int, device: torch.device | str) -> Rows:
+def allocate_rows(step: StepTensors, lanes: int, padded: int | None, groups: int, device: torch.device | str) -> Rows:
     """Rows of a step for so many lanes, none in use yet; the tiles are laid for good.
 
     padded: rows of every matrix product, if that is more than there are.  groups: query heads that share a K/V head.
     """
-    num_base, num_draft = lanes * shape.base_rows, lanes * shape.draft_rows
+    num_base, num_draft = lanes * step.base_rows, lanes * step.draft_rows
     padded = max(padded or 0, num_base + num_draft)
 
     def zeros(*size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*size, dtype=dtype, device=device)
 
-    first, count, base_tiles = cut_tiles(
-        [shape.base_rows] * lanes, [shape.draft_rows] * lanes, tile_rows(groups), device
-    )
+    first, count, base_tiles = cut_tiles([step.base_rows] * lanes, [step.draft_rows] * lanes, tile_rows(groups), device)
     return Rows(
         num_base=num_base,
         num_draft=num_draft,
@@ -61,15 +59,15 @@ def allocate_rows(shape: StepShape, lanes: int, padded: int | None, groups: int,
         tile_first=first,
         tile_count=count,
         base_tiles=base_tiles,
-        starts=None if shape.chain else zeros(padded, dtype=torch.int32),
-        paths=None if shape.chain else zeros(padded, shape.deepest + 1, dtype=torch.int32),
+        starts=None if step.chain else zeros(padded, dtype=torch.int32),
+        paths=None if step.chain else zeros(padded, step.deepest + 1, dtype=torch.int32),
     )
 
 
-def plan_rows(
+def lay_rows(
     state: State,
     lanes: Tensor,
-    shape: StepShape,
+    step: StepTensors,
     block_table: Tensor,
     context: int,
     noise_inputs: int | None,
@@ -77,8 +75,8 @@ def plan_rows(
     seeds: Tensor,
     indices: Tensor,
 ) -> None:
-    """Write the rows of a step into `rows` and each base row's noise key; see `reference.plan_rows`."""
-    _plan_kernel[(len(lanes),)](
+    """Write the rows of a step into `rows` and each base row's noise key; see `reference.lay_rows`."""
+    _lay_kernel[(len(lanes),)](
         lanes,
         state.tokens,
         state.length,
@@ -89,8 +87,8 @@ def plan_rows(
         state.drafts,
         state.num_drafts,
         state.anchors,
-        shape.depths,
-        shape.paths,
+        step.depths,
+        step.paths,
         block_table,
         rows.ids,
         rows.positions,
@@ -113,24 +111,24 @@ def plan_rows(
         rows.padded,
         VOCABULARY=noise_inputs or 0,
         TREE=rows.starts is not None,
-        BASE=shape.base_rows,
-        BLOCKS=shape.blocks,
-        BLOCK=shape.block,
-        HANG=shape.hang,
-        DEPTHS=shape.deepest + 1,
-        BASE_VECTOR=triton.next_power_of_2(shape.base_rows),
-        DRAFT_VECTOR=triton.next_power_of_2(max(1, shape.draft_rows)),
-        DEPTH_VECTOR=triton.next_power_of_2(shape.deepest + 1),
+        BASE=step.base_rows,
+        BLOCKS=step.blocks,
+        BLOCK=step.block,
+        HANG=step.hang,
+        DEPTHS=step.deepest + 1,
+        BASE_VECTOR=triton.next_power_of_2(step.base_rows),
+        DRAFT_VECTOR=triton.next_power_of_2(max(1, step.draft_rows)),
+        DEPTH_VECTOR=triton.next_power_of_2(step.deepest + 1),
         PADDING=PADDING_ROWS,
-        num_warps=PLAN_WARPS,
+        num_warps=LAY_WARPS,
     )
 
 
 def accept(
-    state: State, lanes: Tensor, shape: StepShape, targets: Tensor, rows: Rows, first_drafting_row: int
+    state: State, lanes: Tensor, step: StepTensors, targets: Tensor, rows: Rows, first_drafting_row: int
 ) -> Outcome:
     """Accept drafts, emit targets and move the state on; see `reference.accept`."""
-    n, depths, slots = len(lanes), shape.deepest + 1, max(1, shape.block)
+    n, depths, slots = len(lanes), step.deepest + 1, max(1, step.block)
 
     def unwritten(*size: int) -> Tensor:
         return torch.empty(*size, dtype=torch.int64, device=targets.device)
@@ -146,8 +144,8 @@ def accept(
         state.num_drafts,
         state.anchors,
         state.eos,
-        shape.parents,
-        shape.depths,
+        step.parents,
+        step.depths,
         targets,
         rows.limits,
         rows.high,
@@ -160,15 +158,15 @@ def accept(
         state.anchors.stride(0),
         rows.num_base,
         FIRST=first_drafting_row,
-        BASE=shape.base_rows,
-        BLOCKS=shape.blocks,
-        BLOCK=shape.block,
-        HANG=shape.hang,
+        BASE=step.base_rows,
+        BLOCKS=step.blocks,
+        BLOCK=step.block,
+        HANG=step.hang,
         DEPTHS=depths,
         SLOTS=slots,
         ENDS=len(state.eos),
-        BASE_VECTOR=triton.next_power_of_2(shape.base_rows),
-        BLOCKS_VECTOR=triton.next_power_of_2(max(1, shape.blocks)),
+        BASE_VECTOR=triton.next_power_of_2(step.base_rows),
+        BLOCKS_VECTOR=triton.next_power_of_2(max(1, step.blocks)),
         DEPTH_VECTOR=triton.next_power_of_2(depths),
         SLOT_VECTOR=triton.next_power_of_2(slots),
         END_VECTOR=triton.next_power_of_2(len(state.eos)),
@@ -235,7 +233,7 @@ def _write_paths(
         "tokens_stride", "drafts_stride", "anchors_stride", "table_stride", "context", "num_base", "num_rows", "padded",
     ]
 )  # fmt: skip
-def _plan_kernel(
+def _lay_kernel(
     lanes_ptr,
     tokens_ptr,
     length_ptr,

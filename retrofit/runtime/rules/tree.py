@@ -1,8 +1,8 @@
-"""Drafts that branch: the shape of a draft tree, chosen once from measured chances.
+"""Drafts that branch: a draft tree, chosen once from measured chances.
 
 Row 0 of a tree is the seed; node j >= 1 follows `parents[j]` and is its `rank`-th best candidate.  The chance that
 the target is the candidate of rank r, given that the path before it came true, hardly depends on the tokens but much on
-the slot, so one table chance[slot][rank] gives every node a survival and the best shape of any size:
+the slot, so one table chance[slot][rank] gives every node a survival and the best tree of any size:
 
     grow(2 slots, 5 nodes)      0 ─┬─ 1 (rank 0) ─── 3 (rank 0)
                                    ├─ 2 (rank 1)
@@ -17,13 +17,22 @@ Not here: tokens, masks, acceptance.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.rows import SequenceRows
+
+ROWS = 96
+"""Rows of one request and forward that a draft tree is grown to: about what a GPU computes at the price of one."""
+UNKNOWN_CHANCE = ((0.4, 0.15, 0.1, 0.05),)
+"""Chances of the candidates of a slot where none were measured; they shape the tree and change no output."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class DraftTree:
     """parents[j], ranks[j] and survival[j] of row j; row 0 is the seed (parent -1, rank 0, survival 1)."""
 
     parents: tuple[int, ...]
@@ -43,22 +52,22 @@ class Shape:
         """Expected accepted length: the sum of the nodes' survivals."""
         return sum(self.survival[1:])
 
-    def cut(self, depth: int) -> Shape:
+    def cut(self, depth: int) -> DraftTree:
         """Without the nodes deeper than `depth`."""
         kept = [j for j, d in enumerate(self.depths) if d <= depth]
         if len(kept) == len(self.parents):
             return self
         number = {j: n for n, j in enumerate(kept)} | {-1: -1}
-        return Shape(
+        return DraftTree(
             tuple(number[self.parents[j]] for j in kept),
             tuple(self.ranks[j] for j in kept),
             tuple(self.survival[j] for j in kept),
         )
 
-    def first(self, nodes: int) -> Shape:
+    def first(self, nodes: int) -> DraftTree:
         """The best tree of at most so many of its nodes."""
         n = nodes + 1
-        return self if n >= len(self.parents) else Shape(self.parents[:n], self.ranks[:n], self.survival[:n])
+        return self if n >= len(self.parents) else DraftTree(self.parents[:n], self.ranks[:n], self.survival[:n])
 
     def likeliest_ends(self, count: int) -> tuple[int, ...]:
         """The `count` rows at which the accepted path most likely ends: survival minus that of the children."""
@@ -77,7 +86,48 @@ def depths(parents: Sequence[int]) -> list[int]:
     return found
 
 
-def grow(chance: Sequence[Sequence[float]], nodes: int) -> Shape:
+def parents_of(row: SequenceRows) -> Sequence[int]:
+    """Which row of its forward each base row follows, -1: the committed prefix."""
+    return range(-1, len(row.tokens) - 1) if row.parents is None else row.parents
+
+
+def paths_of(parents: Sequence[int]) -> list[list[int]]:
+    """The rows on the way from the seed to each row, both included."""
+    paths: list[list[int]] = []
+    for j, parent in enumerate(parents):
+        paths.append([j] if parent < 0 else [*paths[parent], j])
+    return paths
+
+
+def fixed_tree(
+    layout: DraftLayout,
+    acceptance: Mapping[str, Any],
+    prepare: str | int,
+    nodes: int | None,
+    sampled: bool,
+    rows: int = ROWS,
+) -> DraftTree | None:
+    """The draft tree of strategy `fused`; None for chains: `prepare="last"`, 0 nodes, or candidates not measured.
+
+    nodes: None: as many as fit.  rows: most rows of a request and forward.
+    """
+    chance = acceptance.get("ranks", {}).get("sampled" if sampled else "greedy")
+    if nodes == 0 or prepare == "last" or (nodes is None and chance is None):
+        return None
+    if nodes is None:
+        nodes = largest_tree(layout, rows) if prepare == "all" else rows - 1 - int(prepare) * layout.block
+        if nodes <= layout.drafts:
+            return None
+    tree = grow(chance or UNKNOWN_CHANCE * layout.drafts, nodes)
+    return tree if tree.nodes else None
+
+
+def largest_tree(layout: DraftLayout, rows: int = ROWS) -> int:
+    """Draft nodes that fit into so many rows with a block on the seed and on each of them."""
+    return max(0, rows // (1 + layout.block) - 1)
+
+
+def grow(chance: Sequence[Sequence[float]], nodes: int) -> DraftTree:
     """The tree of so many nodes with the largest expected accepted length; smaller only where candidates run out.
 
     chance[slot][rank]: probability that the target is that candidate, given that the path before it came true; need
@@ -104,7 +154,7 @@ def grow(chance: Sequence[Sequence[float]], nodes: int) -> Shape:
         halvings.append(halved)
         level.append(level[parent] + 1)
         offer(len(parents) - 1)
-    return Shape(tuple(parents), tuple(ranks), tuple(survival))
+    return DraftTree(tuple(parents), tuple(ranks), tuple(survival))
 
 
 def accepted_path(tokens: Sequence[int], parents: Sequence[int], targets: Sequence[int]) -> list[int]:

@@ -183,7 +183,7 @@ def test_rows_and_gradients_of_every_architecture(name: str, monkeypatch: pytest
     cache, _ = clean_forward(engine.backend, DOCUMENTS)
     results = []
     for dense in (True, False):
-        plan = engine.backend.plan(found)
+        plan = engine.backend.row_plan(found)
         if dense:
             with dense_draft_rows():
                 hidden = engine.backend.run_trunk(plan, cache)
@@ -266,17 +266,17 @@ def test_base_rows_in_pieces_equal_one_call(name: str, piece: int, monkeypatch: 
     together = [SequenceRows(s, 0, d.tokens) for s, d in enumerate(DOCUMENTS)]
     with torch.no_grad():
         for rows in (alone, together):
-            whole = engine.backend.run_trunk(engine.backend.plan(rows), KVCache(3, 40))
+            whole = engine.backend.run_trunk(engine.backend.row_plan(rows), KVCache(3, 40))
             with monkeypatch.context() as patch:
                 for limit in ("LARGE_MASK", "LARGE_SCORES"):
                     patch.setattr(attention, limit, 0)
                 patch.setattr(attention, "PIECE", piece)
-                parts = engine.backend.run_trunk(engine.backend.plan(rows), KVCache(3, 40))
+                parts = engine.backend.run_trunk(engine.backend.row_plan(rows), KVCache(3, 40))
                 cache = KVCache(3, 40)
                 later = [SequenceRows(r.slot, len(r.tokens) // 2, r.tokens[len(r.tokens) // 2 :]) for r in rows]
                 first = [SequenceRows(r.slot, 0, r.tokens[: len(r.tokens) // 2]) for r in rows]
-                engine.backend.run_trunk(engine.backend.plan(first), cache)
-                split = engine.backend.run_trunk(engine.backend.plan(later), cache)
+                engine.backend.run_trunk(engine.backend.row_plan(first), cache)
+                split = engine.backend.run_trunk(engine.backend.row_plan(later), cache)
             torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
             wanted = [
                 t

@@ -82,7 +82,7 @@ def draft_hidden(backend: HFBackend, documents: list[Document], blocks: dict[str
     cache, clean = clean_forward(backend, documents)
     rows = [SequenceRows(slot=s, start=0, blocks=blocks[d.id]) for s, d in enumerate(documents)]
     with torch.no_grad():
-        draft = backend.run_trunk(backend.plan(rows), cache)
+        draft = backend.run_trunk(backend.row_plan(rows), cache)
     sizes = [sum(len(block.inputs) for block in blocks[d.id]) for d in documents]
     base = clean.split([len(d.tokens) for d in documents])
     return [torch.cat(both) for both in zip(base, draft.split(sizes), strict=True)]
@@ -107,5 +107,5 @@ def test_documents_never_see_each_other(name: str) -> None:
 def test_positions_begin_anew_with_every_document() -> None:
     engine = Engine.from_model(build("llama"), layout=DraftLayout(4))
     rows = [SequenceRows(slot=s, start=0, tokens=d.tokens) for s, d in enumerate(DOCUMENTS)]
-    positions = engine.backend.plan(rows).positions[0].tolist()
+    positions = engine.backend.row_plan(rows).positions[0].tolist()
     assert positions == [position for length in LENGTHS for position in range(length)]

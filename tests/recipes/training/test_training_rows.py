@@ -24,10 +24,10 @@ from retrofit.runtime import plan
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
-from retrofit.runtime.host.modes import Run
-from retrofit.runtime.plan import Choice, speculative_rows
+from retrofit.runtime.plan import StepPlan, speculative_rows
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.run import Run
 
 LAYOUTS = [
     DraftLayout(4, fill, attention, shift, seed_row)
@@ -52,7 +52,7 @@ def training_blocks(engine: Engine, diffusion: bool) -> tuple[BlockBatch, dict[s
         first += len(tokens)
     cache, _ = clean_forward(backend, [document(tokens) for tokens in TEXTS])
     with torch.inference_mode():
-        hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
+        hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
         drafting = hidden[:, engine.layout.first_drafting_row :]
         tensors = group.tensors(hidden.device)
         logits = heads.draft_logits(backend.head(drafting.flatten(0, 1)), tensors["previous"].flatten()).view(
@@ -86,7 +86,7 @@ def committed(engine: Engine, tokens: list[int], count: int) -> KVCache:
     rows = [SequenceRows(0, 0, tokens[:first])]
     rows += [SequenceRows(0, i, [tokens[i]]) for i in range(first, count)]
     for row in rows:
-        engine.backend.forward(engine.backend.plan([row]), cache)
+        engine.backend.forward(engine.backend.row_plan([row]), cache)
     return cache
 
 
@@ -100,14 +100,14 @@ def test_draft_rows_give_the_logits_of_decoding(name: str, layout: DraftLayout) 
     for tokens, anchors, blocks in zip(TEXTS, ANCHORS, group.sequences, strict=True):
         for anchor, block in zip(anchors, blocks, strict=True):
             request = decoding_request(tokens, anchor, 0)
-            rows = speculative_rows(request, Choice(0, (0,)), layout, engine.limits, 64)
+            rows = speculative_rows(request, StepPlan(0, (0,)), layout, engine.limits, 64)
             rows = as_in_training(rows, [block])
             assert rows.blocks[0].start == block.start
             # Training cuts a block at the end of its document; a bidirectional row would see the difference.
             if len(block.inputs) < layout.block:
                 rows = replace(rows, blocks=[Block(block.start, block.inputs)])
             with torch.inference_mode():
-                out = engine.backend.forward(engine.backend.plan([rows]), committed(engine, tokens, anchor))
+                out = engine.backend.forward(engine.backend.row_plan([rows]), committed(engine, tokens, anchor))
                 hidden = out.draft_hidden[layout.first_drafting_row :]
                 live = len(hidden)
                 # Teacher-forced: the previous token is the text's own, from the seed (or the true next) on.
@@ -134,10 +134,10 @@ def test_a_fused_forward_runs_the_blocks_of_training(name: str) -> None:
     cache, clean = clean_forward(backend, [document(tokens)])
     request = decoding_request(tokens, p, 0)
     request.drafts = tokens[p + 1 : p + 4]
-    rows = speculative_rows(request, Choice(3, (0, 1, 2, 3)), layout, engine.limits, 64)
+    rows = speculative_rows(request, StepPlan(3, (0, 1, 2, 3)), layout, engine.limits, 64)
     with torch.inference_mode():
-        trained = backend.run_trunk(backend.plan(group.rows()), cache)
-        out = backend.forward(backend.plan([rows]), committed(engine, tokens, p))
+        trained = backend.run_trunk(backend.row_plan(group.rows()), cache)
+        out = backend.forward(backend.row_plan([rows]), committed(engine, tokens, p))
     torch.testing.assert_close(out.draft_hidden, trained, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(out.base_hidden, clean[p : p + 4], rtol=2e-4, atol=2e-4)
     assert [int(s[0]) for s in group.source] == [p + 1, p + 2, p + 3, p + 4]

@@ -103,7 +103,7 @@ def test_gradients_against_autograd_through_the_whole_model(kind: str) -> None:
     parameters = [p for n, p in attached.peft_model.named_parameters() if "lora_" in n]
     parameters += [heads.mask_vector, heads.markov_w1, heads.markov_w2]
 
-    hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
+    hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
     tensors = group.tensors(hidden.device)
     q = torch.log_softmax(heads.draft_logits(backend.head(hidden.flatten(0, 1)), tensors["previous"].flatten()), -1)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_gradients_against_autograd_through_the_whole_model(kind: str) -> None:
     loss = (loss * tensors["eligible"].flatten()).sum()
     want = torch.autograd.grad(loss, parameters)
 
-    hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
+    hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
     sums = Sums()
     teacher = Teacher(clean, backend.head, heads.vocab, kind == "kl")
     gradient, best = backward_draft(Blocks(hidden=hidden, **tensors), teacher, heads, sums, kind, "uniform")

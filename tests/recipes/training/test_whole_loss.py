@@ -67,7 +67,7 @@ def loss_of(trainer: Trainer, groups: list[Group], alpha: float, beta: float, ga
     terms: dict[str, list[Tensor]] = {"ar": [], "diff": [], "draft": [], "conf": []}
     counts = {"ar": 0.0, "diff": 0.0, "draft": 0.0, "conf": 0.0}
     for group, cache, clean, masked in groups:
-        hidden = group.rectangle(backend.run_trunk(backend.plan(group.rows()), cache))
+        hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
         hidden = hidden[:, layout.first_drafting_row :]
         has = group.tensors(hidden.device)
         p = torch.softmax(backend.head(clean), -1)

@@ -5,8 +5,9 @@ import random
 import pytest
 from fused_models import plain_decoder, plain_sampling
 
-from retrofit.runtime.auto import policy
-from retrofit.runtime.auto.cost import CostModel, Template
+from retrofit.runtime.auto import cost, policy
+from retrofit.runtime.auto.cost import CostModel
+from retrofit.runtime.plan import AR, Cycle, fused
 
 
 @pytest.fixture
@@ -15,13 +16,13 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     plain_decoder(monkeypatch)
     rng = random.Random(1)
 
-    def best(model: CostModel, batch: int, rows: int | None = None) -> Template:
-        return rng.choice([Template("ar"), *rng.sample(model.templates(rows), 4), *[Template("fused", 3, 4)] * 3])
+    def best(model: CostModel, batch: int, rows: int | None = None) -> Cycle:
+        return rng.choice([AR, *rng.sample(model.cycles(rows), 4), *[fused(3)] * 3])
 
     monkeypatch.setattr(CostModel, "best", best)
     monkeypatch.setattr(policy, "RETHINK", 1)
     monkeypatch.setattr(policy, "largest_tree", lambda *_: 4)
-    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
+    monkeypatch.setattr(cost, "REPEATS", 0)
 
 
 @pytest.fixture

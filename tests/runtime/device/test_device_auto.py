@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,11 +10,13 @@ from fused_models import fused, pair, plain_decoder, plain_sampling, small
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
-from retrofit.runtime.auto import cost, policy
-from retrofit.runtime.auto.cost import CostModel, Template
+from retrofit.runtime.auto import cost
+from retrofit.runtime.auto.cost import CostModel
+from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.device import loop as device_loop
-from retrofit.runtime.device.kinds import fixed_template, kinds_of
+from retrofit.runtime.device.lowering import lowered
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.plan import cut_cycle, fixed_cycle, num_rows, two_forward
 from retrofit.runtime.rules.tree import grow
 
 BLOCK = 8
@@ -43,16 +44,15 @@ def decode(engine: Engine, prompts: list[list[int]], mode: str = "self_spec", **
 @pytest.mark.usefixtures("plain")
 def test_auto_times_trees_and_large_batches_and_speculates_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own measurements, at block 8 in the default bucket: 16 requests leave no room to draft, one does."""
-    monkeypatch.setattr(policy, "calibrate", partial(cost.calibrate, repeats=1))
+    monkeypatch.setattr(cost, "REPEATS", 1)
     engine, hf = engines()
     want = decode(hf, PROMPTS, "ar", batch_size=16)
     for count in (16, 1):
         assert decode(engine, PROMPTS[:count], batch_size=16) == want[:count]
     costs = engine.device_policy.costs[False]
     assert costs.times[True], "drafting steps were never timed"
-    assert any(p.shape is not None for p in costs.templates(128)) and {1, 16} <= {
-        lanes for _, lanes in engine.device_policy.calibrated
-    }
+    assert any(cycle[-1].tree is not None for cycle in costs.cycles(128))
+    assert {1, 16} <= {lanes for _, lanes in engine.device_policy.timed}
 
 
 @pytest.mark.usefixtures("plain")
@@ -74,24 +74,26 @@ def test_fixed_plans_are_cut_to_the_bucket(batch: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 10, 12, 40, 64, 171, None])
 @pytest.mark.parametrize("prepare", ["all", "last", 3])
-def test_a_fixed_template_never_outgrows_its_rows(rows: int | None, prepare: str | int) -> None:
-    layout, shape = DraftLayout(block=BLOCK), grow(CHANCES["ranks"]["greedy"], 18)
+def test_a_fixed_cycle_never_outgrows_its_rows(rows: int | None, prepare: str | int) -> None:
+    layout, grown = DraftLayout(block=BLOCK), grow(CHANCES["ranks"]["greedy"], 18)
     for strategy in ("ar", "two_forward", "fused"):
-        for tree in (None, shape):
-            template = fixed_template(strategy, prepare, layout, tree, rows)
-            for kind in kinds_of(template):
-                assert rows is None or kind.rows + kind.blocks * BLOCK <= rows
-                assert not kind.blocks or len(kind.draft_parents) > 1, "a block that drafts nothing"
+        for tree in (None, grown):
+            for plan in cut_cycle(fixed_cycle(strategy, prepare, layout, tree), layout, rows):
+                step = lowered(plan, BLOCK, "cpu")
+                assert step.base_rows + step.draft_rows == num_rows(plan, layout)
+                assert rows is None or step.base_rows + step.draft_rows <= rows
+                assert not step.blocks or len(step.draft_parents) > 1, "a block that drafts nothing"
     if rows is None:
-        assert fixed_template("fused", "all", layout, shape, None).shape == shape
+        assert cut_cycle(fixed_cycle("fused", "all", layout, grown), layout, None)[0].tree == grown
 
 
-def test_templates_of_auto_fit_with_their_drafting_steps() -> None:
-    model = CostModel(DraftLayout(block=BLOCK), [0.8] * BLOCK)
+def test_cycles_of_auto_fit_with_their_drafting_steps() -> None:
+    layout = DraftLayout(block=BLOCK)
+    model = CostModel(layout, [0.8] * BLOCK)
     for rows in (1, 8, 9, 17, 128):
-        for template in model.templates(rows):
-            assert all(kind.rows + kind.blocks * BLOCK <= rows for kind in kinds_of(template)), (rows, template)
-    assert Template("two_forward", 4) in model.templates(9)
+        for cycle in model.cycles(rows):
+            assert all(num_rows(plan, layout) <= rows for plan in cycle), (rows, cycle)
+    assert two_forward(4) in model.cycles(9)
 
 
 def test_a_tree_beyond_the_headroom_is_refused() -> None:
@@ -110,7 +112,7 @@ def test_an_interrupted_recording_leaves_the_lanes_as_they_were(monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(device_loop, "plan_rows", interrupted)
+        patch.setattr(device_loop, "lay_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             decode(engine, PROMPTS[:1], "ar")
     assert not engine.backend.cache.leased
@@ -135,7 +137,7 @@ def test_a_larger_cache_takes_the_place_of_the_old_one_and_of_its_steps() -> Non
 def test_only_auto_times_plans(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default strategy is `auto`, in modes that know no strategy too."""
     _, hf = engines("off")
-    monkeypatch.setattr(policy, "calibrate", lambda *_: pytest.fail("plans were timed"))
+    monkeypatch.setattr(AutoPolicy, "trials", lambda *_: pytest.fail("plans were timed"))
     decode(hf, PROMPTS[:1], mode)
 
 

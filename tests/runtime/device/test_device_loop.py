@@ -5,7 +5,6 @@ what samples where drafts are compared.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ from device_requests import HOT, NEW, PROMPTS, WAYS, engines, fresh, oracle, tru
 from fused_models import LAYOUT, WIDE, cycles, pair, small
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.auto import cost, policy
-from retrofit.runtime.device.loop import DeviceSteps
+from retrofit.runtime.auto import cost
+from retrofit.runtime.device.steps import DeviceSteps
 from retrofit.runtime.engine import Result
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -195,7 +194,7 @@ def test_a_step_is_read_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("faster")
 def test_auto_times_its_plans_without_touching_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "calibrate", partial(cost.calibrate, repeats=1))
+    monkeypatch.setattr(cost, "REPEATS", 1)
     engine, _ = pair(small("llama", num_hidden_layers=1), WIDE)
     tokens = tokens_of(engine, PROMPTS, "self_spec", max_new_tokens=4, batch_size=2)
     assert tokens == [t[:4] for t in truth("llama")]

@@ -10,11 +10,11 @@ from decoding import tokens_of
 from device_requests import HOT, NEW, PROMPTS, WAYS, fresh, oracle, truth
 from torch import Tensor
 
-from retrofit.runtime.auto.cost import Template
 from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.device import loop as device_loop
-from retrofit.runtime.device.kinds import Kind
-from retrofit.runtime.device.loop import DeviceLoop, DeviceSteps
+from retrofit.runtime.device.loop import DeviceLoop
+from retrofit.runtime.device.steps import DeviceSteps
+from retrofit.runtime.plan import StepPlan, fused
 from retrofit.runtime.rules.tree import grow
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -31,35 +31,35 @@ def _no_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     accept = device_loop.accept
 
-    def wrong(state: Any, lanes: Tensor, shape: Any, targets: Tensor, *rest: Any) -> Any:
-        if shape.base_rows > 1:
+    def wrong(state: Any, lanes: Tensor, step: Any, targets: Tensor, *rest: Any) -> Any:
+        if step.base_rows > 1:
             rows = targets.view(len(lanes), -1).clone()
-            drafts = state.drafts[lanes, : shape.base_rows - 1]
-            kept = (rows[:, :-1] == drafts).long().cumprod(1).sum(1).clamp(max=shape.base_rows - 2)
+            drafts = state.drafts[lanes, : step.base_rows - 1]
+            kept = (rows[:, :-1] == drafts).long().cumprod(1).sum(1).clamp(max=step.base_rows - 2)
             lane = torch.arange(len(lanes), device=lanes.device)
             rows[lane, kept] = torch.where(state.num_drafts[lanes] > kept, drafts[lane, kept], rows[lane, kept])
             targets = rows.view(-1)
-        return accept(state, lanes, shape, targets, *rest)
+        return accept(state, lanes, step, targets, *rest)
 
     monkeypatch.setattr(device_loop, "accept", wrong)
 
 
 def _noise_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_rows = device_loop.plan_rows
+    lay_rows = device_loop.lay_rows
 
     def wrong(state: Any, lanes: Tensor, *rest: Any) -> None:
-        plan_rows(state, lanes, *rest)
+        lay_rows(state, lanes, *rest)
         indices = rest[-1].view(len(lanes), -1)
         indices.copy_(indices[:, :1].expand_as(indices).clone())
 
-    monkeypatch.setattr(device_loop, "plan_rows", wrong)
+    monkeypatch.setattr(device_loop, "lay_rows", wrong)
 
 
 def _read_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = DeviceSteps._launch
 
-    def wrong(self: DeviceSteps, kind: Kind, template: Template, requests: list[Any], lanes: int) -> Any:
-        return launch(self, kind, template, requests[::-1], lanes)
+    def wrong(self: DeviceSteps, plan: StepPlan, requests: list[Any], lanes: int) -> Any:
+        return launch(self, plan, requests[::-1], lanes)
 
     monkeypatch.setattr(DeviceSteps, "_launch", wrong)
 
@@ -99,17 +99,17 @@ def test_a_planted_fault_changes_tokens(
 @pytest.mark.usefixtures("faster")
 @pytest.mark.parametrize("forgetful", [False, True])
 def test_drafts_are_forgotten_when_the_plan_changes(forgetful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chain, tree, chain: drafts of one shape are not verified as another's; exact they would be, but of no use."""
-    shape = grow(((0.5, 0.4), (0.5, 0.4)), 4)
-    plans = [Template("fused", 3, 4), Template("fused", 3, 4), Template("fused", 4, 5, shape), Template("fused", 2, 3)]
+    """Chain, tree, chain: drafts of one tree are not verified as another's; exact they would be, but of no use."""
+    tree = grow(((0.5, 0.4), (0.5, 0.4)), 4)
+    cycles = [fused(3), fused(3), fused(4, "all", tree), fused(2)]
     engine = fresh()
     steps: list[tuple[int, int]] = []
-    monkeypatch.setattr(AutoPolicy, "template", lambda *_: plans[min(len(steps), 3)])
+    monkeypatch.setattr(AutoPolicy, "choose", lambda *_: cycles[min(len(steps), 3)])
     launch = DeviceSteps._launch
 
-    def recorded(self: DeviceSteps, kind: Kind, *rest: Any) -> Any:
-        flight = launch(self, kind, *rest)
-        steps.append((kind.rows, int(flight.record[0, 2])))
+    def recorded(self: DeviceSteps, plan: StepPlan, *rest: Any) -> Any:
+        flight = launch(self, plan, *rest)
+        steps.append((1 + plan.verify, int(flight.record[0, 2])))
         return flight
 
     monkeypatch.setattr(DeviceSteps, "_launch", recorded)

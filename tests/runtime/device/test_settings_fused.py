@@ -7,7 +7,7 @@ from decoding import random_prompts, tokens_of
 from fused_models import VOCABULARY, WIDE, pair, plain_decoder, small
 from transformers import GenerationConfig
 
-from retrofit.runtime.device import loop as device_loop
+from retrofit.runtime.device import steps as device_steps
 from retrofit.runtime.engine import Engine
 
 PROMPTS = random_prompts((9, 3, 5), vocab=VOCABULARY)
@@ -35,7 +35,7 @@ def engines() -> tuple[Engine, Engine]:
 
 def test_settings_are_followed(engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     plain_decoder(monkeypatch)
-    monkeypatch.setattr(device_loop, "loop_over", None)  # what plans on the device knows no rules
+    monkeypatch.setattr(device_steps, "DeviceSteps", None)  # what plans on the device knows no rules
     fused, hf = engines
     options: dict[str, Any] = {"max_new_tokens": NEW, "batch_size": 2, "temperature": 0.0}
     for options["temperature"] in (0.0, 0.8):

@@ -10,16 +10,17 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK
-from retrofit.runtime.host.modes import Run, _draft, _end_early, _fill
+from retrofit.runtime.host.modes import _draft, _end_early, _fill
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import SamplingParams, hash_bits_plain
-from retrofit.runtime.rules.tree import Shape
+from retrofit.runtime.rules.tree import DraftTree
+from retrofit.runtime.run import Run
 
 V, BLOCK = 8, 3
 
 
-def known_run(follows: float, params: SamplingParams | None = None, shape: Shape | None = None, **options: Any) -> Run:
+def known_run(follows: float, params: SamplingParams | None = None, **options: Any) -> Run:
     """After token t the Markov head adds `follows` to token t + 1; what the trunk says are its hidden states."""
     heads = Heads(V, V, BLOCK, V + 1, True).requires_grad_(False)
     heads.markov_w1.copy_(torch.eye(V + 1))
@@ -27,7 +28,7 @@ def known_run(follows: float, params: SamplingParams | None = None, shape: Shape
     heads.markov_w2[(torch.arange(V) + 1) % V, torch.arange(V)] = follows
     backend: Any = SimpleNamespace(heads=heads, head=lambda hidden: hidden, device=torch.device("cpu"))
     cache: Any = None
-    options = {"layout": DraftLayout(BLOCK), "with_confidence": shape is None, "shape": shape, **options}
+    options = {"layout": DraftLayout(BLOCK), "with_confidence": True, **options}
     return Run(backend, cache, params or SamplingParams(), limits=Limits(99), **options)
 
 
@@ -44,10 +45,10 @@ def best(*tokens: int) -> Tensor:
 
 def test_each_draft_follows_the_one_before_it_and_the_first_the_newest_token() -> None:
     one, other = request(3), request(5)
-    _draft(known_run(2.0), [(one, best(0, 0, 0)), (other, best(0, 0, 0))])
+    _draft(known_run(2.0), [(one, best(0, 0, 0)), (other, best(0, 0, 0))], None)
     assert (one.drafts, other.drafts) == ([4, 5, 6], [6, 7, 0])
-    assert one.confidence == [0.5] * 3 and one.shape is None
-    _draft(known_run(0.5), [(one, best(7, 1, 2))])
+    assert one.confidence == [0.5] * 3 and one.tree is None
+    _draft(known_run(0.5), [(one, best(7, 1, 2))], None)
     assert one.drafts == [7, 1, 2], "a trunk that is surer"
 
 
@@ -56,7 +57,7 @@ def test_confidence_is_that_of_the_slot_and_of_how_tokens_are_chosen(temperature
     run, one = known_run(0.0, SamplingParams(temperature=temperature)), request(3)
     run.backend.heads.confidence_bias.copy_(torch.tensor([2.0, -3.0]))  # greedy, sampled
     run.backend.heads.confidence_temperature.copy_(torch.tensor([[1.0, 2.0, 4.0], [3.0, 6.0, 1.0]]))
-    _draft(run, [(one, best(0, 0, 0))])
+    _draft(run, [(one, best(0, 0, 0))], None)
     logits = torch.tensor([-1.0, -0.5, -3.0] if temperature else [2.0, 1.0, 0.5])
     assert one.confidence == pytest.approx(torch.sigmoid(logits).tolist())
 
@@ -64,7 +65,7 @@ def test_confidence_is_that_of_the_slot_and_of_how_tokens_are_chosen(temperature
 def test_no_more_is_drafted_than_can_be_used() -> None:
     """Two tokens are left to the first: one draft and the bonus; none to the second; the third's block was cut."""
     requests = [request(3, most=4), request(3, most=3), request(3)]
-    _draft(known_run(2.0), [(r, best(0, 0, 0)[:n]) for r, n in zip(requests, (3, 3, 2), strict=True)])
+    _draft(known_run(2.0), [(r, best(0, 0, 0)[:n]) for r, n in zip(requests, (3, 3, 2), strict=True)], None)
     assert [r.drafts for r in requests] == [[4], [], [4, 5]]
     assert [len(r.confidence) for r in requests] == [1, 0, 2]
 
@@ -78,27 +79,27 @@ def noise(seed: int, index: int) -> Tensor:
 def test_sampled_drafts_share_the_noise_of_the_tokens_they_stand_for(seed: int) -> None:
     """Two tokens were emitted, so the drafts are for outputs 2, 3 and 4 of the request."""
     one = request(3, seed=seed)
-    _draft(known_run(0.0, SamplingParams(temperature=0.7)), [(one, best(6, 6, 6))])
+    _draft(known_run(0.0, SamplingParams(temperature=0.7)), [(one, best(6, 6, 6))], None)
     assert one.drafts == [int((best(6)[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
 
 
 def test_drafts_of_a_tree() -> None:
     #   seed -> a (rank 0) -> c (rank 0) -> e (rank 0);  seed -> b (rank 1) -> d (rank 1)
-    shape = Shape((-1, 0, 0, 1, 2, 3), (0, 0, 1, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1, 0.1))
+    tree = DraftTree((-1, 0, 0, 1, 2, 3), (0, 0, 1, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1, 0.1))
     trunk = best(0, 0, 7) * torch.tensor([[1.5], [1.5], [3.0]])
     one, short = request(3), request(3, most=5)
-    _draft(known_run(2.0, shape=shape), [(one, trunk), (short, trunk)])
+    _draft(known_run(2.0), [(one, trunk), (short, trunk)], tree)
     # 4 follows 3 and 0 is second; 5 follows 4; of the followers of 0, 1 is first and 0 second; in slot 3 stands 7
-    assert one.drafts == [4, 0, 5, 0, 7] and one.shape == shape
+    assert one.drafts == [4, 0, 5, 0, 7] and one.tree == tree
     # three tokens are left: two drafts and a bonus
-    assert short.drafts == [4, 0, 5, 0] and short.shape == shape.cut(2)
+    assert short.drafts == [4, 0, 5, 0] and short.tree == tree.cut(2)
 
 
 def test_a_penalty_on_what_was_seen_reaches_the_drafts_of_the_same_block() -> None:
     one = request(3)
     one.watch(V, torch.device("cpu"))  # 0, 2 and 3 were seen, so of them a quarter is left
     trunk = torch.tensor([[2.0, 0.1, 2.2, 0.1, 0.1, 0.1, 1.0, 0.1]] * 3)
-    _draft(known_run(0.0, SamplingParams(repetition_penalty=4.0)), [(one, trunk)])
+    _draft(known_run(0.0, SamplingParams(repetition_penalty=4.0)), [(one, trunk)], None)
     assert one.drafts == [6, 2, 2], "once 6 was drafted it counts 1/4, and 2 more than that"
 
 

@@ -9,7 +9,7 @@ import torch
 from device_states import DEVICE, assert_same, random_case, run_accept, run_plan
 
 from retrofit.runtime.kernels import steps
-from retrofit.runtime.kernels.state import ALL, State, StepShape
+from retrofit.runtime.kernels.state import ALL, State, StepTensors
 from retrofit.runtime.rules import accept as acceptance
 from retrofit.runtime.rules.tree import accepted_path, grow
 
@@ -25,7 +25,7 @@ class Lane(NamedTuple):
 
 def accept_plainly(parents: list[int], lane: list[Lane], end: int = 100, eos: tuple[int, ...] = (), block: int = 0):
     """Plan and accept these requests, each of length 10; returns (state, outcome)."""
-    shape = StepShape.of(parents, len(parents) if block else 0, block, ALL, DEVICE)
+    step = StepTensors.of(parents, len(parents) if block else 0, block, ALL, DEVICE)
     n, W = len(lane), len(parents)
     state = State.empty(n, 120, max(1, W - 1), eos, DEVICE)
     targets = torch.zeros(n, W, dtype=torch.int64)
@@ -35,12 +35,12 @@ def accept_plainly(parents: list[int], lane: list[Lane], end: int = 100, eos: tu
         targets[slot, : len(wanted)] = torch.tensor(wanted)
     for t, value in ((state.length, 10), (state.end, end), (state.active, 1), (state.origin, 4)):
         t.fill_(value)
-    rows = steps.allocate_rows(shape, n, None, 1, DEVICE)
+    rows = steps.allocate_rows(step, n, None, 1, DEVICE)
     keys = torch.empty(2, rows.num_base, dtype=torch.int64, device=DEVICE)
     table = torch.arange(2 * n, dtype=torch.int32, device=DEVICE).view(n, 2)
     lanes = torch.arange(n, device=DEVICE)
-    steps.plan_rows(state, lanes, shape, table, 120, None, rows, keys[0], keys[1])
-    return state, steps.accept(state, lanes, shape, targets.flatten().to(DEVICE), rows, 0)
+    steps.lay_rows(state, lanes, step, table, 120, None, rows, keys[0], keys[1])
+    return state, steps.accept(state, lanes, step, targets.flatten().to(DEVICE), rows, 0)
 
 
 def test_chains_are_accepted_as_by_the_acceptance_rule() -> None:

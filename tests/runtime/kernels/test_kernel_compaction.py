@@ -57,7 +57,7 @@ def test_a_tree_step_after_compaction_reads_the_accepted_path() -> None:
     done = 0
     for number in range(12):
         case = random_case(number)
-        if case.shape.chain:
+        if case.step.chain:
             continue
         before = case.state.length.clone()
         run_plan(steps, case)
@@ -72,7 +72,7 @@ def test_a_tree_step_after_compaction_reads_the_accepted_path() -> None:
             for d in range(int(outcome.kept[lane])):
                 place = int(length_before[lane]) - 1 + d
                 page = int(case.block_table[slot, place // PAGE])
-                want = lane * case.shape.base_rows + int(outcome.path[lane, d]) + 1
+                want = lane * case.step.base_rows + int(outcome.path[lane, d]) + 1
                 assert key[0, page, 0, place % PAGE].tolist() == [want, want]
                 done += 1
         assert not value.any()

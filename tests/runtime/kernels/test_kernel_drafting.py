@@ -13,7 +13,7 @@ from retrofit.runtime.kernels import drafting, reference
 from retrofit.runtime.kernels.drafting import draft
 from retrofit.runtime.kernels.sampling import candidates
 from retrofit.runtime.rules.sampling import SamplingParams
-from retrofit.runtime.rules.tree import Shape, grow
+from retrofit.runtime.rules.tree import DraftTree, grow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V, B, K = 40, 2, 3
@@ -21,15 +21,15 @@ CHANCE = [[0.6, 0.3, 0.2], [0.5, 0.3, 0.1], [0.4, 0.2, 0.1]]
 TREE = grow(CHANCE, 7)
 HOLES = grow([[0.0, 0.3, 0.2], [0.0, 0.0, 0.3], [0.4, 0.2, 0.1]], 5)
 """Ranks 1 and 2 of the first slot, 2 of the second: likelier ones need not have been measured so."""
-CHAIN = Shape((-1, 0, 1, 2), (0, 0, 0, 0), (1.0,) * 4)
+CHAIN = DraftTree((-1, 0, 1, 2), (0, 0, 0, 0), (1.0,) * 4)
 
 
 def integers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=DEVICE)
 
 
-def on_device(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    return integers(*shape.parents), integers(*shape.ranks), integers(*shape.depths)
+def on_device(tree: DraftTree) -> tuple[Tensor, Tensor, Tensor]:
+    return integers(*tree.parents), integers(*tree.ranks), integers(*tree.depths)
 
 
 def problem(count: int, rank: int, dtype: torch.dtype, requests: int = B) -> dict[str, Tensor | None]:
@@ -47,29 +47,27 @@ def problem(count: int, rank: int, dtype: torch.dtype, requests: int = B) -> dic
     }
 
 
-def expected(given: dict, shape: Shape, temperature: float) -> Tensor:
-    return reference.draft(
-        **given, parents=shape.parents, ranks=shape.ranks, depths=shape.depths, temperature=temperature
-    )
+def expected(given: dict, tree: DraftTree, temperature: float) -> Tensor:
+    return reference.draft(**given, parents=tree.parents, ranks=tree.ranks, depths=tree.depths, temperature=temperature)
 
 
-def drafted(given: dict, shape: Shape, temperature: float) -> Tensor:
-    parents, ranks, depths = on_device(shape)
+def drafted(given: dict, tree: DraftTree, temperature: float) -> Tensor:
+    parents, ranks, depths = on_device(tree)
     return draft(**given, parents=parents, ranks=ranks, depths=depths, temperature=temperature)
 
 
-@pytest.mark.parametrize("shape", [CHAIN, TREE, HOLES], ids=["chain", "tree", "holes"])
+@pytest.mark.parametrize("tree", [CHAIN, TREE, HOLES], ids=["chain", "tree", "holes"])
 @pytest.mark.parametrize("temperature", [0, 0.8])
 @pytest.mark.parametrize(
     ("count", "rank", "dtype"),
     [(16, 0, torch.float32), (7, 5, torch.bfloat16), (16, 8, torch.float16), (3, 1, torch.float32)],
 )
-def test_draft(poisoned_memory: None, shape: Shape, temperature: float, count: int, rank: int, dtype: torch.dtype):
+def test_draft(poisoned_memory: None, tree: DraftTree, temperature: float, count: int, rank: int, dtype: torch.dtype):
     given = problem(count, rank, dtype)
-    tokens = drafted(given, shape, temperature)
-    assert torch.equal(tokens, expected(given, shape, temperature))
+    tokens = drafted(given, tree, temperature)
+    assert torch.equal(tokens, expected(given, tree, temperature))
     if rank:
-        plain = drafted({**given, "w1": None, "w2": None}, shape, temperature)
+        plain = drafted({**given, "w1": None, "w2": None}, tree, temperature)
         assert not torch.equal(tokens, plain)
 
 
@@ -82,8 +80,10 @@ def test_a_wide_markov_head_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.parametrize("rank", [0, 6])
 @pytest.mark.parametrize("temperature", [0, 0.8])
-@pytest.mark.parametrize("shape", [None, TREE], ids=["chain", "tree"])
-def test_with_every_token_a_candidate_it_drafts_what_torch_drafts(shape: Shape | None, temperature: float, rank: int):
+@pytest.mark.parametrize("tree", [None, TREE], ids=["chain", "tree"])
+def test_with_every_token_a_candidate_it_drafts_what_torch_drafts(
+    tree: DraftTree | None, temperature: float, rank: int
+):
     H = 8
     heads = Heads(H, V, K, rank, confidence=False).to(DEVICE).requires_grad_(False)
     if heads.markov_w2 is not None:
@@ -92,14 +92,14 @@ def test_with_every_token_a_candidate_it_drafts_what_torch_drafts(shape: Shape |
     previous, seeds, indices = [3, V - 1], [1, 2**63 - 1], [0, 400]
     params = SamplingParams(temperature=temperature)
     torch_tokens = draft_tokens(
-        hidden, previous, seeds, indices, None, lambda x: x @ weight.T, heads, params, False, shape
+        hidden, previous, seeds, indices, None, lambda x: x @ weight.T, heads, params, False, tree
     ).tokens
 
     logits = hidden.view(B * K, H) @ weight.T
     chosen, seed, index = torch.arange(B * K, device=DEVICE), integers(*seeds), integers(*indices)
     index_BK = (index[:, None] + torch.arange(K, device=DEVICE)).flatten()
     found = candidates(logits, chosen, V, temperature, seed.repeat_interleave(K), index_BK).view(B, K, V)
-    parents, ranks, depths = on_device(shape or CHAIN)
+    parents, ranks, depths = on_device(tree or CHAIN)
     w1, w2 = heads.markov_w1, heads.markov_w2
     tokens = draft(
         logits, chosen.view(B, K), found, integers(*previous), w1, w2, parents, ranks, depths, temperature, seed, index
@@ -111,9 +111,9 @@ def test_equal_scores_go_by_id_whatever_the_order_of_candidates():
     given = problem(5, 0, torch.float32)
     given["logits_RV"] = torch.zeros_like(given["logits_RV"])
     given["logits_RV"][::2] = -0.0
-    shape = Shape((-1, 0, 0, 0, 1), (0, 0, 1, 2, 4), (1.0,) * 5)
+    tree = DraftTree((-1, 0, 0, 0, 1), (0, 0, 1, 2, 4), (1.0,) * 5)
     first, second = (given["candidates_BKC"][:, slot].sort(-1).values for slot in (0, 1))
-    assert torch.equal(drafted(given, shape, 0), torch.cat([first[:, :3], second[:, 4:]], dim=1))
+    assert torch.equal(drafted(given, tree, 0), torch.cat([first[:, :3], second[:, 4:]], dim=1))
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from device_states import DEVICE, LANES, Case, assert_same, random_case, random_shape, run_accept, run_plan
+from device_states import DEVICE, LANES, Case, assert_same, random_case, random_step, run_accept, run_plan
 
 from retrofit.runtime.kernels import reference, steps
 from retrofit.runtime.kernels.rows import PAGE, cut_tiles, tile_rows
-from retrofit.runtime.kernels.state import ALL, State, StepShape
+from retrofit.runtime.kernels.state import ALL, State, StepTensors
 from retrofit.runtime.rules.sampling import hash_bits_plain
 
 CASES = range(400 if DEVICE == "cuda" else 40)
@@ -51,12 +51,12 @@ def test_cases_meet_what_they_should() -> None:
     for number in CASES:
         case = random_case(number)
         run_plan(reference, case)
-        rows, shape, running = case.rows, case.shape, case.state.active.tolist()
-        met |= {"chain" if shape.chain else "tree", f"hang {shape.hang}"}
+        rows, step, running = case.rows, case.step, case.state.active.tolist()
+        met |= {"chain" if step.chain else "tree", f"hang {step.hang}"}
         if rows.padded > rows.num_rows + LANES * steps.PADDING_ROWS:
             met.add("padding")
         sizes = (rows.high - rows.low)[rows.high > 0]
-        if (sizes < shape.block).any():
+        if (sizes < step.block).any():
             met.add("block cut")
         drafted = case.state.num_drafts.tolist()
         outcome = run_accept(reference, case)
@@ -64,7 +64,7 @@ def test_cases_meet_what_they_should() -> None:
             if slot < 0 or not running[slot]:
                 met.add("idle" if slot < 0 else "inactive")
                 continue
-            places = rows.places[lane * shape.base_rows :][: shape.base_rows]
+            places = rows.places[lane * step.base_rows :][: step.base_rows]
             pages = set((places[places >= 0] // PAGE).tolist())
             if len(pages) > 1:
                 met.add("two pages")
@@ -90,17 +90,17 @@ def test_cases_meet_what_they_should() -> None:
 def test_noise_inputs_are_those_of_the_engine() -> None:
     """hash(seed, position, 0) % vocabulary, for seeds of more than 32 bits and below 0 too."""
     seeds = [0, 1, 2**31, 2**32 + 5, -1, -(2**63), 2**63 - 1, 0x9E3779B97F4A7C15 - 2**64]
-    shape = StepShape.of([-1], 1, 8, ALL, DEVICE)
+    step = StepTensors.of([-1], 1, 8, ALL, DEVICE)
     state = State.empty(len(seeds), 8, 0, [], DEVICE)
     for t, value in ((state.length, 3), (state.end, 8), (state.active, 1)):
         t.fill_(value)
     state.seed.copy_(torch.tensor(seeds))
-    rows = steps.allocate_rows(shape, len(seeds), None, 1, DEVICE)
+    rows = steps.allocate_rows(step, len(seeds), None, 1, DEVICE)
     table = torch.zeros(len(seeds), 1, dtype=torch.int32, device=DEVICE)
     lanes = torch.arange(len(seeds), device=DEVICE)
     noise = torch.empty(2, rows.num_base, dtype=torch.int64, device=DEVICE)
     for vocabulary in (151936, 2**31 - 1):
-        steps.plan_rows(state, lanes, shape, table, 100, vocabulary, rows, noise[0], noise[1])
+        steps.lay_rows(state, lanes, step, table, 100, vocabulary, rows, noise[0], noise[1])
         want = [hash_bits_plain(seed, position, 0) % vocabulary for seed in seeds for position in range(3, 11)]
         assert rows.ids[rows.num_base :].tolist() == want
 
@@ -109,11 +109,11 @@ def test_a_lane_is_planned_alike_alone_and_among_others() -> None:
     for number in range(2):
         case = random_case(number)
         run_plan(steps, case)
-        W, D = case.shape.base_rows, case.shape.draft_rows
+        W, D = case.step.base_rows, case.step.draft_rows
         for lane in range(2):
             alone = copy.deepcopy(case)
             alone.lanes = case.lanes[lane : lane + 1].clone()
-            alone.rows = steps.allocate_rows(case.shape, 1, None, 1, DEVICE)
+            alone.rows = steps.allocate_rows(case.step, 1, None, 1, DEVICE)
             alone.seeds, alone.indices = case.seeds[:W].clone(), case.indices[:W].clone()
             run_plan(steps, alone)
             n = case.rows.num_base
@@ -127,20 +127,20 @@ def test_a_lane_is_planned_alike_alone_and_among_others() -> None:
 def test_allocated_rows() -> None:
     for number in range(40):
         rng = random.Random(number)
-        shape, _ = random_shape(rng)
+        step, _ = random_step(rng)
         lanes, padded, groups = rng.randint(1, 5), rng.choice([None, 3, 500]), rng.randint(1, 40)
-        rows = steps.allocate_rows(shape, lanes, padded, groups, DEVICE)
-        assert rows.num_base == lanes * shape.base_rows
-        assert rows.num_draft == lanes * shape.blocks * shape.block
+        rows = steps.allocate_rows(step, lanes, padded, groups, DEVICE)
+        assert rows.num_base == lanes * step.base_rows
+        assert rows.num_draft == lanes * step.blocks * step.block
         assert rows.padded == max(padded or 0, rows.num_rows)
         assert len(rows.ids) == len(rows.positions) == len(rows.slots) == len(rows.limits) == rows.padded
         assert (rows.places == -1).all() and not rows.limits.any() and not rows.ids.any()
-        counts = [[shape.base_rows] * lanes, [shape.draft_rows] * lanes]
+        counts = [[step.base_rows] * lanes, [step.draft_rows] * lanes]
         first, count, base_tiles = cut_tiles(counts[0], counts[1], tile_rows(groups), DEVICE)
         assert torch.equal(rows.tile_first, first) and torch.equal(rows.tile_count, count)
         assert rows.base_tiles == base_tiles
         covered = [row for a, n in zip(first.tolist(), count.tolist(), strict=True) for row in range(a, a + n)]
         assert covered == list(range(rows.num_rows))
-        assert (rows.starts is None) == (rows.paths is None) == shape.chain
+        assert (rows.starts is None) == (rows.paths is None) == step.chain
         if rows.paths is not None:
-            assert rows.paths.shape == (rows.padded, shape.deepest + 1) and len(rows.starts) == rows.padded
+            assert rows.paths.shape == (rows.padded, step.deepest + 1) and len(rows.starts) == rows.padded

@@ -9,15 +9,16 @@ import pytest
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK
 from retrofit.runtime.plan import (
-    Choice,
     Limits,
+    StepPlan,
     diffusion_rows,
+    fixed_cycle,
     likeliest_lengths,
     looked_up,
     max_verify,
     new_block,
     noise_token,
-    speculative_choice,
+    planned,
     speculative_rows,
     useful,
 )
@@ -64,9 +65,9 @@ def test_planned_rows_stay_below_context_boundary_and_budget(layout: DraftLayout
     for request, limits, rng in states(layout):
         strategy = rng.choice(["two_forward", "prompt_lookup", "ar", *(["fused"] * 3 if layout.anchored else [])])
         prepare = rng.choice(["all", "last", 1, 2])
-        choice = speculative_choice(request, strategy, prepare, layout, limits)
-        rows = speculative_rows(request, choice, layout, limits, 64)
-        met.add(choice.kind)
+        plan = planned(fixed_cycle(strategy, prepare, layout), request, layout, limits)
+        rows = speculative_rows(request, plan, layout, limits, 64)
+        met.add(plan.kind)
         p = request.position
         end = limits.context
         if limits.boundary is not None and p < limits.boundary:
@@ -74,17 +75,17 @@ def test_planned_rows_stay_below_context_boundary_and_budget(layout: DraftLayout
         positions = [rows.start + i for i in range(len(rows.tokens))]
         positions += [b.start + i for b in rows.blocks for i in range(len(b.inputs))]
         assert positions and max(positions) < end
-        assert len(choice.prepare) == len(rows.blocks)
-        assert list(choice.prepare) == sorted(set(choice.prepare) & set(range(choice.verify + 1)))
+        assert len(plan.hang) == len(rows.blocks)
+        assert list(plan.hang) == sorted(set(plan.hang) & set(range(plan.verify + 1)))
         # A forward emits one token more than it verifies, so the last verified row must still fit the budget.
-        assert choice.verify <= max(0, request.remaining - 1)
-        assert choice.verify <= len(request.drafts)
-        if layout.anchored or not choice.prepare:
-            assert list(rows.tokens) == [request.tokens[-1], *request.drafts[: choice.verify]]
+        assert plan.verify <= max(0, request.remaining - 1)
+        assert plan.verify <= len(request.drafts)
+        if layout.anchored or not plan.hang:
+            assert list(rows.tokens) == [request.tokens[-1], *request.drafts[: plan.verify]]
             assert rows.start == p
         else:
-            assert not rows.tokens and choice.verify == 0
-        for j, block in zip(choice.prepare, rows.blocks, strict=True):
+            assert not rows.tokens and plan.verify == 0
+        for j, block in zip(plan.hang, rows.blocks, strict=True):
             assert block.start == (p + j + 1 if layout.anchored else p)
             # Useful: after the block's anchor has emitted, two tokens are left, one of which it may draft.
             assert request.remaining - (j + 1 if layout.anchored else 0) >= 2
@@ -190,6 +191,6 @@ def test_noise_is_a_function_of_seed_and_position() -> None:
     assert len({tuple(row) for row in table}) == 4
 
 
-def test_choice_names_its_forward() -> None:
-    kinds = [Choice(v, p).kind for v, p in ((0, ()), (0, (0,)), (2, ()), (2, (0, 2)))]
+def test_a_plan_names_its_forward() -> None:
+    kinds = [StepPlan(v, p).kind for v, p in ((0, ()), (0, (0,)), (2, ()), (2, (0, 2)))]
     assert kinds == ["ar", "draft", "verify", "fused"]

@@ -9,11 +9,11 @@ from decoding import random_prompts, randomise, tokens_of
 from tiny_models import build
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.auto.policy import UNKNOWN_CHANCE, AutoPolicy, tree_shape
-from retrofit.runtime.device.kinds import fixed_template, kinds_of
+from retrofit.runtime.auto.policy import AutoPolicy
+from retrofit.runtime.device.lowering import lowered
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.plan import Limits
-from retrofit.runtime.rules.tree import Shape, accepted_path, grow
+from retrofit.runtime.plan import cut_cycle, fixed_cycle
+from retrofit.runtime.rules.tree import UNKNOWN_CHANCE, DraftTree, accepted_path, fixed_tree, grow
 
 Path = tuple[int, ...]  # of a node: the rank of each step from the seed
 Table = Sequence[Sequence[float]]
@@ -24,9 +24,9 @@ RAGGED = [[0.5, 0.2, 0.1], [0.4], [0.0, 0.3]]
 TABLES = {"zeros": ZEROS, "zero first": ZERO_FIRST, "ragged": RAGGED}
 
 
-def paths_of(shape: Shape) -> list[Path]:
+def paths_of(tree: DraftTree) -> list[Path]:
     found: list[Path] = [()]
-    for parent, rank in list(zip(shape.parents, shape.ranks, strict=True))[1:]:
+    for parent, rank in list(zip(tree.parents, tree.ranks, strict=True))[1:]:
         found.append((*found[parent], rank))
     return found
 
@@ -55,16 +55,16 @@ def best_of_all_trees(chance: Table, nodes: int) -> float:
     return best
 
 
-def checked(chance: Table, nodes: int) -> Shape:
+def checked(chance: Table, nodes: int) -> DraftTree:
     """The grown tree, once its parts fit together: no node twice, parents first, survivals those of the paths."""
-    shape = grow(chance, nodes)
-    paths = paths_of(shape)
+    tree = grow(chance, nodes)
+    paths = paths_of(tree)
     assert len(set(paths)) == len(paths) and set(paths[1:]) <= set(every_path(chance))
-    assert all(parent < node for node, parent in enumerate(shape.parents))
-    assert shape.survival == pytest.approx([survival(chance, path) for path in paths])
-    assert sorted(shape.survival, reverse=True) == list(shape.survival), "the first n are the best n"
-    assert shape.depths == tuple(map(len, paths))
-    return shape
+    assert all(parent < node for node, parent in enumerate(tree.parents))
+    assert tree.survival == pytest.approx([survival(chance, path) for path in paths])
+    assert sorted(tree.survival, reverse=True) == list(tree.survival), "the first n are the best n"
+    assert tree.depths == tuple(map(len, paths))
+    return tree
 
 
 def random_table(rng: random.Random, falling: bool) -> Table:
@@ -83,18 +83,18 @@ def test_no_tree_of_the_same_size_has_a_larger_expected_length(falling: bool) ->
     for _ in range(40):
         chance = random_table(rng, falling)
         for nodes in range(1, 5):
-            shape = checked(chance, nodes)
-            assert shape.nodes == min(nodes, len(every_path(chance))), chance
-            assert shape.expected == pytest.approx(best_of_all_trees(chance, shape.nodes)), (chance, nodes)
+            tree = checked(chance, nodes)
+            assert tree.nodes == min(nodes, len(every_path(chance))), chance
+            assert tree.expected == pytest.approx(best_of_all_trees(chance, tree.nodes)), (chance, nodes)
 
 
 def test_a_tree_by_hand() -> None:
     """.5, then .5 * .6 = .3, .2, .15, .2 * .6 = .12, and only then .5 * .2 = .1."""
-    shape = checked([[0.5, 0.2, 0.15], [0.6, 0.2]], 5)
-    assert shape.parents == (-1, 0, 1, 0, 0, 3)
-    assert shape.ranks == (0, 0, 0, 1, 2, 0)
-    assert shape.survival == pytest.approx((1, 0.5, 0.3, 0.2, 0.15, 0.12))
-    assert shape.expected == pytest.approx(0.5 + 0.3 + 0.2 + 0.15 + 0.12)
+    tree = checked([[0.5, 0.2, 0.15], [0.6, 0.2]], 5)
+    assert tree.parents == (-1, 0, 1, 0, 0, 3)
+    assert tree.ranks == (0, 0, 0, 1, 2, 0)
+    assert tree.survival == pytest.approx((1, 0.5, 0.3, 0.2, 0.15, 0.12))
+    assert tree.expected == pytest.approx(0.5 + 0.3 + 0.2 + 0.15 + 0.12)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -115,22 +115,22 @@ def test_what_was_never_seen_comes_last_and_likely_ranks_first() -> None:
 
 def test_no_candidates_no_nodes() -> None:
     for chance in ([], [[]], [[], [0.5]]):
-        assert grow(chance, 3) == Shape((-1,), (0,), (1.0,))
+        assert grow(chance, 3) == DraftTree((-1,), (0,), (1.0,))
     assert grow([[0.5]], 0).nodes == 0
 
 
 def test_cut_first_and_likeliest_ends_by_hand() -> None:
     # 0 - 1 (.5) - 2 (.3) and 0 - 3 (.2) - 5 (.12), 0 - 4 (.15)
-    shape = grow([[0.5, 0.2, 0.15], [0.6, 0.2]], 5)
-    assert shape.first(3) == Shape((-1, 0, 1, 0), (0, 0, 0, 1), shape.survival[:4])
-    assert shape.first(5) is shape and shape.first(9) is shape
-    assert shape.cut(1) == Shape((-1, 0, 0, 0), (0, 0, 1, 2), tuple(shape.survival[j] for j in (0, 1, 3, 4)))
-    assert shape.cut(2) is shape
+    tree = grow([[0.5, 0.2, 0.15], [0.6, 0.2]], 5)
+    assert tree.first(3) == DraftTree((-1, 0, 1, 0), (0, 0, 0, 1), tree.survival[:4])
+    assert tree.first(5) is tree and tree.first(9) is tree
+    assert tree.cut(1) == DraftTree((-1, 0, 0, 0), (0, 0, 1, 2), tuple(tree.survival[j] for j in (0, 1, 3, 4)))
+    assert tree.cut(2) is tree
     # the path ends at 0 with 1 - .5 - .2 - .15 = .15, at 1 with .2, 2 .3, 3 .08, 4 .15, 5 .12
-    assert [shape.likeliest_ends(n) for n in (1, 2, 3, 5)] == [(2,), (1, 2), (0, 1, 2), (0, 1, 2, 4, 5)]
+    assert [tree.likeliest_ends(n) for n in (1, 2, 3, 5)] == [(2,), (1, 2), (0, 1, 2), (0, 1, 2, 4, 5)]
     # 0 - 1 - 2 - 3 and 0 - 4 - 5: without 3, node 5 becomes 4 and its parent 3
-    deep = Shape((-1, 0, 1, 2, 0, 4), (0, 0, 0, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.2, 0.1))
-    assert deep.cut(2) == Shape((-1, 0, 1, 0, 3), (0, 0, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1))
+    deep = DraftTree((-1, 0, 1, 2, 0, 4), (0, 0, 0, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.2, 0.1))
+    assert deep.cut(2) == DraftTree((-1, 0, 1, 0, 3), (0, 0, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1))
 
 
 def test_the_accepted_path_follows_the_target_of_each_row() -> None:
@@ -154,11 +154,11 @@ def test_which_tree_a_strategy_verifies() -> None:
     greedy, sampled = [[0.5, 0.2]] * 4, [[0.25, 0.2]] * 4
     measured = {"ranks": {"greedy": greedy, "sampled": sampled}}
     # 5 rows of a node and its block: 96 // 5 - 1 = 18 nodes beside the seed
-    assert tree_shape(BLOCK, measured, "all", None, False) == grow(greedy, 18)
-    assert tree_shape(BLOCK, measured, "all", None, True) == grow(sampled, 18)
-    assert tree_shape(BLOCK, measured, 3, None, False, 40) == grow(greedy, 40 - 1 - 3 * 4)
-    assert tree_shape(BLOCK, measured, "all", 7, False) == grow(greedy, 7)
-    assert tree_shape(BLOCK, {}, "all", 7, False) == grow(UNKNOWN_CHANCE * 4, 7)
+    assert fixed_tree(BLOCK, measured, "all", None, False) == grow(greedy, 18)
+    assert fixed_tree(BLOCK, measured, "all", None, True) == grow(sampled, 18)
+    assert fixed_tree(BLOCK, measured, 3, None, False, 40) == grow(greedy, 40 - 1 - 3 * 4)
+    assert fixed_tree(BLOCK, measured, "all", 7, False) == grow(greedy, 7)
+    assert fixed_tree(BLOCK, {}, "all", 7, False) == grow(UNKNOWN_CHANCE * 4, 7)
     for prepare, tree, known, rows in (
         ("all", 0, measured, 96),  # chains were asked for
         ("last", 7, measured, 96),
@@ -166,30 +166,33 @@ def test_which_tree_a_strategy_verifies() -> None:
         ("all", None, measured, 29),  # 29 // 5 - 1 = 4 nodes: no more than a chain
         ("all", 7, {"ranks": {"greedy": [[]] * 4}}, 96),  # no candidates
     ):
-        assert tree_shape(BLOCK, known, prepare, tree, False, rows) is None
-    assert tree_shape(BLOCK, measured, "all", None, False, 30) == grow(greedy, 5)
+        assert fixed_tree(BLOCK, known, prepare, tree, False, rows) is None
+    assert fixed_tree(BLOCK, measured, "all", None, False, 30) == grow(greedy, 5)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_trees_of_tables_with_zeros_are_drafted_and_verified(name: str) -> None:
     """`fused`, `auto` and the device's steps: none is left with a block that drafts nothing."""
     layout, acceptance = DraftLayout(block=len(TABLES[name])), {"ranks": {"greedy": TABLES[name]}}
-    shape = tree_shape(layout, acceptance, "all", 4, False)
-    assert shape is not None and shape.nodes == 4
-    policy = AutoPolicy(layout, Limits(100), acceptance)
-    costs = policy._cost_model("greedy")
-    assert costs.shapes and all(s.nodes for s in costs.shapes)
-    templates = [p for p in costs.templates() if p.shape is not None]
-    templates += [
-        fixed_template("fused", prepare, layout, shape, rows) for prepare in ("all", 2) for rows in (5, 9, None)
+    tree = fixed_tree(layout, acceptance, "all", 4, False)
+    assert tree is not None and tree.nodes == 4
+    costs = AutoPolicy(layout, acceptance).model(False)
+    assert costs.trees and all(t.nodes for t in costs.trees)
+    cycles = [cycle for cycle in costs.cycles() if cycle[-1].tree is not None]
+    cycles += [
+        cut_cycle(fixed_cycle("fused", prepare, layout, tree), layout, rows)
+        for prepare in ("all", 2)
+        for rows in (5, 9, None)
     ]
-    assert templates[-6].shape == shape.first(5 - 1 - layout.block), "one block and what fits beside it"
-    for template in templates:
-        for kind in kinds_of(template):
-            assert kind.rows == 1 + template.verify
-            assert kind.blocks and len(kind.draft_parents) > 1
+    one_block = lowered(cycles[-6][-1], layout.block, "cpu").parents
+    assert one_block.tolist() == list(tree.first(5 - 1 - layout.block).parents), "one block and what fits beside it"
+    for cycle in cycles:
+        for plan in cycle:
+            step = lowered(plan, layout.block, "cpu")
+            assert step.base_rows == 1 + plan.verify
+            assert step.blocks and len(step.draft_parents) > 1
     empty = {"ranks": {"greedy": [[]] * layout.block}}
-    assert AutoPolicy(layout, Limits(100), empty)._cost_model("greedy").shapes == []
+    assert AutoPolicy(layout, empty).model(False).trees == []
 
 
 @pytest.mark.parametrize("table", [[[0.0] * 4] * 4, [[0.0, 0.3, 0.0, 0.2], *[[0.0] * 4] * 3]], ids=["zeros", "holes"])

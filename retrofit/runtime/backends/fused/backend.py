@@ -8,16 +8,14 @@ One layer is ten launches:
     down        | LoRA, residual, norm of the next layer
 
 Rounding points are the original's.  Families differ by flags: biases, q/k norms, sliding windows, tied embeddings.
-Not here: which rows run, sampling, CUDA graphs (`device_loop.py`), reading weights (`weights.py`).
+Not here: which rows run, sampling, CUDA graphs (`device/loop.py`), reading weights (`weights.py`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,12 +24,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
-from retrofit.adapters.rows import SequenceRows, base_positions
+from retrofit.adapters.rows import FlatRows, SequenceRows
 from retrofit.errors import ResourceError, UsageError
 from retrofit.runtime.backends.context import context_length
 from retrofit.runtime.backends.fused.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.backends.fused.weights import Checkpoint, Linear, Weights, head_width, load
-from retrofit.runtime.backends.interface import BUCKET_ROWS, Output, eos_set
+from retrofit.runtime.backends.interface import BUCKET_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.levels import EXACT
 from retrofit.runtime.backends.turns import Line, Turns
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
@@ -42,7 +40,13 @@ from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
 from retrofit.runtime.kernels.sampling import choose
 from retrofit.runtime.kernels.swiglu import swiglu
 from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.tree import parents_of, paths_of
 from retrofit.runtime.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from retrofit.runtime.auto.policy import AutoPolicy
+    from retrofit.runtime.request import Request
+    from retrofit.runtime.run import Run
 
 ONE_AT_A_TIME = Line()
 """Steps of all fused backends of the process: a step being recorded must not meet another, and Triton's interpreter
@@ -156,11 +160,28 @@ class FusedGQA:
         self.cache = self.cache or cache
         return cache
 
-    def plan(self, sequences: list[SequenceRows]) -> HostPlan:
-        return HostPlan(sequences)
+    def stepper(
+        self, run: Run, requests: Sequence[Request], slots: int, on_host: AutoPolicy, on_device: AutoPolicy
+    ) -> Stepper:
+        """Steps planned on the device where that is built: not for diffusion, n-gram drafts, a repetition penalty,
+        rules of the base's own, and blocks without an anchor."""
+        from retrofit.runtime.device.steps import DeviceSteps
+        from retrofit.runtime.host.steps import HostSteps
 
-    def forward(self, plan: HostPlan, cache: PagedCache) -> Output:
-        """One forward of a plan made on the host."""
+        if (
+            run.strategy not in ("diffusion", "prompt_lookup")
+            and run.params.repetition_penalty in (None, 1.0)
+            and run.rules is None
+            and (run.strategy == "ar" or (self.layout.anchored and self.heads is not None))
+        ):
+            return DeviceSteps(run, requests, slots, on_device)
+        return HostSteps(run, requests, slots, on_host)
+
+    def row_plan(self, sequences: list[SequenceRows]) -> FlatRows:
+        return FlatRows(sequences)
+
+    def forward(self, plan: FlatRows, cache: PagedCache) -> Output:
+        """One forward of rows planned on the host."""
         rows = self.rows(plan, cache)
         hidden = self.run(rows, cache, plan.prefill)
         cache.staged = rows.places if plan.tree else None
@@ -216,36 +237,34 @@ class FusedGQA:
             seed = index = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
         return choose(scores, 0.0 if params.temperature == 0 else 1.0, seed, index)
 
-    def rows(self, plan: HostPlan, cache: PagedCache) -> Rows:
-        """The rows of a host plan on the device."""
-        base = [s for s in plan.sequences if s.tokens]
-        blocks = [(s, block) for s in plan.sequences for block in s.blocks]
-        num_base = sum(len(s.tokens) for s in base)
-        num_draft = sum(len(block.inputs) for _, block in blocks)
-        padded = max(num_base + num_draft, 0 if plan.prefill else self.most_rows or 0)
+    def rows(self, plan: FlatRows, cache: PagedCache) -> Rows:
+        """Rows planned on the host, on the device."""
+        num_base, num_rows = plan.num_base, len(plan.ids)
+        num_draft = num_rows - num_base
+        padded = max(num_rows, 0 if plan.prefill else self.most_rows or 0)
         wide, narrow = np.int64, np.int32
         ids, positions = np.zeros(padded, wide), np.zeros(padded, wide)
         slots, limits, starts = np.zeros(padded, narrow), np.zeros(padded, narrow), np.zeros(padded, narrow)
         places, low, high = np.zeros(num_base, wide), np.zeros(num_draft, narrow), np.zeros(num_draft, narrow)
         paths = np.zeros((padded, max(len(s.tokens) for s in plan.sequences) if plan.tree else 1), narrow)
+        ids[:num_rows], positions[:num_rows], slots[:num_rows] = plan.ids, plan.positions, plan.slots
+        limits[:num_base] = positions[:num_base] + 1
+        base = [s for s in plan.sequences if s.tokens]
+        blocks = [(s, block) for s in plan.sequences for block in s.blocks]
         row = 0
         for s in base:
             span = slice(row, row + len(s.tokens))
-            ids[span], positions[span] = s.tokens, base_positions(s)
-            slots[span], limits[span], starts[span] = s.slot, positions[span] + 1, s.start
-            places[span] = cache.places(s.slot, range(s.start, s.start + len(s.tokens)))
+            starts[span], places[span] = s.start, cache.places(s.slot, range(s.start, s.start + len(s.tokens)))
             if plan.tree:
-                for j, path in enumerate(row_paths(s)):
+                for j, path in enumerate(paths_of(parents_of(s))):
                     paths[row + j, : len(path)] = path
             row = span.stop
         for s, block in blocks:
             span = slice(row, row + len(block.inputs))
             own = slice(row - num_base, span.stop - num_base)
-            ids[span], positions[span] = block.inputs, range(block.start, block.start + len(block.inputs))
-            slots[span], limits[span], starts[span] = s.slot, block.start, s.start
-            low[own], high[own] = own.start, own.stop
+            limits[span], starts[span], low[own], high[own] = block.start, s.start, own.start, own.stop
             if plan.tree and s.tokens:
-                path = row_paths(s)[block.anchor]
+                path = paths_of(parents_of(s))[block.anchor]
                 paths[span, : len(path)] = path
             row = span.stop
         counts_draft = [sum(len(b.inputs) for b in s.blocks) for s in plan.sequences if s.blocks]
@@ -258,33 +277,6 @@ class FusedGQA:
             num_base, num_draft, padded, put(ids), put(positions), put(slots), put(limits), put(places), put(low),
             put(high), *tiles, put(starts) if plan.tree else None, put(paths) if plan.tree else None,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HostPlan:
-    """Rows of one forward, planned on the host."""
-
-    sequences: list[SequenceRows]
-
-    @property
-    def tree(self) -> bool:
-        return any(s.parents is not None for s in self.sequences)
-
-    @property
-    def prefill(self) -> bool:
-        return any(s.last_logits_only for s in self.sequences)
-
-    @property
-    def logit_rows(self) -> list[int] | None:
-        """Base rows whose logits are wanted; None: all."""
-        if not self.prefill:
-            return None
-        ends = itertools.accumulate(len(s.tokens) for s in self.sequences)
-        return [
-            row
-            for s, end in zip(self.sequences, ends, strict=True)
-            for row in (range(end - 1, end) if s.last_logits_only else range(end - len(s.tokens), end))
-        ]
 
 
 def check_kernels(device: torch.device) -> None:
@@ -320,15 +312,6 @@ class VocabHead:
         """[N, H] -> [N, V]."""
         with full_precision_reductions(hidden_NH.device):
             return self.linear(hidden_NH)
-
-
-def row_paths(sequence: SequenceRows) -> list[list[int]]:
-    """For each base row, the rows on the way to it, itself last."""
-    n = len(sequence.tokens)
-    paths: list[list[int]] = []
-    for j, parent in enumerate(range(-1, n - 1) if sequence.parents is None else sequence.parents[:n]):
-        paths.append([*(paths[parent] if parent >= 0 else []), j])
-    return paths
 
 
 def rotary_table(config: Any, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

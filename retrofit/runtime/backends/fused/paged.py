@@ -61,7 +61,7 @@ class PagedCache:
         self.table = [[UNOWNED] * pages_for(capacity) for _ in range(slots)]
         """The block table as the host knows it."""
         self.loops: dict[Any, Any] = {}
-        """Sampling parameters -> the steps recorded over this memory (`device_loop.DeviceLoop`), latest last."""
+        """Sampling parameters -> the steps recorded over this memory (`device.loop.DeviceLoop`), latest last."""
         self.leased = False
         """Whether somebody decodes with it."""
         self.staged: Tensor | None = None

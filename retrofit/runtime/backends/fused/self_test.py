@@ -206,7 +206,7 @@ def _attention(backend: FusedGQA, chain: int, size: Size, generator: torch.Gener
 
     def attend(sequences: list[SequenceRows], at: int, first: int, count: int, table: Tensor) -> Tensor:
         """Result of the chain's rows `first`.., which stand in row `at`.. of the forward."""
-        rows = backend.rows(backend.plan(sequences), cache)
+        rows = backend.rows(backend.row_plan(sequences), cache)
         q = beside[: rows.padded].clone()
         q[at : at + count] = query[first : first + count]
         out = row_attention(
@@ -255,7 +255,7 @@ def decoder(backend: FusedGQA, chain: int, size: Size, generator: torch.Generato
         cache.open(slot, prompt + chain)
 
     def forward(*sequences: SequenceRows) -> Tensor:
-        return backend.forward(backend.plan(list(sequences)), cache).base_logits
+        return backend.forward(backend.row_plan(list(sequences)), cache).base_logits
 
     forward(SequenceRows(0, 0, tokens[:prompt], last_logits_only=True))
     steps = range(min(size.alone, chain))

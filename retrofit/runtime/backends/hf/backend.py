@@ -12,11 +12,11 @@ Not here: which rows to run, sampling, acceptance.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +36,15 @@ from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.load_check import check_model
 from retrofit.runtime.backends.hf.refused import refuse_unsupported
-from retrofit.runtime.backends.interface import Output, eos_set
+from retrofit.runtime.backends.interface import Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns
 from retrofit.runtime.rules.sampling import SamplingParams, choose
 from retrofit.runtime.settings import read_settings
+
+if TYPE_CHECKING:
+    from retrofit.runtime.auto.policy import AutoPolicy
+    from retrofit.runtime.request import Request
+    from retrofit.runtime.run import Run
 
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
@@ -196,10 +201,18 @@ class HFBackend:
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         return KVCache(slots, -(-capacity // CACHE_STEP) * CACHE_STEP)
 
+    def stepper(
+        self, run: Run, requests: Sequence[Request], slots: int, on_host: AutoPolicy, on_device: AutoPolicy
+    ) -> Stepper:
+        """Every step is planned on the host."""
+        from retrofit.runtime.host.steps import HostSteps
+
+        return HostSteps(run, requests, slots, on_host)
+
     def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
         return choose(scores, params, seed, index)
 
-    def plan(self, sequences: list[SequenceRows]) -> RowPlan:
+    def row_plan(self, sequences: list[SequenceRows]) -> RowPlan:
         prefill = any(s.last_logits_only for s in sequences)
         return RowPlan(sequences, self.device, self.causal_blocks, 1 if prefill else self.least_rows)
 

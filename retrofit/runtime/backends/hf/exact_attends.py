@@ -57,7 +57,7 @@ def _shapes(backend: HFBackend) -> list[_Shape]:
     """Those of the model's layers."""
     cache = KVCache(1, LEAST)
     backend.hold("off", None)
-    backend.forward(backend.plan([SequenceRows(0, 0, [0] * LEAST)]), cache)
+    backend.forward(backend.row_plan([SequenceRows(0, 0, [0] * LEAST)]), cache)
     heads = backend.config.num_attention_heads
     found = {(heads, k.shape[2], k.shape[3], v.shape[3]) for k, v in cache.layers.values()}
     slides = has_sliding_window(backend.config, backend.context_length)

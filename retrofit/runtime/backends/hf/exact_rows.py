@@ -115,14 +115,15 @@ def survey(backend: HFBackend, drafts: int, rows: int | None = None) -> list[Pri
     cache = KVCache(1, PROMPT + 1)
     with torch.inference_mode():
         backend.hold("off", None)
-        backend.forward(backend.plan([SequenceRows(0, 0, [1] * PROMPT, last_logits_only=True)]), cache)
+        backend.forward(backend.row_plan([SequenceRows(0, 0, [1] * PROMPT, last_logits_only=True)]), cache)
         for _ in range(TURNS):
             for level, (form, least, holds) in kept.items():
                 if holds:
                     backend.hold(level, form, least)
                     with thread_limit(backend.device, least * backend.work_per_row):
                         begin = time.perf_counter()
-                        backend.forward(backend.plan([SequenceRows(0, PROMPT, [1])]), cache).base_logits[0, 0].item()
+                        out = backend.forward(backend.row_plan([SequenceRows(0, PROMPT, [1])]), cache)
+                        out.base_logits[0, 0].item()
                         took = time.perf_counter() - begin
                     seconds[level] = min(seconds.get(level, took), took)
     backend.hold("off", None)
@@ -151,7 +152,7 @@ def _decoder(backend: HFBackend, chain: int, generator: torch.Generator) -> Chec
     cache = KVCache(2, prompt + max(2 * chain, beside))
 
     def forward(*sequences: SequenceRows) -> Tensor:
-        return backend.forward(backend.plan(list(sequences)), cache).base_logits
+        return backend.forward(backend.row_plan(list(sequences)), cache).base_logits
 
     forward(SequenceRows(0, 0, tokens[:prompt], last_logits_only=True))
     forward(SequenceRows(1, 0, tokens[1 : prompt + 1], last_logits_only=True))

@@ -15,11 +15,12 @@ from torch import Tensor
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.errors import UnsupportedModelError, UsageError
-from retrofit.runtime.auto import policy
+from retrofit.runtime.auto import cost
 from retrofit.runtime.backends.fused.backend import FusedGQA
 from retrofit.runtime.backends.interface import Output
 from retrofit.runtime.backends.levels import EXACT
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.rules.tree import fixed_tree
 
 FAMILIES = ("llama", "mistral_window", "qwen2", "qwen3")
 FORWARD = ("llama", "llama_tied", "llama_mqa", "mistral_window", "qwen2_window", "qwen3_window")
@@ -51,7 +52,7 @@ def run(engine: Engine, plans: Plans, slots: int = 2) -> list[Output]:
         cache.open(slot, 64)
     with torch.inference_mode():
         for sequences in plans:
-            made.append(backend.forward(backend.plan(sequences), cache))
+            made.append(backend.forward(backend.row_plan(sequences), cache))
             if sequences is TREE:
                 kept = ([0, 2, 3, 4, 5], [0, 0, 0, 1, 1], [9, 10, 11, 3, 4])
                 cache.store(*(torch.tensor(values, device=backend.device) for values in kept))
@@ -144,7 +145,7 @@ WAYS: dict[str, Sequence[tuple[str, int, dict[str, Any]]]] = {
 
 @pytest.fixture(autouse=True)
 def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "calibrate", lambda *_: None)
+    monkeypatch.setattr(cost, "REPEATS", 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -163,8 +164,8 @@ def test_self_spec_is_ar_at_every_level(exact: str, options: dict[str, Any]) -> 
     engine, _ = pair(small("llama", num_hidden_layers=1), exact=exact)
     common = {"max_new_tokens": 7, "temperature": 0.8, "seed": 4, "batch_size": 1}
     want = tokens_of(engine, PROMPTS[1:], "ar", **common)
-    shape = policy.tree_shape(LAYOUT, {}, "all", options["tree"], True) if options else None
-    planted(engine, Planted({4: want[0]}, 0.2, shape=shape))
+    tree = fixed_tree(LAYOUT, {}, "all", options["tree"], True) if options else None
+    planted(engine, Planted({4: want[0]}, 0.2, tree=tree))
     (result,) = engine.generate(PROMPTS[1:], "self_spec", strategy="fused", **options, **common)
     assert result.tokens == want[0]
     assert max(result.stats.accepted) >= (1 if options else 2)
@@ -273,8 +274,8 @@ def test_row_counts() -> None:
         made = backend(exact=exact, rows=ROWS)
         cache = made.new_cache(1, 32)
         cache.open(0, 32)
-        decode = made.rows(made.plan([SequenceRows(0, 4, [1, 2])]), cache)
-        prompt = made.rows(made.plan([SequenceRows(0, 0, [1, 2, 3], last_logits_only=True)]), cache)
+        decode = made.rows(made.row_plan([SequenceRows(0, 4, [1, 2])]), cache)
+        prompt = made.rows(made.row_plan([SequenceRows(0, 0, [1, 2, 3], last_logits_only=True)]), cache)
         padded[exact] = (decode.padded, prompt.padded, made.most_rows, made.prefill_alone)
     assert padded == {
         "off": (2, 3, None, False),

@@ -112,9 +112,10 @@ def test_filler_changes_nothing_but_the_order_of_addition(name: str) -> None:
         engine.backend.hold(level, None if level == "off" else GROUPED, {"off": 1, "invariant": 2, "bucket": 24}[level])
         cache = engine.backend.new_cache(2, 40)
         with torch.inference_mode():
-            engine.backend.forward(engine.backend.plan([SequenceRows(0, 0, PROMPTS[1], last_logits_only=True)]), cache)
+            prompt = SequenceRows(0, 0, PROMPTS[1], last_logits_only=True)
+            engine.backend.forward(engine.backend.row_plan([prompt]), cache)
             blocks = [Block(9, [MASK] * 4), Block(10, [MASK] * 4)]
-            mixed = engine.backend.plan([SequenceRows(1, 0, PROMPTS[3][:3]), SequenceRows(0, 7, [1, 2, 3], blocks)])
+            mixed = engine.backend.row_plan([SequenceRows(1, 0, PROMPTS[3][:3]), SequenceRows(0, 7, [1, 2, 3], blocks)])
             out = engine.backend.forward(mixed, cache)
         kept = [t[0, :10] for layer in cache.layers.values() for t in layer]
         found.append([out.base_logits, out.base_hidden, out.draft_hidden, *kept])

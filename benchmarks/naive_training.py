@@ -36,13 +36,13 @@ class NaiveTrainer(Trainer):
         drafting = group.rectangle(hidden)[:, layout.first_drafting_row :]
         B, D, H = drafting.shape
         rows = drafting.reshape(B * D, H)
-        judged = group.tensors(hidden.device)
-        source, previous, target = (judged[name].flatten() for name in ("source", "previous", "target"))
-        eligible = judged["eligible"]
+        targets = group.tensors(hidden.device)
+        source, previous, target = (targets[name].flatten() for name in ("source", "previous", "target"))
+        eligible = targets["eligible"]
         logits = heads.draft_logits(self.backend.head(rows), previous)
         log_q = F.log_softmax(logits, dim=-1)
         if masked:
-            weight = torch.where(eligible, judged["weight"], 0.0)
+            weight = torch.where(eligible, targets["weight"], 0.0)
             ce = -log_q.gather(-1, target[:, None]).view(B, D)
             loss = (ce * weight).sum()
             loss.backward()

@@ -223,7 +223,7 @@ def compare_tokens(bench: Bench, found: Found, shape: str, bar: str, all_alone: 
         engine = bench.engine(shape, level)
         trials = [Trial(bench, engine, temperature) for temperature in (0.0, TEMPERATURE)]
         for trial in trials:
-            trial.together()
+            trial.batched()
             found.figures[f"{level}, T = {trial.temperature:g}"] = trial.figures
         # The levels that follow take as long for their batches.
         spare = bench.left() - bench.reserved - (levels - 1) * (time.perf_counter() - begin)
@@ -273,7 +273,7 @@ class Trial:
             parts.append(f"{total} prompts at batch {batch}: {counts}")
         return f"T = {self.temperature:g}, " + ", ".join(parts)
 
-    def together(self) -> None:
+    def batched(self) -> None:
         """All prompts in batches: `ar`, which is the truth from then on, and the chains."""
         batch, every = self.bench.sizes.lossless_batch, range(len(self.prompts))
         if self.bench.left() < LEAST_SECONDS:

@@ -40,8 +40,8 @@ def selftest(bench: Bench, found: Found) -> None:
         ("qwen3-0.6b", "bucket"),
         ("qwen3-8b", "invariant"),
     ):
-        judged = shape == "llama-3.1-8b"
-        if not judged and bench.left() < 30:
+        has_bar = shape == "llama-3.1-8b"
+        if not has_bar and bench.left() < 30:
             found.figures["stopped"] = f"out of time before {shape}, {level}"
             break
         bench.engine(shape, level)
@@ -49,7 +49,7 @@ def selftest(bench: Bench, found: Found) -> None:
         equal = sum(check.equal for check in checks)
         found.figures[f"{shape}, {level}"] = [asdict(check) for check in checks]
         figure, met = f"{equal}/{len(checks)}", equal == len(checks) > 0
-        if judged:
+        if has_bar:
             found.judge(f"selftest_{level}", figure, met)
         else:
             found.state(f"self-test, {shape} shape: {level}", figure)

@@ -168,7 +168,7 @@ def _tested(asked: _Asked, artifact: artifacts.Artifact | None, base: str | None
     asked.stage("loading the base")
     fused = fused_backend(files, artifact, asked.device, kind, level, interface.BUCKET_ROWS)
     asked.stage("comparing rows")
-    return _judged(fused, files.name, self_test(fused, fused.layout.drafts))
+    return _diagnosed(fused, files.name, self_test(fused, fused.layout.drafts))
 
 
 def _lacking(asked: _Asked) -> RetrofitError | None:
@@ -228,7 +228,7 @@ def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str |
     return Diagnosis("hf", place, verdict, level, name, kind, bucket, checks, levels, problem)
 
 
-def _judged(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
+def _diagnosed(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
     from retrofit.runtime.backends.fused.self_test import demand
     from retrofit.runtime.kernels.interpreter import interpreted
 

@@ -286,7 +286,7 @@ def test_a_tree_whose_kv_goes_elsewhere_is_caught(folder, monkeypatch, fault):
 def test_an_engine_that_never_drafts_is_told(folder, monkeypatch):
     """A block that came true must propose something: silence is not proof."""
     small(monkeypatch, 3, 8, only=("audit",))
-    monkeypatch.setattr(modes, "_draft", lambda run, hangs: None)
+    monkeypatch.setattr(modes, "_draft", lambda *_: None)
     result, checks = command(folder)
     assert result.exit_code == 3
     assert any("0 drafts proposed" in problem for problem in checks["audit"]["details"]["first_problems"])

@@ -264,9 +264,9 @@ def decoder(backend: FusedGQA, chain: int, size: Size, generator: torch.Generato
     room = (bucket or 1 << 30) - chain
     others = [SequenceRows(1, 0, [sibling])] if room >= 1 else []
     blocks = [Block(prompt + 1, [MASK] * block)] if room >= len(others) + block else []
-    together = forward(*others, SequenceRows(0, prompt, rows, blocks))[len(others) :]
+    at_once = forward(*others, SequenceRows(0, prompt, rows, blocks))[len(others) :]
     tried = ["one by one", f"{chain} together" + (" beside draft rows" if blocks else "")]
-    differs = None if torch.equal(together[: len(alone)], alone) else tried[-1]
+    differs = None if torch.equal(at_once[: len(alone)], alone) else tried[-1]
     if len(alone) > 1 and (bucket or 3) >= 3:
         # The second row behind a sibling: its K and V stand in another place than a chain's.
         branched = forward(SequenceRows(0, prompt, [rows[0], sibling, rows[1]], parents=[-1, 0, 0]))

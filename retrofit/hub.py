@@ -264,6 +264,15 @@ def load_config(
         raise _not_loaded(name, "cpu", error) from error
 
 
+def resolved_device(device: str) -> str:
+    """The device by name: `auto` is a GPU where there is one.  Imports torch."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(device: str) -> None:
     """Raises UsageError for a device that does not exist by name, ResourceError for one this machine lacks."""
     import torch

@@ -1,5 +1,6 @@
 """The command line: what goes to stdout and what to stderr, exit codes, and one line for every bad input."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -34,6 +35,7 @@ from retrofit.runtime.backends import interface
 from retrofit.runtime.backends.fused import self_test as exact
 from retrofit.runtime.backends.hf import exact_products
 from retrofit.runtime.backends.levels import EXACT
+from retrofit.runtime.params import SamplingParams
 
 PROMPT = "def area(radius):"
 TEXT = "def area(radius): return radius * radius\nclass Stack: pass\nfor item in range(3): print(item)\n"
@@ -174,7 +176,8 @@ def test_every_help_has_an_example(path):
 @pytest.mark.parametrize("path", [("generate",), ("chat",)], ids=" ".join)
 def test_defaults_and_choices_are_the_engines(path):
     given = COMMANDS[path].make_context(path[0], ["ARTIFACT"]).params
-    wanted = {name: p.default for name, p in inspect.signature(engine.Engine.stream).parameters.items()}
+    wanted = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    wanted |= {name: p.default for name, p in inspect.signature(engine.Engine.stream).parameters.items()}
     options = {name: value for name, value in given.items() if name in wanted and value != ()}
     assert options == {name: wanted[name] for name in options}
     assert {"mode", "strategy", "prepare", "max_new_tokens", "temperature", "threshold", "seed"} <= set(options)

@@ -15,7 +15,7 @@ from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.plan import Choice, Limits
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import Shape
 
 BLOCK = DraftLayout(block=2)
@@ -57,7 +57,7 @@ def stepped(
     monkeypatch.setattr(CostModel, "best", lambda *_: template)
     policy = AutoPolicy(BLOCK, Limits(100), MEASURED)
     policy.learn(False, len(requests), lambda verified, prepared: 1.0, 90, None)
-    run = SimpleNamespace(params=SamplingParams(), rows_each=lambda count: rows, shape=None)
+    run = SimpleNamespace(params=Processing(), rows_each=lambda count: rows, shape=None)
     policy.step(run, requests)  # type: ignore[arg-type]
     assert run.shape is template.shape
     return policy.costs[False], chosen

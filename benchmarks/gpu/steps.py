@@ -15,7 +15,7 @@ from retrofit.runtime.device.kinds import Kind, chain, fixed_template, kinds_of
 from retrofit.runtime.device.loop import DeviceLoop
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import Shape, grow
 
 AR = kinds_of(Template("ar"))[0]
@@ -41,7 +41,7 @@ class Steps:
         ]
         for request in self.requests:
             cache.open(request.slot, longest)
-        self.loop = DeviceLoop(self.backend, cache, SamplingParams())
+        self.loop = DeviceLoop(self.backend, cache, Processing())
         self.loop.reset(ignore_eos=True)
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retrofit.adapters.attach import Attached
 from retrofit.artifact import folder as artifact
 from retrofit.errors import GateError, ResourceError, TrainingError
-from retrofit.hub import Base
+from retrofit.hub import Base, resolved_device
 from retrofit.recipes.naming import lasting_name
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.publish import base_parameters, count, publish, share_of
@@ -68,7 +68,7 @@ def convert(
     out: str | Path = "retrofit-artifact",
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -98,6 +98,7 @@ def convert(
     those of one process within rounding, and a checkpoint may be gone on from with another number of processes.  Only
     the main process writes, talks and raises; where it does, the others end with SystemExit.
     """
+    device = resolved_device(device)
     with joined(device) as processes:
         main = processes is None or processes.is_main
         model = str(model) if isinstance(model, Path) else model

@@ -35,7 +35,7 @@ from retrofit.runtime.kernels.sampling import candidates
 from retrofit.runtime.kernels.state import GIVEN, Outcome, State, StepShape
 from retrofit.runtime.kernels.steps import accept, allocate_rows, compact, plan_rows
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.sampling import SamplingParams, process_logits
+from retrofit.runtime.rules.sampling import Processing, process_logits
 from retrofit.runtime.rules.tree import depths
 
 CANDIDATES = 64
@@ -83,7 +83,7 @@ class DeviceLoop:
         self,
         backend: FusedGQA,
         cache: PagedCache,
-        params: SamplingParams,
+        params: Processing,
         override: Callable[[State], None] | None = None,
     ):
         """override: changes the drafts after they were made; for benchmarks with a stated acceptance."""

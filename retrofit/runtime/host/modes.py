@@ -1,11 +1,10 @@
-"""The steps of the three modes over a batch of requests: one forward each, then what follows from it.
+"""The steps of `ar` and `self_spec` over a batch of requests: one forward each, then what follows from it.
 
     prefill       prompt rows                         emits the first token
     speculative   `ar`, `two_forward`, `fused` alike: the choice says how many drafts to verify and where to hang blocks
-    diffusion     denoise a block until it is full, then commit it by base rows
 
-Tokens that are emitted are always targets y_j = argmax(log p_j + g_j) of base rows (diffusion's are its own).
-Not here: admission, choosing among strategies, what a token means to a request (`Request.emit`).
+Tokens that are emitted are always targets y_j = argmax(log p_j + g_j) of base rows.
+Not here: admission, `diffusion`, choosing among strategies, what a token means to a request (`Request.emit`).
 """
 
 from __future__ import annotations
@@ -18,14 +17,16 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.adapters.rows import MASK, SequenceRows
+from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.backends.interface import Backend, Cache
 from retrofit.runtime.host.drafting import draft_tokens
-from retrofit.runtime.plan import Choice, Limits, diffusion_rows, max_verify, new_block, speculative_rows
+from retrofit.runtime.host.prefixes import copy_prompt, keep_prompt, shared_prompts
+from retrofit.runtime.host.telling import tell, tell_prompts
+from retrofit.runtime.plan import Choice, Limits, max_verify, speculative_rows
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.accept import accepted_length
-from retrofit.runtime.rules.processors import Constrain, Guard, Rules, constrained
-from retrofit.runtime.rules.sampling import SamplingParams, choose, path_seen, process_logits
+from retrofit.runtime.rules.processors import Constrain, Guard, constrained
+from retrofit.runtime.rules.sampling import Processing, path_counts, path_seen, process_logits
 from retrofit.runtime.rules.tree import Shape, accepted_path, depths
 
 PREFILL_ROWS = 2048
@@ -38,7 +39,8 @@ class Run:
 
     backend: Backend
     cache: Cache
-    params: SamplingParams
+    params: Processing
+    """How tokens are chosen, of all requests; of those that differ, what plans are timed by and trees grown for."""
     layout: DraftLayout
     limits: Limits
     threshold: float = 0.9
@@ -46,8 +48,16 @@ class Run:
     with_confidence: bool = False
     shape: Shape | None = None
     """Shape of the draft trees of this step; None: chains."""
-    rules: Rules | None = None
-    """What the base's own settings forbid and force; None: nothing."""
+    mixed: bool = False
+    """Whether requests differ in processing or rules, so that rows are processed group by group."""
+    ruled: bool = False
+    """Whether anything is forbidden or forced in any text."""
+    seen: bool = False
+    """Whether any text is under a repetition penalty, where they differ."""
+    counts: bool = False
+    """Whether any text is under a presence or frequency penalty, where they differ."""
+    told: bool = False
+    """Whether any request asks for log-probabilities."""
 
     @property
     def vocab(self) -> int:
@@ -57,14 +67,18 @@ class Run:
         """Rows that each of so many requests may have in a forward; None: any number."""
         return None if self.backend.most_rows is None else self.backend.most_rows // requests
 
+    @property
+    def warps_only(self) -> bool:
+        """Whether all tokens are chosen alike, by nothing but temperature, top-k and top-p, and only they are told."""
+        return self.params.warps_only and not (self.mixed or self.ruled or self.told)
+
     def watch(self, requests: Sequence[Request]) -> None:
-        """Keep what a repetition penalty and the base's rules need to know of each text."""
+        """Keep what penalties and rules need to know of each text: of all where any has them, so that rows line up."""
+        seen, counts = self.seen or self.params.needs_seen, self.counts or self.params.needs_counts
         for request in requests:
-            if self.rules is not None:
-                request.guarded(self.rules)
-        if self.params.repetition_penalty not in (None, 1.0):
-            for request in requests:
-                request.watch(self.vocab, self.backend.device)
+            if self.ruled:
+                request.guarded()
+            request.watch(self.vocab, self.backend.device, seen, counts)
 
 
 @dataclass(frozen=True)
@@ -74,12 +88,27 @@ class Paths:
     seen: Tensor | None
     """[R, V] tokens of the text and of the row's own drafts, under a repetition penalty."""
     drafts: Sequence[Sequence[int]] | None
-    """The row's own drafts, under rules of the base's own."""
+    """The row's own drafts, under rules."""
+    counts: Tensor | None = None
+    """[R, V] how often the output and the row's own drafts have each token, under presence or frequency penalty."""
+
+    def of(self, rows: Sequence[int]) -> Paths:
+        """Of some of the rows."""
+        index = list(rows)
+        return Paths(
+            None if self.seen is None else self.seen[index],
+            None if self.drafts is None else [self.drafts[row] for row in index],
+            None if self.counts is None else self.counts[index],
+        )
 
 
 def prefill_step(run: Run, requests: Sequence[Request]) -> None:
-    """Run whole prompts (or, at a longrope crossing, whole sequences) and emit one token each."""
-    pending = {r.index: r for r in requests}
+    """Run whole prompts (or, at a longrope crossing, whole sequences) and emit one token each.
+
+    Of requests that share a prompt one runs it.
+    """
+    copies = shared_prompts(requests)
+    pending = {r.index: r for r in requests if r not in copies}
     for r in requests:
         r.committed = 0
         r.long_rope = run.limits.boundary is not None and r.position >= run.limits.boundary
@@ -102,15 +131,26 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
             if r.long_rope or run.backend.prefill_alone:
                 break
         out = run.backend.forward(run.backend.plan(rows), run.cache)
+        tell_prompts(run.backend.head, [r for r, _ in finished], rows, out.every_base)
         complete = [i for i, (_, done) in enumerate(finished) if done]
         if not complete:
             continue
         ready = [finished[i][0] for i in complete]
-        paths = Paths(_stack_seen(ready), [[] for _ in ready])
-        chosen = _targets(run, out.base_logits[complete], ready, [0] * len(ready), paths)
-        for r, token in zip(ready, chosen, strict=True):
-            del pending[r.index]
-            r.emit([token], prefill=r.output_index == 0)
+        for i in complete:
+            keep_prompt(finished[i][0], run.cache, out.base_logits[i])
+            del pending[finished[i][0].index]
+        _first_tokens(run, ready, out.base_logits[complete])
+    if copies:
+        _first_tokens(run, copies, torch.stack([copy_prompt(r, run.cache) for r in copies]))
+
+
+def _first_tokens(run: Run, requests: Sequence[Request], logits_RV: Tensor) -> None:
+    """Emit what follows each of these texts."""
+    paths = Paths(_stack_seen(requests), [[] for _ in requests], _stack_counts(requests))
+    chosen = _targets(run, logits_RV, requests, [0] * len(requests), paths)
+    for r, token in zip(requests, chosen, strict=True):
+        r.emit([token], prefill=r.output_index == 0)
+    tell(requests, [[n] for n in range(len(requests))], logits_RV)
 
 
 def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
@@ -120,26 +160,31 @@ def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Ch
     out = run.backend.forward(plan, run.cache)
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
     steps = [step for row in rows for step in _depths(row)]
-    drafted = None if run.rules is None else [path for row in rows for path in _row_paths(row)]
-    on_paths = Paths(_path_seen(requests, rows), drafted)
+    drafted = [path for row in rows for path in _row_paths(row)] if run.ruled else None
+    on_paths = Paths(_path_seen(requests, rows), drafted, _path_counts(requests, rows))
     if all(c.kind == "ar" for c in choices):
         for r, token in zip(requests, _targets(run, out.base_logits, owners, steps, on_paths), strict=True):
             r.stats.count("ar", 1)
             r.drafts, r.confidence, r.shape = [], [], None
             r.emit([token])
             r.committed += 1
+        tell(requests, [[n] for n in range(len(requests))], out.base_logits)
         return
     targets = _split(_targets(run, out.base_logits, owners, steps, on_paths), rows)
     paths = _paths(rows, targets)
     if plan.tree:
         _store(run, requests, rows, paths)
     hangs: list[tuple[Request, Tensor]] = []
-    offset = 0
+    emitted: list[list[int]] = []
+    """Base rows whose targets each request took."""
+    offset = first_row = 0
     for r, c, row, target, path in zip(requests, choices, rows, targets, paths, strict=True):
         r.stats.count(c.kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
         r.drafts, r.confidence, r.shape = [], [], None
+        taken = r.emit([target[j] for j in path]) if target else 0
+        emitted.append([first_row + j for j in path[:taken]])
+        first_row += len(row.tokens)
         if target:
-            taken = r.emit([target[j] for j in path])
             r.committed += len(path)
             if c.verify:
                 r.stats.accepted.append(min(len(path) - 1, taken))
@@ -150,8 +195,9 @@ def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Ch
                 first = offset + run.layout.first_drafting_row
                 hangs.append((r, out.draft_hidden[first : offset + len(block.inputs)]))
             offset += len(block.inputs)
-    if hangs:
-        _draft(run, hangs)
+    tell(requests, emitted, out.base_logits)
+    for group in _groups(run, [r for r, _ in hangs]):
+        _draft(run, [hangs[n] for n in group])
 
 
 def _depths(row: SequenceRows) -> list[int]:
@@ -184,6 +230,19 @@ def _path_seen(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Ten
             paths[j, row.tokens[j]] = True
         seen.append(paths)
     return torch.cat(seen) if seen else None
+
+
+def _path_counts(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
+    """[R, V] how often each token is in the output on each base row's own path, where a penalty needs that."""
+    counts = []
+    for r, row in zip(requests, rows, strict=True):
+        if r.counts is None or not row.tokens:
+            continue
+        if row.parents is None:
+            counts.append(path_counts(r.counts, list(row.tokens[1:])))
+        else:
+            counts += [path_counts(r.counts, path)[-1:] for path in _row_paths(row)]
+    return torch.cat(counts) if counts else None
 
 
 def _paths(rows: Sequence[SequenceRows], targets: Sequence[list[int]]) -> list[list[int]]:
@@ -232,10 +291,11 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
         _stack_seen(requests),
         run.backend.head,
         heads,
-        run.params,
+        _params(run, requests),
         run.with_confidence,
         None if run.shape is None else run.shape.cut(width),
         _guards(requests),
+        _stack_counts(requests),
     )
     tokens = drafted.tokens.tolist()
     confidence = drafted.confidence.tolist() if drafted.confidence is not None else [[]] * len(requests)
@@ -245,73 +305,6 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]]) -> None:
             continue
         deep = run.shape.cut(width).depths[1:]
         r.drafts, r.shape = [t for t, depth in zip(d, deep, strict=True) if depth <= n], shape
-
-
-def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
-    """One denoise or commit forward for each request."""
-    for r in requests:
-        if not r.block:
-            r.block = new_block(r, run.layout, run.limits)
-    planned = [diffusion_rows(r, run.layout, run.limits, run.vocab) for r in requests]
-    out = run.backend.forward(run.backend.plan([row for row, _ in planned]), run.cache)
-    commits = [(r, row) for r, (row, kind) in zip(requests, planned, strict=True) if kind == "commit"]
-    owners = [r for r, _ in commits]
-    last = torch.tensor([len(row.tokens) for _, row in commits], dtype=torch.long).cumsum(0) - 1
-    seen = _path_seen(owners, [row for _, row in commits])
-    targets = _targets(
-        run,
-        out.base_logits[last],
-        owners,
-        [len(row.tokens) - 1 for _, row in commits],
-        Paths(None if seen is None else seen[last], [list(row.tokens[1:]) for _, row in commits]),
-    )
-    bonus = {r.index: target for r, target in zip(owners, targets, strict=True)}
-    offset = 0
-    for r, (row, kind) in zip(requests, planned, strict=True):
-        r.stats.count(kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
-        if kind == "commit":
-            r.committed += len(row.tokens)
-            r.emit([*row.tokens[1:], bonus[r.index]])
-            r.block = []
-            continue
-        size = len(row.blocks[0].inputs)
-        _fill(run, r, out.draft_hidden[offset : offset + size])
-        offset += size
-        _end_early(r)
-
-
-def _fill(run: Run, r: Request, hidden_KH: Tensor) -> None:
-    """Commit every masked position whose confidence reaches the threshold, and the most confident one in any case."""
-    heads = run.backend.heads
-    assert heads is not None
-    open_slots = [i for i, token in enumerate(r.block) if token == MASK]
-    rows = [i - run.layout.shift for i in open_slots]
-    left = [r.block[i - 1] if r.block[i - 1] != MASK else heads.unknown for i in open_slots]
-    device = hidden_KH.device
-    logits = heads.draft_logits(run.backend.head(hidden_KH[rows]), torch.tensor(left, device=device))
-    seen = None
-    if r.seen is not None:
-        known = torch.tensor([t for t in r.block if t != MASK], device=device)
-        seen = r.seen.index_fill(0, known, True).expand(len(rows), -1)
-    seed = torch.full((len(rows),), r.seed, dtype=torch.int64, device=device)
-    index = torch.tensor([r.output_index + i - 1 for i in open_slots], dtype=torch.int64, device=device)
-    constrain = _constrain([r] * len(rows), [r.block[1:i] for i in open_slots])
-    tokens = choose(process_logits(logits, run.params, seen, constrain), run.params, seed, index)
-    sure = torch.softmax(logits, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
-    best = int(sure.argmax())
-    for n, (slot, token, confidence) in enumerate(zip(open_slots, tokens.tolist(), sure.tolist(), strict=True)):
-        if n == best or confidence >= run.threshold:
-            r.block[slot] = token
-
-
-def _end_early(r: Request) -> None:
-    """EOS with no mask before it ends the request; so does a full block that exhausts the budget: no commit is owed."""
-    known = r.block[1 : r.block.index(MASK)] if MASK in r.block else r.block[1:]
-    ends = next((i for i, token in enumerate(known) if token in r.eos), None)
-    if ends is not None:
-        r.emit(known[: ends + 1])
-    elif len(known) >= r.remaining:
-        r.emit(known)
 
 
 def _targets(
@@ -325,17 +318,43 @@ def _targets(
 
     paths: what stands on the way to each row.
     """
-    if not owners:
-        return []
-    scores = process_logits(logits_RV, run.params, paths.seen, _constrain(owners, paths.drafts))
+    chosen = [0] * len(owners)
+    for group in _groups(run, owners):
+        if len(group) == len(owners):
+            return _chosen(run, logits_RV, owners, steps, paths)
+        some = _chosen(run, logits_RV[group], [owners[n] for n in group], [steps[n] for n in group], paths.of(group))
+        for n, token in zip(group, some, strict=True):
+            chosen[n] = token
+    return chosen
+
+
+def _chosen(run: Run, logits_RV: Tensor, owners: Sequence[Request], steps: Sequence[int], paths: Paths) -> list[int]:
+    """`_targets` of rows that are processed alike."""
+    params = _params(run, owners)
+    scores = process_logits(logits_RV, params, paths.seen, _constrain(owners, paths.drafts), paths.counts)
     device = logits_RV.device
-    if run.params.temperature == 0:
+    if params.temperature == 0:
         seed = index = torch.empty(0, dtype=torch.int64, device=device)  # a greedy choice draws no noise
     else:
         seed = torch.tensor([r.seed for r in owners], dtype=torch.int64, device=device)
         index = torch.tensor([r.output_index + j for r, j in zip(owners, steps, strict=True)], device=device)
-    chosen: list[int] = run.backend.choose(scores, run.params, seed, index).tolist()
+    chosen: list[int] = run.backend.choose(scores, params, seed, index).tolist()
     return chosen
+
+
+def _params(run: Run, requests: Sequence[Request]) -> Processing:
+    """Of requests of one group."""
+    return (run.mixed and requests[0].processing) or run.params
+
+
+def _groups(run: Run, requests: Sequence[Request]) -> list[list[int]]:
+    """Numbers of the requests whose rows are processed together, group by group."""
+    if not run.mixed:
+        return [list(range(len(requests)))] if requests else []
+    groups: dict[int, list[int]] = {}
+    for n, request in enumerate(requests):
+        groups.setdefault(request.group, []).append(n)
+    return list(groups.values())
 
 
 def _guards(requests: Sequence[Request]) -> list[Guard] | None:
@@ -371,3 +390,8 @@ def _split(values: list[int], rows: Sequence[SequenceRows]) -> list[list[int]]:
 def _stack_seen(requests: Sequence[Request]) -> Tensor | None:
     seen = [r.seen for r in requests if r.seen is not None]
     return torch.stack(seen) if seen else None
+
+
+def _stack_counts(requests: Sequence[Request]) -> Tensor | None:
+    counts = [r.counts for r in requests if r.counts is not None]
+    return torch.stack(counts) if counts else None

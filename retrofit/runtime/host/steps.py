@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.backends.threads import thread_limit
-from retrofit.runtime.host.modes import Run, diffusion_step, prefill_step, speculative_step
+from retrofit.runtime.host.diffusion import diffusion_step
+from retrofit.runtime.host.modes import Run, prefill_step, speculative_step
 from retrofit.runtime.plan import fitted, looked_up, speculative_choice
 from retrofit.runtime.request import Request
 

@@ -41,7 +41,7 @@ from retrofit.runtime.kernels.qkv import qkv
 from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
 from retrofit.runtime.kernels.sampling import choose
 from retrofit.runtime.kernels.swiglu import swiglu
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.settings import Settings, read_settings
 
 ONE_AT_A_TIME = Line()
@@ -167,9 +167,9 @@ class FusedGQA:
         base = hidden[: rows.num_base]
         draft = hidden[rows.num_base : rows.num_rows]
         if not plan.prefill and self.exact == "bucket":
-            return Output(self.head(hidden)[: rows.num_base], base, draft)
+            return Output(self.head(hidden)[: rows.num_base], base, draft, base)
         wanted = base if plan.logit_rows is None else base[torch.tensor(plan.logit_rows, device=self.device)]
-        return Output(self.head(wanted), wanted, draft)
+        return Output(self.head(wanted), wanted, draft, base)
 
     def run(self, rows: Rows, cache: PagedCache, prefill: bool = False) -> Tensor:
         """[padded, H] last hidden states, normed.  Writes the base rows' K/V."""
@@ -210,7 +210,7 @@ class FusedGQA:
                 residual, x = add_rms_norm(parts, residual, following, self.eps, layer.down.up, rows, bias)
         return x
 
-    def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
         """The token of each row; scores have been through the processors, temperature included."""
         if len(seed) != len(scores):  # a greedy choice planned on the host draws no noise and brings no keys
             seed = index = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)

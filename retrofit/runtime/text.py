@@ -6,6 +6,8 @@
 A token is decoded beside the few before it (`DecodeStream` of `tokenizers`, or the same window by hand for a tokenizer
 that is not of that library), never the whole output again.  Stop strings may hold special tokens, which the text leaves
 out, so under stop strings a second text with them grows beside the first.
+Where a tokenizer spells unknown characters in bytes and a broken one follows a whole one, decoding both together takes
+the whole one back: what was sent stays sent, and `Result.text` is the text of all tokens.
 Not here: what the end of an output means to a request (`request.py`).
 """
 
@@ -20,7 +22,9 @@ from tokenizers.decoders import DecodeStream
 HALF = "\ufffd"
 """What bytes decode to that are no character, or not yet."""
 WINDOW = 16
-"""Tokens that are waited for before text that ends in HALF, or has not grown, counts as final: a character has 4."""
+"""So many tokens are waited for while their text ends in HALF, or does not grow; then all but the last count."""
+LONGEST = 4
+"""Tokens that a character may have: one for each byte."""
 
 
 class Detokenizer:
@@ -74,16 +78,27 @@ class Growing:
     def _grow(self, token: int) -> None:
         self.pending.append(token)
         new = self._streamed(token)
-        if new is None:
-            before = self.detokenizer.decode(self.context, self.special)
-            new = self.detokenizer.decode([*self.context, *self.pending], self.special)[len(before) :]
-            if len(self.pending) >= WINDOW:
-                self.stream = None  # it would go on waiting, with ever more tokens
-            elif self.stream is not None or not new or new.endswith(HALF):
-                self.tail = new
-                return
-        self.recent, self.tail = self.recent + new, ""
-        self.context, self.pending = self.pending, []
+        if new is not None:
+            self._fix(new, len(self.pending))
+            return
+        self.tail = self._beside(self.pending)
+        if self.stream is None and self.tail and not self.tail.endswith(HALF):
+            self._fix(self.tail, len(self.pending))
+        elif len(self.pending) >= WINDOW:
+            self.stream = None  # it would go on waiting, with ever more tokens
+            settled = len(self.pending) - LONGEST
+            self._fix(self._beside(self.pending[:settled]), settled)
+            self.tail = self._beside(self.pending)
+
+    def _beside(self, tokens: list[int]) -> str:
+        """The text of tokens that follow the context."""
+        before = self.detokenizer.decode(self.context, self.special)
+        return self.detokenizer.decode([*self.context, *tokens], self.special)[len(before) :]
+
+    def _fix(self, text: str, tokens: int) -> None:
+        """The text of so many pending tokens is final."""
+        self.recent, self.tail = self.recent + text, ""
+        self.context, self.pending = self.pending[:tokens], self.pending[tokens:]
 
     def _streamed(self, token: int) -> str | None:
         if self.stream is None:
@@ -107,8 +122,8 @@ class Growing:
         return None if at < 0 else self.start + at
 
     def settled(self) -> str:
-        """The characters that are kept, but for half ones at the end."""
-        return (self.recent + self.tail).rstrip(HALF)
+        """The characters that are kept, but for half ones that may become whole."""
+        return self.recent + self.tail.rstrip(HALF)
 
 
 class Text:

@@ -320,6 +320,92 @@ def test_chat_sends_the_conversation_through_the_template(tmp_path):
     assert model.generate([talk], max_new_tokens=4)[0].text == answers[1]
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talker")
+    return save_artifact(folder / "talker-retrofit", save_base(folder / "talker", template=TEMPLATE))
+
+
+def test_a_system_message_begins_every_conversation(talker):
+    told = [{"role": "system", "content": "import"}, {"role": "user", "content": "def"}]
+    model = engine.Engine.load(talker)
+    (want,) = model.generate([told], max_new_tokens=4)
+    options = ["--system", "import", "--json", "--max-new-tokens", 4]
+    answers = [json.loads(line) for line in done("chat", talker, *options, stdin="def\n/reset\ndef\n").splitlines()]
+    assert [a["tokens"] for a in answers] == [want.tokens] * 2
+    assert json.loads(done("generate", talker, "def", *options))["tokens"] == want.tokens
+    (bare,) = model.generate([told[1:]], max_new_tokens=4)
+    assert json.loads(done("generate", talker, "def", "--chat", *options[2:]))["tokens"] == bare.tokens != want.tokens
+
+
+def test_a_system_message_needs_a_template(made):
+    for command in ("generate", "chat"):
+        assert "chat template" in refused(run(command, made, "--system", "import", stdin="def\n"), 2)
+
+
+def test_chat_leaves_out_what_a_mode_does_not_know(talker):
+    lines = "def\n/mode ar\ndef\n/mode diffusion\ndef\n"
+    assert done("chat", talker, "--strategy", "fused", "--max-new-tokens", 4, stdin=lines).count("\n") >= 3
+    result = run("chat", talker, "--strategy", "fused", "--mode", "ar", stdin=lines)
+    assert "strategy means nothing in mode ar" in refused(result, 2)
+
+
+def test_every_option_of_an_output_reaches_the_engine(made):
+    given = [
+        "--min-p",
+        0.02,
+        "--presence-penalty",
+        1,
+        "--frequency-penalty",
+        -0.5,
+        "--logit-bias",
+        "3=2.5",
+        "--logit-bias",
+    ]
+    given += [
+        "4=-1",
+        "-n",
+        2,
+        "--min-new-tokens",
+        3,
+        "--ignore-eos",
+        "--logprobs",
+        1,
+        "--temperature",
+        0.9,
+        "--seed",
+        7,
+    ]
+    lines = done("generate", made, PROMPT, "class", *given, "--json", "--max-new-tokens", 6).splitlines()
+    want = engine.Engine.load(made).generate(
+        [PROMPT, "class"], min_p=0.02, presence_penalty=1.0, frequency_penalty=-0.5, logit_bias={3: 2.5, 4: -1.0}, n=2,
+        min_new_tokens=3, ignore_eos=True, logprobs=1, temperature=0.9, seed=7, max_new_tokens=6,
+    )  # fmt: skip
+    results = [json.loads(line) for line in lines]
+    assert [(r["index"], r["sample"], r["tokens"]) for r in results] == [(r.index, r.sample, r.tokens) for r in want]
+    assert [r["stop_reason"] for r in results] == [None] * 4
+    told = [[dict(zip(map(int, step), step.values(), strict=True)) for step in r["logprobs"]] for r in results]
+    for mine, result in zip(told, want, strict=True):
+        assert [list(step) for step in mine] == [list(step) for step in result.logprobs]
+    text = done("generate", made, PROMPT, "-n", 2, "--temperature", 0.9, "--seed", 7, "--max-new-tokens", 2)
+    assert "==> prompt 1, output 1 <==" in text and "==> prompt 1, output 2 <==" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--logit-bias", "3"], "--logit-bias is 3; it must be ID=V"),
+        (["--logprobs", 1], "--logprobs is shown with --json only"),
+        (["--threshold", 0.5], "threshold means nothing in mode self_spec"),
+        (["--prepare", "last"], "prepare means nothing with strategy auto"),
+        (["--mode", "ar", "--tree", 4], "tree means nothing in mode ar"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_options_that_mean_nothing_are_refused(made, options, message):
+    assert message in refused(run("generate", made, PROMPT, *options), 2)
+
+
 @pytest.mark.parametrize("line", ["/mode fast", "/seed x", "/unknown"])
 def test_chat_refuses_wrong_commands(made, line):
     result = run("chat", made, "-q", stdin=f"{line}\n")

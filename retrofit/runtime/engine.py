@@ -71,7 +71,7 @@ class Engine:
         self._attached = attached
         self.limits = Limits(backend.context_length, backend.rope_boundary)
         self._acceptance = acceptance or {}
-        self.policy = AutoPolicy(self.layout, self.limits, self._acceptance)
+        self.policy = AutoPolicy(layout, self.limits, self._acceptance)
         self.device_policy = AutoPolicy(self.layout, self.limits, self._acceptance)
         """What steps planned on the device cost; they are timed apart from those planned on the host."""
         self.settled: Settled | None = None
@@ -217,19 +217,18 @@ class Engine:
         keywords: fields of `SamplingParams`, which stand over `params`; seed and max_new_tokens may be one per prompt.
         batch_size: how many requests run together.
         original_settings: follow the base's generation_config as `generate` does in what forbids, forces or penalises
-        tokens and limits the length; what of it is not followed is in `not_honoured`.  Temperature, top_k and top_p are
-        never taken from it.
-        strategy, of self_spec: auto (default), fused, two_forward, prompt_lookup.  prepare, of fused: for which accept
-        lengths to draft ahead, all (default), last or so many.  tree, of fused: how many draft nodes to verify; default
-        as many as keep a request within ROWS rows a forward, where the artifact knows the chances of its candidates; 0
-        is one chain.  threshold, of diffusion: confidence from which a token is kept, 0.9.
+        tokens and limits the length; of the rest only temperature, top_k and top_p are not in `not_honoured`.
+        Of self_spec: strategy auto (default), fused, two_forward or prompt_lookup; of fused: prepare, for which accept
+        lengths to draft ahead, all (default), last or so many; tree, how many draft nodes to verify, 0 for one chain,
+        None for as many as fit into ROWS rows of a request, where the artifact knows the chances of its candidates.
+        threshold, of diffusion: confidence from which a token is kept, 0.9.
         Raises UsageError for wrong options, for options that mean nothing beside the others, and for prompts that are
         none or are longer than the context.
         """
         events = self._decode(
-            prompts, params, mode, (strategy, prepare, tree, threshold, batch_size), original_settings, keywords, None
+            prompts, params, mode, (strategy, prepare, tree, batch_size, threshold), original_settings, keywords, None
         )
-        return [event.result for event in sorted(events, key=_place) if event.result is not None]
+        return [event.result for event in sorted(events, key=lambda e: (e.index, e.sample)) if event.result is not None]
 
     def stream(
         self,
@@ -248,10 +247,10 @@ class Engine:
     ) -> Generator[Event]:
         """As `generate`, yielding an event whenever a request has new output; its last event holds the result.
 
-        with_text: text comes with the tokens, as soon as later tokens cannot change it; it takes some time.
+        with_text: text comes with the tokens, as soon as later tokens cannot change it.
         """
         return self._decode(
-            prompts, params, mode, (strategy, prepare, tree, threshold, batch_size), original_settings, keywords,
+            prompts, params, mode, (strategy, prepare, tree, batch_size, threshold), original_settings, keywords,
             flag("with_text", with_text),
         )  # fmt: skip
 
@@ -285,10 +284,8 @@ class Engine:
         self.backend.check_usable()
         options = None if isinstance(params, str) else params
         mode = params if isinstance(params, str) else mode
-        strategy, prepare, tree, threshold, batch_size = how
-        way = check_options(mode, strategy, prepare, tree, self.layout, batch_size, threshold)
-        original = flag("original_settings", original_settings)
-        texts = listed(prompts)
+        way = check_options(mode, self.layout, *how)
+        texts, original = listed(prompts), flag("original_settings", original_settings)
         asked = asked_of(options, keywords, len(texts), self.backend, original)
         if way.mode == "diffusion" and any(one.params.logprobs is not None for one in asked):
             raise UsageError("logprobs mean nothing in mode diffusion: its tokens are the drafter's choice")
@@ -304,8 +301,7 @@ class Engine:
     def _events(
         self, way: Decoding, shape: Shape | None, requests: list[Request], slots: int, with_text: bool | None
     ) -> Generator[Event]:
-        longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
-        turn = self.backend.turns.turn
+        turn, longest = self.backend.turns.turn, max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
         with turn():
             cache = self.backend.new_cache(slots, longest)
         confident = way.mode == "self_spec" and (way.strategy == "auto" or isinstance(way.prepare, int))
@@ -360,7 +356,10 @@ class Engine:
             run.cache.open(request.slot, len(request.prompt) + request.max_new_tokens)
         run.watch(admitted)
         with torch.inference_mode():
-            self._prefill(run, admitted)
+            if admitted:
+                prefill_step(run, admitted)
+            for request in admitted:
+                request.stats.prefill_seconds = time.perf_counter() - begin
             steps.start([r for r in admitted if not r.done])
             running = [r for r in scheduler.running if not r.done and r not in admitted]
             if running:
@@ -397,15 +396,3 @@ class Engine:
         if name == "auto" and requests:
             self.policy.calibrate(run, slots)
         return HostSteps(run, self.policy, mode, strategy, prepare)
-
-    def _prefill(self, run: Run, admitted: list[Request]) -> None:
-        if not admitted:
-            return
-        begin = time.perf_counter()
-        prefill_step(run, admitted)
-        for request in admitted:
-            request.stats.prefill_seconds = time.perf_counter() - begin
-
-
-def _place(event: Event) -> tuple[int, int]:
-    return event.index, event.sample

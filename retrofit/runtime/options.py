@@ -95,7 +95,7 @@ def each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def check_options(
-    mode: Any, strategy: Any, prepare: Any, tree: Any, layout: DraftLayout, batch_size: Any, threshold: Any
+    mode: Any, layout: DraftLayout, strategy: Any, prepare: Any, tree: Any, batch_size: Any, threshold: Any
 ) -> Decoding:
     """How to decode, with the defaults of what was not given.
 

@@ -5,6 +5,7 @@ requests of different options in one batch.
 """
 
 import asyncio
+import inspect
 import math
 import random
 from dataclasses import fields, replace
@@ -21,7 +22,7 @@ from tokenizers import models as tokenizer_models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import retrofit
-from retrofit import SamplingParams, UsageError
+from retrofit import SamplingParams, UsageError, hub
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime import engine as retrofit_engine
 from retrofit.runtime.engine import Engine
@@ -176,8 +177,9 @@ def test_the_options_are_met() -> None:
     assert sum(r.sample for r in want) > 20
 
 
-def counts_of_the_committed_text(counts: torch.Tensor, drafts: list[int]) -> torch.Tensor:
-    return counts.expand(len(drafts) + 1, -1)
+def counts_of_the_committed_text(requests: Any, rows: Any) -> torch.Tensor | None:
+    counts = [r.counts.repeat(len(row.tokens), 1) for r, row in zip(requests, rows, strict=True) if row.tokens]
+    return torch.cat(counts)
 
 
 @pytest.mark.parametrize("way", WAYS[1:3], ids=["chain", "tree"])
@@ -186,7 +188,7 @@ def test_counts_that_do_not_follow_the_draft_path_are_caught(
 ) -> None:
     prompts, params = asked()
     monkeypatch.setattr(modes, "draft_tokens", Oracle(truths(alone(), params), mistakes=0.0))
-    monkeypatch.setattr(modes, "path_counts", counts_of_the_committed_text)
+    monkeypatch.setattr(modes, "_path_counts", counts_of_the_committed_text)
     assert differences(engine().generate(prompts, params, batch_size=32, **way), alone())
 
 
@@ -459,6 +461,44 @@ def test_an_async_stream_that_is_given_up_gives_its_cache_back(how: str, monkeyp
 def test_wrong_options_of_an_async_stream_are_told_at_once() -> None:
     with pytest.raises(UsageError, match="top_k"):
         engine().astream(PROMPTS, top_k=0)
+
+
+# What stands behind the names
+
+
+def test_a_minimum_keeps_off_eos_and_stop_tokens() -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "logit_bias": {EOS: 40.0, 7: 45.0}}
+    short = engine().generate(PROMPTS, stop_token_ids=7, **options)
+    assert [(r.tokens, r.finish_reason, r.stop_reason) for r in short] == [([7], "stop", 7)] * 3
+    longer = engine().generate(PROMPTS, stop_token_ids=7, min_new_tokens=4, **options)
+    assert [(len(r.tokens), r.tokens[-1], r.stop_reason) for r in longer] == [(5, 7, 7)] * 3
+    options["logit_bias"] = {EOS: 40.0}
+    ended = engine().generate(PROMPTS, min_new_tokens=2, **options)
+    assert [(len(r.tokens), r.finish_reason, r.stop_reason) for r in ended] == [(3, "stop", None)] * 3
+    free = engine().generate(PROMPTS, ignore_eos=True, **options)
+    assert tokens(free) == [[EOS] * 8] * 3
+
+
+def test_presence_counts_once_and_frequency_each_time_in_the_output_only() -> None:
+    """Token 9 is ahead by so much that its penalties decide when another is next."""
+    options: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True, "logit_bias": {9: 100.0, 11: 97.5}}
+    plain, once, each_time = (
+        engine().generate([[9, 9, 9, 9]], **options, **more)[0].tokens
+        for more in ({}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0})
+    )
+    assert plain == [9] * 8
+    assert once[0] == each_time[0] == 9, "a prompt is not counted"
+    assert once.count(9) > each_time.count(9) and {*each_time} == {9, 11}
+
+
+def test_device_auto_is_the_default_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in (Engine.load, retrofit.convert, retrofit.certify):
+        assert inspect.signature(function).parameters["device"].default == "auto"
+    monkeypatch.undo()
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert hub.resolved_device("auto") == device
+        assert hub.resolved_device("cuda:1") == "cuda:1"
 
 
 # What the package exports

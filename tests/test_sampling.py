@@ -4,13 +4,16 @@ laws."""
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -26,6 +29,7 @@ from retrofit.runtime.rules.sampling import (
     gumbel_noise,
     hash_bits,
     hash_bits_plain,
+    path_counts,
     path_seen,
     process_logits,
 )
@@ -148,6 +152,9 @@ def transformers_scores(logits: Tensor, ids: Tensor, params: Processing) -> Tens
     """What `generate` does with these settings: the same classes on the same conditions, in the same
     order."""
     scores = logits.float()
+    if params.logit_bias:
+        bias = {(token,): added for token, added in params.logit_bias}
+        scores = SequenceBiasLogitsProcessor(bias)(ids, scores)
     if params.repetition_penalty not in (None, 1.0):
         scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
     if params.temperature > 0:
@@ -157,6 +164,8 @@ def transformers_scores(logits: Tensor, ids: Tensor, params: Processing) -> Tens
             scores = TopKLogitsWarper(params.top_k)(ids, scores)
         if params.top_p is not None and params.top_p < 1.0:
             scores = TopPLogitsWarper(params.top_p)(ids, scores)
+        if params.min_p is not None:
+            scores = MinPLogitsWarper(params.min_p)(ids, scores)
     return scores
 
 
@@ -171,6 +180,10 @@ SETTINGS = [
     Processing(temperature=0.9, top_p=0.9),
     Processing(temperature=0.6, top_p=1e-6),
     Processing(temperature=0.8, top_k=20, top_p=0.5, repetition_penalty=1.2),
+    Processing(temperature=0.8, min_p=0.1),
+    Processing(temperature=1.0, min_p=1.0),
+    Processing(logit_bias=((0, 2.5), (3, -1.0), (40, 9.0))),
+    Processing(temperature=0.9, top_k=9, top_p=0.9, min_p=0.2, repetition_penalty=1.4, logit_bias=((4, 3.0),)),
 ]
 LOGITS = {  # each catches a different bug
     "smooth": lambda: 3 * torch.randn(7, 101, generator=torch.Generator().manual_seed(1)),
@@ -214,6 +227,35 @@ def test_top_p_at_its_borders() -> None:
 def test_penalty_without_seen_tokens_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="needs `seen`"):
         process_logits(torch.zeros(1, 3), Processing(repetition_penalty=1.2), None)
+
+
+def test_frequency_and_presence_stand_between_repetition_and_temperature() -> None:
+    """As vLLM has them: minus frequency times the count, minus presence for a token that is there at all."""
+    scores = 3 * torch.randn(3, 20, generator=torch.Generator().manual_seed(13))
+    counts = torch.randint(0, 3, (3, 20), generator=torch.Generator().manual_seed(14)).float()
+    seen = counts > 0
+    params = Processing(temperature=0.7, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=-0.6)
+    penalised = process_logits(
+        scores, replace(params, temperature=0.0, presence_penalty=0.0, frequency_penalty=0.0), seen
+    )
+    want = (penalised + 0.6 * counts - 0.4 * seen.float()) / 0.7
+    torch.testing.assert_close(process_logits(scores, params, seen, counts=counts), want)
+    with pytest.raises(ValueError, match="needs `counts`"):
+        process_logits(scores, params, seen)
+
+
+def test_each_row_counts_its_own_path() -> None:
+    base = torch.tensor([2.0, 0.0, 0.0, 1.0])
+    rows = path_counts(base, [3, 1, 3])
+    assert rows.tolist() == [[2, 0, 0, 1], [2, 0, 0, 2], [2, 1, 0, 2], [2, 1, 0, 3]]
+    assert torch.equal(path_counts(base, []), base[None])
+    assert base.tolist() == [2, 0, 0, 1]
+
+
+def test_min_p_elsewhere_is_the_ratio_itself() -> None:
+    scores = torch.randn(50, 300, generator=torch.Generator().manual_seed(15)) * 4
+    kept = process_logits(scores, Processing(temperature=1.0, min_p=0.05), None).isfinite()
+    assert torch.equal(kept, (scores - scores.amax(1, keepdim=True)).exp() >= 0.05)
 
 
 def test_fixed_point_mass_is_the_cumulative_softmax() -> None:

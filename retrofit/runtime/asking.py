@@ -49,38 +49,37 @@ def asked_of(
     Raises UsageError for what an option cannot be, and TypeError for a keyword that does not exist.
     """
     single = params is None or isinstance(params, SamplingParams | GenerationConfig)
-    each_limit = each("max_new_tokens", keywords.get("max_new_tokens"), count)
     rest = {name: value for name, value in keywords.items() if name not in ("seed", "max_new_tokens")}
+    limits = each("max_new_tokens", keywords.get("max_new_tokens"), count)
     own = backend.settings if original else Settings()
-    vocab = backend.head.vocab
 
-    def read(given: Any) -> Asked:
-        if given is None:
-            asked = Asked(SamplingParams(), own, backend.eos)
-        elif isinstance(given, SamplingParams):
-            asked = Asked(given, own, backend.eos)
-        elif isinstance(given, GenerationConfig):
-            asked = Asked(*read_generation_config(given, own, backend.eos, vocab))
-        else:
-            raise UsageError(
-                f"params is {shown(given)}; it must be a SamplingParams or a GenerationConfig",
-                "give one for all prompts, or a list of one each",
-            )
-        asked = replace(asked, params=replace(asked.params, **rest))
-        _check_tokens(asked.params, vocab)
+    def read(given: Any, limit: Any) -> Asked:
+        asked = _read(given, own, backend)
+        limited = {} if limit is None else {"max_new_tokens": limit}
+        asked = replace(asked, params=replace(asked.params, **rest, **limited))
+        _check_tokens(asked.params, backend.head.vocab)
         return asked
 
-    found = [read(params)] * count if single else [read(given) for given in each("params", params, count)]
     if not count:
-        read(params if single else None)  # wrong options are wrong, however few prompts there are
+        read(params if single else None, None)  # wrong options are wrong, however few prompts there are
+    given = [params] * count if single else each("params", params, count)
+    found = [read(one, limit) for one, limit in zip(given, limits, strict=True)]
     own_seed = found[0].params.seed if single and found else [asked.params.seed for asked in found]
     seeds = _seeds(found, keywords.get("seed", own_seed))
-    if "max_new_tokens" in keywords:
-        found = [
-            asked if limit is None else replace(asked, params=replace(asked.params, max_new_tokens=limit))
-            for asked, limit in zip(found, each_limit, strict=True)
-        ]
     return [replace(asked, seeds=some) for asked, some in zip(found, seeds, strict=True)]
+
+
+def _read(given: Any, own: Settings, backend: Backend) -> Asked:
+    if given is None:
+        return Asked(SamplingParams(), own, backend.eos)
+    if isinstance(given, SamplingParams):
+        return Asked(given, own, backend.eos)
+    if isinstance(given, GenerationConfig):
+        return Asked(*read_generation_config(given, own, backend.eos, backend.head.vocab))
+    raise UsageError(
+        f"params is {shown(given)}; it must be a SamplingParams or a GenerationConfig",
+        "give one for all prompts, or a list of one each",
+    )
 
 
 def _seeds(found: Sequence[Asked], given: Any) -> list[list[int]]:

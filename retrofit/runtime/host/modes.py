@@ -9,7 +9,7 @@ Not here: admission, `diffusion`, choosing among strategies, what a token means 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -150,7 +150,8 @@ def _first_tokens(run: Run, requests: Sequence[Request], logits_RV: Tensor) -> N
     chosen = _targets(run, logits_RV, requests, [0] * len(requests), paths)
     for r, token in zip(requests, chosen, strict=True):
         r.emit([token], prefill=r.output_index == 0)
-    tell(requests, [[n] for n in range(len(requests))], logits_RV)
+    if run.told:
+        tell(requests, [[n] for n in range(len(requests))], logits_RV)
 
 
 def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
@@ -168,7 +169,8 @@ def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Ch
             r.drafts, r.confidence, r.shape = [], [], None
             r.emit([token])
             r.committed += 1
-        tell(requests, [[n] for n in range(len(requests))], out.base_logits)
+        if run.told:
+            tell(requests, [[n] for n in range(len(requests))], out.base_logits)
         return
     targets = _split(_targets(run, out.base_logits, owners, steps, on_paths), rows)
     paths = _paths(rows, targets)
@@ -195,7 +197,8 @@ def speculative_step(run: Run, requests: Sequence[Request], choices: Sequence[Ch
                 first = offset + run.layout.first_drafting_row
                 hangs.append((r, out.draft_hidden[first : offset + len(block.inputs)]))
             offset += len(block.inputs)
-    tell(requests, emitted, out.base_logits)
+    if run.told:
+        tell(requests, emitted, out.base_logits)
     for group in _groups(run, [r for r, _ in hangs]):
         _draft(run, [hangs[n] for n in group])
 
@@ -216,33 +219,32 @@ def _row_paths(row: SequenceRows) -> list[list[int]]:
 
 def _path_seen(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
     """[R, V] tokens on each base row's own path, where a repetition penalty needs them."""
-    seen = []
-    for r, row in zip(requests, rows, strict=True):
-        if r.seen is None or not row.tokens:
-            continue
-        if row.parents is None:
-            seen.append(path_seen(r.seen, list(row.tokens[1:])))
-            continue
-        paths = r.seen.repeat(len(row.tokens), 1)
-        for j, parent in enumerate(row.parents):
-            if parent >= 0:
-                paths[j] = paths[parent]
-            paths[j, row.tokens[j]] = True
-        seen.append(paths)
-    return torch.cat(seen) if seen else None
+    return _on_paths([r.seen for r in requests], rows, path_seen)
 
 
 def _path_counts(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
-    """[R, V] how often each token is in the output on each base row's own path, where a penalty needs that."""
-    counts = []
-    for r, row in zip(requests, rows, strict=True):
-        if r.counts is None or not row.tokens:
+    """[R, V] how often each base row's own path has a token in the output, where a penalty needs that."""
+    return _on_paths([r.counts for r in requests], rows, path_counts)
+
+
+def _on_paths(
+    known: Sequence[Tensor | None], rows: Sequence[SequenceRows], along: Callable[[Tensor, list[int]], Tensor]
+) -> Tensor | None:
+    """What each text has [V], and on its base rows' paths [R, V]; along: the same of drafts that do not branch."""
+    found = []
+    for text_V, row in zip(known, rows, strict=True):
+        if text_V is None or not row.tokens:
             continue
         if row.parents is None:
-            counts.append(path_counts(r.counts, list(row.tokens[1:])))
-        else:
-            counts += [path_counts(r.counts, path)[-1:] for path in _row_paths(row)]
-    return torch.cat(counts) if counts else None
+            found.append(along(text_V, list(row.tokens[1:])))
+            continue
+        paths = text_V.repeat(len(row.tokens), 1)
+        for j, parent in enumerate(row.parents):
+            if parent >= 0:  # the seed is in the text already
+                paths[j] = paths[parent]
+                paths[j, row.tokens[j]] += True
+        found.append(paths)
+    return torch.cat(found) if found else None
 
 
 def _paths(rows: Sequence[SequenceRows], targets: Sequence[list[int]]) -> list[list[int]]:

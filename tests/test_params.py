@@ -155,6 +155,13 @@ def test_drafts_of_the_model_under_every_option(way: dict[str, Any]) -> None:
     assert differences(engine().generate(prompts[:60], params[:60], batch_size=20, **way), alone()[: outputs(60)]) == []
 
 
+def test_diffusion_of_a_batch_is_that_of_each_alone() -> None:
+    prompts, params = asked()
+    some = [replace(one, logprobs=None) for one in params[:50]]
+    want = engine().generate(prompts[:50], some, "diffusion", batch_size=1)
+    assert differences(engine().generate(prompts[:50], some, "diffusion", batch_size=16), want) == []
+
+
 def outputs(prompts: int) -> int:
     return sum(params.n for params in asked()[1][:prompts])
 

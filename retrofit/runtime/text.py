@@ -14,6 +14,7 @@ Not here: what the end of an output means to a request (`request.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 from tokenizers import Tokenizer
@@ -41,6 +42,7 @@ class Detokenizer:
             self.tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         )
 
+    @cached_property
     def special_tokens(self) -> frozenset[int]:
         """Tokens that `decode` leaves out, where the backend says."""
         added = {} if self.backend is None else self.backend.get_added_tokens_decoder()
@@ -52,7 +54,7 @@ class Growing:
 
     def __init__(self, detokenizer: Detokenizer, special: bool = False):
         self.detokenizer, self.special = detokenizer, special
-        self.left_out = frozenset() if special else detokenizer.special_tokens()
+        self.left_out = frozenset() if special else detokenizer.special_tokens
         self.stream = None if detokenizer.backend is None else DecodeStream(skip_special_tokens=not special)
         self.context: list[int] = []
         """The tokens before `pending`, decoded with them for what only neighbours tell, such as a space."""

@@ -306,11 +306,7 @@ def generation_options(function: Any) -> Any:
 
     @wraps(function)
     def run(*arguments: Any, **given: Any) -> Any:
-        options = {name: given.pop(name) for name in GENERATION}
-        prepare = options["prepare"]
-        if prepare is not None and prepare.isdecimal() and len(prepare) < 10:
-            options["prepare"] = int(prepare)
-        options["logit_bias"] = dict(map(_bias, options["logit_bias"])) or None
+        options = _parsed({name: given.pop(name) for name in GENERATION})
         if options["logprobs"] is not None and not given["as_json"]:
             raise UsageError("--logprobs is shown with --json only", "add --json")
         return function(*arguments, options=options, **given)
@@ -318,6 +314,14 @@ def generation_options(function: Any) -> Any:
     for option in reversed(declared):
         run = option(run)
     return run
+
+
+def _parsed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as the engine takes them, where the command line has them as text.  Raises UsageError."""
+    prepare = options["prepare"]
+    number = prepare is not None and prepare.isdecimal() and len(prepare) < 10
+    bias = dict(map(_bias, options["logit_bias"])) or None
+    return {**options, "prepare": int(prepare) if number else prepare, "logit_bias": bias}
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -34,7 +34,7 @@ from retrofit.runtime.backends.fused.backend import FusedGQA
 from retrofit.runtime.backends.fused.weights import head_width
 from retrofit.runtime.device.loop import DeviceLoop
 from retrofit.runtime.plan import cut_cycle, fixed_cycle
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import DraftTree, grow
 
 META = torch.device("meta")
@@ -151,7 +151,7 @@ def launches_of(
             exact=exact,
         )
         cache = backend.new_cache(lanes, CAPACITY)
-        loop = DeviceLoop(backend, cache, SamplingParams(temperature=temperature))
+        loop = DeviceLoop(backend, cache, Processing(temperature=temperature))
     found: dict[Launch, None] = {}
     rows_each = None if backend.most_rows is None else backend.most_rows // lanes
     cache.open(0, CAPACITY)

@@ -1,7 +1,7 @@
 """Give an open-weight language model two more ways of decoding, and leave the first as it was, bit for bit.
 
-`convert` makes the artifact, `Engine` runs it in the modes `ar`, `diffusion` and `self_spec`, `certify`
-proves it lossless.  Importing this package imports neither torch nor anything else that is slow: these names
+`convert` makes the artifact, `Engine` runs it in the modes `ar`, `diffusion` and `self_spec` with `SamplingParams`,
+`certify` proves it lossless.  Importing this package imports neither torch nor anything else that is slow: these names
 are looked up on first use.
 """
 
@@ -11,15 +11,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retrofit.errors import (
+        ArtifactError,
+        DataError,
+        GateError,
+        ResourceError,
+        RetrofitError,
+        TrainingError,
+        UnsupportedModelError,
+        UsageError,
+    )
     from retrofit.eval.certify import certify
     from retrofit.recipes.convert import convert
     from retrofit.runtime.engine import Engine
+    from retrofit.runtime.params import SamplingParams
+    from retrofit.runtime.results import Event, Result
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "__version__", "certify", "convert"]
+__all__ = [
+    "ArtifactError",
+    "DataError",
+    "Engine",
+    "Event",
+    "GateError",
+    "ResourceError",
+    "Result",
+    "RetrofitError",
+    "SamplingParams",
+    "TrainingError",
+    "UnsupportedModelError",
+    "UsageError",
+    "__version__",
+    "certify",
+    "convert",
+]
 
+_ERRORS = (
+    *("ArtifactError", "DataError", "GateError", "ResourceError", "RetrofitError", "TrainingError"),
+    *("UnsupportedModelError", "UsageError"),
+)
 _HOMES = {
+    **dict.fromkeys(_ERRORS, "retrofit.errors"),
     "Engine": "retrofit.runtime.engine",
+    "Event": "retrofit.runtime.results",
+    "Result": "retrofit.runtime.results",
+    "SamplingParams": "retrofit.runtime.params",
     "certify": "retrofit.eval.certify",
     "convert": "retrofit.recipes.convert",
 }

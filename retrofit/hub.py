@@ -282,8 +282,10 @@ def load_config(
 
 def resolved_device(device: str) -> str:
     """The device by name: `auto` is a GPU where there is one.  Imports torch."""
-    if device != "auto":
-        return device
+    return default_device() if device == "auto" else device
+
+
+def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -40,6 +40,12 @@ def fixed_random_state() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device `auto` is the CPU: tests are the same wherever they run."""
+    monkeypatch.setattr("retrofit.hub.default_device", lambda: "cpu")
+
+
 @pytest.fixture
 def restless_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` changes its plan at every step and measures nothing: any mixture of strategies must be lossless."""

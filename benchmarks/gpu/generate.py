@@ -22,7 +22,7 @@ from retrofit.eval.acceptance import Comparison, compare, reference_tokens, summ
 from retrofit.eval.speed import ratio_of
 from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.engine import Engine, Result
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import DraftTree
 
 JUDGED = 0.8
@@ -31,7 +31,7 @@ SHAPE, SMALL = "llama-3.1-8b", "qwen3-0.6b"
 LEVELS = ("bucket", "invariant")
 """Those at which speculation emits what AR does."""
 COMPILE_SECONDS = 170.0
-GREEDY = SamplingParams()
+GREEDY = Processing()
 TEMPERATURE = 0.8
 AUTO_AT_MOST = 1.02
 LEAST_SECONDS = 8.0
@@ -324,7 +324,7 @@ class Trial:
         sizes = self.bench.sizes
         let_oracle_draft(
             self.engine, self.truth, JUDGED, batch=batch, longest=sizes.prompt_tokens + sizes.new_tokens,
-            params=SamplingParams(self.temperature), tree=tree,
+            params=Processing(self.temperature), tree=tree,
         )  # fmt: skip
 
     def hold(self, batch: int, name: str, seconds: float, results: list[Result]) -> None:

@@ -16,7 +16,7 @@ from retrofit.runtime.device.loop import DeviceLoop
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.kernels.reference import hash_bits
 from retrofit.runtime.kernels.state import State
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import DraftTree
 
 PLACE = (1 << 31) - 1
@@ -55,7 +55,7 @@ def let_oracle_draft(
     *,
     batch: int,
     longest: int,
-    params: SamplingParams,
+    params: Processing,
     tree: DraftTree | None = None,
 ) -> None:
     """From now on, drafts of `generate` with these parameters come from an oracle.

@@ -13,7 +13,7 @@ from retrofit.runtime.device.loop import DeviceLoop
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.plan import Cycle, StepPlan, fused, num_rows, two_forward
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import UNKNOWN_CHANCE, DraftTree, grow
 
 AR = StepPlan()
@@ -39,7 +39,7 @@ class Steps:
         ]
         for request in self.requests:
             cache.open(request.slot, longest)
-        self.loop = DeviceLoop(self.backend, cache, SamplingParams())
+        self.loop = DeviceLoop(self.backend, cache, Processing())
         self.loop.reset(ignore_eos=True)
 
     @torch.no_grad()

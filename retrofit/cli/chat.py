@@ -22,6 +22,7 @@ from retrofit.cli.options import (
     generation_options,
     output_options,
     seed_option,
+    system_option,
 )
 from retrofit.cli.output import Totals, decodes_as, emit_json, result_json, say
 from retrofit.errors import RetrofitError, UsageError
@@ -42,6 +43,7 @@ COMMANDS = """\
 @click.command(context_settings=CONTEXT)
 @artifact_argument
 @generation_options
+@system_option
 @base_option
 @seed_option
 @engine_options
@@ -49,6 +51,7 @@ COMMANDS = """\
 def chat(
     folder: str,
     options: dict[str, Any],
+    system: str | None,
     base: str | None,
     seed: int,
     loading: Loading,
@@ -64,18 +67,25 @@ def chat(
       retrofit chat qwen-retrofit --max-new-tokens 512 --temperature 0.7
       printf '%s\\n' "Hello" "/stats" | retrofit chat qwen-retrofit
     """
-    converse(Chat(loading.engine(folder, base), options, seed, as_json))
+    converse(Chat(loading.engine(folder, base), options, seed, as_json, system))
 
 
 class Chat:
     """One conversation.  `options`: what `Engine.stream` takes, its mode included."""
 
-    def __init__(self, engine: Engine, options: dict[str, Any], seed: int, as_json: bool) -> None:
+    def __init__(
+        self, engine: Engine, options: dict[str, Any], seed: int, as_json: bool, system: str | None = None
+    ) -> None:
+        """Raises UsageError for a system message that cannot be told, and options that mean nothing in the mode."""
         self.engine, self.options, self.seed, self.as_json = engine, options, seed, as_json
-        self.messages: list[dict[str, str]] = []
+        self.beginning = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self.beginning)
         self.text = ""
         self.totals = Totals()
         self.has_template = bool(getattr(engine.tokenizer, "chat_template", None))
+        if system is not None and not self.has_template:
+            raise UsageError("--system needs a chat template; this model's tokenizer has none", "leave it out")
+        engine.stream([], **options)  # what is wrong with the options is said before the first line
 
     def answer(self, line: str) -> None:
         """Print the answer to one line and remember both.  A turn that fails or is cut off is forgotten."""
@@ -84,7 +94,7 @@ class Chat:
             prompt = [*self.messages, {"role": "user", "content": line}]
         else:
             prompt = f"{self.text}\n{line}" if self.text else line
-        for event in self.engine.stream([prompt], seed=self.seed, **self.options):
+        for event in self.engine.stream([prompt], seed=self.seed, **self._options_of_mode()):
             if not self.as_json:
                 click.echo(event.text, nl=False)
             result = event.result
@@ -106,6 +116,12 @@ class Chat:
             totals.seconds += result.stats.seconds
         say(f"[{self.options['mode']}: {turn.line()}]")
 
+    def _options_of_mode(self) -> dict[str, Any]:
+        """The options without those that /mode has left without a meaning."""
+        others = {"self_spec": ("threshold",), "diffusion": ("strategy", "prepare", "tree", "logprobs")}
+        left_out = others.get(self.options["mode"], ("threshold", "strategy", "prepare", "tree"))
+        return {name: value for name, value in self.options.items() if name not in left_out}
+
     def command(self, line: str) -> bool:
         """Obey a line that begins with `/`; False when it ends the chat.  Raises UsageError."""
         name, _, value = line.partition(" ")
@@ -120,7 +136,7 @@ class Chat:
             seed = int(value) if value.isdecimal() and len(value) < 20 else value
             self.seed = whole("/seed", seed, 0, LARGEST_SEED)
         elif name == "/reset":
-            self.messages, self.text = [], ""
+            self.messages, self.text = list(self.beginning), ""
             say("conversation forgotten")
         elif name == "/stats":
             click.echo(f"{self.totals.requests} answers, {self.totals.line()}; {decodes_as(self.engine)}", err=True)

@@ -19,6 +19,7 @@ from retrofit.cli.options import (
     generation_options,
     output_options,
     seed_option,
+    system_option,
 )
 from retrofit.cli.output import Totals, decodes_as, emit_json, result_json, say
 from retrofit.errors import UsageError
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts decoded together."
 )
+@click.option("-n", "n", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Outputs of each prompt, which is read once; they differ with a --temperature.")  # fmt: skip
+@click.option("--chat", "as_chat", is_flag=True, help="Each PROMPT is a user's message, for the chat template.")
+@system_option
 @base_option
 @seed_option
 @engine_options
@@ -43,6 +48,9 @@ def generate(
     prompts: tuple[str, ...],
     options: dict[str, Any],
     batch_size: int,
+    n: int,
+    as_chat: bool,
+    system: str | None,
     base: str | None,
     seed: int,
     loading: Loading,
@@ -50,34 +58,41 @@ def generate(
 ) -> None:
     """Continue each PROMPT, or the text on stdin.
 
-    stdin is read where there is no PROMPT or it is `-`.  Prompts are raw text: no chat template, nothing
-    added.  One prompt is streamed; several are printed in their order, each under a header.  With --json
-    every result is one line.
+    stdin is read where there is no PROMPT or it is `-`.  Prompts are raw text, nothing added; with --chat or
+    --system they are messages for the model's chat template.  One output is streamed; several are printed in
+    their order, each under a header.  With --json every result is one line.
 
     \b
     Examples:
       retrofit generate tiny-retrofit "def area(radius):"
       cat prompt.txt | retrofit generate tiny-retrofit --mode ar --temperature 0.8 --seed 7
       retrofit generate tiny-retrofit --json "import os" "class Stack:" > results.jsonl
+      retrofit generate qwen-retrofit --chat --system "Answer in one word." -n 3 --temperature 1 "A colour?"
     """
     texts = [_stdin() if prompt == "-" else prompt for prompt in prompts or ("-",)]
+    asked = [_messages(text, system) for text in texts] if as_chat or system is not None else texts
     engine = loading.engine(folder, base)
-    events = engine.stream(
-        texts, seed=seed, batch_size=batch_size, with_text=len(texts) == 1 and not as_json, **options
-    )
+    alone = len(texts) == n == 1
+    events = engine.stream(asked, seed=seed, batch_size=batch_size, with_text=alone and not as_json, n=n, **options)
     totals = Totals()
-    for result in _finished(events, totals):
+    for result in _finished(events, totals, n):
         if as_json:
             emit_json(result_json(result))
-        elif len(texts) == 1:
+        elif alone:
             click.echo()
         else:
-            click.echo(f"==> prompt {result.index + 1} <==\n{result.text}")
+            output = f", output {result.sample + 1}" if n > 1 else ""
+            click.echo(f"==> prompt {result.index + 1}{output} <==\n{result.text}")
     say(f"{totals.line()}; {decodes_as(engine)}")
 
 
-def _finished(events: Iterator[Event], totals: Totals) -> Iterator[Result]:
-    """Results in the order of the prompts, each as soon as those before are out; prints streamed text."""
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": text}]
+
+
+def _finished(events: Iterator[Event], totals: Totals, n: int) -> Iterator[Result]:
+    """Results in the order of the prompts and outputs, each as soon as those before are out; prints streamed text."""
     waiting: dict[int, Result] = {}
     due = 0
     began = float("inf")
@@ -89,7 +104,7 @@ def _finished(events: Iterator[Event], totals: Totals) -> Iterator[Result]:
         began = min(began, now - event.result.stats.seconds)
         totals.add(event.result)
         totals.seconds = now - began  # from the first admission: timing the plans beforehand does not count
-        waiting[event.index] = event.result
+        waiting[event.index * n + event.sample] = event.result
         while due in waiting:
             yield waiting.pop(due)
             due += 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrofit.cli.output import quieten_libraries, say
+from retrofit.errors import UsageError
 from retrofit.progress import silent
 
 if TYPE_CHECKING:
@@ -132,8 +133,9 @@ def engine_options(function: Any) -> Any:
 
 
 GENERATION = (
-    *("mode", "strategy", "prepare", "tree", "threshold", "max_new_tokens", "stop", "stop_token_ids"),
-    *("temperature", "top_k", "top_p", "repetition_penalty", "original_settings"),
+    *("mode", "strategy", "prepare", "tree", "threshold", "max_new_tokens", "min_new_tokens", "stop", "stop_token_ids"),
+    *("ignore_eos", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "logprobs", "original_settings"),
 )
 
 
@@ -145,36 +147,50 @@ def generation_options(function: Any) -> Any:
     declared = (
         click.option("--mode", type=click.Choice(MODES), default="self_spec", show_default=True,
                      help="How to decode; self_spec gives the output of ar in fewer forwards."),
-        click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", show_default=True,
-                     help="Of self_spec: which forwards draft and verify; auto takes what is fastest here."),
-        click.option("--prepare", default="all", show_default=True, metavar="all|last|N",
-                     help="Of fused: for which accept lengths to draft ahead."),
+        click.option("--strategy", type=click.Choice(STRATEGIES),
+                     help="Of self_spec: which forwards draft and verify; auto takes what is fastest here.  "
+                          "[default: auto]"),
+        click.option("--prepare", metavar="all|last|N",
+                     help="Of fused: for which accept lengths to draft ahead.  [default: all]"),
         click.option("--tree", type=click.IntRange(min=0), metavar="N",
                      help="Of fused: draft tokens to verify as a tree; 0 is one chain.  [default: fills 96 rows]"),
         click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N",
                      help="Most tokens to emit.  [default: the base's own, else 128]"),
+        click.option("--min-new-tokens", type=click.IntRange(min=0), metavar="N",
+                     help="Neither EOS nor a --stop-token-id comes before so many.  [default: the base's own]"),
         click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
                      help="0 is greedy; never taken from the base's settings, nor are top-k and top-p."),
         click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K likeliest tokens only."),
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
                      help="Sample from the likeliest tokens that make up P only."),
+        click.option("--min-p", type=click.FloatRange(0, 1),
+                     help="Sample from tokens at least P times as likely as the likeliest only, such as 0.05."),
         click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True),
                      help="Above 1: makes tokens that were there less likely; 1 is off.  [default: the base's own]"),
+        click.option("--presence-penalty", type=click.FloatRange(-2, 2), default=0.0, show_default=True,
+                     help="Above 0: makes tokens that the output holds already less likely."),
+        click.option("--frequency-penalty", type=click.FloatRange(-2, 2), default=0.0, show_default=True,
+                     help="The same, once for each time that the output holds them."),
+        click.option("--logit-bias", multiple=True, metavar="ID=V",
+                     help="Make a token likelier by V, or less likely: 50256=-100 bans it; may be repeated."),
         click.option("--stop", multiple=True,
                      help="Text to stop before, special tokens included; may be given several times."),
         click.option("--stop-token-id", "stop_token_ids", type=click.IntRange(min=0), multiple=True, metavar="ID",
                      help="Token to stop before; may be given several times."),
+        click.option("--ignore-eos", is_flag=True, help="Go on after EOS."),
+        click.option("--logprobs", type=click.IntRange(min=0), metavar="K",
+                     help="With --json: log-probabilities of each token and the K likeliest, before processing."),
         click.option("--original-settings/--no-original-settings", default=True, show_default=True,
                      help="Follow the base's generation_config in what it forbids, forces and penalises."),
-        click.option("--threshold", type=click.FloatRange(0, 1), default=0.9, show_default=True,
-                     help="Of diffusion: confidence from which a token is kept."),
+        click.option("--threshold", type=click.FloatRange(0, 1),
+                     help="Of diffusion: confidence from which a token is kept.  [default: 0.9]"),
     )  # fmt: skip
 
     @wraps(function)
     def run(*arguments: Any, **given: Any) -> Any:
-        options = {name: given.pop(name) for name in GENERATION}
-        if options["prepare"].isdecimal() and len(options["prepare"]) < 10:
-            options["prepare"] = int(options["prepare"])
+        options = _parsed({name: given.pop(name) for name in GENERATION})
+        if options["logprobs"] is not None and not given["as_json"]:
+            raise UsageError("--logprobs is shown with --json only", "add --json")
         return function(*arguments, options=options, **given)
 
     for option in reversed(declared):
@@ -182,7 +198,25 @@ def generation_options(function: Any) -> Any:
     return run
 
 
+def _parsed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as the engine takes them, where the command line has them as text.  Raises UsageError."""
+    prepare = options["prepare"]
+    number = prepare is not None and prepare.isdecimal() and len(prepare) < 10
+    bias = dict(map(_bias, options["logit_bias"])) or None
+    return {**options, "prepare": int(prepare) if number else prepare, "logit_bias": bias}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """`ID=V`.  Raises UsageError."""
+    token, _, added = text.partition("=")
+    try:
+        return int(token), float(added)
+    except ValueError:
+        raise UsageError(f"--logit-bias is {text}; it must be ID=V, a token id and a number", "50256=-2.5") from None
+
+
 artifact_argument = click.argument("folder", metavar="ARTIFACT")
+system_option = click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 skip_bad_option = click.option("--skip-bad", is_flag=True,
                                help="Leave out rows that cannot be used, and say at the end how many.")  # fmt: skip
 base_option = click.option("--base", metavar="MODEL", help="Hub id or folder of the base, if it has moved.")

@@ -79,7 +79,7 @@ class Totals:
 
     def line(self) -> str:
         """`64 tokens in 1.20 s (53.3 tokens/s), TPF 1.71, tau 2.05`; what was not measured is left out."""
-        from retrofit.runtime.request import CYCLES
+        from retrofit.runtime.results import CYCLES
 
         rate = f" ({self.tokens / self.seconds:.1f} tokens/s)" if self.seconds > 0 else ""
         parts = [f"{self.tokens} tokens in {self.seconds:.2f} s{rate}"]
@@ -92,10 +92,13 @@ class Totals:
 
 def result_json(result: Result) -> dict[str, Any]:
     """One finished request as plain data."""
-    return {
+    found = {
         "index": result.index,
+        "sample": result.sample,
         "text": result.text,
         "tokens": result.tokens,
         "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
         "stats": result.stats.to_dict(),
     }
+    return found if result.logprobs is None else {**found, "logprobs": result.logprobs}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from retrofit.runtime.request import CYCLES
+from retrofit.runtime.results import CYCLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def measure(
     *,
     mode: str = "self_spec",
     strategy: str = "fused",
-    prepare: str | int = "all",
+    prepare: str | int | None = None,
     tree: int | None = None,
     temperature: float = 0.0,
     max_new_tokens: int = 128,
@@ -76,8 +76,8 @@ def measure(
 
     def generate(some: Tokens, tokens: int) -> list[Result]:
         return engine.generate(
-            some, mode, strategy=strategy, prepare=prepare, tree=tree, temperature=temperature,
-            max_new_tokens=tokens, batch_size=batch_size, seed=seed, ignore_eos=ignore_eos,
+            some, mode, strategy=strategy if mode == "self_spec" else None, prepare=prepare, tree=tree,
+            temperature=temperature, max_new_tokens=tokens, batch_size=batch_size, seed=seed, ignore_eos=ignore_eos,
             original_settings=False,
         )  # fmt: skip
 
@@ -181,7 +181,7 @@ def lossless(
     prompts: Tokens,
     *,
     strategy: str = "fused",
-    prepare: str | int = "all",
+    prepare: str | int | None = None,
     tree: int | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 1,
@@ -211,7 +211,7 @@ def same_as_ar(
     temperature: float,
     seed: int = 0,
     strategy: str = "fused",
-    prepare: str | int = "all",
+    prepare: str | int | None = None,
     tree: int | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 1,

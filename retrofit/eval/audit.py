@@ -138,7 +138,7 @@ def _wrong_texts(results: Sequence[Result], wanted: Sequence[Sequence[int]], eos
         if at is not None:
             got, target = token_at(result.tokens, at), token_at(want, at)
             problems.append(f"prompt {number}, token {at}: emitted {got}, the target is {target} (token)")
-        elif (result.finish_reason == "eos") != (result.tokens[-1] in eos):
+        elif (result.finish_reason == "stop") != (result.tokens[-1] in eos):
             problems.append(f"prompt {number}: ended by {result.finish_reason}, at token {result.tokens[-1]} (end)")
     return problems
 

@@ -40,7 +40,7 @@ from retrofit.eval.bitwise import bitwise
 from retrofit.eval.distribution import distribution
 from retrofit.eval.exactness import Verdict
 from retrofit.eval.subject import Subject, token_prompts
-from retrofit.hub import locate
+from retrofit.hub import locate, resolved_device
 from retrofit.machine import cpu_name
 from retrofit.progress import progress as shown
 from retrofit.runtime.engine import Engine
@@ -140,7 +140,7 @@ def certify(
     target: str | Path | Engine,
     level: Literal["quick", "full"] = "quick",
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "auto",
     backend: str = "auto",
     exact: str = "auto",
@@ -163,7 +163,7 @@ def certify(
     """
     if level not in LEVELS:
         raise UsageError(f"level {level!r} does not exist", f"levels are {', '.join(LEVELS)}")
-    size = LEVELS[level]
+    size, device = LEVELS[level], resolved_device(device)
     folder = None if isinstance(target, Engine) else Path(target)
     if folder is not None:
         artifacts.check(folder)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
 from retrofit.errors import GateError, ResourceError, TrainingError
-from retrofit.hub import Base
+from retrofit.hub import Base, resolved_device
 from retrofit.progress import progress as shown
 from retrofit.recipes.naming import resolved_name
 from retrofit.recipes.processes import Processes, joined
@@ -65,7 +65,7 @@ def convert(
     out: str | Path = "retrofit-artifact",
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -96,6 +96,7 @@ def convert(
     the main process writes, talks and raises; where it does, the others end with SystemExit.
     """
     model = str(model) if isinstance(model, Path) else model
+    device = resolved_device(device)
     with joined(device) as processes:
         plan, out = _checked(model, recipe, overrides, Path(out), overwrite, track, processes)
         started = time.perf_counter()

@@ -5,73 +5,39 @@ Owns the loop (admit, prefill, step, retire) and the choice of strategy; knows n
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retrofit.adapters.attach import Attached, attach
+from retrofit.adapters.attach import Attached
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.live import refuse_live
-from retrofit.adapters.roles import ROLES
 from retrofit.artifact import folder as artifacts
 from retrofit.errors import UsageError
-from retrofit.hub import Base, live_fingerprint, load_base
+from retrofit.hub import Base, live_fingerprint, load_base, resolved_device
+from retrofit.runtime.asking import Params, asked_of, needs, requests_for, typical
 from retrofit.runtime.auto.policy import AutoPolicy
-from retrofit.runtime.backends.hf.backend import HFBackend, wrap
+from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.exact_rows import Settled, settle
 from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend, Stepper
 from retrofit.runtime.host.modes import prefill_step
 from retrofit.runtime.loading import check_options as check_loading
-from retrofit.runtime.loading import check_same_base, fits_fused, fused_backend
-from retrofit.runtime.options import (
-    check_options,
-    each,
-    flag,
-    sampling,
-    seeds_of,
-    stop_tokens_of,
-    stops_of,
-    whole,
-)
+from retrofit.runtime.loading import fits_fused, fused_backend, untrained, with_adapter
+from retrofit.runtime.options import Decoding, check_options, flag
+from retrofit.runtime.params import Keywords
 from retrofit.runtime.plan import Cycle, Limits, fixed_cycle
-from retrofit.runtime.prompts import Prompts, encode, listed
-from retrofit.runtime.request import Request, Stats
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.prompts import Prompts, listed
+from retrofit.runtime.reading import Reader, in_thread
+from retrofit.runtime.request import Request
+from retrofit.runtime.results import Event, Result
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import ROWS, fixed_tree
 from retrofit.runtime.run import Run
 from retrofit.runtime.scheduler import Scheduler
-from retrofit.runtime.settings import Settings
-
-ENCODING = threading.Lock()
-"""Tokenizers keep truncation and padding in themselves, and refuse to be set while another thread encodes."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished request.  tokens include EOS; text has no special tokens and ends before what stopped it."""
-
-    index: int
-    prompt: list[int]
-    tokens: list[int]
-    text: str | None
-    finish_reason: str
-    stats: Stats
-
-
-@dataclass(frozen=True)
-class Event:
-    """New output of one request: text that can no longer change, and the tokens since the last event."""
-
-    index: int
-    tokens: list[int]
-    text: str
-    result: Result | None
 
 
 class Engine:
@@ -111,7 +77,7 @@ class Engine:
     def load(
         cls,
         path: str | Path,
-        device: str = "cpu",
+        device: str = "auto",
         dtype: str = "auto",
         exact: str = "auto",
         backend: str = "auto",
@@ -123,7 +89,8 @@ class Engine:
     ) -> Engine:
         """Load an artifact folder and the base it belongs to.
 
-        base: folder or Hub id to use in place of the one the artifact names.  dtype auto: what it was trained against.
+        base: folder or Hub id to use in place of the one the artifact names.  device auto: a GPU where there is one.
+        dtype auto: what it was trained against.
         backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused on a GPU in half precision,
         where it knows the model).  exact: how far rows are guaranteed not to depend on the rows beside them: off,
         bucket (every decoding forward has `rows` rows), invariant (any number of rows).  auto is bucket on the fused
@@ -133,6 +100,7 @@ class Engine:
         where this machine does not keep what the level promises.
         """
         check_loading(backend, exact, dtype)
+        device = resolved_device(device)
         artifact = artifacts.read(Path(path))
         named = artifact.config["base"]
         name, revision = base or artifacts.base_of(path, artifact.config), None if base else named.get("revision")
@@ -149,11 +117,6 @@ class Engine:
         fused = fused_backend(
             files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows or BUCKET_ROWS
         )
-        if fused.device.type == "cuda" and fused.exact != "off":
-            from retrofit.runtime.backends.fused.self_test import demand, self_test
-
-            # Before any step is recorded: a shape may be switched to our own product.
-            demand(self_test(fused, fused.layout.drafts))
         return cls(fused, fused.layout, files.tokenizer, artifact.config.get("acceptance"), artifact.config, files)
 
     @classmethod
@@ -180,47 +143,13 @@ class Engine:
             artifact = artifacts.read(Path(adapter))
             base = Base(model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model))
             return cls._with_artifact(base, artifact, exact, rows)
-        attached, backend = wrap(
-            model,
-            lambda: attach(
-                model,
-                layout or DraftLayout(),
-                rank=8,
-                alpha=8.0,
-                targets=ROLES,
-                markov_rank=8,
-                confidence=True,
-            ),
-        )
+        attached, backend = untrained(model, layout or DraftLayout())
         return cls(backend, attached.layout, tokenizer, attached=attached)._settled(backend, exact, rows)
 
     @classmethod
     def _with_artifact(cls, base: Base, artifact: artifacts.Artifact, exact: str, rows: int | None) -> Engine:
         config = artifact.config
-        check_same_base(base, artifact)
-        adapter = config["adapter"]
-
-        def build() -> Attached:
-            attached = attach(
-                base.model,
-                DraftLayout(**config["draft"]),
-                rank=adapter["rank"],
-                alpha=adapter["alpha"],
-                targets=adapter["targets"],
-                markov_rank=adapter["markov_rank"],
-                confidence=adapter["confidence"],
-                modules=adapter["modules"],
-            )
-            try:
-                attached.load(artifact.adapter_state, artifact.heads)
-            except BaseException:
-                attached.detach()
-                raise
-            for parameter in attached.parameters():
-                parameter.requires_grad_(False)
-            return attached
-
-        attached, backend = wrap(base.model, build)
+        attached, backend = with_adapter(base, artifact)
         engine = cls(backend, attached.layout, base.tokenizer, config.get("acceptance"), config, base, attached)
         return engine._settled(backend, exact, rows)
 
@@ -265,125 +194,132 @@ class Engine:
     def generate(
         self,
         prompts: Prompts,
+        params: Params | Sequence[Params] | str | None = None,
         mode: str = "self_spec",
         *,
-        strategy: str = "auto",
-        prepare: str | int = "all",
+        strategy: str | None = None,
+        prepare: str | int | None = None,
         tree: int | None = None,
-        max_new_tokens: int | Sequence[int] | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: str | Sequence[str] | None = None,
-        stop_token_ids: int | Sequence[int] | None = None,
-        seed: int | Sequence[int] = 0,
+        threshold: float | None = None,
         batch_size: int = 8,
-        ignore_eos: bool = False,
         original_settings: bool = True,
-        threshold: float = 0.9,
+        **keywords: Unpack[Keywords],
     ) -> list[Result]:
-        """Generate for every prompt; results in the order of the prompts.
+        """Generate for every prompt; results in the order of the prompts, and of the n outputs of each.
 
         prompts: a list of text (raw), token ids, or messages (chat template; a last message of the assistant's is
         continued); or a tokenizer's output, a tensor [prompts, tokens], or one list of token ids: see `prompts.py`.
-        seed: one int (prompt i uses seed + i) or one per prompt, as max_new_tokens.  batch_size: how many requests run
-        together.  threshold: diffusion's confidence.
+        params: `SamplingParams` or transformers' `GenerationConfig`, one for all or one per prompt; or a mode.
+        keywords: fields of `SamplingParams`, which stand over `params`; seed and max_new_tokens may be one per prompt.
+        batch_size: how many requests run together.
         original_settings: follow the base's generation_config as `generate` does in what forbids, forces or penalises
-        tokens and limits the length; what of it is not followed is in `not_honoured`.  Temperature, top_k and top_p are
-        never taken from it.  repetition_penalty: None is the base's own, 1 is off.  max_new_tokens: None is the base's
-        own, else 128.  stop, stop_token_ids: end a text before themselves; stop strings may hold special tokens.
-        tree: with `fused`, how many draft nodes to verify; None: as many as keep a request within ROWS rows a forward,
-        where the artifact knows the chances of its candidates; 0: one chain.
-        Raises UsageError for wrong options, and for prompts that are none or are longer than the context.
+        tokens and limits the length; of the rest only temperature, top_k and top_p are not in `not_honoured`.
+        Of self_spec: strategy auto (default), fused, two_forward or prompt_lookup; of fused: prepare, for which accept
+        lengths to draft ahead, all (default), last or so many; tree, how many draft nodes to verify, 0 for one chain,
+        None for as many as fit into ROWS rows of a request, where the artifact knows the chances of its candidates.
+        threshold, of diffusion: confidence from which a token is kept, 0.9.
+        Raises UsageError for wrong options, for options that mean nothing beside the others, and for prompts that are
+        none or are longer than the context.
         """
-        events = self.stream(
-            prompts, mode, strategy=strategy, prepare=prepare, tree=tree, max_new_tokens=max_new_tokens,
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, stop=stop,
-            stop_token_ids=stop_token_ids, seed=seed, batch_size=batch_size, ignore_eos=ignore_eos,
-            original_settings=original_settings, threshold=threshold, with_text=False,
-        )  # fmt: skip
-        results = [event.result for event in events if event.result is not None]
-        return sorted(results, key=lambda r: r.index)
+        events = self._decode(
+            prompts, params, mode, (strategy, prepare, tree, batch_size, threshold), original_settings, keywords, None
+        )
+        return [event.result for event in sorted(events, key=lambda e: (e.index, e.sample)) if event.result is not None]
 
     def stream(
         self,
         prompts: Prompts,
+        params: Params | Sequence[Params] | str | None = None,
         mode: str = "self_spec",
         *,
-        strategy: str = "auto",
-        prepare: str | int = "all",
+        strategy: str | None = None,
+        prepare: str | int | None = None,
         tree: int | None = None,
-        max_new_tokens: int | Sequence[int] | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: str | Sequence[str] | None = None,
-        stop_token_ids: int | Sequence[int] | None = None,
-        seed: int | Sequence[int] = 0,
+        threshold: float | None = None,
         batch_size: int = 8,
-        ignore_eos: bool = False,
         original_settings: bool = True,
-        threshold: float = 0.9,
         with_text: bool = True,
-    ) -> Iterator[Event]:
-        """As `generate`, yielding an event whenever a request has new output; its last event holds the result."""
-        self.backend.check_usable()
-        prepare, tree, batch_size, threshold = check_options(
-            mode, strategy, prepare, tree, self.layout, batch_size, threshold
-        )
-        settings = self.backend.settings if flag("original_settings", original_settings) else Settings()
-        params = sampling(temperature, top_k, top_p, settings.penalty(repetition_penalty))
-        rules = settings.rules_without_eos() if flag("ignore_eos", ignore_eos) else settings.rules
-        asked = listed(prompts)
-        requests = self._requests(
-            asked, seeds_of(seed, len(asked)), max_new_tokens, stops_of(stop),
-            stop_tokens_of(stop_token_ids, self.backend.head.vocab), settings, ignore_eos,
+        **keywords: Unpack[Keywords],
+    ) -> Generator[Event]:
+        """As `generate`, yielding an event whenever a request has new output; its last event holds the result.
+
+        with_text: text comes with the tokens, as soon as later tokens cannot change it.
+        """
+        return self._decode(
+            prompts, params, mode, (strategy, prepare, tree, batch_size, threshold), original_settings, keywords,
+            flag("with_text", with_text),
         )  # fmt: skip
-        longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
-        slots = min(batch_size, max(1, len(requests)), self.backend.most_rows or batch_size)
-        name = strategy if mode == "self_spec" else mode
-        cycle = None if name in ("auto", "diffusion") else self._cycle(name, prepare, tree, params, slots)
 
-        def events() -> Iterator[Event]:
-            turn = self.backend.turns.turn
+    def astream(
+        self,
+        prompts: Prompts,
+        params: Params | Sequence[Params] | str | None = None,
+        mode: str = "self_spec",
+        **options: Any,
+    ) -> AsyncGenerator[Event]:
+        """As `stream`, for `async for`: steps run in a worker thread.  Several may run at once.
+
+        Where it is cancelled or closed the step that runs is waited for, and the cache is given back.
+        """
+        return in_thread(self.stream(prompts, params, mode, **options))
+
+    def _decode(
+        self,
+        prompts: Prompts,
+        params: Params | Sequence[Params] | str | None,
+        mode: str,
+        how: tuple[Any, ...],
+        original_settings: bool,
+        keywords: Mapping[str, Any],
+        with_text: bool | None,
+    ) -> Generator[Event]:
+        """Check everything and make the requests, at once; decode as events are asked for.
+
+        with_text: None: only the last event of each request comes.
+        """
+        self.backend.check_usable()
+        options = None if isinstance(params, str) else params
+        mode = params if isinstance(params, str) else mode
+        way = check_options(mode, self.layout, *how)
+        texts, original = listed(prompts), flag("original_settings", original_settings)
+        asked = asked_of(options, keywords, len(texts), self.backend, original)
+        if way.mode == "diffusion" and any(one.params.logprobs is not None for one in asked):
+            raise UsageError("logprobs mean nothing in mode diffusion: its tokens are the drafter's choice")
+        requests = requests_for(texts, asked, self.backend, self.limits.context, self.tokenizer, bool(with_text))
+        slots = min(way.batch_size, max(1, len(requests)), self.backend.most_rows or way.batch_size)
+        return self._events(way, self._cycle(way, typical(requests), slots), requests, slots, with_text)
+
+    def _events(
+        self, way: Decoding, cycle: Cycle | None, requests: list[Request], slots: int, with_text: bool | None
+    ) -> Generator[Event]:
+        turn, longest = self.backend.turns.turn, max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
+        with turn():
+            cache = self.backend.new_cache(slots, longest)
+        confident = way.name == "auto" or (way.mode == "self_spec" and isinstance(way.prepare, int))
+        run = Run(
+            self.backend, cache, typical(requests), self.layout, self.limits, way.name, cycle, way.threshold, confident,
+            **needs(requests),
+        )  # fmt: skip
+        try:
             with turn():
-                cache = self.backend.new_cache(slots, longest)
-            run = Run(
-                self.backend,
-                cache,
-                params,
-                self.layout,
-                self.limits,
-                name,
-                cycle,
-                threshold,
-                with_confidence=name == "auto" or (mode == "self_spec" and isinstance(prepare, int)),
-                rules=rules if rules.active else None,
-            )
-            try:
-                with turn():
-                    run.watch(requests)
-                    steps = self.backend.stepper(run, requests, slots, self.policy, self.device_policy)
-                yield from self._loop(run, steps, requests, slots, with_text)
-            finally:
-                run.cache.release()
+                steps = self.backend.stepper(run, requests, slots, self.policy, self.device_policy)
+            yield from self._loop(run, steps, requests, slots, with_text)
+        finally:
+            cache.release()
 
-        return events()
-
-    def _cycle(self, strategy: str, prepare: str | int, tree: int | None, params: SamplingParams, slots: int) -> Cycle:
+    def _cycle(self, way: Decoding, processing: Processing, slots: int) -> Cycle | None:
         """The plans of `ar` or of a fixed strategy.  Raises UsageError for a tree that the backend cannot verify."""
-        grown = None
-        if strategy == "fused":
-            sampled = params.temperature > 0
-            grown = fixed_tree(self.layout, self._acceptance, prepare, tree, sampled, self._rows_each(slots))
-        most = self.backend.most_nodes
+        if way.name in ("auto", "diffusion"):
+            return None
+        grown, most = None, self.backend.most_nodes
+        if way.name == "fused":
+            sampled, rows = processing.temperature > 0, self._rows_each(slots)
+            grown = fixed_tree(self.layout, self._acceptance, way.prepare, way.tree, sampled, rows)
         if grown is not None and most is not None and grown.nodes > most:
             raise UsageError(
                 f"tree is {grown.nodes}; the {self.backend.name} backend verifies up to {most} draft nodes"
             )
-        return fixed_cycle(strategy, prepare, self.layout, grown)
+        return fixed_cycle(way.name, way.prepare, self.layout, grown)
 
     def _rows_each(self, requests: int) -> int:
         """Rows that a request may have in a forward, if so many run."""
@@ -396,15 +332,15 @@ class Engine:
         steps: Stepper,
         requests: list[Request],
         slots: int,
-        with_text: bool,
-    ) -> Iterator[Event]:
+        with_text: bool | None,
+    ) -> Generator[Event]:
         scheduler = Scheduler(requests, slots)
-        sent = {r.index: (0, 0) for r in requests}
+        reader = Reader(self.tokenizer, with_text)
         while scheduler:
             with self.backend.turns.turn():
                 touched = self._turn(run, steps, scheduler)
             for request in touched:
-                if event := self._event(request, sent, with_text):
+                if event := reader.event(request):
                     yield event
                     if request is not touched[-1]:
                         self.backend.turns.check_open()  # whoever reads a stream may have closed the engine
@@ -416,8 +352,12 @@ class Engine:
         for request in admitted:
             request.started = begin
             run.cache.open(request.slot, len(request.prompt) + request.max_new_tokens)
+        run.watch(admitted)
         with torch.inference_mode():
-            self._prefill(run, admitted)
+            if admitted:
+                prefill_step(run, admitted)
+            for request in admitted:
+                request.stats.prefill_seconds = time.perf_counter() - begin
             steps.start([r for r in admitted if not r.done])
             running = [r for r in scheduler.running if not r.done and r not in admitted]
             if running:
@@ -426,81 +366,5 @@ class Engine:
         for request in scheduler.retire():
             steps.finish(request)
             run.cache.close(request.slot)
+            request.seen = request.counts = request.guard = None
         return touched
-
-    def _prefill(self, run: Run, admitted: list[Request]) -> None:
-        if not admitted:
-            return
-        begin = time.perf_counter()
-        prefill_step(run, admitted)
-        for request in admitted:
-            request.stats.prefill_seconds = time.perf_counter() - begin
-
-    def _event(self, request: Request, sent: dict[int, tuple[int, int]], with_text: bool) -> Event | None:
-        if not with_text and not request.done:
-            return None
-        tokens_sent, text_sent = sent[request.index]
-        emitted = request.emitted
-        if len(emitted) == tokens_sent and not request.done:
-            return None
-        result = self._result(request) if request.done else None
-        text = ""
-        if self.tokenizer is not None and with_text:
-            stable = result.text if result is not None and result.text is not None else request.stable_text()
-            text = stable[text_sent:]
-        sent[request.index] = (len(emitted), text_sent + len(text))
-        return Event(request.index, emitted[tokens_sent:], text, result)
-
-    def _result(self, request: Request) -> Result:
-        text = request.text() if request.decode is not None else None
-        assert request.finish_reason is not None
-        return Result(request.index, request.prompt, request.emitted, text, request.finish_reason, request.stats)
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        assert self.tokenizer is not None
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def _spell(self, tokens: Sequence[int]) -> str:
-        """Text with special tokens."""
-        assert self.tokenizer is not None
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def _requests(
-        self,
-        prompts: Sequence[Any],
-        seeds: Sequence[int],
-        max_new_tokens: int | Sequence[int] | None,
-        stop: tuple[str, ...],
-        stop_tokens: frozenset[int],
-        settings: Settings,
-        ignore_eos: bool,
-    ) -> list[Request]:
-        """One request per prompt.  Raises UsageError for a prompt or an option that cannot be."""
-        if stop and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer; this engine has none", "give stop_token_ids")
-        limits = each("max_new_tokens", max_new_tokens, len(prompts))
-        requests = []
-        for i, prompt in enumerate(prompts):
-            with ENCODING:
-                tokens = encode(prompt, f"prompt {i}", self.tokenizer, self.backend.input_vocab)
-            room = self.limits.context - len(tokens)
-            if room < 1:
-                raise UsageError(
-                    f"prompt {i} has {len(tokens)} tokens; the model's context is {self.limits.context} and must hold "
-                    "at least one more",
-                    "shorten the prompt",
-                )
-            limit = settings.new_tokens(len(tokens)) if limits[i] is None else whole("max_new_tokens", limits[i], 1)
-            if limit < 1:
-                raise UsageError(
-                    f"prompt {i} has {len(tokens)} tokens; the model's own generation settings allow {settings.limit}",
-                    "give max_new_tokens",
-                )
-            request = Request(
-                i, tokens, seeds[i], min(limit, room), frozenset() if ignore_eos else self.backend.eos, stop,
-                stop_tokens=stop_tokens, asked=limit,
-            )  # fmt: skip
-            if self.tokenizer is not None:
-                request.decode, request.spell = self._decode, self._spell
-            requests.append(request)
-        return requests

@@ -1,22 +1,25 @@
-"""Which backend an artifact runs on, and the fused one made from files.
+"""Which backend an artifact runs on, and both made: the fused one from files, the `hf` one around a live model.
 
-Not here: the `hf` backend, which wraps a live model (`backends/hf.py`), and decoding.
+Not here: decoding.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.roles import ROLES
 from retrofit.artifact.folder import Artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError, out_of_memory
 from retrofit.hub import Base, check_device, locate, refuse_unloaded
+from retrofit.runtime.backends.hf.backend import HFBackend, wrap
 from retrofit.runtime.backends.interface import BUCKET_ROWS, eos_set
 from retrofit.runtime.backends.levels import EXACT, HALF
 from retrofit.runtime.settings import folder_settings, stored
@@ -103,7 +106,7 @@ def fused_backend(
     if unsupported(config) is None:  # else the loading says so
         _check_tensors(base.name, base.folder, config)
     try:
-        return FusedGQA(
+        backend = FusedGQA(
             config,
             from_folder(base.folder, device),
             layout,
@@ -121,6 +124,49 @@ def fused_backend(
         if memory is None:
             raise
         raise memory from error
+    if backend.device.type == "cuda" and backend.exact != "off":
+        from retrofit.runtime.backends.fused.self_test import demand, self_test
+
+        # Before any step is recorded: a shape may be switched to our own product.
+        demand(self_test(backend, backend.layout.drafts))
+    return backend
+
+
+def with_adapter(base: Base, artifact: Artifact) -> tuple[Attached, HFBackend]:
+    """The hf backend over a live model, with an artifact's adapter.
+
+    Raises ArtifactError (another base), UnsupportedModelError, UsageError.
+    """
+    check_same_base(base, artifact)
+    config, adapter = artifact.config, artifact.config["adapter"]
+
+    def build() -> Attached:
+        attached = attach(
+            base.model,
+            DraftLayout(**config["draft"]),
+            rank=adapter["rank"],
+            alpha=adapter["alpha"],
+            targets=adapter["targets"],
+            markov_rank=adapter["markov_rank"],
+            confidence=adapter["confidence"],
+            modules=adapter["modules"],
+        )
+        try:
+            attached.load(artifact.adapter_state, artifact.heads)
+        except BaseException:
+            attached.detach()
+            raise
+        for parameter in attached.parameters():
+            parameter.requires_grad_(False)
+        return attached
+
+    return wrap(base.model, build)
+
+
+def untrained(model: PreTrainedModel, layout: DraftLayout) -> tuple[Attached, HFBackend]:
+    """The hf backend over a live model, with an adapter that has learned nothing."""
+    options: dict[str, Any] = {"rank": 8, "alpha": 8.0, "targets": ROLES, "markov_rank": 8, "confidence": True}
+    return wrap(model, lambda: attach(model, layout, **options))
 
 
 def _check_tensors(name: str, folder: Path, config: PretrainedConfig) -> None:

@@ -1,6 +1,7 @@
-"""The options of `Engine.generate`, checked: what is of the wrong type or out of its range is one clear error.
+"""How to decode, checked: what is of the wrong type, out of its range or without effect is one clear error.
 
-Numbers may be numpy's; True and False are none.  Not here: prompts (`prompts.py`), what the options do.
+Numbers may be numpy's; True and False are none.  Not here: prompts (`prompts.py`), what a request asks for
+(`params.py`), what the options do.  This file imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -8,19 +9,36 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
-from retrofit.runtime.rules.sampling import SamplingParams
 
 MODES = ("ar", "diffusion", "self_spec")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
 MOST_NODES = 1024
 LARGEST_SEED = 2**63 - 1
-COLDEST = 1e-6
-"""Least temperature but 0: below it scores leave the range of fp32."""
+SURE = 0.9
+"""Diffusion: confidence from which a token is kept."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the requests of a call are decoded; what was not given has its default."""
+
+    mode: str
+    strategy: str
+    prepare: str | int
+    tree: int | None
+    batch_size: int
+    threshold: float
+
+    @property
+    def name(self) -> str:
+        """`ar`, `diffusion`, or the strategy of `self_spec`."""
+        return self.strategy if self.mode == "self_spec" else self.mode
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -81,73 +99,44 @@ def each(name: str, value: Any, count: int) -> list[Any]:
     return values
 
 
-def seeds_of(seed: Any, count: int) -> list[int]:
-    """One seed per prompt; of a single one prompt i gets seed + i.  Raises UsageError."""
-    single = as_int(seed)
-    if single is not None:
-        whole("seed", single, 0, LARGEST_SEED - max(0, count - 1))
-        return [single + i for i in range(count)]
-    return [whole("seed", value, 0, LARGEST_SEED) for value in each("seeds", seed, count)]
-
-
-def stops_of(stop: Any) -> tuple[str, ...]:
-    """Stop strings as a tuple.  Raises UsageError."""
-    if stop is None:
-        return ()
-    stops = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stops, list | tuple | set | frozenset) or not all(isinstance(s, str) for s in stops):
-        raise UsageError(f"stop is {shown(stop)}; it must be a string or a list of strings")
-    if not all(stops):
-        raise UsageError("a stop string is empty")
-    return tuple(stops)
-
-
-def stop_tokens_of(tokens: Any, vocab: int) -> frozenset[int]:
-    """Stop tokens as a set.  Raises UsageError."""
-    if tokens is None:
-        return frozenset()
-    given = [tokens] if as_int(tokens) is not None else tokens
-    given = given.tolist() if hasattr(given, "tolist") else given
-    if not isinstance(given, list | tuple | set | frozenset):
-        raise UsageError(f"stop_token_ids is {shown(tokens)}; it must be a token id or a list of them")
-    return frozenset(whole("a stop token id", token, 0, vocab - 1) for token in given)
-
-
-def sampling(temperature: Any, top_k: Any, top_p: Any, repetition_penalty: Any) -> SamplingParams:
-    """The sampling options.  Raises UsageError for a wrong type or range."""
-    heat = number("temperature", temperature)
-    if not (heat == 0 or COLDEST <= heat < math.inf):
-        raise UsageError(
-            f"temperature is {shown(temperature)}; allowed: 0 (greedy), or a finite number from {COLDEST:g}"
-        )
-    return SamplingParams(
-        heat,
-        None if top_k is None else whole("top_k", top_k, 1),
-        None if top_p is None else number("top_p", top_p),
-        None if repetition_penalty is None else number("repetition_penalty", repetition_penalty),
-    )
-
-
 def check_options(
-    mode: Any, strategy: Any, prepare: Any, tree: Any, layout: DraftLayout, batch_size: Any, threshold: Any
-) -> tuple[str | int, int | None, int, float]:
-    """prepare, tree, batch_size and threshold as plain numbers.
+    mode: Any, layout: DraftLayout, strategy: Any, prepare: Any, tree: Any, batch_size: Any, threshold: Any
+) -> Decoding:
+    """How to decode, with the defaults of what was not given.
 
-    Raises UsageError naming the option and what it may be.
+    Raises UsageError naming the option and what it may be, and for one that means nothing beside the others.
     """
     for name, value, known in (("mode", mode, MODES), ("strategy", strategy, STRATEGIES)):
-        if not isinstance(value, str) or value not in known:
+        if (value is not None or name == "mode") and (not isinstance(value, str) or value not in known):
             raise UsageError(f"{name} {shown(value)} does not exist", f"it is one of {', '.join(known)}")
-    if not (isinstance(prepare, str) and prepare in ("all", "last")):
+    if not (prepare is None or (isinstance(prepare, str) and prepare in ("all", "last"))):
         lengths = as_int(prepare)
         if lengths is None or lengths < 1:
             raise UsageError(f"prepare is {shown(prepare)}; it may be all, last, or a number of accept lengths >= 1")
         prepare = lengths
-    if strategy == "fused" and not layout.anchored:
-        raise UsageError("strategy fused needs an artifact with draft.seed_row base", "use two_forward or auto")
     nodes = None if tree is None else whole("tree", tree, 0, MOST_NODES)
     requests = whole("batch_size", batch_size, 1)
-    sure = number("threshold", threshold)
+    sure = SURE if threshold is None else number("threshold", threshold)
     if not 0 <= sure <= 1:
         raise UsageError(f"threshold is {shown(threshold)}; it is a probability, 0 to 1")
-    return prepare, nodes, requests, sure
+    given = {"strategy": strategy, "prepare": prepare, "tree": tree, "threshold": threshold}
+    _check_meaning(mode, given)
+    if strategy == "fused" and not layout.anchored:
+        raise UsageError("strategy fused needs an artifact with draft.seed_row base", "use two_forward or auto")
+    return Decoding(mode, strategy or "auto", "all" if prepare is None else prepare, nodes, requests, sure)
+
+
+def _check_meaning(mode: str, given: dict[str, Any]) -> None:
+    """Raises UsageError for an option that was given and changes nothing."""
+    if mode != "diffusion" and given["threshold"] is not None:
+        raise UsageError(f"threshold means nothing in mode {mode}", "it is diffusion's; leave it out")
+    for name in ("strategy", "prepare", "tree"):
+        if mode != "self_spec" and given[name] is not None:
+            raise UsageError(f"{name} means nothing in mode {mode}", "it is self_spec's; leave it out")
+        if name != "strategy" and given[name] is not None and given["strategy"] != "fused":
+            strategy = given["strategy"] or "auto"
+            raise UsageError(
+                f"{name} means nothing with strategy {strategy}", "it is fused's; leave it out, or ask for fused"
+            )
+    if given["prepare"] == "last" and given["tree"]:
+        raise UsageError("tree means nothing with prepare last", "drafts branch with prepare all or a number")

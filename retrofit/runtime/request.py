@@ -1,4 +1,4 @@
-"""One request: its tokens, how far its base K/V is committed, what was drafted for it, and its statistics.
+"""One request: its tokens, how far its base K/V is committed, what was drafted for it, where it ends.
 
     tokens      prompt ............ | emitted ........ seed
     position    0 .. n-1            | n ..             p
@@ -10,77 +10,18 @@ Not here: the model, sampling, which rows to run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from retrofit.runtime.results import Logprobs, Stats
 from retrofit.runtime.rules.processors import Guard, Rules
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import DraftTree
-
-CYCLES = ("ar", "verify", "fused")
-"""Kinds of forward that end a verify cycle; a `draft` forward belongs to the cycle of the drafts it makes."""
-
-
-@dataclass
-class Stats:
-    """What one request cost.  TPF = tokens / all forwards after prefill; tau = tokens / verify cycles."""
-
-    forwards: dict[str, int] = field(default_factory=dict)
-    """Forwards that held rows of this request, by kind."""
-    rows: int = 0
-    """Rows run after prefill, base and draft."""
-    widest: int = 0
-    """Most rows of this request in one forward after prefill."""
-    tokens: int = 0
-    """Tokens emitted after prefill, up to and including EOS, none after the end."""
-    accepted: list[int] = field(default_factory=list)
-    """Accepted drafts of each verify cycle."""
-    verified: list[int] = field(default_factory=list)
-    """Verified drafts of each verify cycle."""
-    seconds: float = 0.0
-    """From admission to the last token."""
-    prefill_seconds: float = 0.0
-
-    @property
-    def decode_forwards(self) -> int:
-        return sum(n for kind, n in self.forwards.items() if kind != "prefill")
-
-    @property
-    def tpf(self) -> float:
-        return self.tokens / self.decode_forwards if self.decode_forwards else 0.0
-
-    @property
-    def tau(self) -> float:
-        cycles = sum(self.forwards.get(kind, 0) for kind in CYCLES)
-        return self.tokens / cycles if cycles else 0.0
-
-    @property
-    def rows_per_token(self) -> float:
-        return self.rows / self.tokens if self.tokens else 0.0
-
-    def count(self, kind: str, rows: int) -> None:
-        """One forward of `kind` held so many rows of this request."""
-        self.forwards[kind] = self.forwards.get(kind, 0) + 1
-        if kind != "prefill":
-            self.rows += rows
-            self.widest = max(self.widest, rows)
-
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "tokens": self.tokens,
-            "forwards": dict(self.forwards),
-            "rows": self.rows,
-            "widest": self.widest,
-            "rows_per_token": round(self.rows_per_token, 4),
-            "tpf": round(self.tpf, 4),
-            "tau": round(self.tau, 4),
-            "accepted": list(self.accepted),
-            "verified": list(self.verified),
-            "seconds": round(self.seconds, 6),
-            "prefill_seconds": round(self.prefill_seconds, 6),
-        }
+from retrofit.runtime.text import Detokenizer, Text
 
 
 @dataclass(eq=False)
@@ -93,15 +34,27 @@ class Request:
     max_new_tokens: int
     """Already clipped to the context."""
     eos: frozenset[int]
-    stop: tuple[str, ...] = ()
-    decode: Callable[[Sequence[int]], str] | None = None
-    """Text of token ids without special tokens; needed for stop strings."""
-    spell: Callable[[Sequence[int]], str] | None = None
-    """Text of token ids with special tokens, of which stop strings may be made; None: there are none."""
+    text: Text | None = None
+    """The output as text while it grows; None: nobody asks before its end."""
     stop_tokens: frozenset[int] = frozenset()
     """End the text before themselves, as stop strings do."""
     asked: int | None = None
     """`max_new_tokens` before it was clipped; None: it was not."""
+    prompt_index: int = 0
+    sample: int = 0
+    """Which output of its prompt."""
+    prefix: Prefix | None = None
+    """What the outputs of one prompt share; None: it has only this one."""
+    processing: Processing | None = None
+    """How its tokens are chosen; None: as the run's."""
+    rules: Rules | None = None
+    """What is forbidden and forced; None: nothing."""
+    group: int = 0
+    """Requests of one group have equal processing and rules."""
+    top: int | None = None
+    """So many likeliest tokens are told with each emitted one; None: no log-probabilities."""
+    prompt_top: int | None = None
+    """The same for the tokens of the prompt."""
 
     slot: int = -1
     tokens: list[int] = field(default_factory=list)
@@ -117,9 +70,15 @@ class Request:
     block: list[int] = field(default_factory=list)
     """Diffusion: the block being filled, `MASK` where unknown; its first token is the seed."""
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    """The stop token or string that ended it."""
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     seen: Tensor | None = None
-    """[V] tokens of prompt and output, kept only under a repetition penalty."""
+    """bool [V] tokens of prompt and output, kept only under a repetition penalty."""
+    counts: Tensor | None = None
+    """fp32 [V] how often each token is in the output, kept only under a presence or frequency penalty."""
     guard: Guard | None = None
     """The base's rules over this text, where it has any."""
     started: float = 0.0
@@ -152,14 +111,19 @@ class Request:
     def drop_drafts(self) -> None:
         self.drafts, self.confidence, self.tree = [], [], None
 
-    def guarded(self, rules: Rules) -> None:
-        """Put the text under a base's rules."""
-        self.guard = Guard(rules, self.tokens, len(self.prompt) + (self.asked or self.max_new_tokens))
+    def guarded(self) -> None:
+        """Put the text under its rules."""
+        limit = len(self.prompt) + (self.asked or self.max_new_tokens)
+        self.guard = Guard(self.rules or Rules(), self.tokens, limit)
 
-    def watch(self, vocab: int, device: torch.device) -> None:
-        """Start keeping `seen`."""
-        self.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
-        self.seen[torch.tensor(self.tokens, device=device)] = True
+    def watch(self, vocab: int, device: torch.device, seen: bool = True, counts: bool = False) -> None:
+        """Start keeping `seen`, `counts`."""
+        if seen:
+            self.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
+            self.seen[torch.tensor(self.tokens, device=device)] = True
+        if counts:
+            emitted = torch.tensor(self.emitted, dtype=torch.int64, device=device)
+            self.counts = torch.bincount(emitted, minlength=vocab).float()
 
     def emit(self, tokens: Sequence[int], *, prefill: bool = False) -> int:
         """Append tokens up to the first that ends the request; returns how many were taken.
@@ -173,10 +137,14 @@ class Request:
             taken += 1
             if self.seen is not None:
                 self.seen[token] = True
+            if self.counts is not None:
+                self.counts[token] += 1
+            stop = None if self.text is None else self.text.add(token)
             if token in self.eos:
-                self.finish_reason = "eos"
-            elif token in self.stop_tokens or (self.stop and self._stopped()):
                 self.finish_reason = "stop"
+            elif token in self.stop_tokens or stop is not None:
+                self.finish_reason = "stop"
+                self.stop_reason = token if token in self.stop_tokens else stop
             elif self.remaining <= 0:
                 self.finish_reason = "length"
             if self.done:
@@ -187,54 +155,22 @@ class Request:
             self.stats.seconds = time.perf_counter() - self.started
         return taken
 
-    def _stopped(self) -> bool:
-        return any(s in text for text in self._texts() for s in self.stop)
-
-    def _texts(self) -> list[str]:
-        """The output without special tokens, and with them where it can differ."""
-        assert self.decode is not None
-        texts = [self.decode(self.emitted)]
-        if self.stop and self.spell is not None:
-            texts.append(self.spell(self.emitted))
-        return texts
-
-    def text(self) -> str:
-        """Output without special tokens, cut before the stop string or token."""
-        assert self.decode is not None
-        plain, *spelled = self._texts()
-        if self.finish_reason != "stop":
-            return plain
-        cuts = [plain[: plain.find(s)] for s in self.stop if s in plain]
-        cuts += [self._before(text.find(s)) for text in spelled for s in self.stop if s in text]
-        if self.tokens[-1] in self.stop_tokens:
-            cuts.append(self.decode(self.emitted[:-1]))
-        return min(cuts, key=len)
-
-    def stable_text(self) -> str:
-        """Output that later tokens cannot change: no half character at the end, no possible start of a stop string."""
-        plain, *spelled = (text.rstrip("\ufffd") for text in self._texts())
-        kept = [plain]
-        for stop in self.stop:
-            if size := _overlap(plain, stop):
-                kept.append(plain[:-size])
-            for text in spelled:
-                if size := _overlap(text, stop):
-                    kept.append(self._before(len(text) - size))
-        return min(kept, key=len)
-
-    def _before(self, end: int) -> str:
-        """The output without special tokens, up to character `end` of that with them."""
-        assert self.decode is not None and self.spell is not None
-        emitted = self.emitted
-        whole = next(n for n in range(len(emitted), -1, -1) if len(self.spell(emitted[:n])) <= end)
-        text = self.decode(emitted[:whole])
-        if whole == len(emitted):
-            return text
-        more = self.decode(emitted[: whole + 1])
-        # A special token adds nothing to the text; of another the characters before `end` belong to it.
-        return more[: len(text) + end - len(self.spell(emitted[:whole]))] if len(more) > len(text) else text
+    def whole_text(self, detokenizer: Detokenizer) -> str:
+        """The finished output without special tokens, cut before the stop string or token."""
+        at_token = self.stop_reason is not None and self.tokens[-1] in self.stop_tokens
+        text = detokenizer.decode(self.emitted[:-1] if at_token else self.emitted)
+        cut = self.text.cut if self.text is not None and self.stop_reason is not None else None
+        return text if cut is None else text[:cut]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text that are the beginning of the stop string."""
-    return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+@dataclass(eq=False)
+class Prefix:
+    """A prompt that several requests continue: the first to run prefills it, the others copy what that left."""
+
+    waiting: int
+    """Requests that have not started."""
+    kept: Any = None
+    """The prompt's K/V, as the cache gave it out; None: not prefilled yet."""
+    logits: Tensor | None = None
+    """[V] after the prompt's last token."""
+    logprobs: list[Logprobs | None] = field(default_factory=list)

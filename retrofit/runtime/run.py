@@ -9,8 +9,7 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.backends.interface import Backend, Cache
 from retrofit.runtime.plan import Cycle, Limits
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.processors import Rules
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 
 
 @dataclass
@@ -19,7 +18,8 @@ class Run:
 
     backend: Backend
     cache: Cache
-    params: SamplingParams
+    params: Processing
+    """How tokens are chosen, of all requests; of those that differ, what plans are timed by and trees grown for."""
     layout: DraftLayout
     limits: Limits
     strategy: str = "ar"
@@ -29,8 +29,16 @@ class Run:
     threshold: float = 0.9
     """Diffusion: confidence from which a position is committed."""
     with_confidence: bool = False
-    rules: Rules | None = None
-    """What the base's own settings forbid and force; None: nothing."""
+    mixed: bool = False
+    """Whether requests differ in processing or rules, so that rows are processed group by group."""
+    ruled: bool = False
+    """Whether anything is forbidden or forced in any text."""
+    seen: bool = False
+    """Whether any text is under a repetition penalty, where they differ."""
+    counts: bool = False
+    """Whether any text is under a presence or frequency penalty, where they differ."""
+    told: bool = False
+    """Whether any request asks for log-probabilities."""
 
     @property
     def vocab(self) -> int:
@@ -44,11 +52,15 @@ class Run:
         """Rows that each of so many requests may have in a forward; None: any number."""
         return None if self.backend.most_rows is None else self.backend.most_rows // requests
 
+    @property
+    def warps_only(self) -> bool:
+        """Whether all tokens are chosen alike, by nothing but temperature, top-k and top-p, and only they are told."""
+        return self.params.warps_only and not (self.mixed or self.ruled or self.told)
+
     def watch(self, requests: Sequence[Request]) -> None:
-        """Keep what a repetition penalty and the base's rules need to know of each text."""
+        """Keep what penalties and rules need to know of each text: of all where any has them, so that rows line up."""
+        seen, counts = self.seen or self.params.needs_seen, self.counts or self.params.needs_counts
         for request in requests:
-            if self.rules is not None:
-                request.guarded(self.rules)
-        if self.params.repetition_penalty not in (None, 1.0):
-            for request in requests:
-                request.watch(self.vocab, self.backend.device)
+            if self.ruled:
+                request.guarded()
+            request.watch(self.vocab, self.backend.device, seen, counts)

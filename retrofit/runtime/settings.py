@@ -8,7 +8,7 @@ output is named in `not_honoured`.  Not here: what the rules do to scores (`proc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,6 @@ class Settings:
     def penalty(self, asked: float | None) -> float | None:
         """The repetition penalty: the caller's where there is one."""
         return self.repetition_penalty if asked is None else asked
-
-    def rules_without_eos(self) -> Rules:
-        """The rules of texts that nothing but their length ends."""
-        return replace(self.rules, eos=())
 
 
 def folder_settings(folder: Path, config: PretrainedConfig, eos: frozenset[int]) -> Settings:

@@ -21,7 +21,7 @@ from benchmarks.gpu.oracle import Oracle, let_oracle_draft
 from benchmarks.gpu.processes import FUSED_TESTS, ROOT, Process
 from benchmarks.gpu.steps import tree_of
 from retrofit.runtime.kernels.state import State
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 
 CPU = torch.device("cpu")
 
@@ -338,7 +338,7 @@ def test_generate_takes_its_drafts_from_the_oracle(tree):
     prompts, options = bench.prompts(1, 3, 64), {"max_new_tokens": 8, "batch_size": 1, "ignore_eos": True}
     truth = [result.tokens for result in engine.generate(prompts, "ar", **options)]
     grown = tree_of(bench) if tree else None
-    let_oracle_draft(engine, truth, 1.0, batch=1, longest=11, params=SamplingParams(), tree=grown)
+    let_oracle_draft(engine, truth, 1.0, batch=1, longest=11, params=Processing(), tree=grown)
     (result,) = engine.generate(prompts, strategy="fused", tree=tree, **options)
     assert result.tokens == truth[0]
     deep = max(grown.depths) if grown else 2

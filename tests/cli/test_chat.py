@@ -43,7 +43,31 @@ def test_chat_sends_the_conversation_through_the_template(tmp_path):
     assert model.generate([talk], max_new_tokens=4)[0].text == answers[1]
 
 
-@pytest.mark.parametrize("line", ["/mode fast", "/seed x", "/unknown"])
-def test_chat_refuses_wrong_commands(made, line):
-    result = run("chat", made, "-q", stdin=f"{line}\n")
-    assert line.split()[0] in refused(result, 2)
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talker")
+    return save_artifact(folder / "talker-retrofit", save_base(folder / "talker", template=TEMPLATE))
+
+
+def test_a_system_message_begins_every_conversation(talker):
+    told = [{"role": "system", "content": "import"}, {"role": "user", "content": "def"}]
+    model = engine.Engine.load(talker)
+    (want,) = model.generate([told], max_new_tokens=4)
+    options = ["--system", "import", "--json", "--max-new-tokens", 4]
+    answers = [json.loads(line) for line in done("chat", talker, *options, stdin="def\n/reset\ndef\n").splitlines()]
+    assert [a["tokens"] for a in answers] == [want.tokens] * 2
+    assert json.loads(done("generate", talker, "def", *options))["tokens"] == want.tokens
+    (bare,) = model.generate([told[1:]], max_new_tokens=4)
+    assert json.loads(done("generate", talker, "def", "--chat", *options[2:]))["tokens"] == bare.tokens != want.tokens
+
+
+def test_a_system_message_needs_a_template(made):
+    for command in ("generate", "chat"):
+        assert "chat template" in refused(run(command, made, "--system", "import", stdin="def\n"), 2)
+
+
+def test_chat_leaves_out_what_a_mode_does_not_know(talker):
+    lines = "def\n/mode ar\ndef\n/mode diffusion\ndef\n"
+    assert done("chat", talker, "--strategy", "fused", "--max-new-tokens", 4, stdin=lines).count("\n") >= 3
+    result = run("chat", talker, "--strategy", "fused", "--mode", "ar", stdin=lines)
+    assert "strategy means nothing in mode ar" in refused(result, 2)

@@ -130,3 +130,65 @@ def test_text_needs_a_tokenizer(tmp_path):
 def test_an_adapter_for_another_base(made, tmp_path):
     other = save_base(tmp_path / "other", seed=1)
     assert "belongs to another base" in refused(run("generate", made, PROMPT, "--base", other), 1)
+
+
+def test_every_option_of_an_output_reaches_the_engine(made):
+    given = [
+        "--min-p",
+        0.02,
+        "--presence-penalty",
+        1,
+        "--frequency-penalty",
+        -0.5,
+        "--logit-bias",
+        "3=2.5",
+        "--logit-bias",
+    ]
+    given += [
+        "4=-1",
+        "-n",
+        2,
+        "--min-new-tokens",
+        3,
+        "--ignore-eos",
+        "--logprobs",
+        1,
+        "--temperature",
+        0.9,
+        "--seed",
+        7,
+    ]
+    lines = done("generate", made, PROMPT, "class", *given, "--json", "--max-new-tokens", 6).splitlines()
+    want = engine.Engine.load(made).generate(
+        [PROMPT, "class"], min_p=0.02, presence_penalty=1.0, frequency_penalty=-0.5, logit_bias={3: 2.5, 4: -1.0}, n=2,
+        min_new_tokens=3, ignore_eos=True, logprobs=1, temperature=0.9, seed=7, max_new_tokens=6,
+    )  # fmt: skip
+    results = [json.loads(line) for line in lines]
+    assert [(r["index"], r["sample"], r["tokens"]) for r in results] == [(r.index, r.sample, r.tokens) for r in want]
+    assert [r["stop_reason"] for r in results] == [None] * 4
+    told = [[dict(zip(map(int, step), step.values(), strict=True)) for step in r["logprobs"]] for r in results]
+    for mine, result in zip(told, want, strict=True):
+        assert [list(step) for step in mine] == [list(step) for step in result.logprobs]
+    text = done("generate", made, PROMPT, "-n", 2, "--temperature", 0.9, "--seed", 7, "--max-new-tokens", 2)
+    assert "==> prompt 1, output 1 <==" in text and "==> prompt 1, output 2 <==" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--logit-bias", "3"], "--logit-bias is 3; it must be ID=V"),
+        (["--logprobs", 1], "--logprobs is shown with --json only"),
+        (["--threshold", 0.5], "threshold means nothing in mode self_spec"),
+        (["--prepare", "last"], "prepare means nothing with strategy auto"),
+        (["--mode", "ar", "--tree", 4], "tree means nothing in mode ar"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_options_that_mean_nothing_are_refused(made, options, message):
+    assert message in refused(run("generate", made, PROMPT, *options), 2)
+
+
+@pytest.mark.parametrize("line", ["/mode fast", "/seed x", "/unknown"])
+def test_chat_refuses_wrong_commands(made, line):
+    result = run("chat", made, "-q", stdin=f"{line}\n")
+    assert line.split()[0] in refused(result, 2)

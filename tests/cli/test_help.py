@@ -1,5 +1,6 @@
 """Help: every command has an example, options are the same everywhere, the README lists all commands."""
 
+import dataclasses
 import inspect
 
 import click
@@ -13,6 +14,7 @@ from retrofit.cli import options as cli_options
 from retrofit.runtime import engine, loading
 from retrofit.runtime import options as engine_options
 from retrofit.runtime.backends.levels import EXACT
+from retrofit.runtime.params import SamplingParams
 
 
 def walk(command=cli.main, path=()):
@@ -36,7 +38,8 @@ def test_every_help_has_an_example(path):
 @pytest.mark.parametrize("path", [("generate",), ("chat",)], ids=" ".join)
 def test_defaults_and_choices_are_the_engines(path):
     given = COMMANDS[path].make_context(path[0], ["ARTIFACT"]).params
-    wanted = {name: p.default for name, p in inspect.signature(engine.Engine.stream).parameters.items()}
+    wanted = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    wanted |= {name: p.default for name, p in inspect.signature(engine.Engine.stream).parameters.items()}
     options = {name: value for name, value in given.items() if name in wanted and value != ()}
     assert options == {name: wanted[name] for name in options}
     assert {"mode", "strategy", "prepare", "max_new_tokens", "temperature", "threshold", "seed"} <= set(options)

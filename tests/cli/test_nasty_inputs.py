@@ -104,8 +104,8 @@ BAD_PROMPTS: dict[str, Any] = {
 }
 BAD_OPTIONS: dict[str, list[Any]] = {
     "mode": ["fast", None, ["ar"], 1],
-    "strategy": ["fastest", None, True],
-    "prepare": [0, -1, True, 1.5, "some", None, [1]],
+    "strategy": ["fastest", ["fused"], True],
+    "prepare": [0, -1, True, 1.5, "some", math.nan, [1]],
     "tree": [-1, 1.5, True, "9", 10**9],
     "max_new_tokens": [0, -1, 2.0, "12", True, [], [2.0], [None, 1], math.nan, {"a": 1}, {3}],
     "temperature": [-0.1, 10**400, -(10**400), math.nan, math.inf, "hot", None, True, 1e-30, 1j, [1.0]],
@@ -118,7 +118,15 @@ BAD_OPTIONS: dict[str, list[Any]] = {
     "batch_size": [0, -1, 2.0, "8", None, True],
     "ignore_eos": ["no", 1, None],
     "original_settings": ["no", 0, None],
-    "threshold": [-0.1, 10**400, 1.1, math.nan, "high", None, True],
+    "threshold": [-0.1, 10**400, 1.1, math.nan, "high", [0.5], True],
+    "min_p": [-0.1, 1.5, math.nan, "some", True],
+    "presence_penalty": [-2.5, 3, math.nan, None, "some"],
+    "frequency_penalty": [-2.5, 3, math.inf, None, "some"],
+    "logit_bias": [5, [(1, 2)], {"a": 1}, {1: "b"}, {1: math.inf}, {-1: 1.0}, {VOCABULARY: 1.0}, {True: 1.0}],
+    "n": [0, -1, 1.5, None, True],
+    "min_new_tokens": [-1, 1.5, True, 3],
+    "logprobs": [-1, 1.5, True],
+    "prompt_logprobs": [-1, 1.5, True],
 }
 
 

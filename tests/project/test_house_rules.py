@@ -99,7 +99,12 @@ ORDERS = {
         ("recipes/dry_run",),
     ),
 }
-LAZY_UPWARD: dict[tuple[str, str], str] = {}
+STEPPER = "`Backend.stepper` says who plans the steps of a call, so a caller need not know which backend it has"
+LAZY_UPWARD = {
+    ("runtime/backends/hf", "runtime/host"): STEPPER,
+    ("runtime/backends/fused", "runtime/host"): STEPPER,
+    ("runtime/backends/fused", "runtime/device"): STEPPER,
+}
 """(node, node) of imports inside functions that go against an arrow, and why each has to."""
 
 

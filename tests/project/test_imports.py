@@ -137,7 +137,11 @@ def heavy_after(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["retrofit", "retrofit.errors", "retrofit.artifact.folder", "retrofit.recipes.schema"]
+    "module",
+    [
+        *("retrofit", "retrofit.errors", "retrofit.artifact.folder", "retrofit.recipes.schema"),
+        *("retrofit.runtime.params", "retrofit.runtime.results"),
+    ],
 )
 def test_light_modules_import_no_torch(module):
     assert heavy_after(f"import {module}") == ""

@@ -16,6 +16,7 @@ from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.engine import Engine, Result
 from retrofit.runtime.host import modes
 from retrofit.runtime.request import Request
+from retrofit.runtime.text import Detokenizer, Text
 
 TINY = Path(retrofit.__file__).parent / "recipes" / "tiny"
 WAYS: list[dict[str, Any]] = [
@@ -66,7 +67,7 @@ def test_eos_is_the_last_token(way: dict[str, Any], batch: int, monkeypatch: pyt
     perfect(monkeypatch, free)
     results = random_engine(eos=eos).generate(prompts(), max_new_tokens=NEW, batch_size=batch, **way)
     assert [r.tokens for r in results] == want
-    assert [r.finish_reason for r in results] == ["eos" if set(w) & set(eos) else "length" for w in want]
+    assert [r.finish_reason for r in results] == ["stop" if set(w) & set(eos) else "length" for w in want]
     for result in results:
         assert not set(result.tokens[:-1]) & set(eos)
         assert result.stats.tokens == len(result.tokens) - 1
@@ -100,7 +101,7 @@ def test_diffusion_ends_at_eos(threshold: float) -> None:
     eos = free[0][7]
     for want, result in zip(free, random_engine(eos=eos).generate(prompts(), "diffusion", **options), strict=True):
         end = want.index(eos) + 1 if eos in want else len(want)
-        assert result.finish_reason == ("eos" if eos in want else "length")
+        assert result.finish_reason == ("stop" if eos in want else "length")
         assert result.tokens == want[:end]
 
 
@@ -320,18 +321,26 @@ def test_a_stop_string_that_does_not_come_changes_nothing(tiny: Engine, tiny_fre
     assert "".join(e.text for e in events) == tiny_free[0].text
 
 
+class Bytes(Detokenizer):
+    """A byte for each token."""
+
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
 @pytest.mark.parametrize("stop", [(), ("漢!",), ("zz", "é漢?")])
 def test_streamed_text_is_never_taken_back(stop: tuple[str, ...]) -> None:
     """One byte a token: no half character goes out, and no beginning of what may become a stop string."""
     text = "aé漢zé漢\U0001f40dz"
-    request = Request(0, [0], 0, 99, frozenset(), stop, decode=lambda tokens: bytes(tokens).decode(errors="replace"))
+    one = Text(Bytes(None), stop)
+    request = Request(0, [0], 0, 99, frozenset(), one)
     sent = ""
     for byte in text.encode():
         request.emit([byte])
-        stable = request.stable_text()
+        stable = sent + one.take()
         assert text.startswith(stable) and stable.startswith(sent)
-        whole = request.text()
+        whole = request.whole_text(Bytes(None))
         open_ends = [n for s in stop for n in range(1, len(s)) if whole.endswith(s[:n])]
         assert len(stable) <= len(whole) - max(open_ends, default=0)
         sent = stable
-    assert request.text() == text
+    assert request.whole_text(Bytes(None)) == text

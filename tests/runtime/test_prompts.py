@@ -234,7 +234,7 @@ def test_an_end_of_the_models_own_comes_first(engine: Engine) -> None:
     (result,) = Engine.from_model(model, tokenizer()).generate(
         PROMPTS[:1], "ar", max_new_tokens=NEW, stop_token_ids=end(), stop="<end>"
     )
-    assert (result.finish_reason, result.tokens[-1]) == ("eos", end())
+    assert (result.finish_reason, result.tokens[-1]) == ("stop", end())
     bare = Engine.from_model(build("llama")).generate(PROMPTS[:1], "ar", max_new_tokens=NEW, stop_token_ids=[end()])
     assert (bare[0].text, bare[0].finish_reason) == (None, "stop")
 

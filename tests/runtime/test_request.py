@@ -1,15 +1,26 @@
 """A request by itself: where its output ends, its text is cut, and what it counted; worked out by hand."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
-from retrofit.runtime.request import Request, Stats
+from retrofit.runtime.request import Request
+from retrofit.runtime.results import Stats
 from retrofit.runtime.scheduler import Scheduler
+from retrofit.runtime.text import Detokenizer, Text
 
 LETTERS = "abcdefgh "
 
 
-def spell(tokens: list[int]) -> str:
+class Letters(Detokenizer):
+    """A letter for each token, none of them special."""
+
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        return spell(tokens)
+
+
+def spell(tokens: Sequence[int]) -> str:
     return "".join(LETTERS[t] for t in tokens)
 
 
@@ -18,7 +29,7 @@ def tokens_of(text: str) -> list[int]:
 
 
 def request(stop: tuple[str, ...] = (), most: int = 20, eos: str = "") -> Request:
-    return Request(0, tokens_of("hh"), 0, most, frozenset(tokens_of(eos)), stop, decode=spell)
+    return Request(0, tokens_of("hh"), 0, most, frozenset(tokens_of(eos)), Text(Letters(None), stop))
 
 
 @pytest.mark.parametrize(
@@ -35,20 +46,20 @@ def request(stop: tuple[str, ...] = (), most: int = 20, eos: str = "") -> Reques
 def test_the_first_of_several_stop_strings_cuts_the_text(stop: tuple[str, ...], emitted: str, text: str) -> None:
     one = request(stop)
     assert one.emit(tokens_of("abcdefgh")) == len(emitted)
-    assert (one.finish_reason, spell(one.emitted), one.text()) == ("stop", emitted, text)
+    assert (one.finish_reason, spell(one.emitted), one.whole_text(Letters(None))) == ("stop", emitted, text)
 
 
 def test_a_stop_string_cuts_nothing_unless_it_ended_the_request() -> None:
     one = request(("cd",), eos="d")
     one.emit(tokens_of("abcd"))  # the token that completes it is EOS, which counts first
-    assert (one.finish_reason, one.text()) == ("eos", "abcd")
+    assert (one.finish_reason, one.whole_text(Letters(None))) == ("stop", "abcd") and one.stop_reason is None
     one = request(("b",), most=3)
     one.emit(tokens_of("aaa"))
-    assert (one.finish_reason, one.text()) == ("length", "aaa")
+    assert (one.finish_reason, one.whole_text(Letters(None))) == ("length", "aaa")
 
 
 def test_what_is_emitted_ends_at_the_first_end() -> None:
-    for most, eos, taken, reason in ((9, "c", 3, "eos"), (2, "c", 2, "length"), (3, "c", 3, "eos"), (9, "", 4, None)):
+    for most, eos, taken, reason in ((9, "c", 3, "stop"), (2, "c", 2, "length"), (3, "c", 3, "stop"), (9, "", 4, None)):
         one = request(most=most, eos=eos)
         assert one.emit(tokens_of("abcd")) == taken
         assert (one.finish_reason, one.stats.tokens, one.remaining) == (reason, taken, most - taken)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from retrofit.adapters.heads import Heads
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host.drafting import Drafted
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 
 
 @torch.no_grad()
@@ -104,10 +104,11 @@ class Oracle:
         seen_BV: Tensor | None,
         project: Callable[[Tensor], Tensor],
         heads: Heads,
-        params: SamplingParams,
+        params: Processing,
         with_confidence: bool,
         shape: Any = None,
         guards: Any = None,
+        counts_BV: Any = None,
     ) -> Drafted:
         B, D, _ = hidden_BDH.shape
         if shape is not None:

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from retrofit.errors import ResourceError, out_of_memory
-from retrofit.hub import check_device, load_config
+from retrofit.hub import check_device, load_config, resolved_device
 from retrofit.machine import free_memory, resident
 from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
@@ -49,7 +49,7 @@ def dry_run(
     plan: Recipe,
     out: Path,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     limit: int | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -61,7 +61,7 @@ def dry_run(
     limit: bytes it has to fit into.  Raises what `convert` would raise of the model, the recipe and text that is here;
     a GPU that is not here is planned for all the same.
     """
-    plan = resolve(None, plan)
+    plan, device = resolve(None, plan), resolved_device(device)
     missing = _missing(device)
     python = resident()
     name, revision = plan.base.model, plan.base.revision

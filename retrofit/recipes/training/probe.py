@@ -25,7 +25,7 @@ from retrofit.recipes.text.regenerate import prompt_length
 from retrofit.recipes.text.sources import stable_hash
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.request import CYCLES
+from retrofit.runtime.results import CYCLES
 
 TEMPERATURE = 0.8
 """Where responses are greedy: greedy text of small models loops, and any drafter looks brilliant on it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.backends.turns import Turns
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,11 +31,13 @@ def eos_set(eos: int | Sequence[int] | None) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class Output:
-    """base_logits [R, V], base_hidden [R, H]: base rows the plan wants logits of; draft_hidden [N, H]: draft rows."""
+    """base_logits [R, V], base_hidden [R, H]: base rows the plan wants logits of; draft_hidden [N, H]: draft rows;
+    every_base [B, H]: all base rows."""
 
     base_logits: Tensor
     base_hidden: Tensor
     draft_hidden: Tensor
+    every_base: Tensor
 
 
 class Cache(Protocol):
@@ -52,6 +54,12 @@ class Cache(Protocol):
 
     def release(self) -> None:
         """Nobody decodes with this cache any more."""
+
+    def take_out(self, slot: int, positions: int) -> Any:
+        """A copy of what the sequence in this slot has at positions < `positions`."""
+
+    def put_in(self, slot: int, kept: Any) -> None:
+        """Give the sequence in this slot, which has been opened, what was taken out of another, bit for bit."""
 
     def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
         """After a tree forward: keep base row rows[n] as (slots[n], positions[n]) in every layer, forget the others."""
@@ -134,7 +142,7 @@ class Backend(Protocol):
         on_host, on_device: what `auto` has learned of steps that are planned there.
         """
 
-    def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
         """The token of each row, as `sampling.choose`."""
 
     def check_usable(self) -> None:

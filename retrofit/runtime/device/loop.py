@@ -28,7 +28,7 @@ from retrofit.runtime.kernels.state import GIVEN, Outcome, State, StepTensors
 from retrofit.runtime.kernels.steps import accept, allocate_rows, compact, lay_rows
 from retrofit.runtime.plan import StepPlan
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.sampling import SamplingParams, process_logits
+from retrofit.runtime.rules.sampling import Processing, process_logits
 from retrofit.runtime.run import Run
 
 CANDIDATES = 64
@@ -68,7 +68,7 @@ class DeviceLoop:
         self,
         backend: FusedGQA,
         cache: PagedCache,
-        params: SamplingParams,
+        params: Processing,
         override: Callable[[State], None] | None = None,
     ):
         """override: changes the drafts after they were made; for benchmarks with a stated acceptance."""

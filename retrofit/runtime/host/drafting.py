@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retrofit.adapters.heads import Heads
 from retrofit.runtime.rules.processors import Constrain, Guard, constrained
-from retrofit.runtime.rules.sampling import SamplingParams, choose, process_logits, ranked
+from retrofit.runtime.rules.sampling import Processing, choose, process_logits, ranked
 from retrofit.runtime.rules.tree import DraftTree
 
 
@@ -36,16 +36,18 @@ def draft_tokens(
     seen_BV: Tensor | None,
     project: Callable[[Tensor], Tensor],
     heads: Heads,
-    params: SamplingParams,
+    params: Processing,
     with_confidence: bool,
     tree: DraftTree | None = None,
     guards: Sequence[Guard] | None = None,
+    counts_BV: Tensor | None = None,
 ) -> Drafted:
     """Draft D tokens for each of B blocks, or the nodes of a tree.
 
     previous: the token before the first draft (the newest emitted one); indices: output index of the first draft;
-    seen_BV: tokens of each request's path so far, needed under a repetition penalty; guards: the base's rules over the
-    text of each request, where it has any.
+    seen_BV: tokens of each request's path so far, needed under a repetition penalty; counts_BV: how often each is in
+    its output, needed under a presence or frequency penalty; guards: the rules over the text of each request, where it
+    has any.
     """
     B, D, H = hidden_BDH.shape
     device = hidden_BDH.device
@@ -54,8 +56,10 @@ def draft_tokens(
     seed = torch.tensor(seeds, dtype=torch.int64, device=device)
     index = torch.tensor(indices, dtype=torch.int64, device=device)
     if tree is not None:
-        return Drafted(_draft_tree(trunk_BDV, token, seed, index, seen_BV, heads, params, tree, guards), None)
-    seen = seen_BV.clone() if seen_BV is not None else None
+        return Drafted(
+            _draft_tree(trunk_BDV, token, seed, index, seen_BV, heads, params, tree, guards, counts_BV), None
+        )
+    seen, counts = (None if known is None else known.clone() for known in (seen_BV, counts_BV))
     paths: list[list[int]] = [[] for _ in range(B)]
     tokens, confidence = [], []
     for slot in range(D):
@@ -65,13 +69,16 @@ def draft_tokens(
         ):
             confidence.append(c)
         logits = heads.draft_logits(trunk_BDV[:, slot], token)
-        token = choose(process_logits(logits, params, seen, _constrain(guards, paths)), params, seed, index + slot)
+        scores = process_logits(logits, params, seen, _constrain(guards, paths), counts)
+        token = choose(scores, params, seed, index + slot)
         tokens.append(token)
         if guards is not None:
             for path, drafted in zip(paths, token.tolist(), strict=True):
                 path.append(drafted)
         if seen is not None:
             seen[torch.arange(B, device=device), token] = True
+        if counts is not None:
+            counts[torch.arange(B, device=device), token] += 1
     return Drafted(torch.stack(tokens, 1), torch.stack(confidence, 1) if confidence else None)
 
 
@@ -82,15 +89,16 @@ def _draft_tree(
     index_B: Tensor,
     seen_BV: Tensor | None,
     heads: Heads,
-    params: SamplingParams,
+    params: Processing,
     tree: DraftTree,
     guards: Sequence[Guard] | None,
+    counts_BV: Tensor | None,
 ) -> Tensor:
     """[B, nodes] tokens of a tree: each row's children are its best candidates by log q + g, level by level."""
     B, _, V = trunk_BDV.shape
     tokens = trunk_BDV.new_zeros((B, len(tree.parents)), dtype=torch.long)
     tokens[:, 0] = previous_B
-    seen = {0: seen_BV}
+    seen, counts = {0: seen_BV}, {0: counts_BV}
     routes: dict[int, list[list[int]]] = {0: [[] for _ in range(B)]}
     for depth in range(max(tree.depths)):
         children = [j for j, d in enumerate(tree.depths) if d == depth + 1]
@@ -98,17 +106,23 @@ def _draft_tree(
         P, widest = len(parents), 1 + max(tree.ranks[j] for j in children)
         before = tokens[:, parents].reshape(-1)
         logits = heads.draft_logits(trunk_BDV[:, depth].repeat_interleave(P, 0), before)
-        paths = None if seen_BV is None else torch.stack([_known(seen[p]) for p in parents], 1).view(B * P, V)
+        on_paths = [
+            None if known[0] is None else torch.stack([_known(known[p]) for p in parents], 1).view(B * P, V)
+            for known in (seen, counts)
+        ]
         step = index_B.repeat_interleave(P) + depth
         each = None if guards is None else [guard for guard in guards for _ in parents]
         constrain = _constrain(each, [] if guards is None else [routes[p][b] for b in range(B) for p in parents])
-        scores = process_logits(logits, params, paths, constrain)
+        scores = process_logits(logits, params, on_paths[0], constrain, on_paths[1])
         best = ranked(scores, params, seed_B.repeat_interleave(P), step, widest)
         best = best.view(B, P, widest)
         for j in children:
             tokens[:, j] = best[:, parents.index(tree.parents[j]), tree.ranks[j]]
             if seen_BV is not None:
                 seen[j] = _known(seen[tree.parents[j]]).scatter(1, tokens[:, j : j + 1], True)
+            if counts_BV is not None:
+                one = counts_BV.new_ones(B, 1)
+                counts[j] = _known(counts[tree.parents[j]]).scatter_add(1, tokens[:, j : j + 1], one)
             if guards is not None:
                 before_j = routes[tree.parents[j]]
                 routes[j] = [[*path, token] for path, token in zip(before_j, tokens[:, j].tolist(), strict=True)]

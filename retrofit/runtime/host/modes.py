@@ -1,29 +1,30 @@
-"""The steps of the three modes over a batch of requests: one forward each, then what follows from it.
+"""The steps of `ar` and `self_spec` over a batch of requests: one forward each, then what follows from it.
 
     prefill       prompt rows                         emits the first token
     speculative   `ar` and every strategy alike: the plan says which drafts to verify and where to hang blocks
-    diffusion     denoise a block until it is full, then commit it by base rows
 
-Tokens that are emitted are always targets y_j = argmax(log p_j + g_j) of base rows (diffusion's are its own).
-Not here: admission, choosing among strategies, what a token means to a request (`Request.emit`).
+Tokens that are emitted are always targets y_j = argmax(log p_j + g_j) of base rows.
+Not here: admission, `diffusion`, choosing among strategies, what a token means to a request (`Request.emit`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from retrofit.adapters.rows import MASK, SequenceRows
+from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.host.drafting import draft_tokens
-from retrofit.runtime.plan import StepPlan, diffusion_rows, max_verify, new_block, speculative_rows
+from retrofit.runtime.host.prefixes import copy_prompt, keep_prompt, shared_prompts
+from retrofit.runtime.host.telling import tell, tell_prompts
+from retrofit.runtime.plan import StepPlan, max_verify, speculative_rows
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.accept import accepted_length
 from retrofit.runtime.rules.processors import Constrain, Guard, constrained
-from retrofit.runtime.rules.sampling import choose, path_seen, process_logits
+from retrofit.runtime.rules.sampling import Processing, path_counts, path_seen, process_logits
 from retrofit.runtime.rules.tree import DraftTree, accepted_path, depths, parents_of, paths_of
 from retrofit.runtime.run import Run
 
@@ -38,12 +39,27 @@ class Paths:
     seen: Tensor | None
     """[R, V] tokens of the text and of the row's own drafts, under a repetition penalty."""
     drafts: Sequence[Sequence[int]] | None
-    """The row's own drafts, under rules of the base's own."""
+    """The row's own drafts, under rules."""
+    counts: Tensor | None = None
+    """[R, V] how often the output and the row's own drafts have each token, under presence or frequency penalty."""
+
+    def of(self, rows: Sequence[int]) -> Paths:
+        """Of some of the rows."""
+        index = list(rows)
+        return Paths(
+            None if self.seen is None else self.seen[index],
+            None if self.drafts is None else [self.drafts[row] for row in index],
+            None if self.counts is None else self.counts[index],
+        )
 
 
 def prefill_step(run: Run, requests: Sequence[Request]) -> None:
-    """Run whole prompts (or, at a longrope crossing, whole sequences) and emit one token each."""
-    pending = {r.index: r for r in requests}
+    """Run whole prompts (or, at a longrope crossing, whole sequences) and emit one token each.
+
+    Of requests that share a prompt one runs it.
+    """
+    copies = shared_prompts(requests)
+    pending = {r.index: r for r in requests if r not in copies}
     for r in requests:
         r.committed = 0
         r.long_rope = run.limits.boundary is not None and r.position >= run.limits.boundary
@@ -66,15 +82,27 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
             if r.long_rope or run.backend.prefill_alone:
                 break
         out = run.backend.forward(run.backend.row_plan(rows), run.cache)
+        tell_prompts(run.backend.head, [r for r, _ in finished], rows, out.every_base)
         complete = [i for i, (_, done) in enumerate(finished) if done]
         if not complete:
             continue
         ready = [finished[i][0] for i in complete]
-        paths = Paths(_stack_seen(ready), [[] for _ in ready])
-        chosen = _targets(run, out.base_logits[complete], ready, [0] * len(ready), paths)
-        for r, token in zip(ready, chosen, strict=True):
-            del pending[r.index]
-            r.emit([token], prefill=r.output_index == 0)
+        for i in complete:
+            keep_prompt(finished[i][0], run.cache, out.base_logits[i])
+            del pending[finished[i][0].index]
+        _first_tokens(run, ready, out.base_logits[complete])
+    if copies:
+        _first_tokens(run, copies, torch.stack([copy_prompt(r, run.cache) for r in copies]))
+
+
+def _first_tokens(run: Run, requests: Sequence[Request], logits_RV: Tensor) -> None:
+    """Emit what follows each of these texts."""
+    paths = Paths(_stack_seen(requests), [[] for _ in requests], _stack_counts(requests))
+    chosen = _targets(run, logits_RV, requests, [0] * len(requests), paths)
+    for r, token in zip(requests, chosen, strict=True):
+        r.emit([token], prefill=r.output_index == 0)
+    if run.told:
+        tell(requests, [[n] for n in range(len(requests))], logits_RV)
 
 
 def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[StepPlan]) -> None:
@@ -87,26 +115,32 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
     out = run.backend.forward(row_plan, run.cache)
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
     steps = [step for row in rows for step in _depths(row)]
-    drafted = None if run.rules is None else [path for row in rows for path in _row_paths(row)]
-    on_paths = Paths(_path_seen(requests, rows), drafted)
+    drafted = [path for row in rows for path in _row_paths(row)] if run.ruled else None
+    on_paths = Paths(_path_seen(requests, rows), drafted, _path_counts(requests, rows))
     if all(p.kind == "ar" for p in plans):
         for r, token in zip(requests, _targets(run, out.base_logits, owners, steps, on_paths), strict=True):
             r.stats.count("ar", 1)
             r.drop_drafts()
             r.emit([token])
             r.committed += 1
+        if run.told:
+            tell(requests, [[n] for n in range(len(requests))], out.base_logits)
         return
     targets = _split(_targets(run, out.base_logits, owners, steps, on_paths), rows)
     paths = _paths(rows, targets)
     if row_plan.tree:
         _store(run, requests, rows, paths)
     hangs: list[tuple[Request, Tensor]] = []
-    offset = 0
+    emitted: list[list[int]] = []
+    """Base rows whose targets each request took."""
+    offset = first_row = 0
     for r, p, row, target, path in zip(requests, plans, rows, targets, paths, strict=True):
         r.stats.count(p.kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
         r.drop_drafts()
+        taken = r.emit([target[j] for j in path]) if target else 0
+        emitted.append([first_row + j for j in path[:taken]])
+        first_row += len(row.tokens)
         if target:
-            taken = r.emit([target[j] for j in path])
             r.committed += len(path)
             if p.verify:
                 r.stats.accepted.append(min(len(path) - 1, taken))
@@ -118,8 +152,10 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
                 first = offset + run.layout.first_drafting_row
                 hangs.append((r, out.draft_hidden[first : offset + len(block.inputs)]))
             offset += len(block.inputs)
-    if hangs:
-        _draft(run, hangs, plans[0].tree)
+    if run.told:
+        tell(requests, emitted, out.base_logits)
+    for group in _groups(run, [r for r, _ in hangs]):
+        _draft(run, [hangs[n] for n in group], plans[0].tree)
 
 
 def _depths(row: SequenceRows) -> list[int]:
@@ -134,20 +170,32 @@ def _row_paths(row: SequenceRows) -> list[list[int]]:
 
 def _path_seen(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
     """[R, V] tokens on each base row's own path, where a repetition penalty needs them."""
-    seen = []
-    for r, row in zip(requests, rows, strict=True):
-        if r.seen is None or not row.tokens:
+    return _on_paths([r.seen for r in requests], rows, path_seen)
+
+
+def _path_counts(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
+    """[R, V] how often each base row's own path has a token in the output, where a penalty needs that."""
+    return _on_paths([r.counts for r in requests], rows, path_counts)
+
+
+def _on_paths(
+    known: Sequence[Tensor | None], rows: Sequence[SequenceRows], along: Callable[[Tensor, list[int]], Tensor]
+) -> Tensor | None:
+    """What each text has [V], and on its base rows' paths [R, V]; along: the same of drafts that do not branch."""
+    found = []
+    for text_V, row in zip(known, rows, strict=True):
+        if text_V is None or not row.tokens:
             continue
         if row.parents is None:
-            seen.append(path_seen(r.seen, list(row.tokens[1:])))
+            found.append(along(text_V, list(row.tokens[1:])))
             continue
-        paths = r.seen.repeat(len(row.tokens), 1)
+        paths = text_V.repeat(len(row.tokens), 1)
         for j, parent in enumerate(row.parents):
-            if parent >= 0:
+            if parent >= 0:  # the seed is in the text already
                 paths[j] = paths[parent]
-            paths[j, row.tokens[j]] = True
-        seen.append(paths)
-    return torch.cat(seen) if seen else None
+                paths[j, row.tokens[j]] += True
+        found.append(paths)
+    return torch.cat(found) if found else None
 
 
 def _paths(rows: Sequence[SequenceRows], targets: Sequence[list[int]]) -> list[list[int]]:
@@ -196,10 +244,11 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]], tree: DraftTree | None
         _stack_seen(requests),
         run.backend.head,
         heads,
-        run.params,
+        _params(run, requests),
         run.with_confidence,
         widest,
         _guards(requests),
+        _stack_counts(requests),
     )
     tokens = drafted.tokens.tolist()
     confidence = drafted.confidence.tolist() if drafted.confidence is not None else [[]] * len(requests)
@@ -209,73 +258,6 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]], tree: DraftTree | None
         else:
             r.drafts = [t for t, depth in zip(d, widest.depths[1:], strict=True) if depth <= n]
             r.tree = widest.cut(n)
-
-
-def diffusion_step(run: Run, requests: Sequence[Request]) -> None:
-    """One denoise or commit forward for each request."""
-    for r in requests:
-        if not r.block:
-            r.block = new_block(r, run.layout, run.limits)
-    planned = [diffusion_rows(r, run.layout, run.limits, run.vocab) for r in requests]
-    out = run.backend.forward(run.backend.row_plan([row for row, _ in planned]), run.cache)
-    commits = [(r, row) for r, (row, kind) in zip(requests, planned, strict=True) if kind == "commit"]
-    owners = [r for r, _ in commits]
-    last = torch.tensor([len(row.tokens) for _, row in commits], dtype=torch.long).cumsum(0) - 1
-    seen = _path_seen(owners, [row for _, row in commits])
-    targets = _targets(
-        run,
-        out.base_logits[last],
-        owners,
-        [len(row.tokens) - 1 for _, row in commits],
-        Paths(None if seen is None else seen[last], [list(row.tokens[1:]) for _, row in commits]),
-    )
-    bonus = {r.index: target for r, target in zip(owners, targets, strict=True)}
-    offset = 0
-    for r, (row, kind) in zip(requests, planned, strict=True):
-        r.stats.count(kind, len(row.tokens) + sum(len(b.inputs) for b in row.blocks))
-        if kind == "commit":
-            r.committed += len(row.tokens)
-            r.emit([*row.tokens[1:], bonus[r.index]])
-            r.block = []
-            continue
-        size = len(row.blocks[0].inputs)
-        _fill(run, r, out.draft_hidden[offset : offset + size])
-        offset += size
-        _end_early(r)
-
-
-def _fill(run: Run, r: Request, hidden_KH: Tensor) -> None:
-    """Commit every masked position whose confidence reaches the threshold, and the most confident one in any case."""
-    heads = run.backend.heads
-    assert heads is not None
-    open_slots = [i for i, token in enumerate(r.block) if token == MASK]
-    rows = [i - run.layout.shift for i in open_slots]
-    left = [r.block[i - 1] if r.block[i - 1] != MASK else heads.unknown for i in open_slots]
-    device = hidden_KH.device
-    logits = heads.draft_logits(run.backend.head(hidden_KH[rows]), torch.tensor(left, device=device))
-    seen = None
-    if r.seen is not None:
-        known = torch.tensor([t for t in r.block if t != MASK], device=device)
-        seen = r.seen.index_fill(0, known, True).expand(len(rows), -1)
-    seed = torch.full((len(rows),), r.seed, dtype=torch.int64, device=device)
-    index = torch.tensor([r.output_index + i - 1 for i in open_slots], dtype=torch.int64, device=device)
-    constrain = _constrain([r] * len(rows), [r.block[1:i] for i in open_slots])
-    tokens = choose(process_logits(logits, run.params, seen, constrain), run.params, seed, index)
-    sure = torch.softmax(logits, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
-    best = int(sure.argmax())
-    for n, (slot, token, confidence) in enumerate(zip(open_slots, tokens.tolist(), sure.tolist(), strict=True)):
-        if n == best or confidence >= run.threshold:
-            r.block[slot] = token
-
-
-def _end_early(r: Request) -> None:
-    """EOS with no mask before it ends the request; so does a full block that exhausts the budget: no commit is owed."""
-    known = r.block[1 : r.block.index(MASK)] if MASK in r.block else r.block[1:]
-    ends = next((i for i, token in enumerate(known) if token in r.eos), None)
-    if ends is not None:
-        r.emit(known[: ends + 1])
-    elif len(known) >= r.remaining:
-        r.emit(known)
 
 
 def _targets(
@@ -289,17 +271,43 @@ def _targets(
 
     paths: what stands on the way to each row.
     """
-    if not owners:
-        return []
-    scores = process_logits(logits_RV, run.params, paths.seen, _constrain(owners, paths.drafts))
+    chosen = [0] * len(owners)
+    for group in _groups(run, owners):
+        if len(group) == len(owners):
+            return _chosen(run, logits_RV, owners, steps, paths)
+        some = _chosen(run, logits_RV[group], [owners[n] for n in group], [steps[n] for n in group], paths.of(group))
+        for n, token in zip(group, some, strict=True):
+            chosen[n] = token
+    return chosen
+
+
+def _chosen(run: Run, logits_RV: Tensor, owners: Sequence[Request], steps: Sequence[int], paths: Paths) -> list[int]:
+    """`_targets` of rows that are processed alike."""
+    params = _params(run, owners)
+    scores = process_logits(logits_RV, params, paths.seen, _constrain(owners, paths.drafts), paths.counts)
     device = logits_RV.device
-    if run.params.temperature == 0:
+    if params.temperature == 0:
         seed = index = torch.empty(0, dtype=torch.int64, device=device)  # a greedy choice draws no noise
     else:
         seed = torch.tensor([r.seed for r in owners], dtype=torch.int64, device=device)
         index = torch.tensor([r.output_index + j for r, j in zip(owners, steps, strict=True)], device=device)
-    chosen: list[int] = run.backend.choose(scores, run.params, seed, index).tolist()
+    chosen: list[int] = run.backend.choose(scores, params, seed, index).tolist()
     return chosen
+
+
+def _params(run: Run, requests: Sequence[Request]) -> Processing:
+    """Of requests of one group."""
+    return (run.mixed and requests[0].processing) or run.params
+
+
+def _groups(run: Run, requests: Sequence[Request]) -> list[list[int]]:
+    """Numbers of the requests whose rows are processed together, group by group."""
+    if not run.mixed:
+        return [list(range(len(requests)))] if requests else []
+    groups: dict[int, list[int]] = {}
+    for n, request in enumerate(requests):
+        groups.setdefault(request.group, []).append(n)
+    return list(groups.values())
 
 
 def _guards(requests: Sequence[Request]) -> list[Guard] | None:
@@ -335,3 +343,8 @@ def _split(values: list[int], rows: Sequence[SequenceRows]) -> list[list[int]]:
 def _stack_seen(requests: Sequence[Request]) -> Tensor | None:
     seen = [r.seen for r in requests if r.seen is not None]
     return torch.stack(seen) if seen else None
+
+
+def _stack_counts(requests: Sequence[Request]) -> Tensor | None:
+    counts = [r.counts for r in requests if r.counts is not None]
+    return torch.stack(counts) if counts else None

@@ -13,7 +13,8 @@ import torch
 
 from retrofit.runtime.auto.policy import AutoPolicy, Verified
 from retrofit.runtime.backends.threads import thread_limit
-from retrofit.runtime.host.modes import diffusion_step, prefill_step, speculative_step
+from retrofit.runtime.host.diffusion import diffusion_step
+from retrofit.runtime.host.modes import prefill_step, speculative_step
 from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, looked_up, num_rows, planned
 from retrofit.runtime.request import Request
 from retrofit.runtime.run import Run
@@ -130,7 +131,7 @@ def time_plans(run: Run, batch: int, policy: AutoPolicy) -> None:
             cache = run.backend.new_cache(batch, capacity)
             for slot in range(batch):
                 cache.open(slot, capacity)
-            scratch = replace(run, cache=cache, rules=None)
+            scratch = replace(run, cache=cache, mixed=False, ruled=False, seen=False, counts=False, told=False)
             prefill_step(scratch, _stand_ins(scratch, prompt, batch))
             for plan in trials:
                 seconds = _seconds(scratch, plan, _stand_ins(scratch, prompt, batch))

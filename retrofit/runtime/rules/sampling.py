@@ -20,34 +20,36 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from retrofit.errors import UsageError
-
 # Shapes: R rows (one token choice each), V vocabulary, k drafted tokens
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen.  Raises `UsageError` for a value outside its range."""
+class Processing:
+    """What is done to scores before a token is chosen: the part of `SamplingParams` that rows are computed by."""
 
     temperature: float = 0.0
-    """0 = greedy: the most likely token after the repetition penalty; top_k and top_p then have no effect."""
     top_k: int | None = None
-    """Keep the k most likely tokens (and those tied with the last of them); None = all."""
     top_p: float | None = None
-    """Keep the most likely tokens whose total probability reaches top_p; None or 1 = all."""
     repetition_penalty: float | None = None
-    """Divides the scores of tokens seen in prompt or output (multiplies negative ones); None or 1 = off."""
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature is {self.temperature}; allowed: a finite number >= 0 (0 = greedy)")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise UsageError(f"top_k is {self.top_k}; allowed: a whole number >= 1, or none for all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; allowed: a number > 0 and <= 1, or none for all tokens")
-        penalty = self.repetition_penalty
-        if penalty is not None and not 0 < penalty < math.inf:
-            raise UsageError(f"repetition_penalty is {penalty}; allowed: a finite number > 0, or none for no penalty")
+    @property
+    def needs_seen(self) -> bool:
+        """Whether it matters which tokens stood in prompt or output."""
+        return self.repetition_penalty not in (None, 1.0)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether it matters how often a token stood in the output."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def warps_only(self) -> bool:
+        """Temperature, top-k and top-p at most."""
+        return not (self.needs_seen or self.needs_counts or self.min_p or self.logit_bias)
 
 
 # Two multiply-xorshift rounds, [16 21f0aaad 15 d35a2d97 15] in the notation of skeeto/hash-prospector: a
@@ -144,29 +146,39 @@ def gumbel_noise(seed: Tensor, index: Tensor, vocab: int) -> Tensor:
 
 def process_logits(
     logits: Tensor,
-    params: SamplingParams,
+    params: Processing,
     seen: Tensor | None,
     constrain: Callable[[Tensor], Tensor] | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Scores after all processors, in transformers' order and arithmetic; the distribution is their softmax.
 
     logits: [R, V], any float type.  seen: bool [R, V], tokens of each row's own path (`path_seen`), needed
-    only with a repetition penalty.  constrain: the base's rules for these rows (`processors.constrained`), where it
-    has any.  Returns fp32 [R, V], removed tokens at -inf; it may be `logits` itself,
+    only with a repetition penalty.  constrain: the rules for these rows (`processors.constrained`), where there are
+    any.  counts: fp32 [R, V], how often each row's own path has a token in the output (`path_counts`), needed only
+    with a presence or frequency penalty.  Returns fp32 [R, V], removed tokens at -inf; it may be `logits` itself,
     which is never written.
 
-    Repetition penalty (Keskar et al. 2019, "CTRL", arXiv 1909.05858), the rules, then, unless greedy,
-    temperature, top-k and top-p (Holtzman et al. 2020, arXiv 1904.09751).  On the CPU the result is bitwise that of
-    transformers' processors, but for tokens exactly tied at the border of top-p: transformers leaves their
-    order to an unstable sort, here the lowest ids are removed first.  A row's result does not depend on the
-    rows beside it.
+    Bias, repetition penalty (Keskar et al. 2019, "CTRL", arXiv 1909.05858), frequency and presence penalty (as in
+    vLLM), the rules, then, unless greedy, temperature, top-k, top-p (Holtzman et al. 2020, arXiv 1904.09751) and min-p
+    (Nguyen et al. 2024, arXiv 2407.01082).  On the CPU the result is bitwise that of transformers' processors, but for
+    tokens exactly tied at the border of top-p: transformers leaves their order to an unstable sort, here the lowest ids
+    are removed first.  A row's result does not depend on the rows beside it.
     """
     scores = logits.float()
+    if params.logit_bias:
+        ids, added = _bias_tensors(params.logit_bias, scores.device)
+        scores = scores.index_add(1, ids, added.expand(len(scores), -1))
     penalty = params.repetition_penalty
     if penalty is not None and penalty != 1:
         if seen is None:
             raise ValueError("a repetition penalty needs `seen`")
         scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    if params.needs_counts:
+        if counts is None:
+            raise ValueError("a presence or frequency penalty needs `counts`")
+        scores = scores - params.frequency_penalty * counts
+        scores = scores - params.presence_penalty * (counts > 0)
     if constrain is not None:
         scores = constrain(scores)
     if params.temperature == 0:
@@ -178,7 +190,25 @@ def process_logits(
         scores = scores.masked_fill(scores < smallest_kept, -math.inf)
     if params.top_p is not None and params.top_p < 1:
         scores = _keep_top_p(scores, params.top_p)
+    if params.min_p:
+        scores = _keep_min_p(scores, params.min_p)
     return scores
+
+
+@lru_cache(maxsize=8)
+def _bias_tensors(bias: tuple[tuple[int, float], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids, int64 [b], and what is added to their scores, fp32 [b]."""
+    ids, added = zip(*bias, strict=True)
+    return torch.tensor(ids, device=device), torch.tensor(added, dtype=torch.float32, device=device)
+
+
+def _keep_min_p(scores: Tensor, min_p: float) -> Tensor:
+    """Set tokens less than min_p times as likely as the likeliest to -inf."""
+    if scores.device.type == "cpu":
+        chances = scores.softmax(dim=-1)
+    else:  # the ratio itself: it needs no sum, whose order would be the device's
+        chances = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    return scores.masked_fill(chances < min_p * chances.amax(dim=-1, keepdim=True), -math.inf)
 
 
 def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
@@ -207,7 +237,7 @@ def _mass_in_fixed_point(ascending: Tensor) -> Tensor:
     return sums / sums[:, -1:]
 
 
-def choose(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+def choose(logits: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
     """The token of each row: argmax(log p + g), ties to the lowest id, int64 [R].
 
     logits: fp32 [R, V] from `process_logits`.  seed, index: int64 [R], request seed and output index.  Greedy
@@ -219,7 +249,7 @@ def choose(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) 
     return _lowest_argmax(gumbel_noise(seed, index, logits.shape[1]).add_(logits))
 
 
-def ranked(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor, count: int) -> Tensor:
+def ranked(logits: Tensor, params: Processing, seed: Tensor, index: Tensor, count: int) -> Tensor:
     """The `count` best tokens of each row by log p + g, best first, int64 [R, count]: candidates of a branching draft.
 
     Arguments as `choose`.  Among equal scores the order is torch's; drafts need no rule for ties.
@@ -250,3 +280,12 @@ def path_seen(base_seen: Tensor, drafts: list[int] | Tensor) -> Tensor:
     earlier, slot = torch.tril_indices(count, count, device=base_seen.device)  # slot <= earlier
     rows[earlier + 1, tokens[slot]] = True
     return rows
+
+
+def path_counts(base_counts: Tensor, drafts: list[int] | Tensor) -> Tensor:
+    """How often each base row of one request has a token on its own path, fp32 [k + 1, V]; as `path_seen`."""
+    tokens = torch.as_tensor(drafts, dtype=torch.int64, device=base_counts.device)
+    count = tokens.shape[0]
+    rows = base_counts.repeat(count + 1, 1)
+    earlier, slot = torch.tril_indices(count, count, device=base_counts.device)
+    return rows.index_put_((earlier + 1, tokens[slot]), rows.new_ones(()), accumulate=True)

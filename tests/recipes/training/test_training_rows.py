@@ -23,10 +23,10 @@ from retrofit.recipes.training.step import clean_forward
 from retrofit.runtime import plan
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import modes
+from retrofit.runtime.host import diffusion
 from retrofit.runtime.plan import StepPlan, speculative_rows
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.run import Run
 
 LAYOUTS = [
@@ -171,18 +171,16 @@ def test_denoising_gives_the_logits_of_l_diff(layout: DraftLayout, monkeypatch: 
             if whole and masked.any() and live.sum() == masked.sum():
                 request = decoding_request(tokens, block.start, 0)
                 request.block = [MASK if m else t for m, t in zip(masked, tokens[block.start :], strict=False)]
-                run = Run(
-                    engine.backend, committed(engine, tokens, block.start), SamplingParams(), layout, engine.limits
-                )
+                run = Run(engine.backend, committed(engine, tokens, block.start), Processing(), layout, engine.limits)
 
                 def same_noise(*args: Any, block: Block = block) -> tuple[SequenceRows, str]:
                     rows, kind = plan.diffusion_rows(*args)
                     return as_in_training(rows, [block]), kind
 
                 with monkeypatch.context() as patch, torch.inference_mode():
-                    patch.setattr(modes, "diffusion_rows", same_noise)
+                    patch.setattr(diffusion, "diffusion_rows", same_noise)
                     recorded.clear()
-                    modes.diffusion_step(run, [request])
+                    diffusion.diffusion_step(run, [request])
                 torch.testing.assert_close(recorded[0], trained[number, live], rtol=2e-4, atol=2e-4)
                 compared += 1
             number += 1

@@ -107,7 +107,7 @@ def test_eos_in_the_middle_of_an_accepted_run(way: str) -> None:
     engine = oracle(fresh(eos=eos), way, free, mistakes=0.0)
     results = engine.generate(PROMPTS, "self_spec", max_new_tokens=NEW, batch_size=2, **WAYS[way])
     assert [r.tokens for r in results] == want
-    assert [r.finish_reason for r in results] == ["eos" if set(w) & set(eos) else "length" for w in want]
+    assert [r.finish_reason for r in results] == ["stop" if set(w) & set(eos) else "length" for w in want]
     assert all(sum(r.stats.accepted) <= r.stats.tokens == len(r.tokens) - 1 for r in results)
     ignored = engine.generate(PROMPTS[:1], "self_spec", max_new_tokens=NEW, ignore_eos=True, **WAYS[way])
     assert ignored[0].tokens == free[0][:NEW]

@@ -3,10 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
 from decoding import random_prompts, tokens_of
 from fused_models import VOCABULARY, WIDE, pair, plain_decoder, small
 from transformers import GenerationConfig
 
+from retrofit import SamplingParams
+from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.device import steps as device_steps
 from retrofit.runtime.engine import Engine
 
@@ -43,6 +46,54 @@ def test_settings_are_followed(engines: tuple[Engine, Engine], monkeypatch: pyte
         assert {text[-1] for text in want} == {3}
         for way in WAYS:
             assert tokens_of(fused, PROMPTS, **{"mode": "self_spec", **way}, **options) == want, way
+
+
+def test_options_of_each_prompt_are_followed(engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Different ones in one batch, two outputs of one prompt, log-probabilities: planned on the host."""
+    plain_decoder(monkeypatch)
+    monkeypatch.setattr(device_steps, "DeviceSteps", None)
+    fused, hf = engines
+    params = [
+        SamplingParams(temperature=0.8, n=2, seed=3, frequency_penalty=1.0, logprobs=1, max_new_tokens=NEW),
+        SamplingParams(logit_bias={2: 3.0}, presence_penalty=-1.0, max_new_tokens=NEW, min_new_tokens=3),
+        SamplingParams(
+            temperature=1.2, min_p=0.1, seed=5, repetition_penalty=1.4, prompt_logprobs=1, max_new_tokens=NEW
+        ),
+    ]
+    want = hf.generate(PROMPTS, params, "ar", batch_size=1)
+    for way in WAYS:
+        got = fused.generate(PROMPTS, params, batch_size=3, **way)
+        assert [r.tokens for r in got] == [r.tokens for r in want], way
+        for mine, other in zip(got, want, strict=True):
+            for told, known in ((mine.logprobs, other.logprobs), (mine.prompt_logprobs, other.prompt_logprobs)):
+                assert (told is None) == (known is None)
+                for a, b in zip(told or (), known or (), strict=True):
+                    assert (a is None and b is None) or a == pytest.approx(b, abs=1e-3)
+
+
+def test_outputs_of_one_prompt_share_its_pages(engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned on the device, as the options allow; a copy of the pages is a prefill, bit for bit."""
+    plain_decoder(monkeypatch)
+    fused, hf = engines
+    options: dict[str, Any] = {"temperature": 0.8, "max_new_tokens": NEW, "original_settings": False, "n": 3}
+    want = tokens_of(hf, PROMPTS[:2], "ar", batch_size=1, **options)
+    for way in WAYS:
+        results = fused.generate(PROMPTS[:2], batch_size=2, **way, **options)
+        assert [r.tokens for r in results] == want, way
+        assert [r.stats.forwards.get("prefill", 0) for r in results] == [1, 0, 0, 1, 0, 0]
+    cache = fused.backend.new_cache(3, 40)
+    for slot, prompt in enumerate((PROMPTS[0], PROMPTS[0])):
+        cache.open(slot, 40)
+        rows = SequenceRows(slot, 0, prompt, last_logits_only=True)
+        fused.backend.forward(fused.backend.row_plan([rows]), cache)
+    cache.open(2, 40)
+    cache.put_in(2, cache.take_out(0, len(PROMPTS[0])))
+    first, own, copy = (cache.take_out(slot, len(PROMPTS[0])) for slot in range(3))
+    cache.release()
+    for a, b, c in zip(first, own, copy, strict=True):
+        count = len(PROMPTS[0])
+        flat = [t.transpose(2, 3).flatten(1, 2)[:, :count] for t in (a, b, c)]
+        assert torch.equal(flat[0], flat[1]) and torch.equal(flat[0], flat[2])
 
 
 def test_stop_tokens_are_seen_in_time(engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,17 +10,18 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK
-from retrofit.runtime.host.modes import _draft, _end_early, _fill
+from retrofit.runtime.host.diffusion import _end_early, _fill
+from retrofit.runtime.host.modes import _draft
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.sampling import SamplingParams, hash_bits_plain
+from retrofit.runtime.rules.sampling import Processing, hash_bits_plain
 from retrofit.runtime.rules.tree import DraftTree
 from retrofit.runtime.run import Run
 
 V, BLOCK = 8, 3
 
 
-def known_run(follows: float, params: SamplingParams | None = None, **options: Any) -> Run:
+def known_run(follows: float, params: Processing | None = None, **options: Any) -> Run:
     """After token t the Markov head adds `follows` to token t + 1; what the trunk says are its hidden states."""
     heads = Heads(V, V, BLOCK, V + 1, True).requires_grad_(False)
     heads.markov_w1.copy_(torch.eye(V + 1))
@@ -29,7 +30,7 @@ def known_run(follows: float, params: SamplingParams | None = None, **options: A
     backend: Any = SimpleNamespace(heads=heads, head=lambda hidden: hidden, device=torch.device("cpu"))
     cache: Any = None
     options = {"layout": DraftLayout(BLOCK), "with_confidence": True, **options}
-    return Run(backend, cache, params or SamplingParams(), limits=Limits(99), **options)
+    return Run(backend, cache, params or Processing(), limits=Limits(99), **options)
 
 
 def request(last: int, most: int = 20, seed: int = 0) -> Request:
@@ -54,7 +55,7 @@ def test_each_draft_follows_the_one_before_it_and_the_first_the_newest_token() -
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_confidence_is_that_of_the_slot_and_of_how_tokens_are_chosen(temperature: float) -> None:
-    run, one = known_run(0.0, SamplingParams(temperature=temperature)), request(3)
+    run, one = known_run(0.0, Processing(temperature=temperature)), request(3)
     run.backend.heads.confidence_bias.copy_(torch.tensor([2.0, -3.0]))  # greedy, sampled
     run.backend.heads.confidence_temperature.copy_(torch.tensor([[1.0, 2.0, 4.0], [3.0, 6.0, 1.0]]))
     _draft(run, [(one, best(0, 0, 0))], None)
@@ -79,7 +80,7 @@ def noise(seed: int, index: int) -> Tensor:
 def test_sampled_drafts_share_the_noise_of_the_tokens_they_stand_for(seed: int) -> None:
     """Two tokens were emitted, so the drafts are for outputs 2, 3 and 4 of the request."""
     one = request(3, seed=seed)
-    _draft(known_run(0.0, SamplingParams(temperature=0.7)), [(one, best(6, 6, 6))], None)
+    _draft(known_run(0.0, Processing(temperature=0.7)), [(one, best(6, 6, 6))], None)
     assert one.drafts == [int((best(6)[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
 
 
@@ -99,7 +100,7 @@ def test_a_penalty_on_what_was_seen_reaches_the_drafts_of_the_same_block() -> No
     one = request(3)
     one.watch(V, torch.device("cpu"))  # 0, 2 and 3 were seen, so of them a quarter is left
     trunk = torch.tensor([[2.0, 0.1, 2.2, 0.1, 0.1, 0.1, 1.0, 0.1]] * 3)
-    _draft(known_run(0.0, SamplingParams(repetition_penalty=4.0)), [(one, trunk)], None)
+    _draft(known_run(0.0, Processing(repetition_penalty=4.0)), [(one, trunk)], None)
     assert one.drafts == [6, 2, 2], "once 6 was drafted it counts 1/4, and 2 more than that"
 
 
@@ -141,19 +142,19 @@ def test_a_left_neighbour_that_is_masked_is_unknown() -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_filled_tokens_are_drawn_with_the_noise_of_their_outputs_and_as_sure_as_without_it(seed: int) -> None:
-    run = known_run(0.0, SamplingParams(temperature=0.7), threshold=0.0)
+    run = known_run(0.0, Processing(temperature=0.7), threshold=0.0)
     trunk = best(6, 6, 6)
     want = [int((trunk[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
     assert filled(run, [3, MASK, MASK, MASK], trunk, seed) == [3, *want]
     # untempered, one of weight 4 has .886 and stays open beside a surer one, though at T = 0.7 it would have .977
-    run = known_run(0.0, SamplingParams(temperature=0.7), threshold=0.9)
+    run = known_run(0.0, Processing(temperature=0.7), threshold=0.9)
     got = filled(run, [3, MASK, MASK, MASK], best(4, 5, 6) * torch.tensor([[4.0], [40.0], [4.0]]), seed)
     assert got == [3, MASK, 5, MASK]
 
 
 def test_a_block_ends_its_request_where_nothing_more_can_come() -> None:
     for block, most, eos, emitted, reason in (
-        ([3, 4, 5, MASK], 20, 5, [4, 5], "eos"),
+        ([3, 4, 5, MASK], 20, 5, [4, 5], "stop"),
         ([3, MASK, 5, MASK], 20, 5, [], None),  # what is left of EOS is not known yet
         ([3, 4, 5, 6], 5, 7, [4, 5, 6], "length"),  # three tokens were left: no forward to commit them
         ([3, 4, 5, 6], 6, 7, [], None),

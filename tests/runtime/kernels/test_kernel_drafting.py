@@ -12,7 +12,7 @@ from retrofit.runtime.host.drafting import draft_tokens
 from retrofit.runtime.kernels import drafting, reference
 from retrofit.runtime.kernels.drafting import draft
 from retrofit.runtime.kernels.sampling import candidates
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import DraftTree, grow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +90,7 @@ def test_with_every_token_a_candidate_it_drafts_what_torch_drafts(
         heads.markov_w2.normal_()
     hidden, weight = torch.randn(B, K, H, device=DEVICE), torch.randn(V, H, device=DEVICE)
     previous, seeds, indices = [3, V - 1], [1, 2**63 - 1], [0, 400]
-    params = SamplingParams(temperature=temperature)
+    params = Processing(temperature=temperature)
     torch_tokens = draft_tokens(
         hidden, previous, seeds, indices, None, lambda x: x @ weight.T, heads, params, False, tree
     ).tokens

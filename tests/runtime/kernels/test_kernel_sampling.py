@@ -13,7 +13,7 @@ from torch import Tensor
 from retrofit.runtime.kernels import reference
 from retrofit.runtime.kernels.sampling import candidates, choose, gumbel, hash_bits, with_noise
 from retrofit.runtime.rules import sampling
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EDGE_SEEDS = [0, 1, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -(2**63)]
@@ -97,7 +97,7 @@ def test_choose(poisoned_memory: None, V: int, temperature: float, dtype: torch.
     chosen = choose(logits, temperature, seed, index)
     assert torch.equal(chosen, reference.choose(logits, temperature, seed, index))
     assert chosen[1] == V // 2 and chosen[2] == 0
-    params = SamplingParams(temperature=temperature)
+    params = Processing(temperature=temperature)
     assert torch.equal(chosen, sampling.choose(sampling.process_logits(logits, params, None), params, seed, index))
 
 

@@ -4,32 +4,37 @@ laws."""
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from retrofit.errors import UsageError
+from retrofit.runtime.params import SamplingParams
 from retrofit.runtime.rules import sampling
 from retrofit.runtime.rules.accept import accepted_length
 from retrofit.runtime.rules.sampling import (
-    SamplingParams,
+    Processing,
     choose,
     gumbel_noise,
     hash_bits,
     hash_bits_plain,
+    path_counts,
     path_seen,
     process_logits,
 )
 
-Chooser = Callable[[Tensor, SamplingParams, Tensor, Tensor], Tensor]
+Chooser = Callable[[Tensor, Processing, Tensor, Tensor], Tensor]
 SeenRule = Callable[[Tensor, list[int]], Tensor]
 EDGE_SEEDS = [0, 1, -1, 2**31, 2**32 - 1, 2**32, -(2**63), 2**63 - 1]
 
@@ -56,7 +61,7 @@ def integers(*values: int) -> Tensor:
     ],
 )
 def test_values_out_of_range_are_refused(name: str, value: float) -> None:
-    with pytest.raises(UsageError, match=rf"{name} is {value}; allowed: "):
+    with pytest.raises(UsageError, match=rf"{name} is {value}; (allowed: |it must be a whole number from 1)"):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
 
 
@@ -143,10 +148,13 @@ def test_noise_is_gumbel_and_neighbours_are_independent(stream: Callable[[], Ten
 # processors
 
 
-def transformers_scores(logits: Tensor, ids: Tensor, params: SamplingParams) -> Tensor:
+def transformers_scores(logits: Tensor, ids: Tensor, params: Processing) -> Tensor:
     """What `generate` does with these settings: the same classes on the same conditions, in the same
     order."""
     scores = logits.float()
+    if params.logit_bias:
+        bias = {(token,): added for token, added in params.logit_bias}
+        scores = SequenceBiasLogitsProcessor(bias)(ids, scores)
     if params.repetition_penalty not in (None, 1.0):
         scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
     if params.temperature > 0:
@@ -156,20 +164,26 @@ def transformers_scores(logits: Tensor, ids: Tensor, params: SamplingParams) -> 
             scores = TopKLogitsWarper(params.top_k)(ids, scores)
         if params.top_p is not None and params.top_p < 1.0:
             scores = TopPLogitsWarper(params.top_p)(ids, scores)
+        if params.min_p is not None:
+            scores = MinPLogitsWarper(params.min_p)(ids, scores)
     return scores
 
 
 SETTINGS = [
-    SamplingParams(),
-    SamplingParams(repetition_penalty=1.3),
-    SamplingParams(temperature=0.7),
-    SamplingParams(temperature=1.0, repetition_penalty=0.8),
-    SamplingParams(temperature=0.7, top_k=5),
-    SamplingParams(temperature=1.3, top_k=10_000),
-    SamplingParams(temperature=1.0, top_p=1.0),
-    SamplingParams(temperature=0.9, top_p=0.9),
-    SamplingParams(temperature=0.6, top_p=1e-6),
-    SamplingParams(temperature=0.8, top_k=20, top_p=0.5, repetition_penalty=1.2),
+    Processing(),
+    Processing(repetition_penalty=1.3),
+    Processing(temperature=0.7),
+    Processing(temperature=1.0, repetition_penalty=0.8),
+    Processing(temperature=0.7, top_k=5),
+    Processing(temperature=1.3, top_k=10_000),
+    Processing(temperature=1.0, top_p=1.0),
+    Processing(temperature=0.9, top_p=0.9),
+    Processing(temperature=0.6, top_p=1e-6),
+    Processing(temperature=0.8, top_k=20, top_p=0.5, repetition_penalty=1.2),
+    Processing(temperature=0.8, min_p=0.1),
+    Processing(temperature=1.0, min_p=1.0),
+    Processing(logit_bias=((0, 2.5), (3, -1.0), (40, 9.0))),
+    Processing(temperature=0.9, top_k=9, top_p=0.9, min_p=0.2, repetition_penalty=1.4, logit_bias=((4, 3.0),)),
 ]
 LOGITS = {  # each catches a different bug
     "smooth": lambda: 3 * torch.randn(7, 101, generator=torch.Generator().manual_seed(1)),
@@ -185,7 +199,7 @@ TIED = ("ties", "bfloat16")
 @pytest.mark.parametrize("params", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", LOGITS)
 def test_processors_are_bitwise_those_of_transformers(
-    name: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+    name: str, params: Processing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = LOGITS[name]()
     if name in TIED:  # which of the tied tokens top-p keeps is left to an unstable sort
@@ -203,16 +217,45 @@ def test_processors_are_bitwise_those_of_transformers(
 
 def test_top_p_at_its_borders() -> None:
     """Of four tokens of 1/4 each, .75 keeps three; and however little is asked for, the likeliest stays."""
-    kept = process_logits(torch.zeros(1, 4), SamplingParams(temperature=1.0, top_p=0.75), None).isfinite()
+    kept = process_logits(torch.zeros(1, 4), Processing(temperature=1.0, top_p=0.75), None).isfinite()
     assert kept.tolist() == [[False, True, True, True]]
     scores = torch.randn(200, 999, generator=torch.Generator().manual_seed(12))
-    scores = process_logits(scores, SamplingParams(temperature=1.0, top_p=1e-12), None)
+    scores = process_logits(scores, Processing(temperature=1.0, top_p=1e-12), None)
     assert (scores.isfinite().sum(1) == 1).all()
 
 
 def test_penalty_without_seen_tokens_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="needs `seen`"):
-        process_logits(torch.zeros(1, 3), SamplingParams(repetition_penalty=1.2), None)
+        process_logits(torch.zeros(1, 3), Processing(repetition_penalty=1.2), None)
+
+
+def test_frequency_and_presence_stand_between_repetition_and_temperature() -> None:
+    """As vLLM has them: minus frequency times the count, minus presence for a token that is there at all."""
+    scores = 3 * torch.randn(3, 20, generator=torch.Generator().manual_seed(13))
+    counts = torch.randint(0, 3, (3, 20), generator=torch.Generator().manual_seed(14)).float()
+    seen = counts > 0
+    params = Processing(temperature=0.7, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=-0.6)
+    penalised = process_logits(
+        scores, replace(params, temperature=0.0, presence_penalty=0.0, frequency_penalty=0.0), seen
+    )
+    want = (penalised + 0.6 * counts - 0.4 * seen.float()) / 0.7
+    torch.testing.assert_close(process_logits(scores, params, seen, counts=counts), want)
+    with pytest.raises(ValueError, match="needs `counts`"):
+        process_logits(scores, params, seen)
+
+
+def test_each_row_counts_its_own_path() -> None:
+    base = torch.tensor([2.0, 0.0, 0.0, 1.0])
+    rows = path_counts(base, [3, 1, 3])
+    assert rows.tolist() == [[2, 0, 0, 1], [2, 0, 0, 2], [2, 1, 0, 2], [2, 1, 0, 3]]
+    assert torch.equal(path_counts(base, []), base[None])
+    assert base.tolist() == [2, 0, 0, 1]
+
+
+def test_min_p_elsewhere_is_the_ratio_itself() -> None:
+    scores = torch.randn(50, 300, generator=torch.Generator().manual_seed(15)) * 4
+    kept = process_logits(scores, Processing(temperature=1.0, min_p=0.05), None).isfinite()
+    assert torch.equal(kept, (scores - scores.amax(1, keepdim=True)).exp() >= 0.05)
 
 
 def test_fixed_point_mass_is_the_cumulative_softmax() -> None:
@@ -240,7 +283,7 @@ def test_ties_go_to_the_lowest_id() -> None:
         scores = torch.randint(0, 3, (30, vocab), generator=generator).float()
         lowest = [row.index(max(row)) for row in scores.tolist()]
         rows = torch.zeros(30, dtype=torch.int64)
-        assert choose(scores, SamplingParams(), rows, rows).tolist() == lowest
+        assert choose(scores, Processing(), rows, rows).tolist() == lowest
 
 
 @pytest.mark.gpu
@@ -249,8 +292,8 @@ def test_gpu_chooses_as_the_cpu_does() -> None:
     scores = torch.randint(0, 3, (30, 40_001), generator=torch.Generator().manual_seed(8)).float()
     seeds, indices = torch.arange(30), torch.arange(30)
     assert torch.equal(hash_bits(seeds.cuda(), indices.cuda(), 999).cpu(), hash_bits(seeds, indices, 999))
-    chosen = choose(scores.cuda(), SamplingParams(), seeds.cuda(), indices.cuda())
-    assert torch.equal(chosen.cpu(), choose(scores, SamplingParams(), seeds, indices))
+    chosen = choose(scores.cuda(), Processing(), seeds.cuda(), indices.cuda())
+    assert torch.equal(chosen.cpu(), choose(scores, Processing(), seeds, indices))
 
 
 WORDS = 4
@@ -258,7 +301,7 @@ TABLE = torch.tensor([[0.9, 0.0, -0.6, 0.3], [-0.2, 1.1, 0.4, -1.0], [0.5, 0.5, 
 """Logits of a Markov chain, a row for each previous token; the first token follows token 0, the prompt."""
 
 
-def sample_texts(params: SamplingParams, count: int, chooser: Chooser) -> Tensor:
+def sample_texts(params: Processing, count: int, chooser: Chooser) -> Tensor:
     """Three tokens of the chain for each of `count` request seeds, [count, 3]."""
     seeds = torch.arange(count) + 10**10
     seen = torch.zeros(count, WORDS, dtype=torch.bool)
@@ -271,7 +314,7 @@ def sample_texts(params: SamplingParams, count: int, chooser: Chooser) -> Tensor
     return torch.stack(texts, dim=1)
 
 
-def exact_joint(params: SamplingParams) -> Tensor:
+def exact_joint(params: Processing) -> Tensor:
     """Probability of every text of three tokens, fp64 [64], from transformers' processors."""
     joint = torch.ones(1, dtype=torch.float64)
     paths = torch.zeros(1, 1, dtype=torch.int64)
@@ -282,7 +325,7 @@ def exact_joint(params: SamplingParams) -> Tensor:
     return joint
 
 
-def joint_p_value(params: SamplingParams, chooser: Chooser = choose, count: int = 20_000) -> float:
+def joint_p_value(params: Processing, chooser: Chooser = choose, count: int = 20_000) -> float:
     texts = sample_texts(params, count, chooser)
     cells = torch.bincount((texts * torch.tensor([16, 4, 1])).sum(dim=1), minlength=64)
     return chi_square_p(cells, exact_joint(params) * count)
@@ -294,12 +337,12 @@ def holm_rejects(p_values: list[float], level: float = 0.001) -> bool:
 
 
 SAMPLED = [
-    SamplingParams(temperature=1.0),
-    SamplingParams(temperature=0.8),
-    SamplingParams(temperature=1.5),
-    SamplingParams(temperature=1.0, top_k=3),
-    SamplingParams(temperature=1.0, top_p=0.8),
-    SamplingParams(temperature=0.9, repetition_penalty=1.5),
+    Processing(temperature=1.0),
+    Processing(temperature=0.8),
+    Processing(temperature=1.5),
+    Processing(temperature=1.0, top_k=3),
+    Processing(temperature=1.0, top_p=0.8),
+    Processing(temperature=0.9, repetition_penalty=1.5),
 ]
 
 
@@ -308,15 +351,15 @@ def test_joint_of_three_tokens_has_the_processed_distribution() -> None:
     assert not holm_rejects(p_values), p_values
 
 
-def noise_key_reused(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+def noise_key_reused(logits: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
     return choose(logits, params, seed, torch.zeros_like(index))
 
 
-def wrong_temperature(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+def wrong_temperature(logits: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
     return choose(logits / 1.1, params, seed, index)
 
 
-def noise_left_out(logits: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+def noise_left_out(logits: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
@@ -332,7 +375,7 @@ CHAIN = 1.5 * torch.randn(40, 40, generator=torch.Generator().manual_seed(9)) + 
 DRAFTER = CHAIN + 0.5 * torch.randn(40, 40, generator=torch.Generator().manual_seed(10))
 
 
-def decode(params: SamplingParams, seed: int, block: int, seen_rule: SeenRule, count: int = 12) -> list[int]:
+def decode(params: Processing, seed: int, block: int, seen_rule: SeenRule, count: int = 12) -> list[int]:
     """Tokens of one request, drafted `block` at a time by a disturbed chain with the same noise."""
     text = [seed]
     while len(text) <= count:
@@ -353,7 +396,7 @@ def committed_prefix_only(committed: Tensor, drafts: list[int]) -> Tensor:
     return committed.expand(len(drafts) + 1, -1)
 
 
-def same_as_plain(params: SamplingParams, seen_rule: SeenRule) -> bool:
+def same_as_plain(params: Processing, seen_rule: SeenRule) -> bool:
     return all(
         decode(params, seed, block, seen_rule) == decode(params, seed, 0, path_seen)
         for seed in range(8)
@@ -362,18 +405,18 @@ def same_as_plain(params: SamplingParams, seen_rule: SeenRule) -> bool:
 
 
 PENALISED = [
-    SamplingParams(repetition_penalty=2.0),
-    SamplingParams(temperature=0.8, top_k=12, top_p=0.95, repetition_penalty=2.0),
+    Processing(repetition_penalty=2.0),
+    Processing(temperature=0.8, top_k=12, top_p=0.95, repetition_penalty=2.0),
 ]
 
 
-@pytest.mark.parametrize("params", [SamplingParams(temperature=0.8), *PENALISED], ids=str)
-def test_speculative_equals_plain_at_equal_seed(params: SamplingParams) -> None:
+@pytest.mark.parametrize("params", [Processing(temperature=0.8), *PENALISED], ids=str)
+def test_speculative_equals_plain_at_equal_seed(params: Processing) -> None:
     assert same_as_plain(params, path_seen)
 
 
 @pytest.mark.parametrize("params", PENALISED, ids=str)
-def test_penalty_on_the_committed_prefix_only_is_caught(params: SamplingParams) -> None:
+def test_penalty_on_the_committed_prefix_only_is_caught(params: Processing) -> None:
     assert not same_as_plain(params, committed_prefix_only)
 
 

@@ -39,7 +39,7 @@ from retrofit.runtime.kernels.qkv import qkv
 from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
 from retrofit.runtime.kernels.sampling import choose
 from retrofit.runtime.kernels.swiglu import swiglu
-from retrofit.runtime.rules.sampling import SamplingParams
+from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import parents_of, paths_of
 from retrofit.runtime.settings import Settings, read_settings
 
@@ -163,15 +163,16 @@ class FusedGQA:
     def stepper(
         self, run: Run, requests: Sequence[Request], slots: int, on_host: AutoPolicy, on_device: AutoPolicy
     ) -> Stepper:
-        """Steps planned on the device where that is built: not for diffusion, n-gram drafts, a repetition penalty,
-        rules of the base's own, and blocks without an anchor."""
+        """Steps planned on the device where that is built: not for diffusion, n-gram drafts, options other than
+        temperature, top-k and top-p, requests that differ in them or in what ends them, and blocks without an
+        anchor."""
         from retrofit.runtime.device.steps import DeviceSteps
         from retrofit.runtime.host.steps import HostSteps
 
         if (
             run.strategy not in ("diffusion", "prompt_lookup")
-            and run.params.repetition_penalty in (None, 1.0)
-            and run.rules is None
+            and run.warps_only
+            and all(r.eos == (self.eos if requests[0].eos else frozenset()) for r in requests)
             and (run.strategy == "ar" or (self.layout.anchored and self.heads is not None))
         ):
             return DeviceSteps(run, requests, slots, on_device)
@@ -188,9 +189,9 @@ class FusedGQA:
         base = hidden[: rows.num_base]
         draft = hidden[rows.num_base : rows.num_rows]
         if not plan.prefill and self.exact == "bucket":
-            return Output(self.head(hidden)[: rows.num_base], base, draft)
+            return Output(self.head(hidden)[: rows.num_base], base, draft, base)
         wanted = base if plan.logit_rows is None else base[torch.tensor(plan.logit_rows, device=self.device)]
-        return Output(self.head(wanted), wanted, draft)
+        return Output(self.head(wanted), wanted, draft, base)
 
     def run(self, rows: Rows, cache: PagedCache, prefill: bool = False) -> Tensor:
         """[padded, H] last hidden states, normed.  Writes the base rows' K/V."""
@@ -231,7 +232,7 @@ class FusedGQA:
                 residual, x = add_rms_norm(parts, residual, following, self.eps, layer.down.up, rows, bias)
         return x
 
-    def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
         """The token of each row; scores have been through the processors, temperature included."""
         if len(seed) != len(scores):  # a greedy choice planned on the host draws no noise and brings no keys
             seed = index = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)

@@ -98,6 +98,18 @@ class PagedCache:
             self.close(slot)
         self.leased = False
 
+    def take_out(self, slot: int, positions: int) -> tuple[Tensor, Tensor]:
+        """Copies of the pages [layers, n, K/V heads, PAGE, head width] that hold these positions."""
+        pages = self._first_pages(slot, -(-positions // PAGE))
+        return self.keys[:, pages], self.values[:, pages]
+
+    def put_in(self, slot: int, kept: tuple[Tensor, Tensor]) -> None:
+        pages = self._first_pages(slot, kept[0].shape[1])
+        self.keys[:, pages], self.values[:, pages] = kept
+
+    def _first_pages(self, slot: int, count: int) -> Tensor:
+        return torch.tensor(self.table[slot][:count], device=self.keys.device)
+
     def place(self, slot: int, position: int) -> int:
         """page * PAGE + offset of a position."""
         assert self.table[slot][position // PAGE] != UNOWNED, f"position {position} is beyond what slot {slot} owns"

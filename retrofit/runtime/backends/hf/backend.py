@@ -38,7 +38,7 @@ from retrofit.runtime.backends.hf.load_check import check_model
 from retrofit.runtime.backends.hf.refused import refuse_unsupported
 from retrofit.runtime.backends.interface import Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns
-from retrofit.runtime.rules.sampling import SamplingParams, choose
+from retrofit.runtime.rules.sampling import Processing, choose
 from retrofit.runtime.settings import read_settings
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class HFBackend:
 
         return HostSteps(run, requests, slots, on_host)
 
-    def choose(self, scores: Tensor, params: SamplingParams, seed: Tensor, index: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
         return choose(scores, params, seed, index)
 
     def row_plan(self, sequences: list[SequenceRows]) -> RowPlan:
@@ -223,7 +223,7 @@ class HFBackend:
         wanted = base if plan.logit_rows is None else base[plan.logit_rows]
         filler = max(0, plan.least_rows - len(wanted))
         logits = self.head(F.pad(wanted, (0, 0, 0, filler)) if filler else wanted)[: len(wanted)]
-        return Output(logits, wanted, hidden[plan.first_draft :])
+        return Output(logits, wanted, hidden[plan.first_draft :], base)
 
     def run_trunk(self, plan: RowPlan, cache: KVCache, context: ForwardContext | None = None) -> Tensor:
         """[N, H] last hidden states of all rows.  Raises UsageError when this is closed, or the model being trained."""

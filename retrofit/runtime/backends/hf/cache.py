@@ -32,6 +32,18 @@ class KVCache:
     def release(self) -> None:
         """Its memory goes with it."""
 
+    def take_out(self, slot: int, positions: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """layer -> copies of K and V [positions, heads, width]."""
+        return {
+            layer: (keys[slot, :positions].clone(), values[slot, :positions].clone())
+            for layer, (keys, values) in self.layers.items()
+        }
+
+    def put_in(self, slot: int, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
+        for layer, (key_NHD, value_NHD) in kept.items():
+            for whole, part in zip(self.layers[layer], (key_NHD, value_NHD), strict=True):
+                whole[slot, : len(part)] = part
+
     def write(self, layer: int, slots: Tensor, positions: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Store row n at (slots[n], positions[n])."""
         if layer not in self.layers:

@@ -135,7 +135,12 @@ def test_half_precision_texts_are_those_of_ar_at_the_level_that_holds(name: str,
         truth = tokens_of(engine, PROMPTS, "ar", batch_size=1, **options)
         assert tokens_of(engine, PROMPTS, "ar", batch_size=4, **options) == truth
         monkeypatch.setattr(modes, "draft_tokens", Oracle({3 + i: text for i, text in enumerate(truth)}))
-        for way in ({"strategy": "two_forward"}, {"tree": 0}, {"tree": 9}, {"strategy": "prompt_lookup"}):
+        for way in (
+            {"strategy": "two_forward"},
+            {"strategy": "fused", "tree": 0},
+            {"strategy": "fused", "tree": 9},
+            {"strategy": "prompt_lookup"},
+        ):
             for batch in (1, 3):
                 got = tokens_of(
                     engine, PROMPTS, "self_spec", **{"strategy": "fused", **way}, batch_size=batch, **options

@@ -1,0 +1,519 @@
+"""Options of an output: one object, per call or per prompt, the same text at every strategy.
+
+The property: whatever the options, `self_spec` emits the tokens of `ar`.  Random options for every request, many
+requests of different options in one batch.
+"""
+
+import asyncio
+import inspect
+import math
+import random
+from dataclasses import fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoding import Oracle, random_prompts, randomise
+from tiny_models import CONTEXT, VOCABULARY, build
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as tokenizer_models
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+import retrofit
+from retrofit import SamplingParams, UsageError, hub
+from retrofit.adapters.layout import DraftLayout
+from retrofit.runtime import engine as retrofit_engine
+from retrofit.runtime.engine import Engine
+from retrofit.runtime.host import modes
+from retrofit.runtime.results import Result
+
+SETS = 200
+WAYS: tuple[dict[str, Any], ...] = (
+    {"strategy": "two_forward"},
+    {"strategy": "fused", "tree": 0},
+    {"strategy": "fused", "tree": 7},
+    {"strategy": "fused", "prepare": "last"},
+    {"strategy": "fused", "prepare": 2, "tree": 0},
+    {"strategy": "prompt_lookup"},
+    {"strategy": "auto"},
+)
+EOS = 5
+
+
+@lru_cache(maxsize=1)
+def engine() -> Engine:
+    model = build("llama")
+    model.generation_config.eos_token_id = EOS
+    return randomise(Engine.from_model(model, words(), layout=DraftLayout(block=3)))
+
+
+def words() -> PreTrainedTokenizerFast:
+    """Token n is `n.`, but for EOS, which is special."""
+    named = {"<end>" if n == EOS else f"{n}.": n for n in range(VOCABULARY)}
+    inner = Tokenizer(tokenizer_models.BPE(vocab=named, merges=[]))
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens(["<end>"])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", clean_up_tokenization_spaces=False)
+
+
+def random_options(rng: random.Random) -> SamplingParams:
+    """Each option on or off; few tokens, so that the penalties meet tokens again."""
+
+    def maybe(*values: Any, off: Any = None) -> Any:
+        return rng.choice(values) if rng.random() < 0.4 else off
+
+    most = rng.randint(1, 9)
+    return SamplingParams(
+        temperature=rng.choice((0.0, 0.7, 1.3)),
+        top_k=maybe(1, 5, 20),
+        top_p=maybe(0.5, 0.9),
+        min_p=maybe(0.02, 0.3),
+        repetition_penalty=maybe(0.7, 1.3, 2.0),
+        presence_penalty=maybe(-1.5, 0.8, 2.0, off=0.0),
+        frequency_penalty=maybe(-2.0, 0.6, 2.0, off=0.0),
+        logit_bias=maybe({3: 4.0, 9: 5.0}, {EOS: 6.0, 1: -9.0}, dict.fromkeys(range(8), 3.0)),
+        seed=rng.randrange(99),
+        n=rng.choice((1, 1, 1, 2)),
+        max_new_tokens=most,
+        min_new_tokens=maybe(0, rng.randint(0, most)),
+        stop_token_ids=maybe((7,), (3, 4), tuple(range(0, 64, 8)), off=()),
+        stop=maybe("1.", ("2.4", "3", "end"), off=()),
+        ignore_eos=rng.random() < 0.3,
+        logprobs=maybe(0, 3),
+        prompt_logprobs=maybe(0, 2),
+    )
+
+
+@lru_cache(maxsize=1)
+def asked() -> tuple[list[list[int]], list[SamplingParams]]:
+    rng = random.Random(10)
+    # one half of a small vocabulary: prompts share tokens with what follows
+    prompts = random_prompts([1 + n % 6 for n in range(SETS)], seed=3, vocab=16)
+    return prompts, [random_options(rng) for _ in range(SETS)]
+
+
+@lru_cache(maxsize=1)
+def alone() -> list[Result]:
+    """`ar`, one request at a time."""
+    prompts, params = asked()
+    return engine().generate(prompts, params, "ar", batch_size=1)
+
+
+def truths(results: list[Result], params: list[SamplingParams]) -> dict[int, list[int]]:
+    """seed -> tokens, as far as seeds are unique; of the others only one is known, and its drafts are good."""
+    return {params[r.index].seed + r.sample: r.tokens for r in results}
+
+
+def differences(got: list[Result], want: list[Result]) -> list[int]:
+    """Prompts whose outputs differ in anything but rounding and cost."""
+    found = []
+    for mine, other in zip(got, want, strict=True):
+        same = [
+            getattr(mine, name) == getattr(other, name)
+            for name in ("index", "sample", "prompt", "tokens", "finish_reason", "stop_reason", "text")
+        ]
+        same.append(close(mine.logprobs, other.logprobs) and close(mine.prompt_logprobs, other.prompt_logprobs))
+        if not all(same):
+            found.append(mine.index)
+    return found
+
+
+def close(mine: Any, other: Any) -> bool:
+    """Log-probabilities within rounding: as many tokens, and the same ones but for near ties."""
+    if mine is None or other is None:
+        return mine is other
+    if len(mine) != len(other):
+        return False
+    for a, b in zip(mine, other, strict=True):
+        if a is None or b is None:
+            if a is not b:
+                return False
+            continue
+        if next(iter(a)) != next(iter(b)) or len(a) != len(b):
+            return False
+        if not all(math.isclose(x, y, abs_tol=1e-4) for x, y in zip(a.values(), b.values(), strict=True)):
+            return False
+    return True
+
+
+@pytest.mark.usefixtures("restless_auto")
+@pytest.mark.parametrize("way", [{"mode": "ar"}, *WAYS], ids=lambda way: "-".join(map(str, way.values())))
+def test_self_spec_is_ar_under_every_option(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, params = asked()
+    want = alone()
+    monkeypatch.setattr(modes, "draft_tokens", Oracle(truths(want, params), mistakes=0.2))
+    assert differences(engine().generate(prompts, params, batch_size=32, **way), want) == []
+
+
+@pytest.mark.usefixtures("restless_auto")
+@pytest.mark.parametrize("way", WAYS[1:3], ids=["chain", "tree"])
+def test_drafts_of_the_model_under_every_option(way: dict[str, Any]) -> None:
+    """Penalties and rules reach the drafter, too: its own drafts go through them."""
+    prompts, params = asked()
+    assert differences(engine().generate(prompts[:60], params[:60], batch_size=20, **way), alone()[: outputs(60)]) == []
+
+
+def test_diffusion_of_a_batch_is_that_of_each_alone() -> None:
+    prompts, params = asked()
+    some = [replace(one, logprobs=None) for one in params[:50]]
+    want = engine().generate(prompts[:50], some, "diffusion", batch_size=1)
+    assert differences(engine().generate(prompts[:50], some, "diffusion", batch_size=16), want) == []
+
+
+def outputs(prompts: int) -> int:
+    return sum(params.n for params in asked()[1][:prompts])
+
+
+def test_the_options_are_met() -> None:
+    """Every option changes some output, or the property would say nothing of it."""
+    want, (prompts, params) = alone(), asked()
+    neutral = SamplingParams()
+    for field in fields(SamplingParams):
+        # enough prompts to show it, other ones for each option
+        some = [n for n, one in enumerate(params) if getattr(one, field.name) != getattr(neutral, field.name)][:40]
+        without = [replace(params[n], **{field.name: getattr(neutral, field.name)}) for n in some]
+        got = engine().generate([prompts[n] for n in some], without, "ar", batch_size=64)
+        held = [[r for r in want if r.index == n] for n in some]
+        now = [[r for r in got if r.index == n] for n in range(len(some))]
+        changed = [len(a) != len(b) or differences(a, b) for a, b in zip(now, held, strict=True)]
+        assert any(changed), field.name
+    assert {r.finish_reason for r in want} == {"stop", "length"}
+    assert {r.stop_reason for r in want} >= {None, 3, "1.", "3"}
+    assert sum(r.sample for r in want) > 20
+
+
+def counts_of_the_committed_text(requests: Any, rows: Any) -> torch.Tensor | None:
+    counts = [r.counts.repeat(len(row.tokens), 1) for r, row in zip(requests, rows, strict=True) if row.tokens]
+    return torch.cat(counts)
+
+
+@pytest.mark.parametrize("way", WAYS[1:3], ids=["chain", "tree"])
+def test_counts_that_do_not_follow_the_draft_path_are_caught(
+    way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, params = asked()
+    monkeypatch.setattr(modes, "draft_tokens", Oracle(truths(alone(), params), mistakes=0.0))
+    monkeypatch.setattr(modes, "_path_counts", counts_of_the_committed_text)
+    assert differences(engine().generate(prompts, params, batch_size=32, **way), alone())
+
+
+def test_processing_of_another_request_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, params = asked()
+    plain = [replace(one, repetition_penalty=None, presence_penalty=0.0, frequency_penalty=0.0) for one in params[:20]]
+    want = engine().generate(prompts[:20], plain, "ar", batch_size=1)
+    assert differences(engine().generate(prompts[:20], plain, "ar", batch_size=20), want) == []
+    monkeypatch.setattr(modes, "_params", lambda run, requests: run.params)
+    assert differences(engine().generate(prompts[:20], plain, "ar", batch_size=20), want)
+
+
+# One object, keywords, a GenerationConfig
+
+
+PROMPTS = random_prompts((3, 6, 4), seed=8)
+HOT = {"temperature": 1.2, "top_k": 30, "max_new_tokens": 8}
+
+
+def tokens(results: list[Result]) -> list[list[int]]:
+    return [r.tokens for r in results]
+
+
+def test_an_object_and_keywords_say_the_same() -> None:
+    params = SamplingParams(**HOT, seed=4, stop_token_ids=3, stop="9.")
+    assert (params.stop, params.stop_token_ids) == (("9.",), (3,))
+    by_object = engine().generate(PROMPTS, params)
+    assert tokens(by_object) == tokens(engine().generate(PROMPTS, **HOT, seed=4, stop_token_ids=[3], stop=["9."]))
+    assert tokens(by_object) == tokens(engine().generate(PROMPTS, params, "ar"))
+    assert tokens(by_object) == tokens(engine().generate(PROMPTS, replace(params, seed=9), seed=4)), (
+        "keywords stand over"
+    )
+    each = [replace(params, seed=4 + n) for n in range(3)]
+    assert tokens(by_object) == tokens(engine().generate(PROMPTS, each)), "of one for all, prompt i has seed + i"
+    assert tokens(by_object) == tokens(
+        engine().generate(PROMPTS, "self_spec", seed=4, **HOT, stop="9.", stop_token_ids=3)
+    )
+    assert hash(params) == hash(replace(params))
+
+
+@pytest.mark.parametrize(
+    ("params", "keywords", "message"),
+    [
+        (3, {}, "params is 3"),
+        ([SamplingParams()] * 2, {}, "2 params for 3 prompts"),
+        (None, {"logit_bias": {VOCABULARY: 1.0}}, "logit_bias"),
+        (SamplingParams(stop_token_ids=[VOCABULARY]), {}, "stop token id"),
+        (SamplingParams(max_new_tokens=3), {"min_new_tokens": 4}, "min_new_tokens is 4"),
+        (None, {"mode": "diffusion", "logprobs": 1}, "logprobs mean nothing in mode diffusion"),
+    ],
+)
+def test_what_cannot_be_asked(params: Any, keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        engine().generate(PROMPTS, params, **keywords)
+
+
+def test_a_keyword_that_does_not_exist() -> None:
+    with pytest.raises(TypeError, match="max_tokens"):
+        engine().generate(PROMPTS, max_tokens=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "ar", "strategy": "auto"},
+        {"mode": "ar", "prepare": "all"},
+        {"mode": "diffusion", "tree": 0},
+        {"mode": "diffusion", "strategy": "fused"},
+        {"mode": "ar", "threshold": 0.9},
+        {"threshold": 0.9},
+        {"prepare": "all"},
+        {"strategy": "two_forward", "prepare": 2},
+        {"strategy": "prompt_lookup", "tree": 4},
+        {"strategy": "fused", "prepare": "last", "tree": 4},
+    ],
+    ids=str,
+)
+def test_what_means_nothing_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="means nothing"):
+        engine().generate(PROMPTS, max_new_tokens=2, **options)
+
+
+CONFIGS: dict[str, tuple[GenerationConfig, dict[str, Any]]] = {
+    "greedy": (GenerationConfig(max_new_tokens=7), {"max_new_tokens": 7}),
+    "temperature without do_sample": (GenerationConfig(max_new_tokens=7, temperature=0.5), {"max_new_tokens": 7}),
+    "sampled": (
+        GenerationConfig(do_sample=True, max_new_tokens=7),
+        {"temperature": 1.0, "top_k": 50, "max_new_tokens": 7},
+    ),
+    "warpers": (
+        GenerationConfig(do_sample=True, temperature=0.7, top_k=0, top_p=0.8, min_p=0.1, max_new_tokens=7),
+        {"temperature": 0.7, "top_p": 0.8, "min_p": 0.1, "max_new_tokens": 7},
+    ),
+    "rules": (
+        GenerationConfig(repetition_penalty=1.5, min_new_tokens=6, max_new_tokens=9),
+        {"repetition_penalty": 1.5, "min_new_tokens": 6, "max_new_tokens": 9},
+    ),
+    "bias": (
+        GenerationConfig(sequence_bias={(3,): 5.0, (4,): -2.0}, max_new_tokens=7),
+        {"logit_bias": {3: 5.0, 4: -2.0}, "max_new_tokens": 7},
+    ),
+    "outputs": (
+        GenerationConfig(do_sample=True, num_return_sequences=2, stop_strings="1.", max_new_tokens=7),
+        {"temperature": 1.0, "top_k": 50, "n": 2, "stop": "1.", "max_new_tokens": 7},
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "options"), CONFIGS.values(), ids=CONFIGS)
+def test_a_generation_config_is_its_options(config: GenerationConfig, options: dict[str, Any]) -> None:
+    assert tokens(engine().generate(PROMPTS, config)) == tokens(engine().generate(PROMPTS, **options))
+
+
+def test_a_generation_config_is_followed_as_generate_does() -> None:
+    """Rules that no keyword has, and ends of its own."""
+    model = build("llama")
+    config = GenerationConfig(no_repeat_ngram_size=1, suppress_tokens=[1, 2, 3], eos_token_id=9, max_length=20)
+    made = Engine.from_model(model)
+    config.pad_token_id = 0
+    want = [
+        model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), generation_config=config)[0, len(p) :]
+        for p in PROMPTS
+    ]
+    made_tokens = tokens(made.generate(PROMPTS, config))
+    made.close()
+    assert made_tokens == [w.tolist() for w in want]
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (GenerationConfig(num_beams=4), "num_beams=4"),
+        (GenerationConfig(guidance_scale=1.5), "guidance_scale=1.5"),
+        (GenerationConfig(do_sample=True, typical_p=0.5), "typical_p=0.5"),
+        (GenerationConfig(sequence_bias={(1, 2): 1.0}), "sequence_bias"),
+        (GenerationConfig(watermarking_config={"bias": 2.0}), "watermarking_config"),
+    ],
+    ids=["beams", "guidance", "typical", "sequences", "watermark"],
+)
+def test_what_a_generation_config_cannot_have_is_named(config: GenerationConfig, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        engine().generate(PROMPTS, config)
+
+
+# Several outputs of one prompt
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("mode", ["ar", "self_spec", "diffusion"])
+def test_n_outputs_are_those_of_n_prompts_and_one_prefill(mode: str, batch: int) -> None:
+    want = engine().generate([p for p in PROMPTS for _ in range(3)], mode, seed=5, batch_size=1, **HOT)
+    got = engine().generate(PROMPTS, mode, n=3, seed=5, batch_size=batch, **HOT)
+    assert [(r.index, r.sample) for r in got] == [(i, j) for i in range(3) for j in range(3)]
+    assert tokens(got) == tokens(want)
+    assert [r.stats.forwards.get("prefill", 0) for r in got] == [1, 0, 0] * 3
+    own = engine().generate(PROMPTS, [SamplingParams(**HOT, n=3, seed=5 + 3 * i) for i in range(3)], mode)
+    assert tokens(own) == tokens(want)
+
+
+@pytest.mark.parametrize("exact", ["off", "bucket", "invariant"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "phi3_longrope", "gemma3"])
+def test_a_copied_prompt_is_a_prefilled_one_bit_for_bit(name: str, exact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Engine.from_model(build(name), exact=exact)
+    prompt = random_prompts((40,))[0]
+    kept: list[list[torch.Tensor]] = []
+
+    def look(run: Any, requests: Any) -> None:
+        prefill(run, requests)
+        for r in requests:
+            part = run.cache.take_out(r.slot, len(prompt))
+            kept.append([tensor for pair in part.values() for tensor in pair])
+
+    prefill = retrofit_engine.prefill_step
+    monkeypatch.setattr(retrofit_engine, "prefill_step", look)
+    made.generate([prompt], "ar", n=3, batch_size=2, max_new_tokens=3)
+    made.generate([prompt], "ar", batch_size=2, max_new_tokens=3)
+    made.close()
+    assert len(kept) == 4
+    for copy in kept[:3]:
+        assert all(torch.equal(a, b) for a, b in zip(copy, kept[3], strict=True))
+
+
+# Log-probabilities
+
+
+def test_logprobs_are_log_softmax_of_the_models_logits() -> None:
+    model = build("llama")
+    made = Engine.from_model(model)
+    options: dict[str, Any] = {"temperature": 1.5, "frequency_penalty": 1.0, "max_new_tokens": 6, "ignore_eos": True}
+    (result,) = made.generate([PROMPTS[1]], logprobs=2, prompt_logprobs=0, **options)
+    (plain,) = made.generate([PROMPTS[1]], **options)
+    made.close()
+    assert (plain.tokens, plain.logprobs, plain.prompt_logprobs) == (result.tokens, None, None)
+    text = [*result.prompt, *result.tokens]
+    with torch.no_grad():
+        scores = model(torch.tensor([text])).logits[0].log_softmax(-1)
+    assert result.logprobs is not None and result.prompt_logprobs is not None
+    start = len(result.prompt)
+    for n, told in enumerate(result.logprobs):
+        best = scores[start + n - 1].topk(2)
+        assert list(told) == list(dict.fromkeys([result.tokens[n], *best.indices.tolist()]))
+        assert told[result.tokens[n]] == pytest.approx(float(scores[start + n - 1, result.tokens[n]]), abs=1e-4)
+    assert result.prompt_logprobs[0] is None and len(result.prompt_logprobs) == start
+    for n, told in enumerate(result.prompt_logprobs[1:]):
+        assert told == {text[n + 1]: pytest.approx(float(scores[n, text[n + 1]]), abs=1e-4)}
+
+
+def test_prompt_logprobs_of_a_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,) = engine().generate([list(range(20))], max_new_tokens=2, prompt_logprobs=3)
+    monkeypatch.setattr(modes, "PREFILL_ROWS", 6)
+    pieces = engine().generate([list(range(20))], max_new_tokens=2, prompt_logprobs=3, n=2)
+    for result in pieces:
+        assert result.tokens == whole.tokens and close(result.prompt_logprobs, whole.prompt_logprobs)
+
+
+# Streams
+
+
+def test_a_stream_without_text_tells_every_step() -> None:
+    events = list(engine().stream(PROMPTS[:1], mode="ar", max_new_tokens=5, ignore_eos=True, with_text=False))
+    assert [len(e.tokens) for e in events] == [1] * 5
+    assert [e.text for e in events] == [""] * 5
+    assert [e.result is not None for e in events] == [False] * 4 + [True]
+
+
+def test_async_streams_beside_each_other() -> None:
+    want = engine().generate(PROMPTS, **HOT)
+
+    async def read(n: int) -> tuple[list[int], str]:
+        found: list[int] = []
+        text = ""
+        async for event in engine().astream([PROMPTS[n]], **HOT, seed=n):
+            found += event.tokens
+            text += event.text
+        return found, text
+
+    async def both() -> list[tuple[list[int], str]]:
+        return await asyncio.gather(*map(read, range(3)))
+
+    assert asyncio.run(both()) == [(r.tokens, r.text) for r in want]
+
+
+@pytest.mark.parametrize("how", ["closed", "cancelled"])
+def test_an_async_stream_that_is_given_up_gives_its_cache_back(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from retrofit.runtime.backends.hf.cache import KVCache
+
+    released: list[KVCache] = []
+    monkeypatch.setattr(KVCache, "release", lambda self: released.append(self))
+
+    async def read(began: asyncio.Event) -> None:
+        events = engine().astream(PROMPTS[:1], max_new_tokens=CONTEXT, ignore_eos=True, mode="ar")
+        async for _ in events:
+            began.set()
+            if how == "closed":
+                break
+        await events.aclose()
+
+    async def main() -> None:
+        began = asyncio.Event()
+        task = asyncio.create_task(read(began))
+        await began.wait()
+        if how == "cancelled":
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(main())
+    assert len(released) == 1
+
+
+def test_wrong_options_of_an_async_stream_are_told_at_once() -> None:
+    with pytest.raises(UsageError, match="top_k"):
+        engine().astream(PROMPTS, top_k=0)
+
+
+# What stands behind the names
+
+
+def test_a_minimum_keeps_off_eos_and_stop_tokens() -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "logit_bias": {EOS: 40.0, 7: 45.0}}
+    short = engine().generate(PROMPTS, stop_token_ids=7, **options)
+    assert [(r.tokens, r.finish_reason, r.stop_reason) for r in short] == [([7], "stop", 7)] * 3
+    longer = engine().generate(PROMPTS, stop_token_ids=7, min_new_tokens=4, **options)
+    assert [(len(r.tokens), r.tokens[-1], r.stop_reason) for r in longer] == [(5, 7, 7)] * 3
+    options["logit_bias"] = {EOS: 40.0}
+    ended = engine().generate(PROMPTS, min_new_tokens=2, **options)
+    assert [(len(r.tokens), r.finish_reason, r.stop_reason) for r in ended] == [(3, "stop", None)] * 3
+    free = engine().generate(PROMPTS, ignore_eos=True, **options)
+    assert tokens(free) == [[EOS] * 8] * 3
+
+
+def test_presence_counts_once_and_frequency_each_time_in_the_output_only() -> None:
+    """Token 9 is ahead by so much that its penalties decide when another is next."""
+    options: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True, "logit_bias": {9: 100.0, 11: 97.5}}
+    plain, once, each_time = (
+        engine().generate([[9, 9, 9, 9]], **options, **more)[0].tokens
+        for more in ({}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0})
+    )
+    assert plain == [9] * 8
+    assert once[0] == each_time[0] == 9, "a prompt is not counted"
+    assert once.count(9) > each_time.count(9) and {*each_time} == {9, 11}
+
+
+def test_device_auto_is_the_default_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in (Engine.load, retrofit.convert, retrofit.certify):
+        assert inspect.signature(function).parameters["device"].default == "auto"
+    monkeypatch.undo()
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert hub.resolved_device("auto") == device
+        assert hub.resolved_device("cuda:1") == "cuda:1"
+
+
+# What the package exports
+
+
+def test_the_public_names() -> None:
+    for name in retrofit.__all__:
+        assert getattr(retrofit, name) is not None
+    errors = {name for name, kind in vars(retrofit.errors).items() if isinstance(kind, type)}
+    assert errors <= set(retrofit.__all__)
+    assert (Path(retrofit.__file__).parent / "py.typed").is_file()

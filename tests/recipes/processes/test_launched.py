@@ -48,7 +48,7 @@ def test_the_command_under_torchrun(tmp_path: Path, texts: Path, model: Path) ->
     lines = done.stderr.splitlines()
     for line in ("base ", "wrote ", "measured on held-out text", "next: "):
         assert len([found for found in lines if found.startswith(line)]) == 1, done.stderr
-    assert done.stderr.count(f"{STEPS}/{STEPS} ") >= 1
+    assert done.stderr.count(f"{STEPS} of {STEPS} steps") == 1
     assert len(curve(tmp_path / "out" / "metrics.jsonl")) == STEPS
     assert not folder_of(tmp_path / "out").exists()
 

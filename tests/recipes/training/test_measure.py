@@ -36,7 +36,7 @@ SEED = 5
 class KnownBackend:
     """Hidden states are logits: of a base row those of its token, of a draft row those of its place in the block."""
 
-    def plan(self, rows: Sequence[SequenceRows]) -> Sequence[SequenceRows]:
+    def row_plan(self, rows: Sequence[SequenceRows]) -> Sequence[SequenceRows]:
         return rows
 
     def run_trunk(self, rows: Sequence[SequenceRows], cache: Any) -> Tensor:

@@ -132,7 +132,7 @@ def cut_cycle(cycle: Cycle, layout: DraftLayout, rows: int | None) -> Cycle:
     with it; where no block fits, nothing is drafted."""
     if rows is None or cycle == AR:
         return cycle
-    if 1 + layout.block > rows:
+    if (1 if layout.anchored else 0) + layout.block > rows:
         return AR
     last = cut(cycle[-1], layout, rows)
     return (last,) if len(cycle) == 1 and last.verify else two_forward(min(layout.drafts, rows - 1))

@@ -15,7 +15,7 @@ from retrofit.runtime.auto.policy import AutoPolicy, Verified
 from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.host.diffusion import diffusion_step
 from retrofit.runtime.host.modes import prefill_step, speculative_step
-from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, looked_up, num_rows, planned
+from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, looked_up, num_rows, planned
 from retrofit.runtime.request import Request
 from retrofit.runtime.run import Run
 
@@ -102,6 +102,8 @@ class HostSteps:
         if run.strategy == "auto" and isinstance(cycle[-1].hang, int):
             chance = self.policy.model(run.sampled).conditional()
         room = run.rows_each(len(running))
+        if run.strategy in ("fused", "two_forward"):
+            cycle = cut_cycle(cycle, run.layout, room)
         return [cut(planned(cycle, r, run.layout, run.limits, chance), run.layout, room) for r in running]
 
     def _timed(self, cycle: Cycle, running: Sequence[Request]) -> None:

@@ -169,6 +169,17 @@ def test_bucket_cuts_plans_to_its_rows_and_holds_them(monkeypatch: Any) -> None:
     assert {plan.num_rows for plan in decoding} == {12}
 
 
+@pytest.mark.parametrize("strategy", ["fused", "two_forward"])
+def test_where_nothing_fits_beside_a_block_drafts_are_verified_in_turn_with_it(strategy: str) -> None:
+    engine = Engine.from_model(build("llama").to(torch.bfloat16), layout=LAYOUT, exact="off")
+    engine.backend.hold("bucket", GROUPED, 1 + LAYOUT.block)
+    options = {"max_new_tokens": NEW, "ignore_eos": True, "batch_size": 1}
+    truth = tokens_of(engine, PROMPTS, "ar", **options)
+    results = engine.generate(PROMPTS, strategy=strategy, **options)
+    assert [result.tokens for result in results] == truth
+    assert all(result.stats.forwards["verify"] > 0 for result in results)
+
+
 def test_prompts_run_alone_where_a_level_is_kept() -> None:
     engine = Engine.from_model(build("llama").to(torch.bfloat16), layout=LAYOUT, exact="off")
     assert not engine.backend.prefill_alone

@@ -177,7 +177,8 @@ def test_where_nothing_fits_beside_a_block_drafts_are_verified_in_turn_with_it(s
     truth = tokens_of(engine, PROMPTS, "ar", **options)
     results = engine.generate(PROMPTS, strategy=strategy, **options)
     assert [result.tokens for result in results] == truth
-    assert all(result.stats.forwards["verify"] > 0 for result in results)
+    for forwards in (result.stats.forwards for result in results):
+        assert forwards["verify"] > 1 and abs(forwards["draft"] - forwards["verify"]) <= 1
 
 
 def test_prompts_run_alone_where_a_level_is_kept() -> None:

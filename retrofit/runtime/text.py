@@ -161,6 +161,15 @@ class Text:
         self.cut, stop = min(found, key=lambda one: one[0])
         return stop
 
+    def before_stop(self, whole: str, tokens: int) -> str:
+        """What stands before the stop string in the text of so many tokens, decoded at once.
+
+        The stop string is at its end, so it is counted from there: broken characters before it may be more or fewer
+        than in the text that grew.
+        """
+        assert self.cut is not None
+        return whole[: max(0, self.cut + len(whole) - self.plain.lengths[tokens])]
+
     def take(self, whole: str | None = None) -> str:
         """New text that later tokens cannot change, so no possible start of a stop string; whole: all there will be."""
         assert self.sent is not None

@@ -160,9 +160,7 @@ class Request:
         at_token = self.stop_reason is not None and self.tokens[-1] in self.stop_tokens
         tokens = self.emitted[:-1] if at_token else self.emitted
         text = detokenizer.decode(tokens)
-        if self.text is None or self.text.cut is None or self.stop_reason is None:
-            return text
-        return self.text.before_stop(text, len(tokens))
+        return text if self.text is None else self.text.ended(text, len(tokens), self.stop_reason is not None)
 
 
 @dataclass(eq=False)

@@ -239,3 +239,17 @@ def test_a_stop_string_after_a_character_that_was_taken_back(name: str) -> None:
     request.emit(tokens)
     assert request.stop_reason == "re" and request.emitted == tokens[:-1]
     assert request.whole_text(detokenizer) == whole(tokenizer, tokens[:-2])
+
+
+@pytest.mark.parametrize("name", ["pieces", "pieces, slow"])
+def test_a_stream_says_nothing_twice_after_a_character_that_was_taken_back(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    detokenizer = Detokenizer(tokenizer)
+    tokens = [260, *(2 + byte for byte in "éé".encode() + b"\xe6"), 260, 262, 262]
+    request, sent = Request(0, [1], 0, len(tokens), frozenset(), Text(detokenizer)), ""
+    assert request.text is not None
+    for token in tokens:
+        request.emit([token])
+        sent += request.text.take()
+    assert sent.endswith("brere")
+    assert request.text.take(request.whole_text(detokenizer)) == ""

@@ -1,6 +1,6 @@
 """Which live models can take an adapter; the others are refused by name, before anything about them is changed.
 
-Not here: what a model computes (`refuse_unsupported` in `runtime/backends/hf.py`).
+Not here: what a model computes (`refuse_unsupported` in `runtime/backends/hf/refused.py`).
 """
 
 from __future__ import annotations

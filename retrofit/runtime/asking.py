@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from retrofit.errors import UsageError
 from retrofit.runtime.backends.interface import Backend
 from retrofit.runtime.generation_config import read_generation_config
-from retrofit.runtime.options import LARGEST_SEED, as_int, each, shown, whole
+from retrofit.runtime.options import LARGEST_SEED, as_int, as_list, each, shown, whole
 from retrofit.runtime.params import SamplingParams
 from retrofit.runtime.prompts import encode
 from retrofit.runtime.request import Prefix, Request
@@ -42,11 +42,17 @@ class Asked:
 
 
 def asked_of(
-    params: Params | Sequence[Params] | None, keywords: Mapping[str, Any], count: int, backend: Backend, original: bool
+    params: Params | Sequence[Params] | None,
+    keywords: Mapping[str, Any],
+    count: int,
+    backend: Backend,
+    original: bool,
+    mode: str,
 ) -> list[Asked]:
     """What is asked of each of so many prompts.  keywords stand over `params`; original: follow the base's settings.
 
-    Raises UsageError for what an option cannot be, and TypeError for a keyword that does not exist.
+    Raises UsageError for what an option cannot be or means nothing in this mode, however few prompts there are, and
+    TypeError for a keyword that does not exist.
     """
     single = params is None or isinstance(params, SamplingParams | GenerationConfig)
     rest = {name: value for name, value in keywords.items() if name not in ("seed", "max_new_tokens")}
@@ -58,10 +64,13 @@ def asked_of(
         limited = {} if limit is None else {"max_new_tokens": limit}
         asked = replace(asked, params=replace(asked.params, **rest, **limited))
         _check_tokens(asked.params, backend.head.vocab)
+        if mode == "diffusion" and asked.params.logprobs is not None:
+            raise UsageError("logprobs mean nothing in mode diffusion: its tokens are the drafter's choice")
         return asked
 
-    if not count:
-        read(params if single else None, None)  # wrong options are wrong, however few prompts there are
+    if not count:  # wrong options are wrong, however few prompts there are
+        alone = [None if as_list(value) is not None else value for value in (params, keywords.get("max_new_tokens"))]
+        read(*alone)
     given = [params] * count if single else each("params", params, count)
     found = [read(one, limit) for one, limit in zip(given, limits, strict=True)]
     own_seed = found[0].params.seed if single and found else [asked.params.seed for asked in found]
@@ -94,6 +103,8 @@ def _seeds(found: Sequence[Asked], given: Any) -> list[list[int]]:
         whole("seed", one, 0, LARGEST_SEED - max(0, sum(counts) - 1))
         firsts: Iterable[int] = (one + before for before in accumulate(counts, initial=0))
     else:
+        if as_list(given) is None:
+            whole("seed", given, 0, LARGEST_SEED)  # it is none
         firsts = [
             whole("seed", value, 0, LARGEST_SEED - (n - 1))
             for value, n in zip(each("seeds", given, len(found)), counts, strict=True)
@@ -130,7 +141,7 @@ def requests_for(
         with ENCODING:
             tokens = encode(prompt, f"prompt {number}", tokenizer, backend.input_vocab)
         limit = _limit(f"prompt {number}", len(tokens), params, settings, context)
-        processing, rules = processing_of(params, settings), rules_of(what)
+        processing, rules = processing_of(params, settings), rules_of(what, backend.head.vocab)
         group = groups.setdefault((processing, rules), len(groups))
         prefix = Prefix(params.n) if params.n > 1 else None
         for sample, seed in enumerate(what.seeds):
@@ -178,20 +189,17 @@ def processing_of(params: SamplingParams, settings: Settings) -> Processing:
     )
 
 
-def rules_of(asked: Asked) -> Rules:
+def rules_of(asked: Asked, vocab: int) -> Rules:
     """What is forbidden and forced in a text.
 
     A minimum of the caller's keeps off EOS and stop tokens, one of the base's own EOS alone.
     """
     params, rules = asked.params, asked.settings.rules
-    if params.ignore_eos:
-        rules = replace(rules, eos=())
     if params.min_new_tokens is not None:
-        eos = () if params.ignore_eos else asked.eos
-        rules = replace(
-            rules, eos=tuple(sorted({*eos, *(params.stop_token_ids or ())})), min_new_tokens=params.min_new_tokens
-        )
-    return rules
+        eos = tuple(sorted(token for token in asked.eos if 0 <= token < vocab))  # a base may name one that it has not
+        stops = tuple(sorted({*(params.stop_token_ids or ())}))
+        rules = replace(rules, eos=eos, stop_tokens=stops, min_new_tokens=params.min_new_tokens)
+    return replace(rules, eos=()) if params.ignore_eos else rules
 
 
 def typical(requests: Sequence[Request]) -> Processing:

@@ -282,9 +282,7 @@ class Engine:
         mode = params if isinstance(params, str) else mode
         way = check_options(mode, self.layout, *how)
         texts, original = listed(prompts), flag("original_settings", original_settings)
-        asked = asked_of(options, keywords, len(texts), self.backend, original)
-        if way.mode == "diffusion" and any(one.params.logprobs is not None for one in asked):
-            raise UsageError("logprobs mean nothing in mode diffusion: its tokens are the drafter's choice")
+        asked = asked_of(options, keywords, len(texts), self.backend, original, way.mode)
         requests = requests_for(texts, asked, self.backend, self.limits.context, self.tokenizer, bool(with_text))
         slots = min(way.batch_size, max(1, len(requests)), self.backend.most_rows or way.batch_size)
         return self._events(way, self._cycle(way, typical(requests), slots), requests, slots, with_text)

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from retrofit.errors import UsageError
+from retrofit.runtime.options import shown
 from retrofit.runtime.params import SamplingParams
 from retrofit.runtime.rules.processors import Rules
 from retrofit.runtime.settings import Settings, read_settings
@@ -41,8 +42,8 @@ def read_generation_config(
     )
     if sampled and params.temperature == 0:
         raise UsageError("temperature is 0 with do_sample=True", "leave do_sample out for greedy decoding")
-    ends = given.get("eos_token_id")
-    eos = eos if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+    if "eos_token_id" in given:
+        eos = _ends(given["eos_token_id"])
     rest = copy.copy(config)
     rest.eos_token_id = sorted(eos)
     rest.min_p = rest.num_return_sequences = rest.sequence_bias = rest.stop_strings = None
@@ -62,6 +63,15 @@ def read_generation_config(
         max_length=limits.max_length,
     )
     return params, settings, eos
+
+
+def _ends(given: Any) -> frozenset[int]:
+    """`eos_token_id` as token ids.  Raises UsageError."""
+    found = given.tolist() if hasattr(given, "tolist") else given
+    listed = found if isinstance(found, list | tuple | set | frozenset) else [found]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+        raise UsageError(f"eos_token_id is {shown(given)}; it must be a token id or a list of them")
+    return frozenset(listed)
 
 
 def _single_tokens(bias: Any) -> dict[int, float] | None:

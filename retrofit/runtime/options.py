@@ -89,14 +89,20 @@ def shown(value: Any) -> str:
 
 def each(name: str, value: Any, count: int) -> list[Any]:
     """One value for all of so many prompts, or one each.  Raises UsageError."""
-    if isinstance(value, str | bytes | dict) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
-        return [value] * count
-    values = value.tolist() if hasattr(value, "tolist") else list(value)
-    if not isinstance(values, list):  # numpy's and torch's single numbers
+    values = as_list(value)
+    if values is None:
         return [value] * count
     if len(values) != count:
         raise UsageError(f"{len(values)} {name} for {count} prompts; give one for all or one each")
     return values
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """The values of a list, tuple, array or tensor; None for a single one."""
+    if isinstance(value, str | bytes | dict) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
+        return None
+    values = value.tolist() if hasattr(value, "tolist") else list(value)
+    return values if isinstance(values, list) else None  # numpy's and torch's single numbers are none
 
 
 def check_options(

@@ -21,6 +21,8 @@ from retrofit.runtime.options import LARGEST_SEED, as_int, flag, number, shown, 
 
 COLDEST = 1e-6
 """Least temperature but 0: below it scores leave the range of fp32."""
+MOST_OUTPUTS = 16384
+"""Outputs of one prompt, as in vLLM."""
 STRONGEST = 2.0
 """Presence and frequency penalties reach from minus this to this, as everywhere."""
 
@@ -49,7 +51,7 @@ class SamplingParams:
     """Keys the noise.  One object for a whole call: result k, counted over prompts and copies, has seed + k.  An object
     of its own for each prompt: its copy j has seed + j."""
     n: int = 1
-    """Outputs of the prompt, which is prefilled once."""
+    """Outputs of the prompt, which is prefilled once; up to 16384."""
     max_new_tokens: int | None = None
     """None = the base's own, else 128."""
     min_new_tokens: int | None = None
@@ -67,7 +69,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "temperature": _temperature(self.temperature),
-            "top_k": None if self.top_k is None else whole("top_k", self.top_k, 1),
+            "top_k": _whole_or_none("top_k", self.top_k, 1),
             "top_p": _within("top_p", self.top_p, lambda p: 0 < p <= 1, "a number > 0 and <= 1, or none"),
             "min_p": _within("min_p", self.min_p, lambda p: 0 <= p <= 1, "a number from 0 to 1, or none"),
             "repetition_penalty": _within(
@@ -77,14 +79,14 @@ class SamplingParams:
             "presence_penalty": _penalty("presence_penalty", self.presence_penalty),
             "frequency_penalty": _penalty("frequency_penalty", self.frequency_penalty),
             "logit_bias": _bias(self.logit_bias),
-            "n": whole("n", self.n, 1),
-            "max_new_tokens": None if self.max_new_tokens is None else whole("max_new_tokens", self.max_new_tokens, 1),
-            "min_new_tokens": None if self.min_new_tokens is None else whole("min_new_tokens", self.min_new_tokens, 0),
+            "n": whole("n", self.n, 1, MOST_OUTPUTS),
+            "max_new_tokens": _whole_or_none("max_new_tokens", self.max_new_tokens, 1),
+            "min_new_tokens": _whole_or_none("min_new_tokens", self.min_new_tokens, 0),
             "stop": _stops(self.stop),
             "stop_token_ids": _stop_tokens(self.stop_token_ids),
             "ignore_eos": flag("ignore_eos", self.ignore_eos),
-            "logprobs": None if self.logprobs is None else whole("logprobs", self.logprobs, 0),
-            "prompt_logprobs": _count_or_none("prompt_logprobs", self.prompt_logprobs),
+            "logprobs": _whole_or_none("logprobs", self.logprobs, 0),
+            "prompt_logprobs": _whole_or_none("prompt_logprobs", self.prompt_logprobs, 0),
         }  # fmt: skip
         checked["seed"] = whole("seed", self.seed, 0, LARGEST_SEED - (checked["n"] - 1))
         least, most = checked["min_new_tokens"], checked["max_new_tokens"]
@@ -139,8 +141,8 @@ def _penalty(name: str, value: Any) -> float:
     return found
 
 
-def _count_or_none(name: str, value: Any) -> int | None:
-    return None if value is None else whole(name, value, 0)
+def _whole_or_none(name: str, value: Any, low: int) -> int | None:
+    return None if value is None else whole(name, value, low)
 
 
 def _bias(value: Any) -> dict[int, float] | None:

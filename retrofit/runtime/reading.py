@@ -69,6 +69,7 @@ async def in_thread(events: Generator[Event]) -> AsyncGenerator[Event]:
                 while not step.done():
                     with suppress(asyncio.CancelledError):
                         await asyncio.wait([step])
+                step.exception()  # asked for, or asyncio complains of one that nobody saw after a cancellation
             if event is None:
                 return
             yield event

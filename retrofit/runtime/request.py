@@ -158,9 +158,9 @@ class Request:
     def whole_text(self, detokenizer: Detokenizer) -> str:
         """The finished output without special tokens, cut before the stop string or token."""
         at_token = self.stop_reason is not None and self.tokens[-1] in self.stop_tokens
-        text = detokenizer.decode(self.emitted[:-1] if at_token else self.emitted)
-        cut = self.text.cut if self.text is not None and self.stop_reason is not None else None
-        return text if cut is None else text[:cut]
+        tokens = self.emitted[:-1] if at_token else self.emitted
+        text = detokenizer.decode(tokens)
+        return text if self.text is None else self.text.ended(text, len(tokens), self.stop_reason is not None)
 
 
 @dataclass(eq=False)

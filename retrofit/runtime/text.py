@@ -142,6 +142,8 @@ class Text:
         """Characters taken so far."""
         self.cut: int | None = None
         """Characters before the stop string that is complete."""
+        self.longer = 0
+        """Characters that the text of all tokens has more than the one that grew."""
 
     def add(self, token: int) -> str | None:
         """The next token; returns the stop string that it completes, of several the one that begins first."""
@@ -161,11 +163,20 @@ class Text:
         self.cut, stop = min(found, key=lambda one: one[0])
         return stop
 
+    def ended(self, whole: str, tokens: int, stopped: bool = False) -> str:
+        """The finished output; stopped: before its stop string.  whole: the text of so many tokens, decoded at once.
+
+        Where a broken character has taken whole ones back it is longer or shorter than the text that grew, and alike
+        from there on: what is left to say is counted from the end.
+        """
+        self.longer = len(whole) - self.plain.lengths[tokens]
+        return whole[: max(0, self.cut + self.longer)] if stopped and self.cut is not None else whole
+
     def take(self, whole: str | None = None) -> str:
-        """New text that later tokens cannot change, so no possible start of a stop string; whole: all there will be."""
+        """New text that later tokens cannot change, so no possible start of a stop string; whole: from `ended`."""
         assert self.sent is not None
         if whole is not None:
-            return whole[self.sent :]
+            return whole[max(0, self.sent + self.longer) :]
         end = self._stable()
         text = (self.plain.recent + self.plain.tail)[self.sent - self.plain.start : max(0, end - self.plain.start)]
         self.sent += len(text)

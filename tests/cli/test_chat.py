@@ -71,3 +71,15 @@ def test_chat_leaves_out_what_a_mode_does_not_know(talker):
     assert done("chat", talker, "--strategy", "fused", "--max-new-tokens", 4, stdin=lines).count("\n") >= 3
     result = run("chat", talker, "--strategy", "fused", "--mode", "ar", stdin=lines)
     assert "strategy means nothing in mode ar" in refused(result, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mode", "diffusion", "--json", "--logprobs", 1], "logprobs mean nothing in mode diffusion"),
+        (["--min-new-tokens", 9, "--max-new-tokens", 3], "min_new_tokens is 9"),
+    ],
+    ids=["logprobs", "minimum"],
+)
+def test_wrong_options_are_told_before_the_first_line(made, options, message):
+    assert message in refused(run("chat", made, *options, stdin="/help\n"), 2)

@@ -5,9 +5,11 @@ requests of different options in one batch.
 """
 
 import asyncio
+import gc
 import inspect
 import math
 import random
+import threading
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -252,6 +254,28 @@ def test_what_cannot_be_asked(params: Any, keywords: dict[str, Any], message: st
         engine().generate(PROMPTS, params, **keywords)
 
 
+@pytest.mark.parametrize(
+    ("params", "keywords", "message"),
+    [
+        (3, {}, "params is 3"),
+        (None, {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (None, {"max_new_tokens": "3"}, "max_new_tokens is '3'"),
+        (None, {"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens is 9"),
+        (None, {"seed": None}, "seed is None"),
+        (None, {"mode": "diffusion", "logprobs": 1}, "logprobs mean nothing"),
+    ],
+)
+def test_wrong_options_are_wrong_without_a_prompt(params: Any, keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        engine().stream([], params, **keywords)
+    assert engine().generate([], max_new_tokens=[], seed=[]) == []
+
+
+def test_more_outputs_than_memory_has_are_refused() -> None:
+    with pytest.raises(UsageError, match="n is 16385; it must be a whole number from 1 to 16384"):
+        engine().stream(PROMPTS, n=16385)
+
+
 def test_a_keyword_that_does_not_exist() -> None:
     with pytest.raises(TypeError, match="max_tokens"):
         engine().generate(PROMPTS, max_tokens=3)  # type: ignore[call-arg]
@@ -337,6 +361,14 @@ def test_a_generation_config_is_followed_as_generate_does() -> None:
 )
 def test_what_a_generation_config_cannot_have_is_named(config: GenerationConfig, named: str) -> None:
     with pytest.raises(UsageError, match=named):
+        engine().generate(PROMPTS, config)
+
+
+@pytest.mark.parametrize("eos", ["x", ["a"], [1.5], True], ids=str)
+def test_what_ends_a_generation_config_is_checked(eos: Any) -> None:
+    config = GenerationConfig(max_new_tokens=2)
+    config.eos_token_id = eos
+    with pytest.raises(UsageError, match="eos_token_id is"):
         engine().generate(PROMPTS, config)
 
 
@@ -465,6 +497,39 @@ def test_an_async_stream_that_is_given_up_gives_its_cache_back(how: str, monkeyp
     assert len(released) == 1
 
 
+def test_a_step_that_fails_while_it_is_cancelled_leaves_no_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    complaints: list[Any] = []
+    running, go = threading.Event(), threading.Event()
+
+    def fail(*_: Any) -> Any:
+        running.set()
+        go.wait(10)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(engine(), "_turn", fail)
+
+    async def read() -> None:
+        async for _ in engine().astream(PROMPTS[:1], max_new_tokens=3):
+            pass
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
+        task = asyncio.create_task(read())
+        await asyncio.to_thread(running.wait, 10)
+        task.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        del task
+        gc.collect()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    gc.collect()
+    assert complaints == []
+
+
 def test_wrong_options_of_an_async_stream_are_told_at_once() -> None:
     with pytest.raises(UsageError, match="top_k"):
         engine().astream(PROMPTS, top_k=0)
@@ -484,6 +549,22 @@ def test_a_minimum_keeps_off_eos_and_stop_tokens() -> None:
     assert [(len(r.tokens), r.finish_reason, r.stop_reason) for r in ended] == [(3, "stop", None)] * 3
     free = engine().generate(PROMPTS, ignore_eos=True, **options)
     assert tokens(free) == [[EOS] * 8] * 3
+
+
+def test_a_minimum_under_an_eos_that_the_vocabulary_has_not() -> None:
+    """Bases name such ones, and so may a GenerationConfig."""
+    config = GenerationConfig(eos_token_id=[EOS, VOCABULARY + 3], max_new_tokens=8)
+    options: dict[str, Any] = {"logit_bias": {EOS: 40.0}, "min_new_tokens": 3}
+    assert [len(r.tokens) for r in engine().generate(PROMPTS, config, **options)] == [4] * 3
+
+
+def test_a_minimum_lets_no_bad_word_through() -> None:
+    """A stop token is kept off until the minimum is reached; the base's own ban on it holds after that, too."""
+    config = GenerationConfig(bad_words_ids=[[7]], max_new_tokens=6)
+    options: dict[str, Any] = {"logit_bias": {7: 45.0}, "stop_token_ids": 7}
+    want = tokens(engine().generate(PROMPTS, config, **options))
+    assert not any(7 in some for some in want)
+    assert tokens(engine().generate(PROMPTS, config, **options, min_new_tokens=1)) == want
 
 
 def test_presence_counts_once_and_frequency_each_time_in_the_output_only() -> None:

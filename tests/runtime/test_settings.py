@@ -16,9 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UnsupportedModelError, UsageError
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import modes
+from retrofit.runtime.host import drafting, modes
 from retrofit.runtime.loading import text_config
-from retrofit.runtime.rules import processors
 from retrofit.runtime.rules.processors import Guard, Rules
 from retrofit.runtime.settings import DEFAULT_NEW_TOKENS, folder_settings, read_settings
 
@@ -288,7 +287,7 @@ def test_a_folder_says_what_its_model_says(tmp_path: Path) -> None:
 
 
 def test_rules_that_forbid_nothing_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processors, "constrained", None)
+    monkeypatch.setattr(drafting, "constrained", None)
     monkeypatch.setattr(modes, "constrained", None)
     monkeypatch.setattr(modes, "_row_paths", None)
     engine = Engine.from_model(with_settings(repetition_penalty=1.1, eos_token_id=[1]), layout=DraftLayout(block=4))

@@ -226,3 +226,30 @@ def test_a_decoder_that_looks_back_too_far_is_decoded_by_hand() -> None:
         text.add(token)
     assert text.plain.stream is None
     assert text.plain.lengths[-1] > 0
+
+
+@pytest.mark.parametrize("name", ["pieces", "pieces, slow"])
+def test_a_stop_string_after_a_character_that_was_taken_back(name: str) -> None:
+    """A broken character behind a whole one makes the text of all tokens longer than the one that grew."""
+    tokenizer = TOKENIZERS[name]()
+    detokenizer = Detokenizer(tokenizer)
+    broken = [2 + byte for byte in ("é".encode() * 2 + b"\xe6")]
+    tokens = [260, *broken, 260, 262, 260]
+    request = Request(0, [1], 0, 20, frozenset(), text=Text(detokenizer, ("re",)))
+    request.emit(tokens)
+    assert request.stop_reason == "re" and request.emitted == tokens[:-1]
+    assert request.whole_text(detokenizer) == whole(tokenizer, tokens[:-2])
+
+
+@pytest.mark.parametrize("name", ["pieces", "pieces, slow"])
+def test_a_stream_says_nothing_twice_after_a_character_that_was_taken_back(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    detokenizer = Detokenizer(tokenizer)
+    tokens = [260, *(2 + byte for byte in "éé".encode() + b"\xe6"), 260, 262, 262]
+    request, sent = Request(0, [1], 0, len(tokens), frozenset(), Text(detokenizer)), ""
+    assert request.text is not None
+    for token in tokens:
+        request.emit([token])
+        sent += request.text.take()
+    assert sent.endswith("brere")
+    assert request.text.take(request.whole_text(detokenizer)) == ""

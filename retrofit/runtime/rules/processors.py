@@ -1,7 +1,7 @@
 """Tokens that a base's own settings forbid or force: the processors of transformers' `generate`, for rows in any order.
 
     ids of a row     prompt + emitted (seed included) | drafts on the row's own path
-    scores           repetition penalty -> rules -> temperature, top-k, top-p
+    scores           bias, penalties -> rules -> temperature, top-k, top-p, min-p
 
 One forward holds many rows of one text, so what a text has so far is kept once (`Guard`) and each row adds its path.
 A row's result does not depend on the rows beside it.  Not here: where rules come from (`settings.py`), the penalty and
@@ -34,6 +34,8 @@ class Rules:
     """Of prompt and output together."""
     min_new_tokens: int | None = None
     """Stands in for `min_length` where it is given."""
+    stop_tokens: tuple[int, ...] = ()
+    """What a minimum keeps off beside EOS.  Unlike EOS, bad words may hold them."""
     forced_bos_token_id: int | None = None
     """First token after a prompt of one token."""
     forced_eos_token_id: tuple[int, ...] = ()
@@ -47,7 +49,7 @@ class Rules:
         return (
             self.no_repeat_ngram_size > 0
             or bool(self.bad_words_ids or self.suppress_tokens or self.begin_suppress_tokens)
-            or (bool(self.eos) and max(self.min_length, self.min_new_tokens or 0) > 0)
+            or (bool(self.eos or self.stop_tokens) and max(self.min_length, self.min_new_tokens or 0) > 0)
             or self.forced_bos_token_id is not None
             or bool(self.forced_eos_token_id)
         )
@@ -89,7 +91,7 @@ class Guard:
         found: set[int] = set()
         length = len(self.tokens) + len(path)
         if length < self.min_length:
-            found.update(self.rules.eos)
+            found.update(self.rules.eos, self.rules.stop_tokens)
         for size in self.rules.bad_lengths:
             if size <= length:
                 found |= self.rules.bad_endings.get(self._tail(path, size), frozenset())

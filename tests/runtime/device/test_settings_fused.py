@@ -107,3 +107,37 @@ def test_stop_tokens_are_seen_in_time(engines: tuple[Engine, Engine], monkeypatc
         results = fused.generate(PROMPTS, **{"mode": "self_spec", **way}, stop_token_ids=stops, **options)
         assert [r.tokens for r in results] == want, way
         assert {r.finish_reason for r in results} == {"stop"}
+
+
+def test_ends_that_are_not_the_models_are_planned_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device ends a text at the model's own EOS, and nowhere else."""
+    plain_decoder(monkeypatch)
+    free = tokens_of(pair(small("llama", num_hidden_layers=1), WIDE)[1], PROMPTS, "ar", max_new_tokens=NEW)
+    fused, hf = pair(small("llama", eos=[free[0][2], free[1][3]], num_hidden_layers=1), WIDE)
+    assert fused.backend.eos == {free[0][2], free[1][3]}
+    options: dict[str, Any] = {"batch_size": 2, "original_settings": False}
+    for params in (
+        GenerationConfig(eos_token_id=free[2][4], max_new_tokens=NEW),
+        [SamplingParams(ignore_eos=n != 1, max_new_tokens=NEW) for n in range(3)],
+    ):
+        want = [r.tokens for r in hf.generate(PROMPTS, params, "ar", **options)]
+        assert len({len(text) for text in want}) > 1
+        for way in WAYS[:2]:
+            assert [r.tokens for r in fused.generate(PROMPTS, params, **way, **options)] == want, way
+
+
+@pytest.mark.parametrize("what", ["temperatures", "logprobs"])
+def test_what_the_device_cannot_tell_apart_or_tell_is_planned_on_the_host(
+    what: str, engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each alone: nothing else about these requests keeps them off the device."""
+    plain_decoder(monkeypatch)
+    fused, hf = engines
+    heats, told = ((0.0, 0.9, 1.3), None) if what == "temperatures" else ((0.0, 0.0, 0.0), 1)
+    params = [SamplingParams(temperature=heat, logprobs=told, max_new_tokens=NEW) for heat in heats]
+    want = hf.generate(PROMPTS, params, "ar", batch_size=1, original_settings=False)
+    for way in WAYS[:2]:
+        got = fused.generate(PROMPTS, params, batch_size=3, original_settings=False, **way)
+        assert [r.tokens for r in got] == [r.tokens for r in want], way
+        if told is not None:
+            assert [len(r.logprobs or ()) for r in got] == [len(r.tokens) for r in want], way

@@ -298,7 +298,7 @@ def check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise UsageError(f"unknown device {device!r}", "use cpu, cuda or cuda:N") from error
+        raise UsageError(f"unknown device {device!r}", "use cpu, cuda, cuda:N or auto") from error
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"retrofit does not run on {kind} devices", "use --device cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():

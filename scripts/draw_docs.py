@@ -166,7 +166,8 @@ def told_default(option: click.Option) -> tuple[str, str]:
 
 def environment(option: click.Option, ctx: click.Context) -> str | None:
     """RETROFIT_DEVICE, or whatever variable sets this option; None for --help and --version."""
-    if not option.allow_from_autoenv or option.name in ("help", "version") or ctx.auto_envvar_prefix is None:
+    shows = {"--help", "--version"} & {*option.opts}  # click has a name of its own for the first
+    if not option.allow_from_autoenv or shows or ctx.auto_envvar_prefix is None:
         return None
     return f"{ctx.auto_envvar_prefix}_{str(option.name).upper()}"
 

@@ -82,7 +82,7 @@ def measure(
         )  # fmt: skip
 
     if mode == "self_spec" and strategy == "auto":
-        generate(prompts[:batch_size], 1)  # the cost model's probe forwards are no part of any request
+        generate(prompts[:batch_size], 1)  # the trials of `auto` are no part of any request
     return summary(generate(prompts, max_new_tokens))
 
 

@@ -21,7 +21,7 @@ from retrofit.private_apis import PRIVATE_APIS, TRIED
 ROOT = Path(retrofit.__file__).parent.parent
 SOURCES = sorted(p for folder in ("retrofit", "benchmarks", "scripts") for p in (ROOT / folder).rglob("*.py"))
 NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}
-PACKAGES = set(TRIED)
+OWN = {"retrofit", "benchmarks", "scripts", ""}
 
 # Attributes that only instances have.
 INSTANCES = {
@@ -84,15 +84,16 @@ def used(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = [getattr(node, "module", None) or ""]
-            if isinstance(node, ast.Import) or module[0].split(".")[0] in PACKAGES:
+            if isinstance(node, ast.Import) or module[0].split(".")[0] not in OWN:
                 for dotted in [*module, *(alias.name for alias in node.names)]:
                     found |= {part for part in dotted.split(".") if is_private(part)}
         elif isinstance(node, ast.Attribute):
             found.add(node.attr)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
-            "getattr", "hasattr", "setattr", "delattr", "get", "pop",
+            "getattr", "hasattr", "setattr", "delattr", "get", "pop", "import_module",
         ):  # fmt: skip
-            found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+            for text in (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)):
+                found |= set(text.split("."))
     return {name for name in found if is_private(name)}
 
 
@@ -130,6 +131,8 @@ def test_the_versions_tried_are_those_allowed():
     [
         ("from torch._utils import x", {"_utils"}),
         ("import torch._dynamo", {"_dynamo"}),
+        ("import_module('torch._dynamo')", {"_dynamo"}),
+        ("from click._compat import x", {"_compat"}),
         ("model._thing", {"_thing"}),
         ("getattr(model, '_thing', None)", {"_thing"}),
         ("from retrofit.x import _own", set()),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from decoding import random_prompts
 from optioned import engine
+from tiny_models import CONTEXT
 
 from retrofit import UsageError
 from retrofit.runtime.results import Result

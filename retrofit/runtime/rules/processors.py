@@ -34,14 +34,14 @@ class Rules:
     """Of prompt and output together."""
     min_new_tokens: int | None = None
     """Stands in for `min_length` where it is given."""
-    stop_tokens: tuple[int, ...] = ()
-    """What a minimum keeps off beside EOS.  Unlike EOS, bad words may hold them."""
     forced_bos_token_id: int | None = None
     """First token after a prompt of one token."""
     forced_eos_token_id: tuple[int, ...] = ()
     """What the last token that may be emitted must be one of."""
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    """What a minimum keeps off beside EOS.  Unlike EOS, bad words may hold them."""
 
     @property
     def active(self) -> bool:

@@ -43,18 +43,7 @@ def certify(
     quieten_libraries()
     from retrofit import certify as run
 
-    certificate = run(
-        folder,
-        level=level,
-        device=loading.device,
-        dtype=loading.dtype or "auto",
-        backend=loading.backend,
-        exact=loading.exact,
-        base=base,
-        offline=loading.offline,
-        trust_remote_code=loading.trust_remote_code,
-        progress=not is_quiet(),
-    )
+    certificate = run(folder, level=level, base=base, progress=not is_quiet(), **loading.keywords)
     path = certificate.save(folder)
     if as_json:
         click.echo(path.read_text(encoding="utf-8"), nl=False)

@@ -60,17 +60,7 @@ def doctor(folder: str | None, base: str | None, loading: Loading, as_json: bool
     if not as_json:
         print_table(environment_rows(facts))
         click.echo()
-    diagnosis = diagnose(
-        folder,
-        base,
-        device=loading.device,
-        dtype=loading.dtype or "auto",
-        backend=loading.backend,
-        exact=loading.exact,
-        offline=loading.offline,
-        trust_remote_code=loading.trust_remote_code,
-        progress=True,
-    )
+    diagnosis = diagnose(folder, base, progress=True, **loading.keywords)
     if as_json:
         emit_json({"environment": facts, **diagnosis.to_dict()}, indent=2)
     else:

@@ -72,21 +72,24 @@ class Loading:
 
         return resolved_device(self.device_name)
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """As `Engine.load`, `certify` and `diagnose` take them.  Imports torch."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype or "auto",
+            "backend": self.backend,
+            "exact": self.exact,
+            "offline": self.offline,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
     def engine(self, artifact: str, base: str | None) -> Engine:
         """Load an artifact.  Raises what `Engine.load` raises."""
         quieten_libraries()
         from retrofit import Engine
 
-        engine = Engine.load(
-            artifact,
-            device=self.device,
-            dtype=self.dtype or "auto",
-            exact=self.exact,
-            backend=self.backend,
-            base=base,
-            offline=self.offline,
-            trust_remote_code=self.trust_remote_code,
-        )
+        engine = Engine.load(artifact, base=base, **self.keywords)
         for setting in engine.not_honoured:
             say(f"note: of the base's generation_config {setting} is not followed")
         return engine

@@ -62,12 +62,12 @@ class GatedLoraLinear(lora.Linear):
         if first is None or first >= x.shape[-2]:
             return out
         adapter = self.active_adapters[0]
-        rows = x[..., first:, :]
-        down, up = self.lora_A[adapter], self.lora_B[adapter]
-        update = up(down(rows.to(down.weight.dtype))) * self.scaling[adapter]
-        if first == 0:
-            return out + update.to(out.dtype)
-        out[..., first:, :] += update.to(out.dtype)
+        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        update = F.linear(F.linear(x[..., first:, :].to(down.dtype), down), up)
+        if first == 0 and torch.is_grad_enabled():
+            return out + (update * self.scaling[adapter]).to(out.dtype)
+        # Few rows of a small model: each operation costs as much as the products do.
+        out[..., first:, :].add_(update, alpha=self.scaling[adapter])
         return out
 
 

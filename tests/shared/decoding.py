@@ -102,7 +102,7 @@ class Oracle:
         seeds: Sequence[int],
         indices: Sequence[int],
         seen_BV: Tensor | None,
-        project: Callable[[Tensor], Tensor],
+        trunk_BDV: Tensor,
         heads: Heads,
         params: Processing,
         with_confidence: bool,

@@ -6,7 +6,7 @@ prefixes all occur, at any temperature.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch

@@ -139,9 +139,9 @@ def hash_bits(seed: Tensor, index: Tensor, vocab: int, ids: Tensor | None = None
 def gumbel_noise(seed: Tensor, index: Tensor, vocab: int, ids: Tensor | None = None) -> Tensor:
     """Standard Gumbel noise of every token of every row: g = -log(-log(u)), fp32 [R, V], all finite.
 
-    seed, index: int64 [R], request seed and output index of each row.  ids: as in `hash_bits`.  u = (top 23 hash bits + 0.5) * 2^-23
-    is exact in fp32 and never 0 or 1, so -2.82 < g < 16.64.  The grain of u shows in tokens of probability
-    near 2^-23 and below, which are drawn too rarely, as with any fp32 uniform.
+    seed, index: int64 [R], request seed and output index of each row.  ids: as in `hash_bits`.
+    u = (top 23 hash bits + 0.5) * 2^-23 is exact in fp32 and never 0 or 1, so -2.82 < g < 16.64.  The grain of u
+    shows in tokens of probability near 2^-23 and below, which are drawn too rarely, as with any fp32 uniform.
     """
     uniform = (hash_bits(seed, index, vocab, ids) >> 9).bitwise_and_((1 << 23) - 1).to(torch.float32)
     uniform.add_(0.5).mul_(2.0**-23)

@@ -62,12 +62,14 @@ class GatedLoraLinear(lora.Linear):
         if first is None or first >= x.shape[-2]:
             return out
         adapter = self.active_adapters[0]
-        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        update = F.linear(F.linear(x[..., first:, :].to(down.dtype), down), up)
+        # Few rows of a small model: each operation and each look-up costs as much as the products do.
+        down, up = (self._modules[name]._modules[adapter]._parameters["weight"] for name in ("lora_A", "lora_B"))
+        rows = x[0, first:] if x.dim() == 3 and len(x) == 1 else x[..., first:, :]
+        update = F.linear(F.linear(rows.to(down.dtype), down), up)
         if first == 0 and torch.is_grad_enabled():
-            return out + (update * self.scaling[adapter]).to(out.dtype)
-        # Few rows of a small model: each operation costs as much as the products do.
-        out[..., first:, :].add_(update, alpha=self.scaling[adapter])
+            return out + (update * self.scaling[adapter]).to(out.dtype).view_as(out)
+        changed = out[0, first:] if rows.dim() < out.dim() else out[..., first:, :]
+        changed.add_(update, alpha=self.scaling[adapter])
         return out
 
 

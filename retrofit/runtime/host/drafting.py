@@ -138,10 +138,10 @@ def _draft_tree(
     for depth in range(max(tree.depths)):
         children = [j for j, d in enumerate(tree.depths) if d == depth + 1]
         parents = sorted({tree.parents[j] for j in children})
-        on_paths = [
+        seen_here, counts_here = (
             None if known[0] is None else torch.stack([_known(known[p]) for p in parents], 1).flatten(0, 1)
             for known in (seen, counts)
-        ]
+        )
         each = None if guards is None else [guard for guard in guards for _ in parents]
         constrain = _constrain(each, [] if guards is None else [routes[p][b] for b in range(B) for p in parents])
         best = slots.best(depth, tokens[:, parents], 1 + max(tree.ranks[j] for j in children), *on_paths, constrain)

@@ -144,10 +144,9 @@ def _draft_tree(
         )
         each = None if guards is None else [guard for guard in guards for _ in parents]
         constrain = _constrain(each, [] if guards is None else [routes[p][b] for b in range(B) for p in parents])
-        best = slots.best(depth, tokens[:, parents], 1 + max(tree.ranks[j] for j in children), *on_paths, constrain)
-        tokens[:, children] = best[
-            :, [parents.index(tree.parents[j]) for j in children], [tree.ranks[j] for j in children]
-        ]
+        parent_of, rank_of = [parents.index(tree.parents[j]) for j in children], [tree.ranks[j] for j in children]
+        best = slots.best(depth, tokens[:, parents], 1 + max(rank_of), seen_here, counts_here, constrain)
+        tokens[:, children] = best[:, parent_of, rank_of]
         for j in children:
             parent = tree.parents[j]
             if seen_BV is not None:

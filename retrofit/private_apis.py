@@ -123,7 +123,7 @@ PRIVATE_APIS = (
         ("retrofit/eval/subject.py", "retrofit/runtime/backends/hf/backend.py"),
     ),
     PrivateApi(
-        "transformers.integrations.moe._default_apply_gate",
+        "transformers.models.mixtral.modeling_mixtral.MixtralExperts._apply_gate",
         "what a routed expert does between its two products, which `use_experts_implementation` puts on the module",
         ("retrofit/runtime/backends/hf/experts.py",),
     ),

@@ -120,7 +120,11 @@ PRIVATE_APIS = (
     PrivateApi(
         "transformers.PreTrainedConfig._experts_implementation",
         "how routed experts are computed, which decides how draft rows are kept from base rows",
-        ("retrofit/eval/subject.py", "retrofit/runtime/backends/hf/backend.py"),
+        (
+            "retrofit/eval/subject.py",
+            "retrofit/runtime/backends/hf/backend.py",
+            "retrofit/runtime/backends/hf/experts.py",
+        ),
     ),
     PrivateApi(
         "transformers.models.mixtral.modeling_mixtral.MixtralExperts._apply_gate",

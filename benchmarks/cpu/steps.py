@@ -110,8 +110,8 @@ def best_path(tree: DraftTree) -> list[int]:
 
 def ends(tree: DraftTree, count: int) -> tuple[int, ...]:
     """Where blocks hang: behind the best path, and where else it most likely ends."""
-    last = best_path(tree)[-1]
-    return tuple(sorted([last, *(n for n in tree.likeliest_ends(count + 1) if n != last)][:count]))
+    last, likeliest = best_path(tree)[-1], tree.likeliest_ends(count)
+    return likeliest if last in likeliest else tuple(sorted([last, *tree.likeliest_ends(count - 1)]))
 
 
 def on_tree(tree: DraftTree, text: list[int], engine: Engine) -> list[int]:

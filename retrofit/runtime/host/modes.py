@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.adapters.rows import SequenceRows
+from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.host.drafting import draft_tokens
 from retrofit.runtime.host.prefixes import copy_prompt, keep_prompt, shared_prompts
 from retrofit.runtime.host.telling import tell, tell_prompts
@@ -91,7 +92,8 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
             room -= count
             if r.long_rope or run.backend.prefill_alone:
                 break
-        out = run.backend.forward(run.backend.row_plan(rows), run.cache)
+        with thread_limit(run.backend.device):
+            out = run.backend.forward(run.backend.row_plan(rows), run.cache)
         tell_prompts(run.backend.head, [r for r, _ in finished], rows, out.every_base)
         complete = [i for i, (_, done) in enumerate(finished) if done]
         if not complete:

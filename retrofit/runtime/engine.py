@@ -30,6 +30,8 @@ from retrofit.runtime.loading import fits_fused, fused_backend, untrained, with_
 from retrofit.runtime.options import Decoding, check_options, flag
 from retrofit.runtime.params import Keywords
 from retrofit.runtime.plan import Cycle, Limits, fixed_cycle
+from retrofit.runtime.prefixes.pieces import Pieces
+from retrofit.runtime.prefixes.reuse import check_budget, pieces_for, pieces_of
 from retrofit.runtime.prompts import Prompts, listed
 from retrofit.runtime.reading import Reader, in_thread
 from retrofit.runtime.request import Request
@@ -72,6 +74,8 @@ class Engine:
         """What steps planned on the device cost; they are timed apart from those planned on the host."""
         self.settled: Settled | None = None
         """How the level of exactness was found, on the hf backend."""
+        self.prefixes: Pieces | None = None
+        """Base K/V of texts that are through, for prompts that begin alike; None: none are kept."""
 
     @classmethod
     def load(
@@ -86,6 +90,7 @@ class Engine:
         base: str | None = None,
         offline: bool = False,
         trust_remote_code: bool = False,
+        prefix_cache: int | str = "auto",
     ) -> Engine:
         """Load an artifact folder and the base it belongs to.
 
@@ -96,10 +101,15 @@ class Engine:
         bucket (every decoding forward has `rows` rows), invariant (any number of rows).  auto is bucket on the fused
         backend; on hf, in half precision, the cheapest level that a self-test finds to hold here, and off in fp32.
         `engine.backend.exact` says which it is, `engine.settled` why.
+        prefix_cache: bytes, or a text such as 512MB, of base K/V that are kept of finished texts for prompts that begin
+        like them; 0: none, auto: those of 8,192 tokens.  Only where a copy has the bits of what would be computed: on
+        the hf backend at invariant; elsewhere auto is 0, and bytes are refused.  `engine.prefixes.clear()` lets go of
+        them.
         Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError, and GateError
         where this machine does not keep what the level promises.
         """
         check_loading(backend, exact, dtype)
+        budget = check_budget(prefix_cache)
         device = resolved_device(device)
         artifact = artifacts.read(Path(path))
         named = artifact.config["base"]
@@ -112,12 +122,14 @@ class Engine:
         options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
         if backend == "hf":
             loaded = load_base(name, revision, dtype=dtype, device=device, **options)
-            return cls._with_artifact(loaded, artifact, exact, rows)
+            return cls._with_artifact(loaded, artifact, exact, rows, budget)
         files = load_base(name, revision, device=device, with_model=False, **options)
         fused = fused_backend(
             files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows or BUCKET_ROWS
         )
-        return cls(fused, fused.layout, files.tokenizer, artifact.config.get("acceptance"), artifact.config, files)
+        engine = cls(fused, fused.layout, files.tokenizer, artifact.config.get("acceptance"), artifact.config, files)
+        engine.prefixes = pieces_for(fused, budget)
+        return engine
 
     @classmethod
     def from_model(
@@ -129,34 +141,39 @@ class Engine:
         layout: DraftLayout | None = None,
         exact: str = "auto",
         rows: int | None = None,
+        prefix_cache: int | str = "auto",
     ) -> Engine:
         """Wrap a live model.  adapter None: `ar` is the model's own, and `self_spec` runs with an untrained draft.
 
-        exact, rows: as in `load`.  The model's projections are wrapped in place, gate closed: its own forward and
+        exact, rows, prefix_cache: as in `load`; what was kept goes when the model's weights change.  The model's projections are wrapped in place, gate closed: its own forward and
         `generate` stay bit-identical; `close()` takes the wrapping off.
         Raises as `load` does, UnsupportedModelError for a model that has an adapter of its own, is quantised, or is not
         on one CPU or CUDA device, and UsageError for what is no such model or while another engine has it.
         """
         check_loading("hf", exact, "auto")
+        budget = check_budget(prefix_cache)
         refuse_live(model)
         if adapter is not None:
             artifact = artifacts.read(Path(adapter))
             base = Base(model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model))
-            return cls._with_artifact(base, artifact, exact, rows)
+            return cls._with_artifact(base, artifact, exact, rows, budget)
         attached, backend = untrained(model, layout or DraftLayout())
-        return cls(backend, attached.layout, tokenizer, attached=attached)._settled(backend, exact, rows)
+        return cls(backend, attached.layout, tokenizer, attached=attached)._settled(backend, exact, rows, budget)
 
     @classmethod
-    def _with_artifact(cls, base: Base, artifact: artifacts.Artifact, exact: str, rows: int | None) -> Engine:
+    def _with_artifact(
+        cls, base: Base, artifact: artifacts.Artifact, exact: str, rows: int | None, budget: int | None
+    ) -> Engine:
         config = artifact.config
         attached, backend = with_adapter(base, artifact)
         engine = cls(backend, attached.layout, base.tokenizer, config.get("acceptance"), config, base, attached)
-        return engine._settled(backend, exact, rows)
+        return engine._settled(backend, exact, rows, budget)
 
-    def _settled(self, backend: HFBackend, exact: str, rows: int | None) -> Engine:
-        """This engine, at a level of exactness; closed if the level does not hold."""
+    def _settled(self, backend: HFBackend, exact: str, rows: int | None, budget: int | None) -> Engine:
+        """This engine, at a level of exactness, keeping prefixes; closed if that does not hold."""
         try:
             self.settled = settle(backend, exact, self.layout.drafts, rows)
+            self.prefixes = pieces_for(backend, budget)
         except BaseException:
             self.close()
             raise
@@ -169,6 +186,8 @@ class Engine:
         UsageError when they go on, as every later use does.  Raises UsageError itself from inside a step.
         """
         self.backend.close()
+        if self.prefixes is not None:
+            self.prefixes.clear()
         if self._attached is not None:
             self._attached.detach()
 
@@ -296,7 +315,7 @@ class Engine:
         confident = way.name == "auto" or (way.mode == "self_spec" and isinstance(way.prepare, int))
         run = Run(
             self.backend, cache, typical(requests), self.layout, self.limits, way.name, cycle, way.threshold, confident,
-            **needs(requests),
+            **needs(requests), pieces=pieces_of(self.backend, self.prefixes),
         )  # fmt: skip
         try:
             with turn():

@@ -12,7 +12,7 @@ Not here: which rows to run, sampling, acceptance.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -36,7 +36,7 @@ from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.load_check import check_model
 from retrofit.runtime.backends.hf.refused import refuse_unsupported
-from retrofit.runtime.backends.interface import Output, Stepper, eos_set
+from retrofit.runtime.backends.interface import PREFILL_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns
 from retrofit.runtime.rules.sampling import Processing, choose
 from retrofit.runtime.settings import read_settings
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
+EXACT_PREFILL_ROWS = 256
+"""Prompt rows per forward at `invariant`: no more than the self-test tries (`prefixes/reuse.py`)."""
 CACHE_STEP = 256
 """The K/V cache grows in steps of so many positions."""
 GATHER_BYTES = 1 << 28
@@ -106,6 +108,8 @@ class HFBackend:
     least_rows = 1
     """Rows that every decoding forward is filled up to."""
     prefill_alone = False
+    prefill_rows = PREFILL_ROWS
+    one_order = True
 
     def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
         """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""
@@ -190,6 +194,16 @@ class HFBackend:
         self.most_rows = rows if exact == "bucket" else None
         # A prompt's bits then depend on nothing but the prompt, however products of many rows are made.
         self.prefill_alone = exact != "off"
+        self.prefill_rows = EXACT_PREFILL_ROWS if exact == "invariant" else PREFILL_ROWS
+
+    def made_by(self) -> Hashable:
+        """The base's weights, by where they are and how often they were written to, and the level that is kept.
+
+        What is written past autograd, through `.data`, is not seen.
+        """
+        weights = (p for name, p in self.model.named_parameters() if ".lora_" not in name)
+        written = tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in weights)
+        return written, self.exact, self.form, self.least_rows
 
     def until_closed(self, undo: Callable[[], None]) -> None:
         """Something was done to the model: undo it when this is closed."""
@@ -213,8 +227,9 @@ class HFBackend:
         return choose(scores, params, seed, index)
 
     def row_plan(self, sequences: list[SequenceRows]) -> RowPlan:
-        prefill = any(s.last_logits_only for s in sequences)
-        return RowPlan(sequences, self.device, self.causal_blocks, 1 if prefill else self.least_rows)
+        # At `invariant` a prompt's rows have the bits that they would have in a step: prefixes are kept for others.
+        least = 1 if is_prefill(sequences) and self.exact != "invariant" else self.least_rows
+        return RowPlan(sequences, self.device, self.causal_blocks, least)
 
     def forward(self, plan: RowPlan, cache: KVCache) -> Output:
         """One forward.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
@@ -260,7 +275,8 @@ class HFBackend:
     @contextmanager
     def switched(self, plan: RowPlan) -> Iterator[None]:
         """The model as a forward of these rows needs it, for this thread and no other."""
-        few = plan.num_rows <= FEW_ROWS or plan.least_rows > 1  # filled up: rows must not depend on each other
+        # Filled up: rows must not depend on each other.
+        few = plan.num_rows <= FEW_ROWS or (plan.least_rows > 1 and not is_prefill(plan.sequences))
         experts = "batched_mm" if self.experts is not None and few else self.experts
         before = self.gate.base_rows
         with answering(self.config, ATTENTION, experts):
@@ -269,6 +285,10 @@ class HFBackend:
                 yield
             finally:
                 self.gate.base_rows = before
+
+
+def is_prefill(sequences: Sequence[SequenceRows]) -> bool:
+    return any(s.last_logits_only for s in sequences)
 
 
 def outermost(model: nn.Module, inner: nn.Module, beside: nn.Module) -> nn.Module:

@@ -48,7 +48,7 @@ PRIVATE_APIS = (
     PrivateApi(
         "torch.Tensor._version",
         "how often a weight was written to: kept K/V are of no use once it was",
-        ("retrofit/runtime/backends/hf/backend.py",),
+        ("retrofit/runtime/backends/hf/written.py",),
     ),
     PrivateApi(
         "torch.UntypedStorage._cdata",

@@ -145,8 +145,9 @@ class Engine:
     ) -> Engine:
         """Wrap a live model.  adapter None: `ar` is the model's own, and `self_spec` runs with an untrained draft.
 
-        exact, rows, prefix_cache: as in `load`; what was kept goes when the model's weights change.  The model's projections are wrapped in place, gate closed: its own forward and
-        `generate` stay bit-identical; `close()` takes the wrapping off.
+        exact, rows, prefix_cache: as in `load`; kept prefixes go when the weights are written to.  The model's
+        projections are wrapped in place, gate closed: its own forward and `generate` stay bit-identical; `close()`
+        takes the wrapping off.
         Raises as `load` does, UnsupportedModelError for a model that has an adapter of its own, is quantised, or is not
         on one CPU or CUDA device, and UsageError for what is no such model or while another engine has it.
         """

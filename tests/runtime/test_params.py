@@ -16,7 +16,6 @@ import retrofit
 from retrofit import SamplingParams, UsageError, hub
 from retrofit.runtime import engine as retrofit_engine
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import modes
 from retrofit.runtime.results import Result
 
 PROMPTS = random_prompts((3, 6, 4), seed=8)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PREFILL_ROWS = 2048
 """Prompt rows per forward, at most."""
+EXACT_PREFILL_ROWS = 256
+"""The same at `invariant` on the hf backend: no more than are tried out (`prefixes/reuse.py`)."""
 BUCKET_ROWS = 128
 """Rows of every decoding forward at `exact="bucket"`: so many a datacentre GPU computes at about the price of one."""
 

@@ -43,7 +43,7 @@ class Pieces:
     """The pieces that one engine keeps."""
 
     def __init__(self, budget: int | None = None, size: int = PIECE):
-        """budget: bytes of K/V; None: those of AUTO_POSITIONS positions, as the first piece shows.  size: of a piece."""
+        """budget: bytes of K/V; None: those of AUTO_POSITIONS positions, by the first piece.  size: of a piece."""
         self.budget, self.size = budget, size
         self.nbytes = 0
         self._begins: dict[Hashable, _Piece] = {}

@@ -8,6 +8,7 @@ prompts attend in another order of addition than its steps, nothing is kept beyo
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def same_bits(backend: Backend) -> bool:
         for slot in range(2):
             cache.open(slot, count)
         logits = [run(0, 0, count)]
-        for first, stop in zip(cuts, cuts[1:], strict=False):
+        for first, stop in pairwise(cuts):
             logits[1:] = [run(1, first, stop, decoded=stop - first < PIECE)]
         kept, other = (cache.take_out(slot, 0, count) for slot in range(2))
     finally:

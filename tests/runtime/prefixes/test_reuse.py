@@ -1,4 +1,4 @@
-"""Prompts that begin like a text before them: what is copied is what would be computed, so nothing changes but the work.
+"""Prompts that begin like a text before them: what is copied is what would be computed.
 
 Bits are a machine's affair, so they are compared where its self-test lets prefixes be kept; that the right positions
 land at the right places is tried in fp32 on any machine, where rounding parts no text.
@@ -108,7 +108,7 @@ def test_a_turn_reads_what_is_new_in_it_and_answers_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_where_prefixes_are_kept_not_a_bit_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log-probabilities are compared as they are; drafts are right on purpose, so several tokens are committed at once."""
+    """Log-probabilities are compared as they are; drafts are right on purpose: many are committed at once."""
     engine = randomise(Engine.from_model(build(name).to(torch.bfloat16), layout=LAYOUT))
     if engine.prefixes is None:
         pytest.skip(f"on this machine {reuse.why_not(engine.backend)}")
@@ -259,13 +259,8 @@ def test_a_budget_is_a_number_of_bytes(given: Any) -> None:
 
 
 def test_bytes_in_words() -> None:
-    assert [reuse.check_budget(given) for given in ("auto", "512MB", "1GiB", 7, "0")] == [
-        None,
-        512_000_000,
-        1 << 30,
-        7,
-        0,
-    ]
+    given = ("auto", "512MB", "1GiB", 7, "0")
+    assert [reuse.check_budget(one) for one in given] == [None, 512_000_000, 1 << 30, 7, 0]
 
 
 @pytest.mark.parametrize("planted", [lambda rows: rows > 100, lambda rows: rows < 20])

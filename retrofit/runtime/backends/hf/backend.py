@@ -27,7 +27,7 @@ from retrofit.adapters.attach import WRAPPING, Attached
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.roles import trunk_of
-from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.adapters.rows import RowPlan, SequenceRows, is_prefill
 from retrofit.errors import UsageError
 from retrofit.runtime.backends.context import context_length, restarts_at_boundary, rope_boundary
 from retrofit.runtime.backends.hf.answers import answering, by_thread
@@ -36,7 +36,8 @@ from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.load_check import check_model
 from retrofit.runtime.backends.hf.refused import refuse_unsupported
-from retrofit.runtime.backends.interface import PREFILL_ROWS, Output, Stepper, eos_set
+from retrofit.runtime.backends.hf.written import written
+from retrofit.runtime.backends.interface import EXACT_PREFILL_ROWS, PREFILL_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns
 from retrofit.runtime.rules.sampling import Processing, choose
 from retrofit.runtime.settings import read_settings
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
-EXACT_PREFILL_ROWS = 256
-"""Prompt rows per forward at `invariant`: no more than the self-test tries (`prefixes/reuse.py`)."""
 CACHE_STEP = 256
 """The K/V cache grows in steps of so many positions."""
 GATHER_BYTES = 1 << 28
@@ -197,13 +196,7 @@ class HFBackend:
         self.prefill_rows = EXACT_PREFILL_ROWS if exact == "invariant" else PREFILL_ROWS
 
     def made_by(self) -> Hashable:
-        """The base's weights, by where they are and how often they were written to, and the level that is kept.
-
-        What is written past autograd, through `.data`, is not seen.
-        """
-        weights = (p for name, p in self.model.named_parameters() if ".lora_" not in name)
-        written = tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in weights)
-        return written, self.exact, self.form, self.least_rows
+        return written(self.model), self.exact, self.form, self.least_rows
 
     def until_closed(self, undo: Callable[[], None]) -> None:
         """Something was done to the model: undo it when this is closed."""
@@ -227,7 +220,7 @@ class HFBackend:
         return choose(scores, params, seed, index)
 
     def row_plan(self, sequences: list[SequenceRows]) -> RowPlan:
-        # At `invariant` a prompt's rows have the bits that they would have in a step: prefixes are kept for others.
+        # At `invariant` the rows of a prompt have the bits of a step's, so that others may copy what they left.
         least = 1 if is_prefill(sequences) and self.exact != "invariant" else self.least_rows
         return RowPlan(sequences, self.device, self.causal_blocks, least)
 
@@ -275,7 +268,6 @@ class HFBackend:
     @contextmanager
     def switched(self, plan: RowPlan) -> Iterator[None]:
         """The model as a forward of these rows needs it, for this thread and no other."""
-        # Filled up: rows must not depend on each other.
         few = plan.num_rows <= FEW_ROWS or (plan.least_rows > 1 and not is_prefill(plan.sequences))
         experts = "batched_mm" if self.experts is not None and few else self.experts
         before = self.gate.base_rows
@@ -285,10 +277,6 @@ class HFBackend:
                 yield
             finally:
                 self.gate.base_rows = before
-
-
-def is_prefill(sequences: Sequence[SequenceRows]) -> bool:
-    return any(s.last_logits_only for s in sequences)
 
 
 def outermost(model: nn.Module, inner: nn.Module, beside: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ arXiv 2507.11851.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class GatedLoraLinear(lora.Linear):
     gate = Gate()
     """Closed until `set_gate`: another thread may run the model while the adapter is being attached."""
     plain: nn.Linear | None = None
+    product: Callable[[Tensor], Tensor] | None = None
+    """Computes the base layer in forwards of a backend, rows cut or weight packed; None: the layer itself does."""
     by_hand = True
     """Whether gradients of draft rows are formed by hand; False is plain autograd, to compare with."""
 
@@ -48,14 +51,17 @@ class GatedLoraLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., N, in] -> [..., N, out]."""
         base, first = self.plain, self.gate.base_rows
-        hooked = base is None or base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        if base is None or hooked:
+        product = None if first is None else self.product
+        replaced = base is not None and "forward" in base.__dict__ and product is None
+        if base is None or replaced or base._forward_hooks or base._forward_pre_hooks:
             out: Tensor = self.base_layer(x)
         elif first == 0 and self.by_hand and torch.is_grad_enabled() and not base.weight.requires_grad:
             adapter = self.active_adapters[0]
             down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             trained: Tensor = _FrozenPlusLowRank.apply(x, base.weight, base.bias, down, up, self.scaling[adapter])
             return trained
+        elif product is not None:
+            out = product(x)
         else:
             # What the layer would do, past the module machinery: a tenth of a small model's decode step.
             out = F.linear(x, base._parameters["weight"], base._parameters["bias"])  # type: ignore[arg-type]

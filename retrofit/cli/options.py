@@ -26,6 +26,8 @@ MODES = ["ar", "diffusion", "self_spec"]
 STRATEGIES = ["auto", "fused", "two_forward", "prompt_lookup"]
 BACKENDS = ["auto", "hf", "fused"]
 EXACT = ["auto", "off", "bucket", "invariant"]
+PACKED: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+"""--packed, as `Engine.load` takes it."""
 
 
 def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
@@ -64,6 +66,7 @@ class Loading:
     trust_remote_code: bool
     backend: str = "auto"
     exact: str = "auto"
+    packed: str = "auto"
     prefix_cache: str = "auto"
 
     @property
@@ -81,6 +84,7 @@ class Loading:
             "dtype": self.dtype or "auto",
             "backend": self.backend,
             "exact": self.exact,
+            "packed": PACKED[self.packed],
             "offline": self.offline,
             "trust_remote_code": self.trust_remote_code,
         }
@@ -121,17 +125,19 @@ def loading_options(function: Any) -> Any:
 
 
 def engine_options(function: Any) -> Any:
-    """`loading_options` of a command that decodes: --backend and --exact too."""
+    """`loading_options` of a command that decodes: --backend, --exact and --packed too."""
 
     @wraps(function)
-    def run(*arguments: Any, loading: Loading, backend: str, exact: str, **options: Any) -> Any:
-        return function(*arguments, loading=replace(loading, backend=backend, exact=exact), **options)
+    def run(*arguments: Any, loading: Loading, backend: str, exact: str, packed: str, **options: Any) -> Any:
+        return function(*arguments, loading=replace(loading, backend=backend, exact=exact, packed=packed), **options)
 
     added = _options(
         click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
                      help="hf is transformers' own modules, fused our kernels (GPU); auto is fused where it can run."),
         click.option("--exact", type=click.Choice(EXACT), default="auto", show_default=True,
                      help="Whether a row's bits may depend on the rows beside it; see `retrofit doctor`."),
+        click.option("--packed", type=click.Choice(list(PACKED)), default="auto", show_default=True,
+                     help="Hold weights as a CPU multiplies them fastest; auto is on where this machine can."),
     )(run)  # fmt: skip
     return loading_options(added)
 

@@ -56,9 +56,10 @@ def quieten_libraries() -> None:
 
 
 def decodes_as(engine: Engine) -> str:
-    """`hf in bfloat16, exact=invariant`: which backend decodes, and the level of exactness it keeps."""
+    """`hf in bfloat16, packed, exact=invariant`: which backend decodes, how, and the level of exactness it keeps."""
     backend = engine.backend
-    return f"{backend.name} in {str(backend.dtype).removeprefix('torch.')}, exact={backend.exact}"
+    packed = ", packed" if getattr(backend, "packed", False) else ""
+    return f"{backend.name} in {str(backend.dtype).removeprefix('torch.')}{packed}, exact={backend.exact}"
 
 
 class Totals:

@@ -135,8 +135,9 @@ def time_plans(run: Run, batch: int, policy: AutoPolicy) -> None:
             cache = run.backend.new_cache(batch, capacity)
             for slot in range(batch):
                 cache.open(slot, capacity)
-            plain = dict.fromkeys(("mixed", "ruled", "seen", "counts", "told"), False)
-            scratch = replace(run, cache=cache, pieces=None, **plain)
+            scratch = replace(
+                run, cache=cache, mixed=False, ruled=False, seen=False, counts=False, told=False, pieces=None
+            )
             prefill_step(scratch, _stand_ins(scratch, prompt, batch))
             for plan in trials:
                 seconds = _seconds(scratch, plan, _stand_ins(scratch, prompt, batch))

@@ -65,6 +65,11 @@ PRIVATE_APIS = (
         ("retrofit/runtime/backends/hf/backend.py",),
     ),
     PrivateApi(
+        "torch.Tensor._version",
+        "how often a weight was written to: kept K/V are of no use once it was",
+        ("retrofit/runtime/backends/hf/written.py",),
+    ),
+    PrivateApi(
         "torch.UntypedStorage._cdata",
         "tells two tensors of one storage from two of two: the dry run counts storages",
         ("retrofit/recipes/dry_run/rehearsal.py",),

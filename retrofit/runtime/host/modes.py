@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.adapters.rows import SequenceRows
+from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.host.drafting import draft_tokens
-from retrofit.runtime.host.prefixes import copy_prompt, keep_prompt, shared_prompts
+from retrofit.runtime.host.prefixes import begin_with_kept, copy_prompt, keep_prompt, keep_text, shared_prompts
 from retrofit.runtime.host.telling import tell, tell_prompts
 from retrofit.runtime.plan import StepPlan, max_verify, speculative_rows
 from retrofit.runtime.request import Request
@@ -28,9 +29,6 @@ from retrofit.runtime.rules.processors import Constrain, Guard, constrained
 from retrofit.runtime.rules.sampling import Processing, path_counts, path_seen, process_logits
 from retrofit.runtime.rules.tree import DraftTree, accepted_path, depths, parents_of, paths_of
 from retrofit.runtime.run import Run
-
-PREFILL_ROWS = 2048
-"""Prompt rows per forward; bounds activations and attention masks."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +64,24 @@ class Hanging:
 def prefill_step(run: Run, requests: Sequence[Request]) -> None:
     """Run whole prompts (or, at a longrope crossing, whole sequences) and emit one token each.
 
-    Of requests that share a prompt one runs it.
+    Of requests that share a prompt one runs it; where prefixes are kept, a prompt runs from what is kept of it on.
     """
     copies = shared_prompts(requests)
     pending = {r.index: r for r in requests if r not in copies}
     for r in requests:
-        r.committed = 0
+        r.committed = r.kept = 0
         r.long_rope = run.limits.boundary is not None and r.position >= run.limits.boundary
     while pending:
         rows: list[SequenceRows] = []
         finished: list[tuple[Request, bool]] = []
-        room = PREFILL_ROWS
+        room = run.backend.prefill_rows
         for r in list(pending.values()):
+            if rows and (r.long_rope or room <= 0):
+                continue
+            if r.committed == 0:
+                begin_with_kept(run, r)
             # Long RoPE factors are chosen by the largest position of a forward, so such a sequence goes in one piece.
             count = len(r.tokens) - r.committed if r.long_rope else min(len(r.tokens) - r.committed, room)
-            if count <= 0 or (r.long_rope and rows):
-                continue
             part = r.tokens[r.committed : r.committed + count]
             rows.append(SequenceRows(slot=r.slot, start=r.committed, tokens=part, last_logits_only=True))
             r.committed += count
@@ -91,8 +91,10 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
             room -= count
             if r.long_rope or run.backend.prefill_alone:
                 break
-        out = run.backend.forward(run.backend.row_plan(rows), run.cache)
+        with thread_limit(run.backend.device):
+            out = run.backend.forward(run.backend.row_plan(rows), run.cache)
         tell_prompts(run.backend.head, [r for r, _ in finished], rows, out.every_base)
+        keep_text(run, [r for r, _ in finished])
         complete = [i for i, (_, done) in enumerate(finished) if done]
         if not complete:
             continue

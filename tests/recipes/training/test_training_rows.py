@@ -19,7 +19,7 @@ from retrofit.recipes.training.blocks import (
     BlockBatch,
     add_sequence,
 )
-from retrofit.recipes.training.step import clean_forward
+from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.runtime import plan
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine

@@ -158,9 +158,21 @@ def test_drafts_are_candidates(tree: DraftTree | None, monkeypatch: pytest.Monke
     monkeypatch.setattr(drafting, "likeliest", seen)
     tokens = drafts_of(WAYS["sampled"], tree)
     depths = range(1, 4) if tree is None else tree.depths[1:]
-    (ids,) = found
+    ids = torch.stack(found)
     for j, depth in enumerate(depths):
-        assert (ids.view(3, 3, 4)[:, depth - 1] == tokens[:, j : j + 1]).any(1).all()
+        assert (ids[:, depth - 1] == tokens[:, j : j + 1]).any(1).all()
+
+
+def test_a_token_that_the_noise_favours_is_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a Markov head a few candidates hold the whole vocabulary's choice, likely or not."""
+    heads, trunk = Heads(8, 90, 3, 0, False), torch.zeros(2, 3, 90)
+    trunk[..., :45] = 0.2
+    arguments = ([5, 6], [1, 8], [0, 9], None, trunk, heads, Processing(temperature=0.7), False)
+    whole = draft_tokens(torch.zeros(2, 3, 8), *arguments).tokens
+    assert (whole >= 45).any()
+    monkeypatch.setattr(drafting, "LARGE_VOCABULARY", 1)
+    monkeypatch.setattr(drafting, "CANDIDATES", 2)
+    assert torch.equal(draft_tokens(torch.zeros(2, 3, 8), *arguments).tokens, whole)
 
 
 def test_rules_and_a_bias_look_at_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,10 +125,14 @@ PRIVATE_APIS = (
     PrivateApi(
         "transformers.PreTrainedConfig._experts_implementation",
         "how routed experts are computed, which decides how draft rows are kept from base rows",
-        ("retrofit/eval/subject.py", "retrofit/runtime/backends/hf/backend.py"),
+        (
+            "retrofit/eval/subject.py",
+            "retrofit/runtime/backends/hf/backend.py",
+            "retrofit/runtime/backends/hf/experts.py",
+        ),
     ),
     PrivateApi(
-        "transformers.integrations.moe._default_apply_gate",
+        "transformers.models.mixtral.modeling_mixtral.MixtralExperts._apply_gate",
         "what a routed expert does between its two products, which `use_experts_implementation` puts on the module",
         ("retrofit/runtime/backends/hf/experts.py",),
     ),

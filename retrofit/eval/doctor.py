@@ -73,8 +73,16 @@ def environment() -> dict[str, Any]:
     from huggingface_hub.constants import HF_HUB_CACHE
     from torch.utils import collect_env
 
-    from retrofit.machine import cores, cpu_name, driver, installed, memory
+    from retrofit.machine import cores, cpu_name, driver, installed, memory, physical_cores
+    from retrofit.runtime.backends.threads import most_threads
 
+    processor = {
+        "name": cpu_name(),
+        "cores": cores(),
+        "physical_cores": physical_cores(),
+        "threads": most_threads(),
+        "memory": memory(),
+    }
     return {
         "retrofit": __version__,
         "python": platform.python_version(),
@@ -83,10 +91,11 @@ def environment() -> dict[str, Any]:
         "libc": collect_env.get_libc_version(),
         **{name: installed(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "cpu": {"name": cpu_name(), "cores": cores(), "memory": memory()},
+        "cpu": processor,
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
         "driver": driver(),
         "hub_cache": {"folder": HF_HUB_CACHE, "exists": Path(HF_HUB_CACHE).is_dir()},
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE"),
         "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET"),
     }

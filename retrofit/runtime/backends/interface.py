@@ -36,12 +36,13 @@ def eos_set(eos: int | Sequence[int] | None) -> frozenset[int]:
 @dataclass(frozen=True)
 class Output:
     """base_logits [R, V], base_hidden [R, H]: base rows the plan wants logits of; draft_hidden [N, H]: draft rows;
-    every_base [B, H]: all base rows."""
+    every_base [B, H]: all base rows; draft_logits [N, V]: draft rows, where one product made them with base_logits."""
 
     base_logits: Tensor
     base_hidden: Tensor
     draft_hidden: Tensor
     every_base: Tensor
+    draft_logits: Tensor | None = None
 
 
 class Cache(Protocol):

@@ -195,7 +195,8 @@ class FusedGQA:
         base = hidden[: rows.num_base]
         draft = hidden[rows.num_base : rows.num_rows]
         if not plan.prefill and self.exact == "bucket":
-            return Output(self.head(hidden)[: rows.num_base], base, draft, base)
+            logits = self.head(hidden)
+            return Output(logits[: rows.num_base], base, draft, base, logits[rows.num_base : rows.num_rows])
         wanted = base if plan.logit_rows is None else base[torch.tensor(plan.logit_rows, device=self.device)]
         return Output(self.head(wanted), wanted, draft, base)
 

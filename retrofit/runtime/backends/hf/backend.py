@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
+FEW_DRAFT_ROWS = 32
+"""Up to here draft rows join the base rows' vocabulary projection, those of blocks that may not come true with them:
+that many cost less than reading the weights once more."""
 CACHE_STEP = 256
 """The K/V cache grows in steps of so many positions."""
 
@@ -249,9 +252,14 @@ class HFBackend:
         hidden = self.run_trunk(plan, cache)
         base = hidden[: plan.num_base]
         wanted = base if plan.logit_rows is None else base[plan.logit_rows]
-        filler = max(0, plan.least_rows - len(wanted))
-        logits = self.head(F.pad(wanted, (0, 0, 0, filler)) if filler else wanted)[: len(wanted)]
-        return Output(logits, wanted, hidden[plan.first_draft :], base)
+        drafts = hidden[plan.first_draft :]
+        # One pass over the vocabulary's weights serves targets and drafts, as one pass over the others' did.
+        joined = 0 < len(drafts) <= (self.most_rows or FEW_DRAFT_ROWS) and len(wanted) > 0
+        rows = torch.cat([wanted, drafts]) if joined else wanted
+        filler = max(0, plan.least_rows - len(rows))
+        logits = self.head(F.pad(rows, (0, 0, 0, filler)) if filler else rows)
+        n = len(wanted)
+        return Output(logits[:n], wanted, drafts, base, logits[n : len(rows)] if joined else None)
 
     def run_trunk(self, plan: RowPlan, cache: KVCache, context: ForwardContext | None = None) -> Tensor:
         """[N, H] last hidden states of all rows.  Raises UsageError when this is closed, or the model being trained."""

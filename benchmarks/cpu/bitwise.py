@@ -127,9 +127,7 @@ def compared(subject: Subject, tried: Pairs, _: bool = True) -> tuple[Bar, dict[
                 texts[what] = [sum(equal), len(equal)]
                 if not all(equal):
                     differ = [n for n, same in zip(subject.lengths, equal, strict=True) if not same]
-                    say(
-                        f"  {subject.name}, {subject.dtype}, {what}: {sum(equal)}/{len(equal)}; prompts of {differ} differ"
-                    )
+                    say(f"  {subject.name}, {subject.dtype}, {what}: {sum(equal)}/{len(equal)}; prompts of {differ} differ")
     figures: dict[str, Any] = {"level": level, "texts": texts}
     if subject.dtype == "float32":
         own = reference_tokens(subject.original(), prompts, max_new_tokens=subject.tokens)

@@ -235,3 +235,5 @@ def read_bytes(engine: Engine, context: int) -> tuple[int, int]:
         weights -= size * model.get_input_embeddings().weight.numel()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return weights, 2 * size * config.num_hidden_layers * config.num_key_value_heads * width * context
+
+

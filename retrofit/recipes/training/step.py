@@ -111,7 +111,7 @@ class Trainer:
             anchors = shares.merge_anchors(self.trained, anchors)
             both, drafts = [*draft_gradients, *diff_gradients], self.attached.layout.drafts
             clean_rows, draft_rows = shares.add_up(sums, drafts, (clean_rows, draft_rows), both)
-        self._set_gradients(sums, draft_gradients, diff_gradients)
+        self.set_gradients(sums, draft_gradients, diff_gradients)
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip))
         objective = self.recipe.objective
         loss = sums.loss(objective.alpha, objective.beta, objective.gamma)
@@ -232,7 +232,8 @@ class Trainer:
         drafting.backward(gradient)
         return best
 
-    def _set_gradients(self, sums: Sums, draft_gradients: list[Tensor], diff_gradients: list[Tensor]) -> None:
+    def set_gradients(self, sums: Sums, draft_gradients: list[Tensor], diff_gradients: list[Tensor]) -> None:
+        """The gradients of the whole loss, each term's divided by its denominator."""
         objective = self.recipe.objective
         draft = objective.beta / max(sums.draft_weight, 1e-9)
         diff = objective.alpha / max(sums.diff_count, 1)

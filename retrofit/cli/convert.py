@@ -121,8 +121,12 @@ def _resume(force_resume: bool, restart: bool) -> Literal["auto", "force", "neve
 
 def _convert(recipe: Recipe, out: Path, loading: Loading, **options: Any) -> artifact.Artifact:
     quieten_libraries()
-    from retrofit import convert as run
+    import torch
 
+    from retrofit import convert as run
+    from retrofit.runtime.backends.threads import most_threads
+
+    torch.set_num_threads(most_threads())  # for the whole process, which is this command's own
     return run(
         recipe=recipe,
         out=out,

@@ -152,8 +152,8 @@ def test_denoising_gives_the_logits_of_l_diff(layout: DraftLayout, monkeypatch: 
     recorded: list[Tensor] = []
     right = Heads.draft_logits
 
-    def record(self: Heads, trunk: Tensor, previous: Tensor) -> Tensor:
-        recorded.append(right(self, trunk, previous))
+    def record(self: Heads, trunk: Tensor, previous: Tensor, ids: Tensor | None = None) -> Tensor:
+        recorded.append(right(self, trunk, previous, ids))
         return recorded[-1]
 
     monkeypatch.setattr(heads, "draft_logits", record.__get__(heads))

@@ -5,7 +5,6 @@ from text_sources import CHATML, MESSAGES, THOUGHT_LAST, TINY, answers, read, wr
 from transformers import AutoTokenizer
 
 from retrofit.errors import DataError
-from retrofit.recipes.text.documents import Document
 
 # as Qwen3: the last answer carries an empty thought, which earlier ones lose
 # as the DeepSeek-R1 distillations: the generation prompt has more than the turn itself

@@ -93,7 +93,7 @@ def test_targets_beyond_the_last_candidate_count_as_none() -> None:
 
 
 def test_acceptance_by_context_by_hand() -> None:
-    """Blocks behind 100 and 512 tokens, behind 513, none behind 1,025 to 2,048, and two behind more, one of them cut."""
+    """Blocks behind 100 and 512 tokens, behind 513, none behind 1,025 to 2,048, two behind more, one of them cut."""
     greedy = torch.tensor([[1.0, 0], [0, 0], [1, 1], [1, 0], [0, 1]])
     sampled = torch.tensor([[0.5, 0.25], [0.25, 0.25], [0.5, 0.5], [0.25, 0.75], [0.75, 1]])
     live = torch.tensor([[True, True]] * 4 + [[True, False]])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.adapters.attach import Attached
+from retrofit.machine import give_back
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.sources import document_rng
 from retrofit.recipes.training.blocks import BlockBatch, add_sequence, choose_anchors, eligible_anchors
@@ -102,6 +103,7 @@ def held_out_acceptance(
         add_sequence(group, document.tokens, document.response, chosen, 0, rng, heads.vocab, False)
         if not len(group):
             continue
+        give_back()
         cache, clean_hidden = clean_forward(backend, [document])
         hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
         part = group.tensors(hidden.device)

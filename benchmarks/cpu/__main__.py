@@ -27,7 +27,7 @@ from benchmarks.common import ROOT, Bar, say, section, table, write
 from benchmarks.cpu.bitwise import bitwise
 from benchmarks.cpu.memory import held, memory
 from benchmarks.cpu.speed import batch, contexts
-from benchmarks.cpu.steps import costs, split
+from benchmarks.cpu.steps import costs, parts_table, split
 from benchmarks.cpu.subjects import Task, untrained_artifact
 
 SECTIONS: dict[str, Callable[[Task], tuple[list[Bar], dict[str, Any]]]] = {
@@ -73,6 +73,8 @@ def main(
             found, figures = SECTIONS[name](task)
             bars += found
             print(table([[b.what, b.bar, b.figure, VERDICTS[b.met]] for b in found], left=3), flush=True)
+            if name == "split":
+                print(table(parts_table(figures)), flush=True)
             if path is not None:
                 command = commanded(model, artifact, name, full)
                 write(path, {name: section(command, time.perf_counter() - begin, found, figures)}, list(SECTIONS))

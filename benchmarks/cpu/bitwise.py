@@ -2,8 +2,8 @@
 
 Of the real model and of tiny ones of several families, in bfloat16 and fp32, at the level that `auto` picks.  Own `ar`
 is one request at a time in an engine that keeps nothing.  An adapter that has learned nothing drafts nothing right, so
-drafts are the truth with planted mistakes, and accepted prefixes of all lengths occur.  In fp32 own `ar` is held against
-transformers' `generate` too.
+drafts are the truth with planted mistakes, and accepted prefixes of all lengths occur.  In fp32 own `ar` is held against the
+model's own `generate` too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from retrofit.runtime.host import modes
 
 LENGTHS = (3, 40, 1000, 1030, 12, 90, 5, 61)
 REAL_LENGTHS = (3, 40, 1000, 1030, 5000, 12, 90, 5)
-"""Prompt tokens of the tiny models, and of the real one.  Shorter than 8 cannot be kept as a prefix, perhaps."""
+"""Prompt tokens of the tiny models, and of the real one."""
 WAYS: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     "prompt_lookup": {"strategy": "prompt_lookup"},
@@ -67,7 +67,7 @@ class Subject:
 def bitwise(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     bars, figures = [], {}
     for subject in subjects(task):
-        bar, found = compared(subject, pairs(task), len(FAMILIES) > 1)
+        bar, found = compared(subject, pairs(task))
         say(f"{bar.what}: {bar.figure}")
         figures[f"{subject.name}, {subject.dtype}"] = found
         bars.append(bar)
@@ -106,7 +106,7 @@ def wrapped(model: PreTrainedModel, **options: Any) -> Engine:
     return from_tests("decoding").randomise(engine)  # type: ignore[no-any-return]
 
 
-def compared(subject: Subject, tried: Pairs, _: bool = True) -> tuple[Bar, dict[str, Any]]:
+def compared(subject: Subject, tried: Pairs) -> tuple[Bar, dict[str, Any]]:
     prompts = from_tests("decoding").random_prompts(subject.lengths, vocab=subject.vocab)
     texts: dict[str, list[int]] = {}
     with subject.load(prefix_cache=0) as engine:
@@ -127,7 +127,9 @@ def compared(subject: Subject, tried: Pairs, _: bool = True) -> tuple[Bar, dict[
                 texts[what] = [sum(equal), len(equal)]
                 if not all(equal):
                     differ = [n for n, same in zip(subject.lengths, equal, strict=True) if not same]
-                    say(f"  {subject.name}, {subject.dtype}, {what}: {sum(equal)}/{len(equal)}; prompts of {differ} differ")
+                    say(
+                        f"  {subject.name}, {subject.dtype}, {what}: {sum(equal)}/{len(equal)}; lengths {differ} differ"
+                    )
     figures: dict[str, Any] = {"level": level, "texts": texts}
     if subject.dtype == "float32":
         own = reference_tokens(subject.original(), prompts, max_new_tokens=subject.tokens)

@@ -20,6 +20,8 @@ from benchmarks.common import ROOT, Bar, say
 from benchmarks.cpu.subjects import Task, random_tokens
 from retrofit.machine import peak_resident, resident
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host.modes import prefill_step
+from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.run import Run
 
@@ -83,9 +85,6 @@ def windows(context: int = CONTEXT) -> tuple[int, int]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     with Engine.from_model(model) as engine, torch.inference_mode():
-        from retrofit.runtime.host.modes import prefill_step
-        from retrofit.runtime.request import Request
-
         cache = engine.backend.new_cache(1, context)
         cache.open(0, context)
         run = Run(engine.backend, cache, Processing(), engine.layout, engine.limits)

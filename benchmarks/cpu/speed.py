@@ -1,7 +1,7 @@
 """`ar` against the untouched model's `generate`: milliseconds a token by length of context, tokens a second by batch.
 
-Three ways side by side, in turns: an engine as it was, as it is, and transformers.  A prompt is read once; what is timed
-are the tokens after it, some a turn.
+Three ways side by side, in turns: an engine as it was, as it is, and transformers.  A prompt is read once; what is
+timed are the tokens after it, some a turn.
 """
 
 from __future__ import annotations

@@ -65,6 +65,11 @@ PRIVATE_APIS = (
         ("retrofit/runtime/backends/hf/backend.py",),
     ),
     PrivateApi(
+        "torch.Tensor._version",
+        "how often a weight was written to: kept K/V are of no use once it was",
+        ("retrofit/runtime/backends/hf/written.py",),
+    ),
+    PrivateApi(
         "torch.UntypedStorage._cdata",
         "tells two tensors of one storage from two of two: the dry run counts storages",
         ("retrofit/recipes/dry_run/rehearsal.py",),
@@ -120,10 +125,14 @@ PRIVATE_APIS = (
     PrivateApi(
         "transformers.PreTrainedConfig._experts_implementation",
         "how routed experts are computed, which decides how draft rows are kept from base rows",
-        ("retrofit/eval/subject.py", "retrofit/runtime/backends/hf/backend.py"),
+        (
+            "retrofit/eval/subject.py",
+            "retrofit/runtime/backends/hf/backend.py",
+            "retrofit/runtime/backends/hf/experts.py",
+        ),
     ),
     PrivateApi(
-        "transformers.integrations.moe._default_apply_gate",
+        "transformers.models.mixtral.modeling_mixtral.MixtralExperts._apply_gate",
         "what a routed expert does between its two products, which `use_experts_implementation` puts on the module",
         ("retrofit/runtime/backends/hf/experts.py",),
     ),

@@ -68,12 +68,14 @@ class GatedLoraLinear(lora.Linear):
         if first is None or first >= x.shape[-2]:
             return out
         adapter = self.active_adapters[0]
-        rows = x[..., first:, :]
-        down, up = self.lora_A[adapter], self.lora_B[adapter]
-        update = up(down(rows.to(down.weight.dtype))) * self.scaling[adapter]
-        if first == 0:
-            return out + update.to(out.dtype)
-        out[..., first:, :] += update.to(out.dtype)
+        # Few rows of a small model: each operation and each look-up costs as much as the products do.
+        down, up = (self._modules[name]._modules[adapter]._parameters["weight"] for name in ("lora_A", "lora_B"))
+        rows = x[0, first:] if x.dim() == 3 and len(x) == 1 else x[..., first:, :]
+        update = F.linear(F.linear(rows.to(down.dtype), down), up)
+        if first == 0 and torch.is_grad_enabled():
+            return out + (update * self.scaling[adapter]).to(out.dtype).view_as(out)
+        changed = out[0, first:] if rows.dim() < out.dim() else out[..., first:, :]
+        changed.add_(update, alpha=self.scaling[adapter])
         return out
 
 

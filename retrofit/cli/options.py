@@ -67,6 +67,7 @@ class Loading:
     backend: str = "auto"
     exact: str = "auto"
     packed: str = "auto"
+    prefix_cache: str = "auto"
 
     @property
     def device(self) -> str:
@@ -93,7 +94,7 @@ class Loading:
         quieten_libraries()
         from retrofit import Engine
 
-        engine = Engine.load(artifact, base=base, **self.keywords)
+        engine = Engine.load(artifact, base=base, prefix_cache=self.prefix_cache, **self.keywords)
         for setting in engine.not_honoured:
             say(f"note: of the base's generation_config {setting} is not followed")
         return engine
@@ -139,6 +140,20 @@ def engine_options(function: Any) -> Any:
                      help="Hold weights as a CPU multiplies them fastest; auto is on where this machine can."),
     )(run)  # fmt: skip
     return loading_options(added)
+
+
+def answering_options(function: Any) -> Any:
+    """`engine_options` of a command that answers prompts: --prefix-cache too."""
+
+    @wraps(function)
+    def run(*arguments: Any, loading: Loading, prefix_cache: str, **options: Any) -> Any:
+        return function(*arguments, loading=replace(loading, prefix_cache=prefix_cache), **options)
+
+    added = _options(
+        click.option("--prefix-cache", default="auto", show_default=True, metavar="SIZE",
+                     help="K/V to keep for prompts that begin alike, such as 512MB; 0 is off, auto 8,192 tokens'."),
+    )(run)  # fmt: skip
+    return engine_options(added)
 
 
 GENERATION = (

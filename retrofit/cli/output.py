@@ -66,7 +66,7 @@ class Totals:
     """Statistics over several requests: sums over sums, never means of ratios."""
 
     def __init__(self) -> None:
-        self.requests = self.tokens = self.decoded = 0
+        self.requests = self.tokens = self.decoded = self.reused = 0
         self.forwards: Counter[str] = Counter()
         self.seconds = 0.0
         """Of the whole run where requests run side by side; the caller's to set."""
@@ -76,6 +76,7 @@ class Totals:
         self.requests += 1
         self.tokens += len(result.tokens)
         self.decoded += result.stats.tokens
+        self.reused += result.stats.reused
         self.forwards.update(result.stats.forwards)
 
     def line(self) -> str:
@@ -88,6 +89,8 @@ class Totals:
             parts.append(f"TPF {self.decoded / forwards:.2f}")
         if cycles := sum(self.forwards[kind] for kind in CYCLES):
             parts.append(f"tau {self.decoded / cycles:.2f}")
+        if self.reused:
+            parts.append(f"{self.reused} prompt tokens reused")
         return ", ".join(parts)
 
 

@@ -36,6 +36,7 @@ from retrofit.recipes.text.regenerate import ResponseCache, check_cache, regener
 from retrofit.recipes.text.sources import Part
 from retrofit.recipes.training import tracking
 from retrofit.recipes.training.checkpoint import Checkpoints
+from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.interrupts import Interrupts
 from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance
 from retrofit.recipes.training.order import Order
@@ -46,7 +47,7 @@ from retrofit.recipes.training.progress import progress
 from retrofit.recipes.training.session import Session
 from retrofit.recipes.training.shards import shard
 from retrofit.recipes.training.shares import check_processes, loading_device, same_start, shared_checkpoints
-from retrofit.recipes.training.step import Trainer, clean_forward
+from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 

@@ -1,6 +1,6 @@
 """Train the adapter: one clean forward without gradient per batch, many draft blocks on it.
 
-    clean forward (base rows, no gradient)  ->  K/V of every layer, and the teacher's hidden states
+    clean forward (base rows, no gradient)  ->  K/V of every layer, and the teacher's hidden states (`clean/`)
     draft rows of three groups, each forward + backward over the same K/V:
         uniform anchors -> L_draft, L_conf     their misses become
         missed anchors  -> L_draft, L_conf
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.adapters.attach import Attached
-from retrofit.adapters.rows import SequenceRows
 from retrofit.errors import UsageError
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.schema import Recipe
@@ -38,6 +37,7 @@ from retrofit.recipes.training.blocks import (
     missed_anchors,
     shares,
 )
+from retrofit.recipes.training.clean.forward import clean_forward, pieces_of
 from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_diffusion, backward_draft
 from retrofit.recipes.training.shares import Shares
 from retrofit.runtime.backends.hf.backend import HFBackend
@@ -168,7 +168,7 @@ class Trainer:
         documents = [document for document, _ in batch]
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
         begin = time.perf_counter()
-        cache, clean_hidden = clean_forward(backend, documents)
+        cache, clean_hidden = clean_forward(backend, documents, self._forwards(documents))
         self._seconds_clean += time.perf_counter() - begin
         teacher = Teacher(clean_hidden, backend.head, self.attached.heads.vocab, recipe.objective.draft_loss == "kl")
         candidates = [eligible_anchors(document.response) for document in documents]
@@ -212,6 +212,13 @@ class Trainer:
             _move_gradients(self.trained, diff_gradients)
         return int(clean_hidden.shape[0]), rows
 
+    def _forwards(self, documents: list[Document]) -> int:
+        """How many the clean rows of a batch take at least: as many as another process runs that shares the layers."""
+        if self.processes is None or not self.processes.sharded:
+            return 0
+        own = len(pieces_of([len(document.tokens) for document in documents], self.backend.device))
+        return int(max(self.processes.exchange("clean forwards", own)))
+
     def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
         """Forward and backward of one group's draft rows; [B, D] argmax of q for L_draft groups."""
         layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
@@ -234,15 +241,6 @@ class Trainer:
             self.trained, draft_gradients, diff_gradients, self.is_confidence, strict=True
         ):
             p.grad = from_draft * confidence if is_confidence else from_draft * draft + from_diff * diff
-
-
-def clean_forward(backend: HFBackend, documents: list[Document]) -> tuple[KVCache, Tensor]:
-    """K/V of every layer and the last hidden states [P, H] of all documents' base rows, without gradient."""
-    rows = [SequenceRows(slot=s, start=0, tokens=document.tokens) for s, document in enumerate(documents)]
-    cache = KVCache(len(documents), max(len(document.tokens) for document in documents))
-    with torch.no_grad():
-        hidden = backend.run_trunk(backend.row_plan(rows), cache)
-    return cache, hidden
 
 
 def _move_gradients(parameters: list[nn.Parameter], buffers: list[Tensor]) -> None:

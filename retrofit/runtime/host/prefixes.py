@@ -1,16 +1,23 @@
-"""Requests that continue one prompt: the first prefills it, the others copy its K/V and choose from the same logits.
+"""Prompts that are not computed twice.
 
-A copy is the prefill, bit for bit, whatever else ran beside it.  What was kept goes when the last of them has started.
+    outputs of one prompt       the first runs it; the others copy its K/V and choose from the same logits.  A copy is
+                                the prefill, bit for bit, at any level of exactness; it goes when the last has started
+    texts that begin alike      what the engine keeps of a text (`prefixes/pieces.py`), prompt and output, later prompts
+                                that begin so copy; they run from there on
+
+Not here: where the latter is exact (`prefixes/reuse.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from retrofit.runtime.backends.interface import Cache
 from retrofit.runtime.request import Request
+from retrofit.runtime.run import Run
 
 
 def shared_prompts(requests: Sequence[Request]) -> list[Request]:
@@ -32,7 +39,7 @@ def keep_prompt(request: Request, cache: Cache, logits_V: Tensor) -> None:
         return
     prefix.waiting -= 1
     if prefix.waiting:
-        prefix.kept, prefix.logits = cache.take_out(request.slot, len(request.prompt)), logits_V.clone()
+        prefix.kept, prefix.logits = cache.take_out(request.slot, 0, len(request.prompt)), logits_V.clone()
         prefix.logprobs = request.prompt_logprobs
 
 
@@ -40,11 +47,38 @@ def copy_prompt(request: Request, cache: Cache) -> Tensor:
     """Stand where the prefill of the prompt would have ended; returns the logits [V] after it."""
     prefix = request.prefix
     assert prefix is not None and prefix.logits is not None
-    cache.put_in(request.slot, prefix.kept)
-    request.committed = len(request.prompt)
+    cache.put_in(request.slot, 0, [prefix.kept])
+    request.committed = request.stats.reused = len(request.prompt)
     request.prompt_logprobs = prefix.logprobs
     logits = prefix.logits
     prefix.waiting -= 1
     if not prefix.waiting:
         prefix.kept = prefix.logits = None
     return logits
+
+
+def begin_with_kept(run: Run, request: Request) -> None:
+    """Copy what is kept of a prompt into its slot; at least its last token is left to run, for the logits after it.
+
+    Not where every token of the prompt is to be told: those want logits of their own.
+    """
+    if run.pieces is None or request.output_index > 0 or request.prompt_top is not None:
+        return
+    found = run.pieces.find(request.prompt[:-1], request.long_rope)
+    if found:
+        run.cache.put_in(request.slot, 0, found)
+        request.committed = request.kept = request.stats.reused = len(found) * run.pieces.size
+
+
+def keep_text(run: Run, requests: Sequence[Request]) -> None:
+    """Keep the pieces that have become whole: of prompts, and of what was emitted and is committed."""
+    if run.pieces is None:
+        return
+    for r in requests:
+        end = min(r.committed, len(r.tokens))
+        if run.limits.boundary is not None and not r.long_rope:
+            end = min(end, run.limits.boundary)  # a prompt as long as that has other frequencies from its start on
+        if end - r.kept >= run.pieces.size:
+            end -= end % run.pieces.size
+            run.pieces.keep(r.tokens[:end], partial(run.cache.take_out, r.slot), r.long_rope, since=r.kept)
+            r.kept = end

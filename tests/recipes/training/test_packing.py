@@ -18,7 +18,8 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document
-from retrofit.recipes.training.step import StepResult, Trainer, clean_forward
+from retrofit.recipes.training.clean.forward import clean_forward
+from retrofit.recipes.training.step import StepResult, Trainer
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 

@@ -11,7 +11,7 @@ from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK
 from retrofit.runtime.host.diffusion import _end_early, _fill
-from retrofit.runtime.host.modes import _draft
+from retrofit.runtime.host.modes import Hanging, _draft
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import Processing, hash_bits_plain
@@ -46,10 +46,10 @@ def best(*tokens: int) -> Tensor:
 
 def test_each_draft_follows_the_one_before_it_and_the_first_the_newest_token() -> None:
     one, other = request(3), request(5)
-    _draft(known_run(2.0), [(one, best(0, 0, 0)), (other, best(0, 0, 0))], None)
+    _draft(known_run(2.0), [Hanging(one, best(0, 0, 0)), Hanging(other, best(0, 0, 0))], None)
     assert (one.drafts, other.drafts) == ([4, 5, 6], [6, 7, 0])
     assert one.confidence == [0.5] * 3 and one.tree is None
-    _draft(known_run(0.5), [(one, best(7, 1, 2))], None)
+    _draft(known_run(0.5), [Hanging(one, best(7, 1, 2))], None)
     assert one.drafts == [7, 1, 2], "a trunk that is surer"
 
 
@@ -58,7 +58,7 @@ def test_confidence_is_that_of_the_slot_and_of_how_tokens_are_chosen(temperature
     run, one = known_run(0.0, Processing(temperature=temperature)), request(3)
     run.backend.heads.confidence_bias.copy_(torch.tensor([2.0, -3.0]))  # greedy, sampled
     run.backend.heads.confidence_temperature.copy_(torch.tensor([[1.0, 2.0, 4.0], [3.0, 6.0, 1.0]]))
-    _draft(run, [(one, best(0, 0, 0))], None)
+    _draft(run, [Hanging(one, best(0, 0, 0))], None)
     logits = torch.tensor([-1.0, -0.5, -3.0] if temperature else [2.0, 1.0, 0.5])
     assert one.confidence == pytest.approx(torch.sigmoid(logits).tolist())
 
@@ -66,7 +66,7 @@ def test_confidence_is_that_of_the_slot_and_of_how_tokens_are_chosen(temperature
 def test_no_more_is_drafted_than_can_be_used() -> None:
     """Two tokens are left to the first: one draft and the bonus; none to the second; the third's block was cut."""
     requests = [request(3, most=4), request(3, most=3), request(3)]
-    _draft(known_run(2.0), [(r, best(0, 0, 0)[:n]) for r, n in zip(requests, (3, 3, 2), strict=True)], None)
+    _draft(known_run(2.0), [Hanging(r, best(0, 0, 0)[:n]) for r, n in zip(requests, (3, 3, 2), strict=True)], None)
     assert [r.drafts for r in requests] == [[4], [], [4, 5]]
     assert [len(r.confidence) for r in requests] == [1, 0, 2]
 
@@ -80,7 +80,7 @@ def noise(seed: int, index: int) -> Tensor:
 def test_sampled_drafts_share_the_noise_of_the_tokens_they_stand_for(seed: int) -> None:
     """Two tokens were emitted, so the drafts are for outputs 2, 3 and 4 of the request."""
     one = request(3, seed=seed)
-    _draft(known_run(0.0, Processing(temperature=0.7)), [(one, best(6, 6, 6))], None)
+    _draft(known_run(0.0, Processing(temperature=0.7)), [Hanging(one, best(6, 6, 6))], None)
     assert one.drafts == [int((best(6)[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
 
 
@@ -89,7 +89,7 @@ def test_drafts_of_a_tree() -> None:
     tree = DraftTree((-1, 0, 0, 1, 2, 3), (0, 0, 1, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1, 0.1))
     trunk = best(0, 0, 7) * torch.tensor([[1.5], [1.5], [3.0]])
     one, short = request(3), request(3, most=5)
-    _draft(known_run(2.0), [(one, trunk), (short, trunk)], tree)
+    _draft(known_run(2.0), [Hanging(one, trunk), Hanging(short, trunk)], tree)
     # 4 follows 3 and 0 is second; 5 follows 4; of the followers of 0, 1 is first and 0 second; in slot 3 stands 7
     assert one.drafts == [4, 0, 5, 0, 7] and one.tree == tree
     # three tokens are left: two drafts and a bonus
@@ -100,7 +100,7 @@ def test_a_penalty_on_what_was_seen_reaches_the_drafts_of_the_same_block() -> No
     one = request(3)
     one.watch(V, torch.device("cpu"))  # 0, 2 and 3 were seen, so of them a quarter is left
     trunk = torch.tensor([[2.0, 0.1, 2.2, 0.1, 0.1, 0.1, 1.0, 0.1]] * 3)
-    _draft(known_run(0.0, Processing(repetition_penalty=4.0)), [(one, trunk)], None)
+    _draft(known_run(0.0, Processing(repetition_penalty=4.0)), [Hanging(one, trunk)], None)
     assert one.drafts == [6, 2, 2], "once 6 was drafted it counts 1/4, and 2 more than that"
 
 

@@ -11,7 +11,7 @@ Not here: which rows to run, sampling, acceptance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
@@ -25,7 +25,7 @@ from retrofit.adapters.attach import WRAPPING, Attached
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.roles import trunk_of
-from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.adapters.rows import RowPlan, SequenceRows, is_prefill
 from retrofit.errors import UsageError
 from retrofit.runtime.backends.context import context_length, restarts_at_boundary, rope_boundary
 from retrofit.runtime.backends.hf.answers import answering, by_thread
@@ -38,7 +38,8 @@ from retrofit.runtime.backends.hf.packing import install
 from retrofit.runtime.backends.hf.products import Cut, Product
 from retrofit.runtime.backends.hf.refused import refuse_unsupported
 from retrofit.runtime.backends.hf.rotation import lock_rotation
-from retrofit.runtime.backends.interface import Output, Stepper, eos_set
+from retrofit.runtime.backends.hf.written import written
+from retrofit.runtime.backends.interface import EXACT_PREFILL_ROWS, PREFILL_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns
 from retrofit.runtime.rules.sampling import Processing, choose
 from retrofit.runtime.settings import read_settings
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
+FEW_DRAFT_ROWS = 32
+"""Up to here draft rows join the base rows' vocabulary projection, those of blocks that may not come true with them:
+that many cost less than reading the weights once more."""
 CACHE_STEP = 256
 """The K/V cache grows in steps of so many positions."""
 
@@ -112,6 +116,8 @@ class HFBackend:
     least_rows = 1
     """Rows that every decoding forward is filled up to."""
     prefill_alone = False
+    prefill_rows = PREFILL_ROWS
+    one_order = True
     packed = False
     """Whether products read packed weights; `packing.py` sets it."""
 
@@ -203,9 +209,13 @@ class HFBackend:
         self.most_rows = rows if exact == "bucket" else None
         # A prompt's bits then depend on nothing but the prompt, however products of many rows are made.
         self.prefill_alone = exact != "off"
+        self.prefill_rows = EXACT_PREFILL_ROWS if exact == "invariant" else PREFILL_ROWS
         self.cut.least, self.cut.most = (rows, most) if exact == "invariant" else (1, None)
         if exact == "invariant":
             install(self)
+
+    def made_by(self) -> Hashable:
+        return written(self.model), self.exact, self.form, self.least_rows, self.cut.most, self.packed
 
     def hold_as(self, other: HFBackend) -> None:
         """Keep what another backend keeps."""
@@ -233,17 +243,23 @@ class HFBackend:
         return choose(scores, params, seed, index)
 
     def row_plan(self, sequences: list[SequenceRows]) -> RowPlan:
-        prefill = any(s.last_logits_only for s in sequences)
-        return RowPlan(sequences, self.device, self.causal_blocks, 1 if prefill else self.least_rows)
+        # At `invariant` the rows of a prompt have the bits of a step's, so that others may copy what they left.
+        least = 1 if is_prefill(sequences) and self.exact != "invariant" else self.least_rows
+        return RowPlan(sequences, self.device, self.causal_blocks, least)
 
     def forward(self, plan: RowPlan, cache: KVCache) -> Output:
         """One forward.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
         hidden = self.run_trunk(plan, cache)
         base = hidden[: plan.num_base]
         wanted = base if plan.logit_rows is None else base[plan.logit_rows]
-        filler = max(0, plan.least_rows - len(wanted))
-        logits = self.head(F.pad(wanted, (0, 0, 0, filler)) if filler else wanted)[: len(wanted)]
-        return Output(logits, wanted, hidden[plan.first_draft :], base)
+        drafts = hidden[plan.first_draft :]
+        # One pass over the vocabulary's weights serves targets and drafts, as one pass over the others' did.
+        joined = 0 < len(drafts) <= (self.most_rows or FEW_DRAFT_ROWS) and len(wanted) > 0
+        rows = torch.cat([wanted, drafts]) if joined else wanted
+        filler = max(0, plan.least_rows - len(rows))
+        logits = self.head(F.pad(rows, (0, 0, 0, filler)) if filler else rows)
+        n = len(wanted)
+        return Output(logits[:n], wanted, drafts, base, logits[n : len(rows)] if joined else None)
 
     def run_trunk(self, plan: RowPlan, cache: KVCache, context: ForwardContext | None = None) -> Tensor:
         """[N, H] last hidden states of all rows.  Raises UsageError when this is closed, or the model being trained."""
@@ -280,7 +296,7 @@ class HFBackend:
     @contextmanager
     def switched(self, plan: RowPlan) -> Iterator[None]:
         """The model as a forward of these rows needs it, for this thread and no other."""
-        few = plan.num_rows <= FEW_ROWS or plan.least_rows > 1  # filled up: rows must not depend on each other
+        few = plan.num_rows <= FEW_ROWS or (plan.least_rows > 1 and not is_prefill(plan.sequences))
         experts = "batched_mm" if self.experts is not None and few else self.experts
         before = self.gate.base_rows
         with answering(self.config, ATTENTION, experts):

@@ -7,6 +7,8 @@ must be finite (0 * NaN = NaN).  Draft rows never come here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,17 +34,20 @@ class KVCache:
     def release(self) -> None:
         """Its memory goes with it."""
 
-    def take_out(self, slot: int, positions: int) -> dict[int, tuple[Tensor, Tensor]]:
+    def take_out(self, slot: int, first: int, stop: int) -> dict[int, tuple[Tensor, Tensor]]:
         """layer -> copies of K and V [positions, heads, width]."""
         return {
-            layer: (keys[slot, :positions].clone(), values[slot, :positions].clone())
+            layer: (keys[slot, first:stop].clone(), values[slot, first:stop].clone())
             for layer, (keys, values) in self.layers.items()
         }
 
-    def put_in(self, slot: int, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
-        for layer, (key_NHD, value_NHD) in kept.items():
-            for whole, part in zip(self.layers[layer], (key_NHD, value_NHD), strict=True):
-                whole[slot, : len(part)] = part
+    def put_in(self, slot: int, first: int, kept: Sequence[dict[int, tuple[Tensor, Tensor]]]) -> None:
+        for layer in kept[0]:
+            if layer not in self.layers:
+                self._allocate(layer, *kept[0][layer])
+            for side, whole in enumerate(self.layers[layer]):
+                parts = [part[layer][side] for part in kept]
+                torch.cat(parts, out=whole[slot, first : first + sum(map(len, parts))])
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Store row n at (slots[n], positions[n])."""

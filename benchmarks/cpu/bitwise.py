@@ -2,8 +2,8 @@
 
 Of the real model and of tiny ones of several families, in bfloat16 and fp32, at the level that `auto` picks.  Own `ar`
 is one request at a time in an engine that keeps nothing.  An adapter that has learned nothing drafts nothing right, so
-drafts are the truth with planted mistakes, and accepted prefixes of all lengths occur.  In fp32 own `ar` is held against the
-model's own `generate` too.
+drafts are the truth with planted mistakes, and accepted prefixes of all lengths occur.  In fp32 own `ar` is held
+against the model's own `generate` too.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -44,11 +45,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 BATCHES = (1, 3, 8)
 TEMPERATURES = (0.0, 0.8)
-SOME = ((8, 0.0), (8, 0.8), (3, 0.8), (1, 0.0))
-"""Batches and temperatures of a run that does not try all pairs."""
+SOME = ((8, 0.0), (3, 0.8), (8, 0.8), (1, 0.0))
+"""Batches and temperatures of a run that does not try all pairs: strategies begin with another one each."""
 OPTIONS: dict[str, Any] = {"seed": 7, "ignore_eos": True}
 CACHES = (0, "256MB")
-Pairs = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Subject:
     vocab: int
     lengths: Sequence[int]
     tokens: int
-    load: Callable[..., Engine]
+    load: Callable[..., AbstractContextManager[Engine]]
     original: Callable[[], PreTrainedModel]
 
 
 def bitwise(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     bars, figures = [], {}
     for subject in subjects(task):
-        bar, found = compared(subject, pairs(task))
+        bar, found = compared(subject, task.full)
         say(f"{bar.what}: {bar.figure}")
         figures[f"{subject.name}, {subject.dtype}"] = found
         bars.append(bar)
@@ -78,17 +78,24 @@ def bitwise(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     return bars, figures
 
 
-def pairs(task: Task) -> Pairs:
-    return list(product(BATCHES, TEMPERATURES)) if task.full else SOME
+def tried(full: bool, kept: bool) -> Iterator[tuple[str, int, float]]:
+    """(strategy, batch, temperature): every one; or of each strategy one pair without kept prefixes, two with them."""
+    for number, name in enumerate(WAYS):
+        some = [SOME[(number + more) % len(SOME)] for more in range(1 + kept)]
+        for batch, temperature in product(BATCHES, TEMPERATURES) if full else some:
+            if name != "ar" or batch > 1 or kept:
+                yield name, batch, temperature
 
 
 def subjects(task: Task) -> Iterator[Subject]:
     dtypes = DTYPES[:1] if task.quick else DTYPES
     for dtype in dtypes:
         lengths = REAL_LENGTHS[:4] if task.quick else REAL_LENGTHS
-        load, original = partial(task.engine, dtype), partial(task.original, dtype)
-        yield Subject(task.model.name, dtype, task.vocab, lengths, 8 if task.quick else 16, load, original)
-    for family, dtype in product(FAMILIES[:2] if task.quick else FAMILIES, dtypes):
+        if not task.only or task.model.name in task.only:
+            load, original = partial(lent, task, dtype), partial(task.original, dtype)
+            yield Subject(task.model.name, dtype, task.vocab, lengths, 8 if task.quick else 16, load, original)
+    families = task.only or (FAMILIES[:2] if task.quick else FAMILIES)
+    for family, dtype in product([name for name in families if name in FAMILIES], dtypes):
         kind = getattr(torch, dtype)
         model = random_family(family, kind).load.args[0]
         lengths = LENGTHS[:4] if task.quick else LENGTHS
@@ -96,6 +103,11 @@ def subjects(task: Task) -> Iterator[Subject]:
         yield Subject(
             family, dtype, WIDE["vocab_size"], lengths, tokens, partial(wrapped, model), partial(copy.deepcopy, model)
         )
+
+
+def lent(task: Task, dtype: str, **options: Any) -> AbstractContextManager[Engine]:
+    """An engine that stays open."""
+    return nullcontext(task.engine(dtype, **options))
 
 
 def wrapped(model: PreTrainedModel, **options: Any) -> Engine:
@@ -106,7 +118,7 @@ def wrapped(model: PreTrainedModel, **options: Any) -> Engine:
     return from_tests("decoding").randomise(engine)  # type: ignore[no-any-return]
 
 
-def compared(subject: Subject, tried: Pairs) -> tuple[Bar, dict[str, Any]]:
+def compared(subject: Subject, full: bool) -> tuple[Bar, dict[str, Any]]:
     prompts = from_tests("decoding").random_prompts(subject.lengths, vocab=subject.vocab)
     texts: dict[str, list[int]] = {}
     with subject.load(prefix_cache=0) as engine:
@@ -116,9 +128,7 @@ def compared(subject: Subject, tried: Pairs) -> tuple[Bar, dict[str, Any]]:
             truths[temperature] = decoded(engine, subject, prompts, 1, temperature, mode="ar")
     for cache in CACHES if "prefix_cache" in inspect.signature(Engine.load).parameters else CACHES[:1]:
         with subject.load(prefix_cache=cache) as engine:
-            for name, (batch, temperature) in product(WAYS, tried):
-                if name == "ar" and batch == 1 and cache == 0:
-                    continue
+            for name, batch, temperature in tried(full, bool(cache)):
                 truth = truths[temperature]
                 with planted(subject, truth):
                     got = decoded(engine, subject, prompts, batch, temperature, **WAYS[name])

@@ -64,12 +64,11 @@ def started(task: Task, dtype: str, name: str) -> dict[str, int]:
 def held(task: Task, job: str) -> dict[str, int]:
     """Bytes that this process holds after some decoding: at most, and once what was freed has been given back."""
     dtype, name = job.split(":")
-    with task.engine(dtype, prefix_cache=0, packed=PACKED[name]) as engine:
-        vocab = engine.backend.head.vocab
-        engine.generate([random_tokens(64, vocab)], "ar", max_new_tokens=TOKENS, ignore_eos=True)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        return {"settled": resident(), "peak": peak_resident()}
+    engine = task.engine(dtype, prefix_cache=0, packed=PACKED[name])
+    engine.generate([random_tokens(64, engine.backend.head.vocab)], "ar", max_new_tokens=TOKENS, ignore_eos=True)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return {"settled": resident(), "peak": peak_resident()}
 
 
 def windows(context: int = CONTEXT) -> tuple[int, int]:

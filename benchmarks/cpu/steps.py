@@ -129,12 +129,12 @@ def costs(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     bars, figures = [], {}
     for dtype in task.dtypes:
         say(f"{dtype}: steps")
-        with task.engine(dtype, prefix_cache=0) as engine:
-            prompt = random_tokens(CONTEXT, task.vocab)
-            stage = Stage(engine, prompt)
-            ways = {name: partial(stage.take, step) for name, step in steps(engine, prompt).items()}
-            interleaved(ways, 2)
-            found = interleaved(ways, 5 if task.quick else TURNS)
+        engine = task.engine(dtype, prefix_cache=0)
+        prompt = random_tokens(CONTEXT, task.vocab)
+        stage = Stage(engine, prompt)
+        ways = {name: partial(stage.take, step) for name, step in steps(engine, prompt).items()}
+        interleaved(ways, 2)
+        found = interleaved(ways, 5 if task.quick else TURNS)
         ratios = {name: round(ratio_of(found, name, AR), 3) for name in ways}
         for name, ratio in ratios.items():
             if name != AR:
@@ -152,17 +152,17 @@ def split(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     speed = bandwidth()
     for dtype in task.dtypes:
         say(f"{dtype}: where a step's time goes")
-        with task.engine(dtype, prefix_cache=0) as engine:
-            prompt = random_tokens(CONTEXT, task.vocab)
-            stage = Stage(engine, prompt)
-            least = floor_ms(*read_bytes(engine, CONTEXT), speed)
-            kinds = steps(engine, prompt)
-            turns = 5 if task.quick else TURNS
-            plain = interleaved({name: partial(stage.take, step) for name, step in kinds.items()}, turns)
-            table: dict[str, Mapping[str, float]] = {}
-            for name, step in kinds.items():
-                table[name] = parts_of(stage, step, turns)
-            figures[dtype] = {"context": CONTEXT, "floor_ms": least, "whole_ms": medians(plain), "parts_ms": table}
+        engine = task.engine(dtype, prefix_cache=0)
+        prompt = random_tokens(CONTEXT, task.vocab)
+        stage = Stage(engine, prompt)
+        least = floor_ms(*read_bytes(engine, CONTEXT), speed)
+        kinds = steps(engine, prompt)
+        turns = 5 if task.quick else TURNS
+        plain = interleaved({name: partial(stage.take, step) for name, step in kinds.items()}, turns)
+        table: dict[str, Mapping[str, float]] = {}
+        for name, step in kinds.items():
+            table[name] = parts_of(stage, step, turns)
+        figures[dtype] = {"context": CONTEXT, "floor_ms": least, "whole_ms": medians(plain), "parts_ms": table}
         for name in kinds:
             whole, counted = medians(plain)[name], sum(table[name].values())
             text = f"{whole:.1f} ms, {whole / least:.1f} x floor; {counted:.1f} ms with clocks"

@@ -48,7 +48,7 @@ TEMPERATURES = (0.0, 0.8)
 SOME = ((8, 0.0), (3, 0.8), (8, 0.8), (1, 0.0))
 """Batches and temperatures of a run that does not try all pairs: strategies begin with another one each."""
 OPTIONS: dict[str, Any] = {"seed": 7, "ignore_eos": True}
-CACHES = (0, "256MB")
+CACHES = (0, "auto")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def subjects(task: Task) -> Iterator[Subject]:
         kind = getattr(torch, dtype)
         model = random_family(family, kind).load.args[0]
         lengths = LENGTHS[:4] if task.quick else LENGTHS
-        tokens = 12 if task.quick else 24
+        tokens = 12 if task.quick else 16
         yield Subject(
             family, dtype, WIDE["vocab_size"], lengths, tokens, partial(wrapped, model), partial(copy.deepcopy, model)
         )

@@ -30,10 +30,11 @@ from retrofit.recipes.naming import resolved_name
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.publish import publish
 from retrofit.recipes.schema import Recipe, by_key
-from retrofit.recipes.text.documents import Document, documents, windows
+from retrofit.recipes.text.documents import Document, documents
 from retrofit.recipes.text.faults import Skipped
 from retrofit.recipes.text.regenerate import ResponseCache, check_cache, regenerate, weights_key
 from retrofit.recipes.text.sources import Part
+from retrofit.recipes.text.windows import windows
 from retrofit.recipes.training import tracking
 from retrofit.recipes.training.checkpoint import Checkpoints
 from retrofit.recipes.training.clean.forward import clean_forward
@@ -340,9 +341,10 @@ def _read(job: _Job, part: Part, seed: int = 0) -> Iterator[Document]:
 
 def _epochs(job: _Job, rewritten: Rewriter) -> Callable[[int], Iterator[Document]]:
     """Training windows of an epoch."""
+    data, seed = job.plan.data, job.plan.train.seed
 
     def epoch(number: int) -> Iterator[Document]:
-        return rewritten(windows(_read(job, "train", job.plan.train.seed + number), job.plan.data.max_length))
+        return rewritten(windows(_read(job, "train", seed + number), data.max_length, data.lengths, seed, number))
 
     return epoch
 

@@ -57,7 +57,7 @@ def steps_down(plan: Recipe) -> list[list[Change]]:
         ],
         [{"train.checkpointing": True}] if by_key(plan).get("train.checkpointing") is False else [],
         [_bfloat16(plan)] if _bfloat16(plan) else [],
-        [{"data.max_length": n} for n in _halves(plan.data.max_length, floor)],
+        [_shorter(plan, n) for n in _halves(plan.data.max_length, floor)],
         [{"train.anchors": n} for n in _halves(train.anchors, LEAST_ANCHORS)],
         _ranks(plan),
     ]
@@ -114,6 +114,14 @@ def suggestions(plan: Recipe, limit: int, peak: Callable[[Recipe], int]) -> tupl
     fitting = [Suggestion(_written(change), needs(change)) for change in found]
     least = min(known, key=lambda key: known[key], default=())
     return fitting, Suggestion(least, known.get(least, 0))
+
+
+def _shorter(plan: Recipe, length: int) -> Change:
+    """No window longer than this."""
+    mixed = plan.data.lengths
+    if max(mixed, default=0) <= length:
+        return {"data.max_length": length}
+    return {"data.max_length": length, "data.lengths": [min(length, one) for one in mixed]}
 
 
 def _bfloat16(plan: Recipe) -> Change:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from retrofit.adapters.attach import Attached
 from retrofit.errors import UsageError
+from retrofit.machine import give_back
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
@@ -111,7 +112,7 @@ class Trainer:
             anchors = shares.merge_anchors(self.trained, anchors)
             both, drafts = [*draft_gradients, *diff_gradients], self.attached.layout.drafts
             clean_rows, draft_rows = shares.add_up(sums, drafts, (clean_rows, draft_rows), both)
-        self._set_gradients(sums, draft_gradients, diff_gradients)
+        self.set_gradients(sums, draft_gradients, diff_gradients)
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip))
         objective = self.recipe.objective
         loss = sums.loss(objective.alpha, objective.beta, objective.gamma)
@@ -167,6 +168,7 @@ class Trainer:
         recipe, layout, backend = self.recipe, self.attached.layout, self.backend
         documents = [document for document, _ in batch]
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
+        give_back()
         begin = time.perf_counter()
         cache, clean_hidden = clean_forward(backend, documents, self._forwards(documents))
         self._seconds_clean += time.perf_counter() - begin
@@ -221,6 +223,7 @@ class Trainer:
 
     def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
         """Forward and backward of one group's draft rows; [B, D] argmax of q for L_draft groups."""
+        give_back()  # what the rows before left behind: small blocks of many sizes, of which few fit again
         layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
         hidden = self.backend.run_trunk(self.backend.row_plan(group.rows()), cache)
         drafting = group.rectangle(hidden)[:, layout.first_drafting_row :]
@@ -232,7 +235,8 @@ class Trainer:
         drafting.backward(gradient)
         return best
 
-    def _set_gradients(self, sums: Sums, draft_gradients: list[Tensor], diff_gradients: list[Tensor]) -> None:
+    def set_gradients(self, sums: Sums, draft_gradients: list[Tensor], diff_gradients: list[Tensor]) -> None:
+        """The gradients of the whole loss, each term's divided by its denominator."""
         objective = self.recipe.objective
         draft = objective.beta / max(sums.draft_weight, 1e-9)
         diff = objective.alpha / max(sums.diff_count, 1)

@@ -118,13 +118,17 @@ WAYS = {
 BRANCHING = grow([[0.6, 0.3, 0.2], [0.5, 0.3, 0.1], [0.4, 0.2, 0.1]], 11)
 
 
-def drafts_of(params: Processing, tree: DraftTree | None, *, vocab: int = 90, blocks: int = 3) -> Tensor:
+def drafts_of(
+    params: Processing, tree: DraftTree | None, *, vocab: int = 90, blocks: int = 3, only: Tensor | None = None
+) -> Tensor:
     """Of random blocks, with a Markov head that matters and texts that repeat some tokens."""
     torch.manual_seed(2)
     heads = Heads(8, vocab, 3, 6, False).requires_grad_(False)
     heads.markov_w2.normal_()
     trunk, seen = torch.randn(blocks, 3, vocab), torch.rand(blocks, vocab) < 0.3
     counts = seen * torch.randint(1, 4, seen.shape).float()
+    if only is not None:
+        trunk = torch.full_like(trunk, -torch.inf).scatter(2, only, trunk.gather(2, only))
     known = (seen if params.needs_seen else None, counts if params.needs_counts else None)
     previous, seeds, indices = [5, 6, 7][:blocks], [1, 2**62, 3][:blocks], [0, 9, 4][:blocks]
     arguments = (previous, seeds, indices, known[0], trunk, heads, params, False, tree, None, known[1])
@@ -161,6 +165,19 @@ def test_drafts_are_candidates(tree: DraftTree | None, monkeypatch: pytest.Monke
     ids = torch.stack(found)
     for j, depth in enumerate(depths):
         assert (ids[:, depth - 1] == tokens[:, j : j + 1]).any(1).all()
+
+
+@pytest.mark.parametrize("tree", [None, BRANCHING], ids=["chain", "tree"])
+@pytest.mark.parametrize("way", ["greedy", "sampled", "penalties"])
+def test_among_candidates_is_as_if_no_other_token_were_possible(
+    way: str, tree: DraftTree | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.rand(3, 3, 90).topk(7).indices.sort().values
+    want = drafts_of(WAYS[way], tree, only=ids)
+    monkeypatch.setattr(drafting, "LARGE_VOCABULARY", 1)
+    given = iter(ids)
+    monkeypatch.setattr(drafting, "_candidates", lambda *_: next(given))
+    assert torch.equal(drafts_of(WAYS[way], tree), want)
 
 
 def test_a_token_that_the_noise_favours_is_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:

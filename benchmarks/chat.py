@@ -98,7 +98,7 @@ def converse(engine: Engine, mode: str, seed: int) -> dict[str, Any]:
 def main(model: Path, dtype: str, mode: str, conversations: int, keep: bool) -> None:
     base = load_base(str(model), dtype=dtype)
     begin = time.perf_counter()
-    with closing(Engine.from_model(base.model, base.tokenizer, packed="auto")) as engine:
+    with closing(Engine.from_model(base.model, base.tokenizer, packed=True)) as engine:
         settled = time.perf_counter() - begin
         if engine.prefixes is None:
             say(f"prefixes are not kept here: {why_not(engine.backend)}")

@@ -67,7 +67,7 @@ PRIVATE_APIS = (
     PrivateApi(
         "torch.Tensor._version",
         "how often a weight was written to: kept K/V are of no use once it was",
-        ("retrofit/runtime/backends/hf/written.py",),
+        ("retrofit/adapters/written.py",),
     ),
     PrivateApi(
         "torch.UntypedStorage._cdata",

@@ -27,7 +27,7 @@ from benchmarks.common import ROOT, Bar, say, section, table, write
 from benchmarks.cpu.bitwise import bitwise
 from benchmarks.cpu.memory import held, memory
 from benchmarks.cpu.speed import batch, contexts
-from benchmarks.cpu.steps import costs, split
+from benchmarks.cpu.steps import costs, parts_table, split
 from benchmarks.cpu.subjects import Task, untrained_artifact
 
 SECTIONS: dict[str, Callable[[Task], tuple[list[Bar], dict[str, Any]]]] = {
@@ -49,20 +49,28 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--sections", default=",".join(SECTIONS), show_default=True, help="Which, with commas.")
 @click.option("--quick", is_flag=True, help="bfloat16 alone, fewer turns, lengths and families.")
 @click.option("--full", is_flag=True, help="bitwise: every batch at every temperature.")
-@click.option("--out", type=click.Path(path_type=Path), help="[default: results/cpu.json, unless --quick]")
+@click.option("--only", multiple=True, help="bitwise: this model only, by its folder's name or its family; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="[default: results/cpu.json, unless --quick or --only]")
 @click.option("--job", hidden=True)
 def main(
-    model: Path, artifact: Path | None, sections: str, quick: bool, full: bool, out: Path | None, job: str | None
+    model: Path,
+    artifact: Path | None,
+    sections: str,
+    quick: bool,
+    full: bool,
+    only: tuple[str, ...],
+    out: Path | None,
+    job: str | None,
 ) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     names = sections.split(",")
     if unknown := set(names) - set(SECTIONS):
         raise click.UsageError(f"no such section: {', '.join(sorted(unknown))}")
-    path = out or (None if quick else RESULTS)
+    path = out or (None if quick or only else RESULTS)
     with tempfile.TemporaryDirectory(prefix="retrofit-cpu-") as folder:
         given = artifact or untrained_artifact(model, Path(folder, "artifact"))
-        task = Task(model, given, quick, full)
+        task = Task(model, given, quick, full, only)
         if job is not None:
             print(json.dumps(held(task, job)))
             return
@@ -73,9 +81,12 @@ def main(
             found, figures = SECTIONS[name](task)
             bars += found
             print(table([[b.what, b.bar, b.figure, VERDICTS[b.met]] for b in found], left=3), flush=True)
+            if name == "split":
+                print(table(parts_table(figures)), flush=True)
             if path is not None:
                 command = commanded(model, artifact, name, full)
                 write(path, {name: section(command, time.perf_counter() - begin, found, figures)}, list(SECTIONS))
+        task.close()
     if path is not None:
         say(f"wrote {path}")
     missed = sum(bar.met is False for bar in bars)

@@ -2,8 +2,8 @@
 
 Of the real model and of tiny ones of several families, in bfloat16 and fp32, at the level that `auto` picks.  Own `ar`
 is one request at a time in an engine that keeps nothing.  An adapter that has learned nothing drafts nothing right, so
-drafts are the truth with planted mistakes, and accepted prefixes of all lengths occur.  In fp32 own `ar` is held against
-transformers' `generate` too.
+drafts are the truth with planted mistakes, and accepted prefixes of all lengths occur.  In fp32 own `ar` is held
+against the model's own `generate` too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -31,7 +32,7 @@ from retrofit.runtime.host import modes
 
 LENGTHS = (3, 40, 1000, 1030, 12, 90, 5, 61)
 REAL_LENGTHS = (3, 40, 1000, 1030, 5000, 12, 90, 5)
-"""Prompt tokens of the tiny models, and of the real one.  Shorter than 8 cannot be kept as a prefix, perhaps."""
+"""Prompt tokens of the tiny models, and of the real one."""
 WAYS: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     "prompt_lookup": {"strategy": "prompt_lookup"},
@@ -44,11 +45,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 BATCHES = (1, 3, 8)
 TEMPERATURES = (0.0, 0.8)
-SOME = ((8, 0.0), (8, 0.8), (3, 0.8), (1, 0.0))
-"""Batches and temperatures of a run that does not try all pairs."""
+SOME = ((8, 0.0), (3, 0.8), (8, 0.8), (1, 0.0))
+"""Batches and temperatures of a run that does not try all pairs: strategies begin with another one each."""
 OPTIONS: dict[str, Any] = {"seed": 7, "ignore_eos": True}
-CACHES = (0, "256MB")
-Pairs = Sequence[tuple[int, float]]
+CACHES = (0, "auto")
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Subject:
     vocab: int
     lengths: Sequence[int]
     tokens: int
-    load: Callable[..., Engine]
+    load: Callable[..., AbstractContextManager[Engine]]
     original: Callable[[], PreTrainedModel]
 
 
 def bitwise(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     bars, figures = [], {}
     for subject in subjects(task):
-        bar, found = compared(subject, pairs(task), len(FAMILIES) > 1)
+        bar, found = compared(subject, task.full)
         say(f"{bar.what}: {bar.figure}")
         figures[f"{subject.name}, {subject.dtype}"] = found
         bars.append(bar)
@@ -78,24 +78,36 @@ def bitwise(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     return bars, figures
 
 
-def pairs(task: Task) -> Pairs:
-    return list(product(BATCHES, TEMPERATURES)) if task.full else SOME
+def tried(full: bool, kept: bool) -> Iterator[tuple[str, int, float]]:
+    """(strategy, batch, temperature): every one; or of each strategy one pair without kept prefixes, two with them."""
+    for number, name in enumerate(WAYS):
+        some = [SOME[(number + more) % len(SOME)] for more in range(1 + kept)]
+        for batch, temperature in product(BATCHES, TEMPERATURES) if full else some:
+            if name != "ar" or batch > 1 or kept:
+                yield name, batch, temperature
 
 
 def subjects(task: Task) -> Iterator[Subject]:
     dtypes = DTYPES[:1] if task.quick else DTYPES
     for dtype in dtypes:
         lengths = REAL_LENGTHS[:4] if task.quick else REAL_LENGTHS
-        load, original = partial(task.engine, dtype), partial(task.original, dtype)
-        yield Subject(task.model.name, dtype, task.vocab, lengths, 8 if task.quick else 16, load, original)
-    for family, dtype in product(FAMILIES[:2] if task.quick else FAMILIES, dtypes):
+        if not task.only or task.model.name in task.only:
+            load, original = partial(lent, task, dtype), partial(task.original, dtype)
+            yield Subject(task.model.name, dtype, task.vocab, lengths, 8 if task.quick else 16, load, original)
+    families = task.only or (FAMILIES[:2] if task.quick else FAMILIES)
+    for family, dtype in product([name for name in families if name in FAMILIES], dtypes):
         kind = getattr(torch, dtype)
         model = random_family(family, kind).load.args[0]
         lengths = LENGTHS[:4] if task.quick else LENGTHS
-        tokens = 12 if task.quick else 24
+        tokens = 12 if task.quick else 16
         yield Subject(
             family, dtype, WIDE["vocab_size"], lengths, tokens, partial(wrapped, model), partial(copy.deepcopy, model)
         )
+
+
+def lent(task: Task, dtype: str, **options: Any) -> AbstractContextManager[Engine]:
+    """An engine that stays open."""
+    return nullcontext(task.engine(dtype, **options))
 
 
 def wrapped(model: PreTrainedModel, **options: Any) -> Engine:
@@ -106,7 +118,7 @@ def wrapped(model: PreTrainedModel, **options: Any) -> Engine:
     return from_tests("decoding").randomise(engine)  # type: ignore[no-any-return]
 
 
-def compared(subject: Subject, tried: Pairs, _: bool = True) -> tuple[Bar, dict[str, Any]]:
+def compared(subject: Subject, full: bool) -> tuple[Bar, dict[str, Any]]:
     prompts = from_tests("decoding").random_prompts(subject.lengths, vocab=subject.vocab)
     texts: dict[str, list[int]] = {}
     with subject.load(prefix_cache=0) as engine:
@@ -116,9 +128,7 @@ def compared(subject: Subject, tried: Pairs, _: bool = True) -> tuple[Bar, dict[
             truths[temperature] = decoded(engine, subject, prompts, 1, temperature, mode="ar")
     for cache in CACHES if "prefix_cache" in inspect.signature(Engine.load).parameters else CACHES[:1]:
         with subject.load(prefix_cache=cache) as engine:
-            for name, (batch, temperature) in product(WAYS, tried):
-                if name == "ar" and batch == 1 and cache == 0:
-                    continue
+            for name, batch, temperature in tried(full, bool(cache)):
                 truth = truths[temperature]
                 with planted(subject, truth):
                     got = decoded(engine, subject, prompts, batch, temperature, **WAYS[name])
@@ -127,7 +137,9 @@ def compared(subject: Subject, tried: Pairs, _: bool = True) -> tuple[Bar, dict[
                 texts[what] = [sum(equal), len(equal)]
                 if not all(equal):
                     differ = [n for n, same in zip(subject.lengths, equal, strict=True) if not same]
-                    say(f"  {subject.name}, {subject.dtype}, {what}: {sum(equal)}/{len(equal)}; prompts of {differ} differ")
+                    say(
+                        f"  {subject.name}, {subject.dtype}, {what}: {sum(equal)}/{len(equal)}; lengths {differ} differ"
+                    )
     figures: dict[str, Any] = {"level": level, "texts": texts}
     if subject.dtype == "float32":
         own = reference_tokens(subject.original(), prompts, max_new_tokens=subject.tokens)

@@ -20,6 +20,8 @@ from benchmarks.common import ROOT, Bar, say
 from benchmarks.cpu.subjects import Task, random_tokens
 from retrofit.machine import peak_resident, resident
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.host.modes import prefill_step
+from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.run import Run
 
@@ -62,12 +64,11 @@ def started(task: Task, dtype: str, name: str) -> dict[str, int]:
 def held(task: Task, job: str) -> dict[str, int]:
     """Bytes that this process holds after some decoding: at most, and once what was freed has been given back."""
     dtype, name = job.split(":")
-    with task.engine(dtype, prefix_cache=0, packed=PACKED[name]) as engine:
-        vocab = engine.backend.head.vocab
-        engine.generate([random_tokens(64, vocab)], "ar", max_new_tokens=TOKENS, ignore_eos=True)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        return {"settled": resident(), "peak": peak_resident()}
+    engine = task.engine(dtype, prefix_cache=0, packed=PACKED[name])
+    engine.generate([random_tokens(64, engine.backend.head.vocab)], "ar", max_new_tokens=TOKENS, ignore_eos=True)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return {"settled": resident(), "peak": peak_resident()}
 
 
 def windows(context: int = CONTEXT) -> tuple[int, int]:
@@ -83,9 +84,6 @@ def windows(context: int = CONTEXT) -> tuple[int, int]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     with Engine.from_model(model) as engine, torch.inference_mode():
-        from retrofit.runtime.host.modes import prefill_step
-        from retrofit.runtime.request import Request
-
         cache = engine.backend.new_cache(1, context)
         cache.open(0, context)
         run = Run(engine.backend, cache, Processing(), engine.layout, engine.limits)

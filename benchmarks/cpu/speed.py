@@ -1,13 +1,12 @@
 """`ar` against the untouched model's `generate`: milliseconds a token by length of context, tokens a second by batch.
 
-Three ways side by side, in turns: an engine as it was, as it is, and transformers.  A prompt is read once; what is timed
-are the tokens after it, some a turn.
+Three ways side by side, in turns: an engine as it was, as it is, and transformers.  A prompt is read once; what is
+timed are the tokens after it, some a turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -36,17 +35,15 @@ PLAIN: dict[str, Any] = {"ignore_eos": True, "original_settings": False}
 def contexts(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     bars, figures = [], {}
     for dtype in task.dtypes:
-        with ExitStack() as stack:
-            engines = {name: stack.enter_context(engine) for name, engine in task.engines(dtype).items()}
-            original = task.original(dtype)
-            for context, bar in list(zip(CONTEXTS, BARS[dtype], strict=True))[: 2 if task.quick else None]:
-                say(f"{dtype}, {context} tokens of context")
-                prompt = random_tokens(context, task.vocab)
-                turns = 3 if task.quick else TURNS
-                ways = {name: steps_of(engine, prompt, turns) for name, engine in engines.items()}
-                found = interleaved({**ways, REFERENCE: steps_of_original(original, prompt)}, turns)
-                bars.append(bar_of(f"ar at {context} tokens, {dtype}", bar, found, "ms a token"))
-                figures[f"{dtype}, {context}"] = {"ms_per_token": found, "median": medians(found)}
+        engines, original = task.engines(dtype), task.original(dtype)
+        for context, bar in list(zip(CONTEXTS, BARS[dtype], strict=True))[: 2 if task.quick else None]:
+            say(f"{dtype}, {context} tokens of context")
+            prompt = random_tokens(context, task.vocab)
+            turns = 3 if task.quick else TURNS
+            ways = {name: steps_of(engine, prompt, turns) for name, engine in engines.items()}
+            found = interleaved({**ways, REFERENCE: steps_of_original(original, prompt)}, turns)
+            bars.append(bar_of(f"ar at {context} tokens, {dtype}", bar, found, "ms a token"))
+            figures[f"{dtype}, {context}"] = {"ms_per_token": found, "median": medians(found)}
     return bars, figures
 
 
@@ -98,22 +95,20 @@ def batch(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     for dtype in task.dtypes:
         say(f"{dtype}, {REQUESTS} requests")
         prompts = [random_tokens(n, task.vocab, seed=i) for i, n in enumerate(lengths)]
-        with ExitStack() as stack:
-            engines = {name: stack.enter_context(engine) for name, engine in task.engines(dtype).items()}
-            original = task.original(dtype)
+        engines, original = task.engines(dtype), task.original(dtype)
 
-            def ours(engine: Engine, some: list[list[int]] = prompts, tokens: int = tokens) -> float:
-                call = lambda: engine.generate(some, "ar", max_new_tokens=tokens, batch_size=REQUESTS, **PLAIN)  # noqa: E731
-                return 1000 * seconds(call) / (len(some) * tokens)
+        def ours(engine: Engine, some: list[list[int]] = prompts, tokens: int = tokens) -> float:
+            call = lambda: engine.generate(some, "ar", max_new_tokens=tokens, batch_size=REQUESTS, **PLAIN)  # noqa: E731
+            return 1000 * seconds(call) / (len(some) * tokens)
 
-            def theirs(some: list[list[int]] = prompts, tokens: int = tokens, model: Any = original) -> float:
-                call = lambda: reference_tokens(model, some, max_new_tokens=tokens, batch_size=REQUESTS)  # noqa: E731
-                return 1000 * seconds(call) / (len(some) * tokens)
+        def theirs(some: list[list[int]] = prompts, tokens: int = tokens, model: Any = original) -> float:
+            call = lambda: reference_tokens(model, some, max_new_tokens=tokens, batch_size=REQUESTS)  # noqa: E731
+            return 1000 * seconds(call) / (len(some) * tokens)
 
-            ways: dict[str, Callable[[], float]] = {
-                name: lambda engine=engine: ours(engine) for name, engine in engines.items()
-            }
-            found = interleaved({**ways, REFERENCE: theirs}, 2 if task.quick else 3)
+        ways: dict[str, Callable[[], float]] = {
+            name: lambda engine=engine: ours(engine) for name, engine in engines.items()
+        }
+        found = interleaved({**ways, REFERENCE: theirs}, 2 if task.quick else 3)
         bars.append(bar_of(f"ar, {REQUESTS} requests, {dtype}", BATCH_BAR, found, "ms a token"))
         rates = {name: round(1000 / ms, 1) for name, ms in medians(found).items()}
         figures[dtype] = {"ms_per_token": found, "tokens_per_second": rates}

@@ -6,7 +6,7 @@ itself, so that every one is accepted and the block behind the last one is draft
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 
 from benchmarks.common import Bar, say
 from benchmarks.cpu.figures import Clock, bandwidth, floor_ms, interleaved, medians, seconds
-from benchmarks.cpu.subjects import Task, random_tokens
+from benchmarks.cpu.subjects import DTYPES, Task, random_tokens
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.eval.speed import ratio_of
 from retrofit.runtime.backends.hf import attention
@@ -129,12 +129,12 @@ def costs(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     bars, figures = [], {}
     for dtype in task.dtypes:
         say(f"{dtype}: steps")
-        with task.engine(dtype, prefix_cache=0) as engine:
-            prompt = random_tokens(CONTEXT, task.vocab)
-            stage = Stage(engine, prompt)
-            ways = {name: partial(stage.take, step) for name, step in steps(engine, prompt).items()}
-            interleaved(ways, 2)
-            found = interleaved(ways, 5 if task.quick else TURNS)
+        engine = task.engine(dtype, prefix_cache=0)
+        prompt = random_tokens(CONTEXT, task.vocab)
+        stage = Stage(engine, prompt)
+        ways = {name: partial(stage.take, step) for name, step in steps(engine, prompt).items()}
+        interleaved(ways, 2)
+        found = interleaved(ways, 5 if task.quick else TURNS)
         ratios = {name: round(ratio_of(found, name, AR), 3) for name in ways}
         for name, ratio in ratios.items():
             if name != AR:
@@ -152,22 +152,31 @@ def split(task: Task) -> tuple[list[Bar], dict[str, Any]]:
     speed = bandwidth()
     for dtype in task.dtypes:
         say(f"{dtype}: where a step's time goes")
-        with task.engine(dtype, prefix_cache=0) as engine:
-            prompt = random_tokens(CONTEXT, task.vocab)
-            stage = Stage(engine, prompt)
-            least = floor_ms(*read_bytes(engine, CONTEXT), speed)
-            kinds = steps(engine, prompt)
-            turns = 5 if task.quick else TURNS
-            plain = interleaved({name: partial(stage.take, step) for name, step in kinds.items()}, turns)
-            table: dict[str, Mapping[str, float]] = {}
-            for name, step in kinds.items():
-                table[name] = parts_of(stage, step, turns)
-            figures[dtype] = {"context": CONTEXT, "floor_ms": least, "whole_ms": medians(plain), "parts_ms": table}
-        for name, parts in table.items():
-            said = ", ".join(f"{part} {ms:.1f}" for part, ms in parts.items())
-            whole = f"{medians(plain)[name]:.1f} ms ({sum(parts.values()):.1f} with clocks: {said})"
-            bars.append(Bar(f"a step of {name} rows, {dtype}", f"floor {least:.1f} ms", whole, None))
+        engine = task.engine(dtype, prefix_cache=0)
+        prompt = random_tokens(CONTEXT, task.vocab)
+        stage = Stage(engine, prompt)
+        least = floor_ms(*read_bytes(engine, CONTEXT), speed)
+        kinds = steps(engine, prompt)
+        turns = 5 if task.quick else TURNS
+        plain = interleaved({name: partial(stage.take, step) for name, step in kinds.items()}, turns)
+        table: dict[str, Mapping[str, float]] = {}
+        for name, step in kinds.items():
+            table[name] = parts_of(stage, step, turns)
+        figures[dtype] = {"context": CONTEXT, "floor_ms": least, "whole_ms": medians(plain), "parts_ms": table}
+        for name in kinds:
+            whole, counted = medians(plain)[name], sum(table[name].values())
+            text = f"{whole:.1f} ms, {whole / least:.1f} x floor; {counted:.1f} ms with clocks"
+            bars.append(Bar(f"a step of {name} rows, {dtype}", f"floor {least:.1f} ms", text, None))
     return bars, {"read_bytes_per_second": speed, **figures}
+
+
+def parts_table(figures: dict[str, Any]) -> list[list[str]]:
+    """Rows of cells: each step's parts in ms, of each type."""
+    rows = [["ms", *PARTS]]
+    for dtype in (name for name in DTYPES if name in figures):
+        for name, parts in figures[dtype]["parts_ms"].items():
+            rows.append([f"{name} rows, {dtype}", *(f"{parts[part]:.1f}" for part in PARTS)])
+    return rows
 
 
 def parts_of(stage: Stage, step: Step, turns: int) -> dict[str, float]:
@@ -235,5 +244,3 @@ def read_bytes(engine: Engine, context: int) -> tuple[int, int]:
         weights -= size * model.get_input_embeddings().weight.numel()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return weights, 2 * size * config.num_hidden_layers * config.num_key_value_heads * width * context
-
-

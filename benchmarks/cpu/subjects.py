@@ -6,7 +6,7 @@ An option that this version's `Engine.load` does not have is left out, so that t
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,18 @@ ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 8.0, "targets": list(ROLES), "mar
 
 @dataclass(frozen=True)
 class Task:
-    """model: a transformers folder; artifact: one for it; quick: fewer repeats, and less of everything."""
+    """model: a transformers folder; artifact: one for it; quick: fewer repeats, and less of everything.
+
+    full: of `bitwise`, every batch at every temperature; only: of its models these, all if empty.
+    """
 
     model: Path
     artifact: Path
     quick: bool
     full: bool = False
+    only: tuple[str, ...] = ()
+    loaded: dict[str, Engine] = field(default_factory=dict)
+    """Engines are loaded once for all sections: their self-tests take long."""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -54,11 +60,19 @@ class Task:
     def engine(self, dtype: str, **options: Any) -> Engine:
         known = inspect.signature(Engine.load).parameters
         given = {name: value for name, value in options.items() if name in known}
-        return Engine.load(self.artifact, "cpu", dtype, backend="hf", base=str(self.model), offline=True, **given)
+        key = f"{dtype} {given}"
+        if key not in self.loaded:
+            given |= {"base": str(self.model), "backend": "hf", "offline": True}
+            self.loaded[key] = Engine.load(self.artifact, "cpu", dtype, **given)
+        return self.loaded[key]
 
     def engines(self, dtype: str) -> dict[str, Engine]:
         """One for each setting."""
         return {name: self.engine(dtype, prefix_cache=0, **options) for name, options in SETTINGS.items()}
+
+    def close(self) -> None:
+        while self.loaded:
+            self.loaded.popitem()[1].close()
 
 
 def random_tokens(count: int, vocab: int, seed: int = 1) -> list[int]:

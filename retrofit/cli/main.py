@@ -28,8 +28,8 @@ Exit codes:
   2  wrong usage      130, 143  interrupted"""
 
 SPINS = "10000"
-"""How often a thread of GNU's OpenMP looks whether there is work before it sleeps: half a millisecond, which bridges the
-gaps within a step.  Its own default are 16, for which it takes a core from whoever else runs on a busy machine."""
+"""How often a thread of GNU's OpenMP looks for work before it sleeps: half a millisecond, which bridges the gaps within
+a step.  Its own default comes to 16, during which it takes a core from whoever else runs on a busy machine."""
 
 
 @click.group(cls=Cli, context_settings=CONTEXT, epilog=EXIT_CODES)

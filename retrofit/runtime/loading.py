@@ -177,7 +177,9 @@ def prepare(backend: HFBackend, exact: str, drafts: int, rows: int | None, packe
     otherwise.  Raises what `pack` and `settle` raise.
     """
     if packed is True:
-        pack(backend, alone)
+        undo = pack(backend, alone)
+        if not alone:
+            backend.until_closed(undo)
     elif packed == "auto" and alone and refused(backend) is None:
         with suppress(ResourceError):  # then they stay as they are
             pack(backend, alone)

@@ -71,13 +71,15 @@ def begin_with_kept(run: Run, request: Request) -> None:
 
 
 def keep_text(run: Run, requests: Sequence[Request]) -> None:
-    """Keep the pieces that have become whole: of prompts, and of what was emitted and is committed."""
+    """Keep the pieces that have become whole: of prompts, and of what was emitted and is committed.
+
+    Those beyond a longrope boundary of a text that began below it are never found: a prompt of that length has the long
+    factors from its beginning on, and looks among those.
+    """
     if run.pieces is None:
         return
     for r in requests:
         end = min(r.committed, len(r.tokens))
-        if run.limits.boundary is not None and not r.long_rope:
-            end = min(end, run.limits.boundary)  # a prompt as long as that has other frequencies from its start on
         if end - r.kept >= run.pieces.size:
             end -= end % run.pieces.size
             run.pieces.keep(r.tokens[:end], partial(run.cache.take_out, r.slot), r.long_rope, since=r.kept)

@@ -85,13 +85,17 @@ class Pieces:
         """
         with self._lock:
             first = self._length(tokens, condition)
-        starts = range(first, len(tokens) - self.size + 1, self.size) if first >= since else ()
-        taken = {start: take(start, start + self.size) for start in starts}  # copies take a while: others need not wait
+        taken: dict[int, Kept] = {}  # copies take a while: others need not wait
+        for start in range(first, len(tokens) - self.size + 1, self.size) if first >= since else ():
+            kept = take(start, start + self.size)
+            if any(len(keys) < self.size for keys, _ in kept.values()):
+                break  # a layer that slides has let go of it
+            taken[start] = kept
         with self._lock:
             pieces = list(self._along(tokens, condition))
             for start in range(len(pieces) * self.size, len(tokens) - self.size + 1, self.size):
                 if start not in taken:
-                    break  # what it would hang on has gone meanwhile
+                    break  # not there, or what it would hang on has gone meanwhile
                 before = pieces[-1] if pieces else self._begins.setdefault(condition, _Piece({}, (), None))
                 pieces.append(self._add(taken[start], tuple(tokens[start : start + self.size]), before))
             self._use(pieces)

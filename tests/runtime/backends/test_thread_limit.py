@@ -90,9 +90,7 @@ def test_without_a_count_for_each_thread_only_a_process_of_one_is_limited(
 
 
 @pytest.mark.parametrize(("asked", "inside"), [(None, 2), ("8", 4)])
-def test_a_step_has_no_more_threads_than_cores(
-    asked: str | None, inside: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_has_no_more_threads_than_cores(asked: str | None, inside: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cores of two hardware threads each; those count for who asked for them in the environment."""
     monkeypatch.setattr(threads, "cores", lambda: 4)
     if asked:

@@ -96,6 +96,17 @@ def test_a_text_beyond_the_budget_is_not_copied_over_and_over() -> None:
     assert kept_of(pieces, [9, *text]) == 8 and kept_of(pieces, text) == 0
 
 
+def test_what_a_layer_has_let_go_of_ends_the_text() -> None:
+    pieces, text = Pieces(1 << 20, SIZE), list(range(20))
+
+    def take(first: int, stop: int) -> Kept:
+        whole = taking(text)(first, stop)
+        return {**whole, 1: tuple(t[1:] for t in whole[0])} if first >= 8 else whole  # type: ignore[dict-item]
+
+    pieces.keep(text, take)
+    assert kept_of(pieces, text) == 8
+
+
 def test_conditions_and_models_do_not_mix() -> None:
     pieces, text = Pieces(1 << 20, SIZE), [1] * 8
     keep(pieces, text, condition=True)

@@ -26,6 +26,7 @@ from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.roles import trunk_of
 from retrofit.adapters.rows import RowPlan, SequenceRows, is_prefill
+from retrofit.adapters.written import written
 from retrofit.errors import UsageError
 from retrofit.runtime.backends.context import context_length, restarts_at_boundary, rope_boundary
 from retrofit.runtime.backends.hf.answers import answering, by_thread
@@ -38,7 +39,6 @@ from retrofit.runtime.backends.hf.packing import install
 from retrofit.runtime.backends.hf.products import Cut, Product
 from retrofit.runtime.backends.hf.refused import refuse_unsupported
 from retrofit.runtime.backends.hf.rotation import lock_rotation
-from retrofit.runtime.backends.hf.written import written
 from retrofit.runtime.backends.interface import EXACT_PREFILL_ROWS, PREFILL_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns
 from retrofit.runtime.rules.sampling import Processing, choose

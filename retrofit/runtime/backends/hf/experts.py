@@ -92,7 +92,7 @@ def can_pack(experts: Any) -> bool:
     """Whether these are experts as transformers' `use_experts_implementation` makes them, of weights in one place."""
     known = all(hasattr(experts, name) for name in ("has_gate", "has_bias", "has_post_expert_norm", "_apply_gate"))
     weights = [[getattr(experts, name, None) for name in names] for names in (UP, DOWN)]
-    return known and all(any(isinstance(w, Tensor) and w.dim() == 3 for w in one) for one in weights)
+    return known and all(any(w is not None and type(w.data) is Tensor and w.dim() == 3 for w in one) for one in weights)
 
 
 def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:

@@ -11,7 +11,8 @@ Not here: the products (`products.py`, `experts.py`), and whether rows keep thei
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,11 +75,26 @@ def refused(backend: HFBackend) -> str | None:
     return None
 
 
-@torch.inference_mode()
-def pack(backend: HFBackend, alone: bool) -> None:
-    """Pack all weights that products read.  Raises ResourceError where this machine or model cannot.
+@contextmanager
+def packed_meanwhile(backend: Any) -> Iterator[None]:
+    """Decode with packed weights inside, beside the plain ones, where this machine and model can."""
+    undo = None
+    if backend.name == "hf" and not backend.packed and refused(backend) is None:
+        with suppress(ResourceError):  # then with plain ones
+            undo = pack(backend, alone=False)
+    try:
+        yield
+    finally:
+        if undo is not None:
+            undo()
 
-    The model's logits are compared before and after; where they differ, everything is undone.
+
+@torch.inference_mode()
+def pack(backend: HFBackend, alone: bool) -> Callable[[], None]:
+    """Pack all weights that products read; returns the undo.
+
+    The model's logits are compared before and after; where they differ, everything is undone.  Raises ResourceError
+    where this machine or model cannot.
     """
     why = refused(backend)
     if why is not None:
@@ -86,6 +102,12 @@ def pack(backend: HFBackend, alone: bool) -> None:
     before = _logits(backend)
     install(backend)
     undone: list[Callable[[], None]] = []
+
+    def undo() -> None:
+        backend.packed = False
+        while undone:
+            undone.pop()()
+
     try:
         _pack_linear(backend, alone, undone)
         _pack_experts(backend, alone, undone)
@@ -94,15 +116,11 @@ def pack(backend: HFBackend, alone: bool) -> None:
         if differs(_logits(backend), before, backend.dtype, routed_here):
             raise ResourceError(f"{type(backend.model).__name__} computes something else with packed weights")
     except BaseException as error:
-        backend.packed = False
-        while undone:
-            undone.pop()()
+        undo()
         if isinstance(error, RetrofitError) or not isinstance(error, RuntimeError):
             raise
         raise ResourceError(f"weights cannot be packed: {str(error).splitlines()[0][:160]}") from error
-    if not alone:
-        for undo in undone:
-            backend.until_closed(undo)
+    return undo
 
 
 def _logits(backend: HFBackend) -> Tensor:
@@ -154,7 +172,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _fits(backend: HFBackend, module: nn.Module) -> bool:
     """Whether this layer is a plain product of a weight of its own."""
     weight = module._parameters.get("weight")
-    return type(module) in LINEAR and weight is not None and weight.dtype in TYPES and not module._forward_pre_hooks
+    if type(module) not in LINEAR or weight is None or type(weight.data) is not Tensor:  # shared out over processes
+        return False
+    return weight.dtype in TYPES and not module._forward_pre_hooks
 
 
 def _sharing(backend: HFBackend) -> list[list[nn.Module]]:

@@ -210,3 +210,15 @@ def test_other_values_are_refused(given: Any) -> None:
 def test_fp64_has_no_packed_products() -> None:
     with pytest.raises(ResourceError, match="float64"):
         Engine.from_model(build("llama").double(), packed=True)
+
+
+def test_weights_are_packed_for_a_while_only() -> None:
+    engine = engine_of("qwen3_moe")
+    plain = mixed_forward(engine)
+    with packing.packed_meanwhile(engine.backend):
+        assert engine.backend.packed
+        for got, want in zip(mixed_forward(engine), plain, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert not engine.backend.packed
+    for got, want in zip(mixed_forward(engine), plain, strict=True):
+        assert torch.equal(got, want)

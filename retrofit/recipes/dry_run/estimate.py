@@ -229,7 +229,7 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: st
         stage.phase(ADDING, GRADIENTS)
         add_up(*sums)
 
-    trainer.set_gradients = added_up  # type: ignore[method-assign]
+    trainer.set_gradients = added_up  # type: ignore[method-assign, assignment]
     for step in range(STEPS):
         backend.run_trunk = _with_phases(stage, trainer, run)  # type: ignore[method-assign]
         stage.phase(BUFFERS, GRADIENTS)

@@ -45,6 +45,8 @@ class Cache(Protocol):
 
     slots: int
     capacity: int
+    most_rows: int | None
+    """Base rows of one sequence that a forward may have; None: any number."""
 
     def open(self, slot: int, positions: int) -> None:
         """Make room for so many positions of a new sequence in this slot."""
@@ -55,11 +57,14 @@ class Cache(Protocol):
     def release(self) -> None:
         """Nobody decodes with this cache any more."""
 
-    def take_out(self, slot: int, positions: int) -> Any:
-        """A copy of what the sequence in this slot has at positions < `positions`."""
+    def take_out(self, slot: int, first: int, stop: int) -> Any:
+        """A copy of what the sequence in this slot has at positions `first` to `stop` - 1."""
 
-    def put_in(self, slot: int, kept: Any) -> None:
-        """Give the sequence in this slot, which has been opened, what was taken out of another, bit for bit."""
+    def put_in(self, slot: int, first: int, kept: Sequence[Any]) -> None:
+        """Give the sequence in this slot, which has been opened, what was taken out of another, bit for bit.
+
+        kept: neighbouring parts; the first of them begins at position `first`.
+        """
 
     def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
         """After a tree forward: keep base row rows[n] as (slots[n], positions[n]) in every layer, forget the others."""

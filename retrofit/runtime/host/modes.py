@@ -66,7 +66,7 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
     while pending:
         rows: list[SequenceRows] = []
         finished: list[tuple[Request, bool]] = []
-        room = PREFILL_ROWS
+        room = min(PREFILL_ROWS, run.cache.most_rows or PREFILL_ROWS)
         for r in list(pending.values()):
             # Long RoPE factors are chosen by the largest position of a forward, so such a sequence goes in one piece.
             count = len(r.tokens) - r.committed if r.long_rope else min(len(r.tokens) - r.committed, room)

@@ -32,7 +32,7 @@ def keep_prompt(request: Request, cache: Cache, logits_V: Tensor) -> None:
         return
     prefix.waiting -= 1
     if prefix.waiting:
-        prefix.kept, prefix.logits = cache.take_out(request.slot, len(request.prompt)), logits_V.clone()
+        prefix.kept, prefix.logits = cache.take_out(request.slot, 0, len(request.prompt)), logits_V.clone()
         prefix.logprobs = request.prompt_logprobs
 
 
@@ -40,7 +40,7 @@ def copy_prompt(request: Request, cache: Cache) -> Tensor:
     """Stand where the prefill of the prompt would have ended; returns the logits [V] after it."""
     prefix = request.prefix
     assert prefix is not None and prefix.logits is not None
-    cache.put_in(request.slot, prefix.kept)
+    cache.put_in(request.slot, 0, [prefix.kept])
     request.committed = len(request.prompt)
     request.prompt_logprobs = prefix.logprobs
     logits = prefix.logits

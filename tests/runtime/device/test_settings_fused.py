@@ -87,8 +87,8 @@ def test_outputs_of_one_prompt_share_its_pages(engines: tuple[Engine, Engine], m
         rows = SequenceRows(slot, 0, prompt, last_logits_only=True)
         fused.backend.forward(fused.backend.row_plan([rows]), cache)
     cache.open(2, 40)
-    cache.put_in(2, cache.take_out(0, len(PROMPTS[0])))
-    first, own, copy = (cache.take_out(slot, len(PROMPTS[0])) for slot in range(3))
+    cache.put_in(2, 0, [cache.take_out(0, 0, len(PROMPTS[0]))])
+    first, own, copy = (cache.take_out(slot, 0, len(PROMPTS[0])) for slot in range(3))
     cache.release()
     for a, b, c in zip(first, own, copy, strict=True):
         count = len(PROMPTS[0])

@@ -30,6 +30,8 @@ def pages_for(positions: int) -> int:
 class PagedCache:
     """keys, values [layers, pages, K/V heads, PAGE, head width]; block_table int32 [slots, pages per slot]."""
 
+    most_rows: int | None = None
+
     def __init__(
         self,
         shape: tuple[int, int, int],
@@ -98,17 +100,21 @@ class PagedCache:
             self.close(slot)
         self.leased = False
 
-    def take_out(self, slot: int, positions: int) -> tuple[Tensor, Tensor]:
+    def take_out(self, slot: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Copies of the pages [layers, n, K/V heads, PAGE, head width] that hold these positions."""
-        pages = self._first_pages(slot, -(-positions // PAGE))
+        pages = self._pages(slot, first // PAGE, -(-stop // PAGE))
         return self.keys[:, pages], self.values[:, pages]
 
-    def put_in(self, slot: int, kept: tuple[Tensor, Tensor]) -> None:
-        pages = self._first_pages(slot, kept[0].shape[1])
-        self.keys[:, pages], self.values[:, pages] = kept
+    def put_in(self, slot: int, first: int, kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """kept: whole pages, but for the last one."""
+        page = first // PAGE
+        for keys, values in kept:
+            pages = self._pages(slot, page, page + keys.shape[1])
+            self.keys[:, pages], self.values[:, pages] = keys, values
+            page += keys.shape[1]
 
-    def _first_pages(self, slot: int, count: int) -> Tensor:
-        return torch.tensor(self.table[slot][:count], device=self.keys.device)
+    def _pages(self, slot: int, first: int, stop: int) -> Tensor:
+        return torch.tensor(self.table[slot][first:stop], device=self.keys.device)
 
     def place(self, slot: int, position: int) -> int:
         """page * PAGE + offset of a position."""

@@ -6,6 +6,7 @@ through, and the self-test has to catch every dependence on other rows that is p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,8 +45,8 @@ def attended(plan: RowPlan, cache: KVCache, form: Any, rows: tuple[Tensor, ...],
 def filled_cache(heads: int, width: int, value_width: int, generator: torch.Generator) -> KVCache:
     cache = KVCache(2, 100)
     cache.layers[0] = (
-        torch.randn(2, 100, heads, width, generator=generator),
-        torch.randn(2, 100, heads, value_width, generator=generator),
+        torch.randn(2, heads, 100, width, generator=generator),
+        torch.randn(2, heads, 100, value_width, generator=generator),
     )
     return cache
 
@@ -67,7 +68,7 @@ ROWS: dict[str, list[SequenceRows]] = {
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-@pytest.mark.parametrize("shape", [(4, 2, 8, 8), (3, 3, 12, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 2, 8, 8), (3, 3, 12, 12), (3, 3, 12, 10)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 6}, {"sliding_window": 40, "softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_form_is_the_attention_of_before(
@@ -75,7 +76,7 @@ def test_every_form_is_the_attention_of_before(
 ) -> None:
     """In fp32, but for the order of addition; keys are cut often, tiles of rows are small."""
     monkeypatch.setattr(exact_attention, "TILE", 16)
-    form = exact_attention.Form(form.name, form.rows, min(form.keys, 32), 32, form.dtype)
+    form = replace(form, keys=min(form.keys, 32), piece=32)
     heads, kv_heads, width, value_width = shape
     generator = torch.Generator().manual_seed(0)
     plan = RowPlan(ROWS[rows])
@@ -117,7 +118,7 @@ def test_filler_changes_nothing_but_the_order_of_addition(name: str) -> None:
             blocks = [Block(9, [MASK] * 4), Block(10, [MASK] * 4)]
             mixed = engine.backend.row_plan([SequenceRows(1, 0, PROMPTS[3][:3]), SequenceRows(0, 7, [1, 2, 3], blocks)])
             out = engine.backend.forward(mixed, cache)
-        kept = [t[0, :10] for layer in cache.layers.values() for t in layer]
+        kept = [t[0, :, :10] for layer in cache.layers.values() for t in layer]
         found.append([out.base_logits, out.base_hidden, out.draft_hidden, *kept])
         assert mixed.num_rows == {"off": 14, "invariant": 14, "bucket": 24}[level]
     for other in found[1:]:

@@ -277,7 +277,7 @@ class RowPlan:
         places = np.broadcast_to(np.asarray(starts)[:, None, None] + np.arange(depth), rows.shape)
         return Paths(
             self._tensor(np.where(there, rows, 0)),
-            self._tensor(np.ascontiguousarray(places)),
+            self._tensor(np.array(places)),
             self._tensor(there),
             self._tensor(group.query),
             starts,

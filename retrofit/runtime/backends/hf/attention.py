@@ -21,9 +21,9 @@ from transformers import AttentionInterface
 from retrofit.adapters.rows import RowPlan
 from retrofit.adapters.visibility import Group
 from retrofit.errors import UnsupportedModelError
+from retrofit.runtime.backends.hf import exact_attention, parts
 from retrofit.runtime.backends.hf.block_attention import Call, block_attention, tiles_of
 from retrofit.runtime.backends.hf.cache import KVCache
-from retrofit.runtime.backends.hf import exact_attention, parts
 from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.refused import refuse_call
 from retrofit.runtime.backends.sizes import size_for

@@ -161,7 +161,9 @@ class KVCache:
 
     def allocate(self, layer: int, key_1HND: Tensor, value_1HND: Tensor) -> None:
         """Make room for a layer whose rows look like these."""
-        key, value = (t.new_zeros(self.slots, t.shape[1], self.columns(layer), t.shape[3]) for t in (key_1HND, value_1HND))
+        key, value = (
+            t.new_zeros(self.slots, t.shape[1], self.columns(layer), t.shape[3]) for t in (key_1HND, value_1HND)
+        )
         self.layers[layer] = key, value
 
     def stage(self, layer: int, key_NHD: Tensor, value_NHD: Tensor) -> None:

@@ -32,7 +32,9 @@ LONGER = 400
 SPREAD = 3.0
 ATTENDING = 60
 """Rows that attend together: with siblings in a tree, more than any tile."""
-COUNTS = (2, 3, 4, 5, 7, 9, 11, 16, 17, 33)
+ALONE = 12
+"""How many of them also attend one by one."""
+COUNTS = (2, 3, 5, 9, 11, 16, 17, 33)
 """How many of them attend together besides: libraries choose by the number."""
 
 
@@ -127,11 +129,11 @@ class _Attending:
             "another sequence": lambda: self.run(other, self.rows(0))[few:],
             "a longer one": lambda: self.run(longer, self.rows(0))[few:],
             "a tree": lambda: self.run((branched, numbers))[::2],
-            "one row beside others": lambda: torch.cat(
-                [self.run(first, last, self.rows(0, j, 1))[2:] for j in range(chain)]
-            ),
             **{f"{n} together": partial(lambda n: self.run(self.rows(0, 0, n)), n) for n in COUNTS if n < chain},
-            "alone": lambda: torch.cat([self.run(self.rows(0, j, 1)) for j in range(chain)]),
+            "one row beside others": lambda: torch.cat(
+                [self.run(first, last, self.rows(0, j, 1))[2:] for j in range(min(ALONE, chain))]
+            ),
+            "alone": lambda: torch.cat([self.run(self.rows(0, j, 1)) for j in range(min(ALONE, chain))]),
         }
         for work in work_sizes(whole.device):
             with thread_limit(whole.device, work):
@@ -148,7 +150,7 @@ def _attends(backend: HFBackend, form: Form, shape: _Shape, generator: torch.Gen
         differs = differs or _drawn(backend, form, shape, start, generator)
     said = f"{shape.heads} heads, {shape.kv_heads} K/V, width {shape.width}"
     said += f", window {shape.window}" if shape.window else ""
-    tried = f"alone, {ATTENDING} rows, beside others, another slot, a tree; at {', '.join(map(str, STARTS))}"
+    tried = f"alone, 2 to {ATTENDING} rows, beside others, another slot, a tree; at {', '.join(map(str, STARTS))}"
     return Check("attention", said, form.name, differs or tried, differs is None)
 
 

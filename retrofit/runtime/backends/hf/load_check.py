@@ -81,6 +81,7 @@ def check_model(backend: HFBackend) -> dict[int, int]:
             raise UnsupportedModelError(f"{name}: {why_second(backend, what, mine, right)}")
     return {layer: window for layer, window in calls if window is not None}
 
+
 def check_length(config: Any, context: int) -> int:
     """How many tokens: past every window that is small."""
     small = [

@@ -19,11 +19,13 @@ from torch import Tensor
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
 from retrofit.errors import GateError, UsageError
-from retrofit.runtime.backends.hf import exact_attends, exact_attention, exact_products, exact_rows
+from retrofit.runtime.backends.hf import exact_attends, exact_attention, exact_products, exact_rows, parts
 from retrofit.runtime.backends.hf.attention import ForwardContext, row_attention
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attention import FORMS, GROUPED
 from retrofit.runtime.backends.hf.exact_rows import self_test, settle
+from retrofit.runtime.backends.hf.parts import base_rows
+from retrofit.runtime.backends.hf.parts.call import Part
 from retrofit.runtime.backends.threads import LEAST_WORK
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
@@ -209,8 +211,14 @@ def faulty_product(monkeypatch: Any) -> str:
 
 
 def faulty_attention(monkeypatch: Any) -> str:
-    product = exact_attention._product
+    product, part = exact_attention._product, base_rows.part
     monkeypatch.setattr(exact_attention, "_product", lambda a, b, form: other_rows(a.shape[2], product(a, b, form)))
+
+    def other_part(rows: Tensor, *rest: Any) -> Part:
+        made = part(rows, *rest)
+        return Part(other_rows(rows.shape[2], made.out), made.sums)
+
+    monkeypatch.setattr(base_rows, "part", other_part)
     return "attention"
 
 
@@ -223,8 +231,9 @@ def faulty_norm(monkeypatch: Any) -> str:
 
 
 def faulty_tree(monkeypatch: Any) -> str:
-    tree = exact_attention.tree_attention
-    monkeypatch.setattr("retrofit.runtime.backends.hf.attention.tree_attention", lambda *a: tree(*a) * 1.01)
+    for module in (exact_attention, parts):
+        tree = module.tree_attention
+        monkeypatch.setattr(module, "tree_attention", lambda *a, tree=tree: tree(*a) * 1.01)
     return "attention"
 
 

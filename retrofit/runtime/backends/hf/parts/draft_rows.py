@@ -32,7 +32,7 @@ def draft_attention(
     group = plan.draft
     assert group is not None
     S, H, T, _ = query.shape
-    heads, keys = cached[0].shape[1:3]
+    heads = cached[0].shape[1]
     window = window if window is not None and group.last >= window else None
     rows = rows_of(query, heads)
     key = ("parts", window, heads, query.dtype)
@@ -67,7 +67,7 @@ def _layout(
     whole = min(whole, group.keys)
     low = min(low, whole)
     seen = plan.draft_visibility(window)
-    seen[~there, :1 + whole] = True  # padding: nobody reads it, but it has to be finite
+    seen[~there, : 1 + whole] = True  # padding: nobody reads it, but it has to be finite
     how = (heads, query_heads, rows.shape[2], rows.dtype)
     if group.keys - whole <= FEW:
         return low, whole, None, _seen(~seen[:, :, whole:], how)

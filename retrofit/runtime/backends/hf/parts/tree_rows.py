@@ -1,7 +1,7 @@
 """Base rows of a forward whose drafts branch, by the CPU's attention kernel: each with the bits it has in a chain.
 
     pieces 0 .. a-1   committed keys, read where they are, as in `base_rows.py`
-    piece a           in which the drafts begin: copies of what is committed of it, with the drafts as `branches.py` says
+    piece a           in which the drafts begin: copies of it, with the drafts as `branches.py` says
     pieces a+1 ..     the same without committed keys, where drafts reach that far
 
 Not here: storing what is accepted.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.adapters.visibility import Group, Paths, base_span
@@ -110,11 +111,11 @@ def _piece(cached: Tensor, begins: list[int], piece: int) -> Tensor:
 def _attended(tail: _Tail, query: Tensor, sources: list[Tensor], heads: _Heads, scale: float) -> Part:
     """[1, S * Hk, G * T, D]: each row from the copy that it attends in."""
     S, _, T, D = query.shape
-    copied = (t[tail.sequence, :, tail.keys].transpose(1, 2) for t in sources)
+    key, value = (t[tail.sequence, :, tail.keys].transpose(1, 2) for t in sources)
     N, R = tail.rows.shape
     rows = query[tail.sequence, :, tail.rows].view(N, R, heads.kv, heads.group, D).permute(0, 2, 3, 1, 4)
-    rows = torch.nn.functional.pad(rows.flatten(2, 3), (0, 0, 0, filled(R * heads.group, heads.form) - R * heads.group))
-    out, sums = part(rows, *copied, tail.seen, scale)
+    rows = F.pad(rows.flatten(2, 3), (0, 0, 0, filled(R * heads.group, heads.form) - R * heads.group))
+    out, sums = part(rows, key, value, tail.seen, scale)
     # [N, Hk, G * R, ..] -> [S, T, Hk, G, ..] -> [1, S * Hk, G * T, ..]
     out, sums = (t[:, :, : R * heads.group].unflatten(2, (heads.group, R)) for t in (out, sums.unsqueeze(-1)))
     out, sums = (t.permute(0, 3, 1, 2, 4)[tail.where] for t in (out, sums))
@@ -138,9 +139,7 @@ def _over_committed(
     return Part(torch.cat(outs, 3).flatten(2, 3), torch.cat(sums, 3).flatten(2, 3))
 
 
-def _shared(
-    group: Group, paths: Paths, heads: _Heads
-) -> tuple[int, int, list[tuple[int, int, Seen | None]]] | None:
+def _shared(group: Group, paths: Paths, heads: _Heads) -> tuple[int, int, list[tuple[int, int, Seen | None]]] | None:
     """The calls over whole pieces of committed keys: (low, high, [(first row, behind the last, what is seen)])."""
     piece, T = heads.form.piece, group.width
     begins = [start // piece * piece for start in paths.starts]

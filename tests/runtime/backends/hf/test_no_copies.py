@@ -60,12 +60,10 @@ def test_no_operation_of_a_step_writes_as_much_as_k_or_v(kind: str, slots: int, 
         starts = [context - 3 * slot for slot in range(slots)]
         for slot in range(slots):
             engine.backend.forward(engine.backend.row_plan([SequenceRows(slot, 0, [1])]), cache)
-        rows = [
-            SequenceRows(
-                slot, start, tokens, [Block(start + b.start, b.inputs, anchor=b.anchor) for b in blocks], parents=parents
-            )
-            for slot, start in enumerate(starts)
-        ]
+        rows = []
+        for slot, start in enumerate(starts):
+            hung = [Block(start + block.start, block.inputs, anchor=block.anchor) for block in blocks]
+            rows.append(SequenceRows(slot, start, tokens, hung, parents=parents))
         plan = engine.backend.row_plan(rows)
         keys = cache.layers[0][0]
         written = Written(slots * keys.shape[1] * context * keys.shape[3])

@@ -32,9 +32,11 @@ from retrofit.errors import RetrofitError
 from retrofit.hub import EMBEDDED, load_base
 from retrofit.machine import forget_peak, peak_resident, resident
 from retrofit.recipes.schema import Recipe, load_recipe
-from retrofit.recipes.text.documents import Document, documents, windows
+from retrofit.recipes.text.documents import Document, documents
+from retrofit.recipes.text.windows import windows
+from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.order import Batch
-from retrofit.recipes.training.step import Trainer, clean_forward
+from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.backends.hf.backend import wrap
 
 RESULTS = ROOT / "results" / "train-cpu.json"

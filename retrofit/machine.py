@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
 import subprocess
+import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ def hardware() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": cores(),
+        "physical_cores": physical_cores(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "platform": f"{platform.system()} {platform.machine()}",
@@ -53,6 +57,54 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def physical_cores() -> int:
+    """Cores that this process may use: hardware threads of one core count once, and a container's quota limits them."""
+    mine = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return _physical_cores(mine)
+
+
+@cache
+def _physical_cores(mine: frozenset[int] | None) -> int:
+    if mine is None:
+        return psutil.cpu_count(logical=False) or cores()
+    siblings = {_siblings(number) for number in mine}
+    return max(1, min(len(siblings), int(_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))))
+
+
+def _siblings(number: int) -> str:
+    """The hardware threads of the core that this one is of, as Linux writes them; itself where Linux does not say."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(number)
+
+
+def _quota(root: Path, own: Path) -> float:
+    """CPUs' worth of time that the control groups of this process allow it; as many as there are without a limit.
+
+    root: where control groups are mounted, version 2 (`cpu.max`) or 1 (`cpu/cpu.cfs_*`); own: which ones are ours.
+    """
+    found = [float(os.cpu_count() or 1)]
+    try:
+        place = own.read_text().partition("0::/")[2].partition("\n")[0].lstrip("/")
+    except OSError:
+        place = ""
+    for folder in (root / place, *(root / place).parents):
+        if folder.is_relative_to(root):
+            found += _limit(folder / "cpu.max")
+    found += _limit(root / "cpu" / "cpu.cfs_quota_us", root / "cpu" / "cpu.cfs_period_us")
+    return min(found)
+
+
+def _limit(*files: Path) -> list[float]:
+    """The CPUs that a quota and its period allow; nothing where there is no limit."""
+    try:
+        quota, period = " ".join(file.read_text() for file in files).split()
+        return [int(quota) / int(period)] if int(quota) > 0 else []
+    except (OSError, ValueError):
+        return []
+
+
 def memory() -> int:
     """Bytes of main memory."""
     return int(psutil.virtual_memory().total)
@@ -69,6 +121,13 @@ def free_memory(device: torch.device | str) -> int:
 def resident() -> int:
     """Bytes of memory that this process holds."""
     return int(psutil.Process().memory_info().rss)
+
+
+def give_back() -> None:
+    """Hand memory that was freed back to the system, where the C library can: on its own it keeps small blocks."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc; others have no such function
+        trim(0)
 
 
 def forget_peak() -> None:

@@ -27,14 +27,33 @@ PRIVATE_APIS = (
     PrivateApi(
         "torch.nn.Module._parameters",
         "a weight past the module machinery, a tenth of a small model's decode step; what a module holds of its own",
-        ("retrofit/adapters/gated_lora.py", "retrofit/runtime/backends/hf/exact_products.py"),
+        (
+            "retrofit/adapters/gated_lora.py",
+            "retrofit/runtime/backends/hf/exact_products.py",
+            "retrofit/runtime/backends/hf/packing.py",
+            "retrofit/runtime/backends/hf/products.py",
+        ),
     ),
     PrivateApi(
         "torch.nn.Module._forward_hooks",
         "whether somebody hooked the layer, which then has to be called as a module",
         ("retrofit/adapters/gated_lora.py",),
     ),
-    PrivateApi("torch.nn.Module._forward_pre_hooks", "as `_forward_hooks`", ("retrofit/adapters/gated_lora.py",)),
+    PrivateApi(
+        "torch.nn.Module._forward_pre_hooks",
+        "as `_forward_hooks`",
+        ("retrofit/adapters/gated_lora.py", "retrofit/runtime/backends/hf/packing.py"),
+    ),
+    PrivateApi(
+        "torch.ops.mkldnn._reorder_linear_weight",
+        "lays a weight out for a CPU; without it weights stay plain",
+        ("retrofit/runtime/backends/hf/products.py",),
+    ),
+    PrivateApi(
+        "torch.ops.mkldnn._linear_pointwise",
+        "multiplies by such a weight, as Inductor's code does",
+        ("retrofit/runtime/backends/hf/products.py",),
+    ),
     PrivateApi(
         "torch.nn.Module._compiled_call_impl",
         "whether a module was compiled in place, which would decode with recorded code",
@@ -49,6 +68,11 @@ PRIVATE_APIS = (
         "torch._dynamo.eval_frame._torchdynamo_orig_callable",
         "set on a function that torch.compile wrapped, which would decode with recorded code",
         ("retrofit/runtime/backends/hf/backend.py",),
+    ),
+    PrivateApi(
+        "torch.Tensor._version",
+        "how often a weight was written to: kept K/V are of no use once it was",
+        ("retrofit/adapters/written.py",),
     ),
     PrivateApi(
         "torch.UntypedStorage._cdata",
@@ -106,7 +130,16 @@ PRIVATE_APIS = (
     PrivateApi(
         "transformers.PreTrainedConfig._experts_implementation",
         "how routed experts are computed, which decides how draft rows are kept from base rows",
-        ("retrofit/eval/subject.py", "retrofit/runtime/backends/hf/backend.py"),
+        (
+            "retrofit/eval/subject.py",
+            "retrofit/runtime/backends/hf/backend.py",
+            "retrofit/runtime/backends/hf/experts.py",
+        ),
+    ),
+    PrivateApi(
+        "transformers.models.mixtral.modeling_mixtral.MixtralExperts._apply_gate",
+        "what a routed expert does between its two products, which `use_experts_implementation` puts on the module",
+        ("retrofit/runtime/backends/hf/experts.py",),
     ),
     PrivateApi(
         "transformers.PreTrainedConfig._name_or_path",

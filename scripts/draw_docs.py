@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import readme_numbers as numbers
 from benchmarks.readme_numbers import ROOT
-from retrofit.artifact.schema import SCHEMA
+from retrofit.artifact.schema import OPTIONAL, SCHEMA
 from retrofit.cli.main import main as retrofit
 from retrofit.recipes import schema
 from scripts import draw_run
@@ -236,8 +236,10 @@ def type_in_words(annotation: Any) -> str:
 
 
 def schema_table() -> str:
-    """The keys of retrofit.json that every artifact has."""
-    return table(["key", "value"], [[f"`{key}`", wanted] for key, (_, wanted) in SCHEMA.items()])
+    """The keys of retrofit.json that every artifact has, and those that one may have."""
+    rows = [[f"`{key}`", wanted] for key, (_, wanted) in SCHEMA.items()]
+    rows += [[f"`{key}`", f"{wanted}; not in every artifact"] for key, (_, wanted) in OPTIONAL.items()]
+    return table(["key", "value"], rows)
 
 
 if __name__ == "__main__":

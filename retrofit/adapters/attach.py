@@ -64,7 +64,8 @@ class Attached:
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Tensors of `adapter_model.safetensors`, as PEFT names them."""
-        state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        own = {name: p for name, p in self.peft_model.named_parameters() if "lora_" in name}
+        state = get_peft_model_state_dict(self.peft_model, own, save_embedding_layers=False)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def adapter_config(self, base: str | None = None) -> dict[str, Any]:

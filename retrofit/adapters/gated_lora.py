@@ -9,6 +9,7 @@ arXiv 2507.11851.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class GatedLoraLinear(lora.Linear):
     gate = Gate()
     """Closed until `set_gate`: another thread may run the model while the adapter is being attached."""
     plain: nn.Linear | None = None
+    product: Callable[[Tensor], Tensor] | None = None
+    """Computes the base layer in forwards of a backend, rows cut or weight packed; None: the layer itself does."""
     by_hand = True
     """Whether gradients of draft rows are formed by hand; False is plain autograd, to compare with."""
 
@@ -48,26 +51,31 @@ class GatedLoraLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., N, in] -> [..., N, out]."""
         base, first = self.plain, self.gate.base_rows
-        hooked = base is None or base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        if base is None or hooked:
+        product = None if first is None else self.product
+        replaced = base is not None and "forward" in base.__dict__ and product is None
+        if base is None or replaced or base._forward_hooks or base._forward_pre_hooks:
             out: Tensor = self.base_layer(x)
         elif first == 0 and self.by_hand and torch.is_grad_enabled() and not base.weight.requires_grad:
             adapter = self.active_adapters[0]
             down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             trained: Tensor = _FrozenPlusLowRank.apply(x, base.weight, base.bias, down, up, self.scaling[adapter])
             return trained
+        elif product is not None:
+            out = product(x)
         else:
             # What the layer would do, past the module machinery: a tenth of a small model's decode step.
             out = F.linear(x, base._parameters["weight"], base._parameters["bias"])  # type: ignore[arg-type]
         if first is None or first >= x.shape[-2]:
             return out
         adapter = self.active_adapters[0]
-        rows = x[..., first:, :]
-        down, up = self.lora_A[adapter], self.lora_B[adapter]
-        update = up(down(rows.to(down.weight.dtype))) * self.scaling[adapter]
-        if first == 0:
-            return out + update.to(out.dtype)
-        out[..., first:, :] += update.to(out.dtype)
+        # Few rows of a small model: each operation and each look-up costs as much as the products do.
+        down, up = (self._modules[name]._modules[adapter]._parameters["weight"] for name in ("lora_A", "lora_B"))
+        rows = x[0, first:] if x.dim() == 3 and len(x) == 1 else x[..., first:, :]
+        update = F.linear(F.linear(rows.to(down.dtype), down), up)
+        if first == 0 and torch.is_grad_enabled():
+            return out + (update * self.scaling[adapter]).to(out.dtype).view_as(out)
+        changed = out[0, first:] if rows.dim() < out.dim() else out[..., first:, :]
+        changed.add_(update, alpha=self.scaling[adapter])
         return out
 
 

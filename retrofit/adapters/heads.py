@@ -42,20 +42,31 @@ class Heads(nn.Module):
         """The Markov head's index for a previous token that is still masked."""
         return self.vocab
 
-    def markov_bias(self, previous_N: Tensor) -> Tensor | None:
-        """[N] previous token ids -> [N, V] bias on the draft logits; None without a Markov head."""
+    def markov_bias(self, previous_N: Tensor, ids_NM: Tensor | None = None) -> Tensor | None:
+        """[N] previous token ids -> [N, V] bias on the draft logits; None without a Markov head.
+
+        ids_NM: tokens whose bias alone is wanted, [N, M].
+        """
         if self.markov_w1 is None or self.markov_w2 is None:
             return None
-        return self.markov_w1[previous_N] @ self.markov_w2.T
+        if ids_NM is None:
+            return self.markov_w1[previous_N] @ self.markov_w2.T
+        return (self.markov_w2[ids_NM] @ self.markov_w1[previous_N][..., None]).squeeze(-1)
 
-    def draft_logits(self, trunk_logits_NV: Tensor, previous_N: Tensor) -> Tensor:
-        """Trunk logits plus the Markov bias of the previous token, in fp32."""
-        bias = self.markov_bias(previous_N)
+    def draft_logits(self, trunk_logits_NV: Tensor, previous_N: Tensor, ids_NM: Tensor | None = None) -> Tensor:
+        """Trunk logits plus the Markov bias of the previous token, in fp32.
+
+        ids_NM: which tokens the trunk logits are of, where they are [N, M].
+        """
+        bias = self.markov_bias(previous_N, ids_NM)
         logits = trunk_logits_NV.float()
         return logits if bias is None else logits + bias
 
     def confidence_logits(self, hidden_NH: Tensor, previous_N: Tensor) -> Tensor | None:
-        """[N, 2] logits that a draft is accepted given all before it are: (greedy, sampled).  None without the head."""
+        """[N, 2] logits that a draft is accepted given all before it are: (greedy, sampled).  None without the head.
+
+        In place of N there may be several dimensions.
+        """
         if self.confidence_weight is None:
             return None
         features = hidden_NH.float()
@@ -63,13 +74,13 @@ class Heads(nn.Module):
             features = torch.cat([features, self.markov_w1[previous_N].detach()], dim=-1)
         return features @ self.confidence_weight.T + self.confidence_bias
 
-    def confidence(self, hidden_NH: Tensor, previous_N: Tensor, slot: int, sampled: bool) -> Tensor | None:
-        """[N] calibrated probability that the draft of `slot` (0-based) is accepted, given all before it are."""
-        logits = self.confidence_logits(hidden_NH, previous_N)
+    def confidence(self, hidden_BDH: Tensor, previous_BD: Tensor, sampled: bool) -> Tensor | None:
+        """[B, D] calibrated probability that the draft of each slot is accepted, given all before it are."""
+        logits = self.confidence_logits(hidden_BDH, previous_BD)
         if logits is None:
             return None
         kind = int(sampled)
-        return torch.sigmoid(logits[:, kind] / self.confidence_temperature[kind, slot])
+        return torch.sigmoid(logits[..., kind] / self.confidence_temperature[kind, : logits.shape[1]])
 
 
 def load_heads(heads: Heads, state: Mapping[str, Tensor]) -> None:

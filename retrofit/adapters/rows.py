@@ -105,7 +105,7 @@ class FlatRows:
 
     @property
     def prefill(self) -> bool:
-        return any(s.last_logits_only for s in self.sequences)
+        return is_prefill(self.sequences)
 
 
 class RowPlan:
@@ -364,6 +364,10 @@ class RowPlan:
         mask = torch.zeros(seen_STK.shape, dtype=dtype)
         mask.masked_fill_(torch.from_numpy(~seen_STK), float("-inf"))
         return mask[:, None].to(self.device)
+
+
+def is_prefill(sequences: Sequence[SequenceRows]) -> bool:
+    return any(s.last_logits_only for s in sequences)
 
 
 def base_positions(seq: SequenceRows) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from retrofit import __version__
 
@@ -29,7 +30,7 @@ LoRA whose invocation tokens never occur: plain PEFT leaves the original model a
 | greedy acceptance | {greedy} |
 | sampled acceptance, 1 - TV | {sampled} |
 
-Draft block {block}; adapter and heads {added:,} parameters, {share:.2%} of the base.
+{contexts}Draft block {block}; adapter and heads {added:,} parameters, {share:.2%} of the base.
 """
 
 
@@ -40,6 +41,7 @@ def card(
     on_hub: bool,
     greedy: Sequence[float] | None,
     sampled: Sequence[float] | None,
+    by_context: Sequence[Mapping[str, Any]] = (),
     block: int,
     added: int,
     share: float,
@@ -47,8 +49,9 @@ def card(
     """The card's text.
 
     model: the base's published name; local: whether it is a folder, which whoever loads the artifact has to name;
-    on_hub: whether the name is a Hub id.  greedy, sampled: acceptance by slot, None where not measured.  added:
-    parameters of adapter and heads; share: of the base's.
+    on_hub: whether the name is a Hub id.  greedy, sampled: acceptance by slot, None where not measured; by_context:
+    the same by length of context, as `retrofit.json` has it.  added: parameters of adapter and heads; share: of the
+    base's.
     """
     return CARD.format(
         model=model,
@@ -57,7 +60,13 @@ def card(
         version=__version__,
         greedy="not measured" if greedy is None else greedy,
         sampled="not measured" if sampled is None else sampled,
+        contexts=f"Tokens per verify cycle that makes, {contexts(by_context)}.\n\n" if by_context else "",
         block=block,
         added=added,
         share=share,
     )
+
+
+def contexts(by_context: Sequence[Mapping[str, Any]]) -> str:
+    """`by tokens of context: up to 512 2.31, up to 1,024 2.28`: acceptance by context in one line."""
+    return "by tokens of context: " + ", ".join(f"up to {one['up_to']:,} {one['tau']:.2f}" for one in by_context)

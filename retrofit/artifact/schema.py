@@ -34,6 +34,17 @@ def _count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+def _contexts(value: Any) -> bool:
+    tests = {"up_to": _count, "blocks": _count, "tau": _positive, "greedy": _numbers, "sampled": _numbers}
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and all(name in one and test(one[name]) for name, test in tests.items()) for one in value
+    )
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) in (int, float) for one in value)
+
+
 def _positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < float("inf")
 
@@ -69,20 +80,28 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "acceptance": (lambda value: isinstance(value, dict), "an object"),
     "training": (lambda value: isinstance(value, dict), "an object"),
 }
+OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "acceptance.by_context": (_contexts, "a list of objects with `up_to`, `blocks`, `tau`, `greedy` and `sampled`"),
+}
+"""Keys that artifacts may lack: those written before there was such a key, or without a reason for it."""
 
 
 def check_config(content: Mapping[str, Any], path: Path) -> None:
-    """Refuse a `retrofit.json` of another format, or without a key of SCHEMA; it may have more."""
+    """Refuse a `retrofit.json` of another format, or without a key of SCHEMA; it may have OPTIONAL ones and more."""
     version = content.get("format")
     if not _one_of(FORMAT)(version):
         newer = type(version) is int and version > FORMAT
         hint = "upgrade retrofit" if newer else AGAIN
         raise ArtifactError(f"{path}: format {version!r}; this retrofit reads format {FORMAT}", hint)
-    for key, (test, wanted) in SCHEMA.items():
+    for key, (test, wanted) in {**SCHEMA, **OPTIONAL}.items():
         value: Any = content
+        there = True
         for part in key.split("."):
-            if not isinstance(value, dict) or part not in value:
-                raise ArtifactError(f"{path}: `{key}` is missing", AGAIN)
+            there = isinstance(value, dict) and part in value
+            if not there:
+                break
             value = value[part]
-        if not test(value):
+        if not there and key in SCHEMA:
+            raise ArtifactError(f"{path}: `{key}` is missing", AGAIN)
+        if there and not test(value):
             raise ArtifactError(f"{path}: `{key}` must be {wanted}, not {value!r}", AGAIN)

@@ -16,9 +16,9 @@ from retrofit.cli.errors import not_text, show
 from retrofit.cli.options import (
     CONTEXT,
     Loading,
+    answering_options,
     artifact_argument,
     base_option,
-    engine_options,
     generation_options,
     output_options,
     seed_option,
@@ -46,7 +46,7 @@ COMMANDS = """\
 @system_option
 @base_option
 @seed_option
-@engine_options
+@answering_options
 @output_options
 def chat(
     folder: str,

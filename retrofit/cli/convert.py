@@ -121,8 +121,12 @@ def _resume(force_resume: bool, restart: bool) -> Literal["auto", "force", "neve
 
 def _convert(recipe: Recipe, out: Path, loading: Loading, **options: Any) -> artifact.Artifact:
     quieten_libraries()
-    from retrofit import convert as run
+    import torch
 
+    from retrofit import convert as run
+    from retrofit.runtime.backends.threads import most_threads
+
+    torch.set_num_threads(most_threads())  # for the whole process, which is this command's own
     return run(
         recipe=recipe,
         out=out,
@@ -152,12 +156,15 @@ def _several_processes(loading: Loading) -> Iterator[bool]:
 
 
 def _tell(made: artifact.Artifact, as_json: bool) -> None:
+    from retrofit.artifact.card import contexts
+
     parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
     if as_json:
         emit_json({"artifact": str(made.folder), **parts})
         return
-    by_slot = {key: value for key, value in parts["acceptance"].items() if key != "ranks"}
-    say(f"measured on held-out text: {facts(by_slot) or 'nothing'}")
+    say(f"measured on held-out text: {facts({'conditional': parts['acceptance']['conditional']}) or 'nothing'}")
+    if by_context := parts["acceptance"].get("by_context"):
+        say(f"tau {contexts(by_context)}")
     say(f"next: retrofit certify {made.folder}")
     click.echo(made.folder)
 

@@ -135,7 +135,7 @@ def data() -> None:
 def preview(text: Text, rows: int, tokens: int, blocks: int, skip_bad: bool, as_json: bool) -> None:
     """Show documents as training sees them.
 
-    Each is decoded from its tokens, after the chat template and the cut at data.max_length.  What the model
+    Each is decoded from its tokens, after the chat template and the cut into windows.  What the model
     learns to draft, response tokens, is green; on a pipe it stands between « and ».  Below are draft blocks that
     training hangs on it: the anchor, the positions of its rows, what they read (M is the mask vector) and the
     tokens they have to predict.
@@ -146,11 +146,12 @@ def preview(text: Text, rows: int, tokens: int, blocks: int, skip_bad: bool, as_
       retrofit data preview texts/ data.max_length=512 draft.block=4 -n 1
     """
     from retrofit.recipes.dry_run.survey import draft_blocks
-    from retrofit.recipes.text.documents import windows
     from retrofit.recipes.text.faults import Skipped
+    from retrofit.recipes.text.windows import windows
 
     skipped = Skipped() if skip_bad else None
-    read = windows(text.documents("train", skipped), text.recipe.data.max_length)
+    keys, seed = text.recipe.data, text.recipe.train.seed
+    read = windows(text.documents("train", skipped), keys.max_length, keys.lengths, seed)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for document in islice(read, rows):
         found = draft_blocks(document, text.recipe, text.vocab)
@@ -265,13 +266,18 @@ def _print_stats(report: dict[str, Any], recipe: Recipe) -> None:
         "documents": f"{report['documents']:,}",
         "tokens": f"{report['tokens']:,}, of responses {report['response_tokens']:,} ({share:.1%})",
         "lengths": lengths,
-        "cut": f"{report['cut']:,} longer than data.max_length {recipe.data.max_length:,}",
+        "cut": f"{report['cut']:,} longer than {_window(recipe)}",
         "windows": f"{report['windows']:,} to train on, {report['dropped_windows']:,} dropped without response token",
         "anchors": f"{report['anchors']:,}; {report['unusable']:,} documents have none and are passed over",
     }
     print_table([*rows.items()])
     if sources := report.get("sources"):
         print_table([(name, _of_source(found)) for name, found in sources.items()])
+
+
+def _window(recipe: Recipe) -> str:
+    lengths = recipe.data.lengths
+    return f"a window of data.lengths {list(lengths)}" if lengths else f"data.max_length {recipe.data.max_length:,}"
 
 
 def _of_source(found: dict[str, Any]) -> str:

@@ -86,6 +86,7 @@ def environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("python", f"{facts['python']} on {facts['platform']}, {facts['os']}"),
         *((name, (facts[name] or "not installed") + (cuda if name == "torch" else "")) for name in PACKAGES),
         ("cpu", f"{cpu['name']}, {cpu['cores']} cores{memory}"),
+        ("threads", threads_line(facts)),
         *((f"gpu {i}" if i else "gpu", text) for i, text in enumerate(gpus or ["none"])),
         ("driver", facts["driver"] or "none found"),
         ("Hub cache", f"{cache['folder']}{'' if cache['exists'] else ' (not there)'}"),
@@ -94,6 +95,13 @@ def environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["TRITON_INTERPRET"] is not None:
         lines.append(("TRITON_INTERPRET", facts["TRITON_INTERPRET"]))
     return lines
+
+
+def threads_line(facts: dict[str, Any]) -> str:
+    """How many threads a step on the CPU has, and where that comes from."""
+    cpu, asked = facts["cpu"], facts["OMP_NUM_THREADS"]
+    said = "not set" if asked is None else asked
+    return f"{cpu['threads']} a step on the CPU; physical cores to use {cpu['physical_cores']}, OMP_NUM_THREADS {said}"
 
 
 def show(found: Diagnosis) -> None:

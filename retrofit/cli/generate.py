@@ -13,9 +13,9 @@ from retrofit.cli.errors import not_text
 from retrofit.cli.options import (
     CONTEXT,
     Loading,
+    answering_options,
     artifact_argument,
     base_option,
-    engine_options,
     generation_options,
     output_options,
     seed_option,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @system_option
 @base_option
 @seed_option
-@engine_options
+@answering_options
 @output_options
 def generate(
     folder: str,

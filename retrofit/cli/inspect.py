@@ -37,8 +37,12 @@ def inspect(folder: str, as_json: bool) -> None:
 
 def facts_of(described: dict[str, Any]) -> dict[str, str]:
     """`describe` for people, but for the files."""
+    from retrofit.artifact.card import contexts
+
     base, draft, adapter = described["base"], described["draft"], described["adapter"]
     parameters, training = described["parameters"], described["training"]
+    acceptance = {**described["acceptance"]}
+    by_context = acceptance.pop("by_context", None)
     added = parameters["adapter"] + parameters["heads"]
     share = f", {added / parameters['base']:.2%} of the base" if parameters["base"] else ""
     heads = [f"Markov rank {adapter['markov_rank']}"] if adapter["markov_rank"] else []
@@ -56,7 +60,8 @@ def facts_of(described: dict[str, Any]) -> dict[str, str]:
         "adapter": f"LoRA rank {adapter['rank']}, alpha {adapter['alpha']:g} on {modules}",
         "heads": ", ".join(heads) or "mask vector only",
         "added": f"{parameters['adapter']:,} + {parameters['heads']:,} parameters{share}",
-        "acceptance": facts(described["acceptance"]) or "not measured",
+        "acceptance": facts(acceptance) or "not measured",
+        **({"tau": contexts(by_context)} if by_context else {}),
         "training": facts(training) or "not recorded",
         "certificate": _verdict(described["certificate"]),
     }

@@ -26,6 +26,8 @@ MODES = ["ar", "diffusion", "self_spec"]
 STRATEGIES = ["auto", "fused", "two_forward", "prompt_lookup"]
 BACKENDS = ["auto", "hf", "fused"]
 EXACT = ["auto", "off", "bucket", "invariant"]
+PACKED: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+"""--packed, as `Engine.load` takes it."""
 
 
 def _remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
@@ -64,6 +66,8 @@ class Loading:
     trust_remote_code: bool
     backend: str = "auto"
     exact: str = "auto"
+    packed: str = "auto"
+    prefix_cache: str = "auto"
 
     @property
     def device(self) -> str:
@@ -80,6 +84,7 @@ class Loading:
             "dtype": self.dtype or "auto",
             "backend": self.backend,
             "exact": self.exact,
+            "packed": PACKED[self.packed],
             "offline": self.offline,
             "trust_remote_code": self.trust_remote_code,
         }
@@ -89,7 +94,7 @@ class Loading:
         quieten_libraries()
         from retrofit import Engine
 
-        engine = Engine.load(artifact, base=base, **self.keywords)
+        engine = Engine.load(artifact, base=base, prefix_cache=self.prefix_cache, **self.keywords)
         for setting in engine.not_honoured:
             say(f"note: of the base's generation_config {setting} is not followed")
         return engine
@@ -120,19 +125,35 @@ def loading_options(function: Any) -> Any:
 
 
 def engine_options(function: Any) -> Any:
-    """`loading_options` of a command that decodes: --backend and --exact too."""
+    """`loading_options` of a command that decodes: --backend, --exact and --packed too."""
 
     @wraps(function)
-    def run(*arguments: Any, loading: Loading, backend: str, exact: str, **options: Any) -> Any:
-        return function(*arguments, loading=replace(loading, backend=backend, exact=exact), **options)
+    def run(*arguments: Any, loading: Loading, backend: str, exact: str, packed: str, **options: Any) -> Any:
+        return function(*arguments, loading=replace(loading, backend=backend, exact=exact, packed=packed), **options)
 
     added = _options(
         click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
                      help="hf is transformers' own modules, fused our kernels (GPU); auto is fused where it can run."),
         click.option("--exact", type=click.Choice(EXACT), default="auto", show_default=True,
                      help="Whether a row's bits may depend on the rows beside it; see `retrofit doctor`."),
+        click.option("--packed", type=click.Choice(list(PACKED)), default="auto", show_default=True,
+                     help="Hold weights as a CPU multiplies them fastest; auto is on where this machine can."),
     )(run)  # fmt: skip
     return loading_options(added)
+
+
+def answering_options(function: Any) -> Any:
+    """`engine_options` of a command that answers prompts: --prefix-cache too."""
+
+    @wraps(function)
+    def run(*arguments: Any, loading: Loading, prefix_cache: str, **options: Any) -> Any:
+        return function(*arguments, loading=replace(loading, prefix_cache=prefix_cache), **options)
+
+    added = _options(
+        click.option("--prefix-cache", default="auto", show_default=True, metavar="SIZE",
+                     help="K/V to keep for prompts that begin alike, such as 512MB; 0 is off, auto 8,192 tokens'."),
+    )(run)  # fmt: skip
+    return engine_options(added)
 
 
 GENERATION = (

@@ -56,16 +56,17 @@ def quieten_libraries() -> None:
 
 
 def decodes_as(engine: Engine) -> str:
-    """`hf in bfloat16, exact=invariant`: which backend decodes, and the level of exactness it keeps."""
+    """`hf in bfloat16, packed, exact=invariant`: which backend decodes, how, and the level of exactness it keeps."""
     backend = engine.backend
-    return f"{backend.name} in {str(backend.dtype).removeprefix('torch.')}, exact={backend.exact}"
+    packed = ", packed" if getattr(backend, "packed", False) else ""
+    return f"{backend.name} in {str(backend.dtype).removeprefix('torch.')}{packed}, exact={backend.exact}"
 
 
 class Totals:
     """Statistics over several requests: sums over sums, never means of ratios."""
 
     def __init__(self) -> None:
-        self.requests = self.tokens = self.decoded = 0
+        self.requests = self.tokens = self.decoded = self.reused = 0
         self.forwards: Counter[str] = Counter()
         self.seconds = 0.0
         """Of the whole run where requests run side by side; the caller's to set."""
@@ -75,6 +76,7 @@ class Totals:
         self.requests += 1
         self.tokens += len(result.tokens)
         self.decoded += result.stats.tokens
+        self.reused += result.stats.reused
         self.forwards.update(result.stats.forwards)
 
     def line(self) -> str:
@@ -87,6 +89,8 @@ class Totals:
             parts.append(f"TPF {self.decoded / forwards:.2f}")
         if cycles := sum(self.forwards[kind] for kind in CYCLES):
             parts.append(f"tau {self.decoded / cycles:.2f}")
+        if self.reused:
+            parts.append(f"{self.reused} prompt tokens reused")
         return ", ".join(parts)
 
 

@@ -144,6 +144,7 @@ def certify(
     dtype: str = "auto",
     backend: str = "auto",
     exact: str = "auto",
+    packed: bool | str = "auto",
     base: str | Path | None = None,
     prompts: Sequence[str | Sequence[int]] | None = None,
     offline: bool = False,
@@ -153,10 +154,10 @@ def certify(
     """Check an artifact folder, or a live engine, against its base.  Writes nothing; see `Certificate.save`.
 
     level: quick = 8 prompts of 64 new tokens, full = 64 of 128.  device, dtype: where and in what type a
-    folder is loaded (an engine stays as it is).  backend, exact: as `Engine.load`, which the folder is loaded by: what
-    is certified is what runs.  base: folder or Hub id of the original checkpoint; a folder knows its own, a live
-    engine needs it for the check of the base weights.  prompts: texts or token ids in place of held-out text of the
-    recipe's source.  progress: on stderr, as `retrofit.progress` shows it.
+    folder is loaded (an engine stays as it is).  backend, exact, packed: as `Engine.load`, which the folder is loaded
+    by: what is certified is what runs.  base: folder or Hub id of the original checkpoint; a folder knows its own, a
+    live engine needs it for the check of the base weights.  prompts: texts or token ids in place of held-out text of
+    the recipe's source.  progress: on stderr, as `retrofit.progress` shows it.
 
     A check that fails is part of the answer; raises only what loading raises (UsageError, ArtifactError,
     ResourceError, UnsupportedModelError, and GateError for a level that does not hold here).
@@ -185,9 +186,8 @@ def certify(
             engine = target
         else:
             named = None if base is None else str(base)
-            engine = Engine.load(
-                target, device, dtype, exact, backend, base=named, offline=offline, trust_remote_code=trust_remote_code
-            )
+            options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code}
+            engine = Engine.load(target, device, dtype, exact, backend, packed=packed, base=named, **options)
         subject = Subject(engine, _checkpoint(engine, base, offline), trust_remote_code, folder)
         room = max(1, engine.limits.context - size.tokens)
         texts = token_prompts(engine, prompts, size.prompts, room, _from_stdlib(folder, engine))
@@ -286,10 +286,12 @@ def _environment_of(subject: Subject) -> dict[str, Any]:
     backend = subject.run.backend
     level = backend.exact
     dtype = dtype_name(subject.dtype)
-    return _environment(str(subject.device), dtype, backend.name, level)
+    return _environment(str(subject.device), dtype, backend.name, level, getattr(backend, "packed", False))
 
 
-def _environment(device: str, dtype: str, backend: str | None = None, exact: str | None = None) -> dict[str, Any]:
+def _environment(
+    device: str, dtype: str, backend: str | None = None, exact: str | None = None, packed: bool | None = None
+) -> dict[str, Any]:
     cuda = device.startswith("cuda") and torch.cuda.is_available()
     return {
         "retrofit": __version__,
@@ -300,6 +302,7 @@ def _environment(device: str, dtype: str, backend: str | None = None, exact: str
         "dtype": dtype,
         "backend": backend,
         "exact": exact,
+        "packed": packed,
         "hardware": {
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),

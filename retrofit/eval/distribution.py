@@ -54,7 +54,7 @@ def tiny_engine(backend: Backend | None) -> Engine:
         engine = Engine.from_model(model, exact="off")
         if backend is not None:
             kept: Any = backend
-            engine.backend.hold(kept.exact, kept.form, kept.least_rows)  # type: ignore[attr-defined]
+            engine.backend.hold_as(kept)  # type: ignore[attr-defined]
         return engine
     from retrofit.runtime.backends.fused.backend import FusedGQA
 

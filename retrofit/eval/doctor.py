@@ -46,6 +46,8 @@ class Diagnosis:
     dtype: str | None = None
     bucket: int | None = None
     """Rows of every decoding forward, at the level `bucket`."""
+    packed: bool | None = None
+    """On the hf backend: whether products read packed weights."""
     checks: list[Check] = field(default_factory=list)
     levels: list[Priced] = field(default_factory=list)
     """On the hf backend: every level, and its price."""
@@ -58,7 +60,8 @@ class Diagnosis:
         return all(check.equal for check in self.checks) if self.checks else None
 
     def to_dict(self) -> dict[str, Any]:
-        facts = {name: getattr(self, name) for name in ("backend", "model", "device", "dtype", "exact", "bucket")}
+        names = ("backend", "model", "device", "dtype", "exact", "bucket", "packed")
+        facts = {name: getattr(self, name) for name in names}
         checks = [asdict(check) for check in self.checks]
         levels = [asdict(level) for level in self.levels]
         return {**facts, "levels": levels, "checks": checks, "holds": self.holds, "verdict": self.verdict}
@@ -70,8 +73,16 @@ def environment() -> dict[str, Any]:
     from huggingface_hub.constants import HF_HUB_CACHE
     from torch.utils import collect_env
 
-    from retrofit.machine import cores, cpu_name, driver, installed, memory
+    from retrofit.machine import cores, cpu_name, driver, installed, memory, physical_cores
+    from retrofit.runtime.backends.threads import most_threads
 
+    processor = {
+        "name": cpu_name(),
+        "cores": cores(),
+        "physical_cores": physical_cores(),
+        "threads": most_threads(),
+        "memory": memory(),
+    }
     return {
         "retrofit": __version__,
         "python": platform.python_version(),
@@ -80,10 +91,11 @@ def environment() -> dict[str, Any]:
         "libc": collect_env.get_libc_version(),
         **{name: installed(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "cpu": {"name": cpu_name(), "cores": cores(), "memory": memory()},
+        "cpu": processor,
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
         "driver": driver(),
         "hub_cache": {"folder": HF_HUB_CACHE, "exists": Path(HF_HUB_CACHE).is_dir()},
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE"),
         "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET"),
     }
@@ -97,6 +109,7 @@ class _Asked:
     dtype: str
     backend: str
     exact: str
+    packed: bool | str
     offline: bool
     trust_remote_code: bool
     stage: Callable[[str], None]
@@ -111,6 +124,7 @@ def diagnose(
     dtype: str = "auto",
     backend: str = "auto",
     exact: str = "auto",
+    packed: bool | str = "auto",
     offline: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
@@ -131,7 +145,7 @@ def diagnose(
         def stage(name: str) -> None:
             work.advance(1 if work.text else 0, name)
 
-        return _tested(_Asked(device, dtype, backend, exact, offline, trust_remote_code, stage), artifact, base)
+        return _tested(_Asked(device, dtype, backend, exact, packed, offline, trust_remote_code, stage), artifact, base)
 
 
 def _tested(asked: _Asked, artifact: artifacts.Artifact | None, base: str | None) -> Diagnosis:
@@ -197,13 +211,16 @@ def _untested(device: str, why: RetrofitError) -> Diagnosis:
 def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str | None, why: RetrofitError) -> Diagnosis:
     """The hf backend: every level with its price, and the one that is kept.  why: why our kernels cannot run."""
     from retrofit.runtime.backends.hf.exact_rows import settle, survey
+    from retrofit.runtime.backends.hf.packing import refused
     from retrofit.runtime.engine import Engine
+    from retrofit.runtime.loading import prepare
 
     options: dict[str, Any] = {"offline": asked.offline, "trust_remote_code": asked.trust_remote_code}
     dtype = asked.dtype
     asked.stage("loading the base")
     if artifact is not None:
-        engine = Engine.load(artifact.folder, asked.device, dtype, exact="off", backend="hf", base=base, **options)
+        options |= {"exact": "off", "backend": "hf", "packed": asked.packed}
+        engine = Engine.load(artifact.folder, asked.device, dtype, base=base, **options)
         name = base or str(artifact.folder)
     else:
         name = base or EMBEDDED
@@ -212,6 +229,8 @@ def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str |
     with engine:
         backend: HFBackend = engine.backend  # type: ignore[assignment]
         drafts = engine.layout.drafts
+        if artifact is None:
+            prepare(backend, "off", drafts, None, asked.packed, alone=True)
         asked.stage("comparing rows, timing levels")
         levels = survey(backend, drafts)
         asked.stage("choosing a level")
@@ -224,8 +243,10 @@ def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str |
             verdict = f"{asked.exact} does NOT hold on this machine."
         kind = str(backend.dtype).removeprefix("torch.")
         verdict += f" The model's own modules decode, on the hf backend: {why}."
+        packed = "Weights are packed." if backend.packed else f"Weights are plain: {refused(backend) or 'as asked'}."
         place, level, bucket = str(backend.device), backend.exact, backend.most_rows
-    return Diagnosis("hf", place, verdict, level, name, kind, bucket, checks, levels, problem)
+    verdict = f"{verdict} {packed}"
+    return Diagnosis("hf", place, verdict, level, name, kind, bucket, backend.packed, checks, levels, problem)
 
 
 def _diagnosed(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
@@ -255,7 +276,7 @@ def _diagnosed(backend: FusedGQA, model: str, checks: list[Check]) -> Diagnosis:
         verdict += f" {INTERPRETED}"
     dtype = str(backend.dtype).removeprefix("torch.")
     device = str(backend.device)
-    return Diagnosis("fused", device, verdict, level, model, dtype, backend.most_rows, checks, problem=problem)
+    return Diagnosis("fused", device, verdict, level, model, dtype, backend.most_rows, checks=checks, problem=problem)
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def recording(engine: Engine, sink: Callable[[Recorded], None]) -> Iterator[None
     """
     recorder = _Recorder(sink)
     with ExitStack() as hooks:
+        # What a text before this one left behind would be seen by no forward of this one.
+        _replace(engine, "prefixes", None, hooks)
         _watch_host(engine, recorder, hooks)
         if engine.backend.name == "fused":
             _watch_device(engine, recorder, hooks)

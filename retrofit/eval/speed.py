@@ -115,6 +115,8 @@ def _emitted(
             reference, prompts, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size
         )  # fmt: skip
     else:
+        if engine.prefixes is not None:
+            engine.prefixes.clear()  # the prompts come again and again, and transformers reads them each time
         results = engine.generate(
             prompts, **WAYS[way], max_new_tokens=max_new_tokens, temperature=temperature,
             batch_size=batch_size, seed=seed, ignore_eos=True, original_settings=False,

@@ -138,7 +138,7 @@ class Subject:
         attached.load(run.attached.adapter_state(), run.attached.heads_state())
         backend = HFBackend(model, attached.gate, attached.heads, run.layout.causal)
         kept: Any = run.backend
-        backend.hold(kept.exact, kept.form, kept.least_rows)
+        backend.hold_as(kept)
         return Engine(backend, run.layout, run.tokenizer, run.config.get("acceptance"), run.config, run.base, attached)
 
     def _require_memory(self, dtype: torch.dtype) -> None:
@@ -147,7 +147,7 @@ class Subject:
             shapes = artifact_shapes(self.checkpoint).values()
             numbers = sum(math.prod(shape) for file in shapes for shape in file.values())
         else:
-            numbers = count(base_state(self.run.attached.model).values())
+            numbers = count(self.run.attached.base_parameters())
         need, free = HEADROOM * numbers * dtype.itemsize, free_memory(self.device)
         if need > free:
             name = dtype_name(dtype)

@@ -30,12 +30,14 @@ from retrofit.recipes.naming import resolved_name
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.publish import publish
 from retrofit.recipes.schema import Recipe, by_key
-from retrofit.recipes.text.documents import Document, documents, windows
+from retrofit.recipes.text.documents import Document, documents
 from retrofit.recipes.text.faults import Skipped
 from retrofit.recipes.text.regenerate import ResponseCache, check_cache, regenerate, weights_key
 from retrofit.recipes.text.sources import Part
+from retrofit.recipes.text.windows import windows
 from retrofit.recipes.training import tracking
 from retrofit.recipes.training.checkpoint import Checkpoints
+from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.interrupts import Interrupts
 from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance
 from retrofit.recipes.training.order import Order
@@ -46,7 +48,7 @@ from retrofit.recipes.training.progress import progress
 from retrofit.recipes.training.session import Session
 from retrofit.recipes.training.shards import shard
 from retrofit.recipes.training.shares import check_processes, loading_device, same_start, shared_checkpoints
-from retrofit.recipes.training.step import Trainer, clean_forward
+from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 
@@ -339,9 +341,10 @@ def _read(job: _Job, part: Part, seed: int = 0) -> Iterator[Document]:
 
 def _epochs(job: _Job, rewritten: Rewriter) -> Callable[[int], Iterator[Document]]:
     """Training windows of an epoch."""
+    data, seed = job.plan.data, job.plan.train.seed
 
     def epoch(number: int) -> Iterator[Document]:
-        return rewritten(windows(_read(job, "train", job.plan.train.seed + number), job.plan.data.max_length))
+        return rewritten(windows(_read(job, "train", seed + number), data.max_length, data.lengths, seed, number))
 
     return epoch
 

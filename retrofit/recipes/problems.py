@@ -24,6 +24,7 @@ WORDS = {
     bool: "true or false",
     str: "text",
     str | None: "text or null",
+    tuple[int, ...]: "a list of whole numbers",
 }
 
 

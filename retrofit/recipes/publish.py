@@ -28,6 +28,8 @@ def publish(
     acceptance: dict[str, Any] = {"conditional": session.published["accept"]}
     if len(measured.eligible):
         acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
+        if by_context := measured.by_context():
+            acceptance["by_context"] = by_context
     named = published_base(base)
     text = card(
         named["model"],
@@ -35,6 +37,7 @@ def publish(
         on_hub=not (named["local"] or base.name == EMBEDDED),
         greedy=conditional["greedy"] if len(measured.eligible) else None,
         sampled=conditional["sampled"] if len(measured.eligible) else None,
+        by_context=acceptance.get("by_context", ()),
         block=attached.layout.block,
         added=count(session.trainer.trained),
         share=attached.share,

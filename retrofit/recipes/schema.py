@@ -137,8 +137,21 @@ class Data(Section):
     """Sampling temperature of regenerated responses; 0 is greedy."""
     max_length: int = Field(2048, ge=2, le=1 << 20)
     """Longer documents are cut into windows of this length.  Unit: tokens."""
+    lengths: tuple[int, ...] = Field((), strict=False)
+    """Lengths that windows have instead, mixed: `[512, 2048, 8192]` draws one for each, so that short and long contexts
+    are learned alike; a length named twice comes twice as often.  Documents have to be as long.  Unit: tokens."""
     held_out: int = Field(64, ge=0)
     """Documents kept out of training, to measure on; `stdlib` brings its own list.  Unit: documents."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        wrong = [length for length in self.lengths if not 2 <= length <= self.max_length]
+        if wrong:
+            raise ValueError(
+                f"data.lengths: {wrong[0]} is not between 2 and data.max_length {self.max_length}; "
+                "change it or raise data.max_length"
+            )
+        return self
 
     @field_validator("source", mode="plain")
     @classmethod
@@ -240,10 +253,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         problems = []
-        if self.draft.block >= self.data.max_length:
+        shortest = min(self.data.lengths, default=self.data.max_length)
+        key = "lengths" if self.data.lengths else "max_length"
+        if self.draft.block >= shortest:
             problems.append(
-                f"draft.block: {self.draft.block} does not fit into windows of data.max_length "
-                f"{self.data.max_length} tokens; lower draft.block or raise data.max_length"
+                f"draft.block: {self.draft.block} does not fit into windows of data.{key} "
+                f"{shortest} tokens; lower draft.block or raise data.{key}"
             )
         if self.draft.block == 1 and self.objective.diffusion_share > 0:
             problems.append(

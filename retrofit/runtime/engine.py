@@ -22,14 +22,16 @@ from retrofit.hub import Base, live_fingerprint, load_base, resolved_device
 from retrofit.runtime.asking import Params, asked_of, needs, requests_for, typical
 from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.backends.hf.backend import HFBackend
-from retrofit.runtime.backends.hf.exact_rows import Settled, settle
+from retrofit.runtime.backends.hf.exact_rows import Settled
 from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend, Stepper
 from retrofit.runtime.host.modes import prefill_step
 from retrofit.runtime.loading import check_options as check_loading
-from retrofit.runtime.loading import fits_fused, fused_backend, untrained, with_adapter
+from retrofit.runtime.loading import fits_fused, fused_backend, prepare, untrained, with_adapter
 from retrofit.runtime.options import Decoding, check_options, flag
 from retrofit.runtime.params import Keywords
 from retrofit.runtime.plan import Cycle, Limits, fixed_cycle
+from retrofit.runtime.prefixes.pieces import Pieces
+from retrofit.runtime.prefixes.reuse import check_budget, pieces_for, pieces_of
 from retrofit.runtime.prompts import Prompts, listed
 from retrofit.runtime.reading import Reader, in_thread
 from retrofit.runtime.request import Request
@@ -72,6 +74,8 @@ class Engine:
         """What steps planned on the device cost; they are timed apart from those planned on the host."""
         self.settled: Settled | None = None
         """How the level of exactness was found, on the hf backend."""
+        self.prefixes: Pieces | None = None
+        """Base K/V of texts that are through, for prompts that begin alike; None: none are kept."""
 
     @classmethod
     def load(
@@ -83,9 +87,11 @@ class Engine:
         backend: str = "auto",
         *,
         rows: int | None = None,
+        packed: bool | str = "auto",
         base: str | None = None,
         offline: bool = False,
         trust_remote_code: bool = False,
+        prefix_cache: int | str = "auto",
     ) -> Engine:
         """Load an artifact folder and the base it belongs to.
 
@@ -94,12 +100,18 @@ class Engine:
         backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused on a GPU in half precision,
         where it knows the model).  exact: how far rows are guaranteed not to depend on the rows beside them: off,
         bucket (every decoding forward has `rows` rows), invariant (any number of rows).  auto is bucket on the fused
-        backend; on hf, in half precision, the cheapest level that a self-test finds to hold here, and off in fp32.
+        backend; on hf the cheapest level that a self-test finds to hold here, but off in fp32 with plain weights.
         `engine.backend.exact` says which it is, `engine.settled` why.
+        packed: of hf on a CPU, hold weights as oneDNN lays them out, and nowhere else; auto is True where this machine
+        has such products.  `state_dict` of the model gives the same bits as ever.
+        prefix_cache: bytes, or a text such as 512MB, of base K/V that are kept of finished texts for prompts that begin
+        like them; 0: none, auto: those of 8,192 tokens.  Only where a copy has the bits of what would be computed: on
+        the hf backend at invariant; elsewhere auto is 0, and bytes are refused.
         Raises ArtifactError (corrupt, or another base), UsageError, ResourceError, UnsupportedModelError, and GateError
         where this machine does not keep what the level promises.
         """
-        check_loading(backend, exact, dtype)
+        check_loading(backend, exact, dtype, packed)
+        budget = check_budget(prefix_cache)
         device = resolved_device(device)
         artifact = artifacts.read(Path(path))
         named = artifact.config["base"]
@@ -108,16 +120,17 @@ class Engine:
             dtype = named.get("dtype", "auto")
         if backend == "auto":
             backend = "fused" if fits_fused(name, revision, device, dtype, offline) else "hf"
-            check_loading(backend, exact, dtype)
+            check_loading(backend, exact, dtype, packed)
         options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
         if backend == "hf":
             loaded = load_base(name, revision, dtype=dtype, device=device, **options)
-            return cls._with_artifact(loaded, artifact, exact, rows)
+            return cls._with_artifact(loaded, artifact, exact, rows, packed, alone=True)._keeping(budget)
         files = load_base(name, revision, device=device, with_model=False, **options)
         fused = fused_backend(
             files, artifact, device, dtype, "bucket" if exact == "auto" else exact, rows or BUCKET_ROWS
         )
-        return cls(fused, fused.layout, files.tokenizer, artifact.config.get("acceptance"), artifact.config, files)
+        engine = cls(fused, fused.layout, files.tokenizer, artifact.config.get("acceptance"), artifact.config, files)
+        return engine._keeping(budget)
 
     @classmethod
     def from_model(
@@ -129,34 +142,50 @@ class Engine:
         layout: DraftLayout | None = None,
         exact: str = "auto",
         rows: int | None = None,
+        packed: bool | str = False,
+        prefix_cache: int | str = "auto",
     ) -> Engine:
         """Wrap a live model.  adapter None: `ar` is the model's own, and `self_spec` runs with an untrained draft.
 
-        exact, rows: as in `load`.  The model's projections are wrapped in place, gate closed: its own forward and
-        `generate` stay bit-identical; `close()` takes the wrapping off.
+        exact, rows, prefix_cache: as in `load`; kept prefixes go when the weights are written to.  packed: decode with
+        a second copy of the weights, packed; they must not change then.  The model's projections are wrapped in place,
+        gate closed: its own forward and `generate` stay bit-identical; `close()` takes the wrapping off.
         Raises as `load` does, UnsupportedModelError for a model that has an adapter of its own, is quantised, or is not
         on one CPU or CUDA device, and UsageError for what is no such model or while another engine has it.
         """
-        check_loading("hf", exact, "auto")
+        check_loading("hf", exact, "auto", packed)
+        budget = check_budget(prefix_cache)
         refuse_live(model)
         if adapter is not None:
             artifact = artifacts.read(Path(adapter))
             base = Base(model, tokenizer, artifact.config["base"]["model"], None, None, live_fingerprint(model))
-            return cls._with_artifact(base, artifact, exact, rows)
+            return cls._with_artifact(base, artifact, exact, rows, packed, alone=False)._keeping(budget)
         attached, backend = untrained(model, layout or DraftLayout())
-        return cls(backend, attached.layout, tokenizer, attached=attached)._settled(backend, exact, rows)
+        engine = cls(backend, attached.layout, tokenizer, attached=attached)
+        return engine._prepared(backend, exact, rows, packed, alone=False)._keeping(budget)
 
     @classmethod
-    def _with_artifact(cls, base: Base, artifact: artifacts.Artifact, exact: str, rows: int | None) -> Engine:
+    def _with_artifact(
+        cls, base: Base, artifact: artifacts.Artifact, exact: str, rows: int | None, packed: bool | str, alone: bool
+    ) -> Engine:
         config = artifact.config
         attached, backend = with_adapter(base, artifact)
         engine = cls(backend, attached.layout, base.tokenizer, config.get("acceptance"), config, base, attached)
-        return engine._settled(backend, exact, rows)
+        return engine._prepared(backend, exact, rows, packed, alone)
 
-    def _settled(self, backend: HFBackend, exact: str, rows: int | None) -> Engine:
-        """This engine, at a level of exactness; closed if the level does not hold."""
+    def _prepared(self, backend: HFBackend, exact: str, rows: int | None, packed: bool | str, alone: bool) -> Engine:
+        """This engine, its weights packed, at a level of exactness; closed if the level does not hold."""
         try:
-            self.settled = settle(backend, exact, self.layout.drafts, rows)
+            self.settled = prepare(backend, exact, self.layout.drafts, rows, packed, alone)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _keeping(self, budget: int | None) -> Engine:
+        """This engine, keeping prefixes in so many bytes; closed if it cannot."""
+        try:
+            self.prefixes = pieces_for(self.backend, budget)
         except BaseException:
             self.close()
             raise
@@ -169,6 +198,8 @@ class Engine:
         UsageError when they go on, as every later use does.  Raises UsageError itself from inside a step.
         """
         self.backend.close()
+        if self.prefixes is not None:
+            self.prefixes.clear()
         if self._attached is not None:
             self._attached.detach()
 
@@ -296,7 +327,7 @@ class Engine:
         confident = way.name == "auto" or (way.mode == "self_spec" and isinstance(way.prepare, int))
         run = Run(
             self.backend, cache, typical(requests), self.layout, self.limits, way.name, cycle, way.threshold, confident,
-            **needs(requests),
+            **needs(requests), pieces=pieces_of(self.backend, self.prefixes),
         )  # fmt: skip
         try:
             with turn():

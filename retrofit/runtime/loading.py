@@ -6,6 +6,7 @@ Not here: decoding.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from retrofit.artifact.folder import Artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError, out_of_memory
 from retrofit.hub import Base, check_device, locate, refuse_unloaded
 from retrofit.runtime.backends.hf.backend import HFBackend, wrap
+from retrofit.runtime.backends.hf.exact_rows import Settled, settle
+from retrofit.runtime.backends.hf.packing import PACKED, pack, refused
 from retrofit.runtime.backends.interface import BUCKET_ROWS, eos_set
 from retrofit.runtime.backends.levels import EXACT, HALF
 from retrofit.runtime.settings import folder_settings, stored
@@ -33,8 +36,8 @@ BACKENDS = ("auto", "hf", "fused")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
-def check_options(backend: str, exact: str, dtype: str) -> None:
-    """Raises UsageError for a name that does not exist."""
+def check_options(backend: str, exact: str, dtype: str, packed: bool | str = "auto") -> None:
+    """Raises UsageError for a name that does not exist, and where packed weights are asked of our own kernels."""
     for what, given, known in (
         ("backend", backend, BACKENDS),
         ("exact", exact, ("auto", *EXACT)),
@@ -42,6 +45,10 @@ def check_options(backend: str, exact: str, dtype: str) -> None:
     ):
         if given not in known:
             raise UsageError(f"{what}={given!r} does not exist", f"it is one of {', '.join(known)}")
+    if not (isinstance(packed, bool) or packed == "auto"):
+        raise UsageError(f"packed={packed!r} does not exist", f"it is one of {', '.join(map(str, PACKED))}")
+    if packed is True and backend == "fused":
+        raise UsageError("packed=True is of the hf backend, on a CPU", "give backend='hf', or leave packed at 'auto'")
 
 
 def check_same_base(base: Base, artifact: Artifact) -> None:
@@ -161,6 +168,22 @@ def with_adapter(base: Base, artifact: Artifact) -> tuple[Attached, HFBackend]:
         return attached
 
     return wrap(base.model, build)
+
+
+def prepare(backend: HFBackend, exact: str, drafts: int, rows: int | None, packed: bool | str, alone: bool) -> Settled:
+    """Pack the weights if that is wanted, then let the backend keep a level of exactness.
+
+    alone: the model was loaded for this, so that packed weights stand in for the plain ones; packed auto is False
+    otherwise.  Raises what `pack` and `settle` raise.
+    """
+    if packed is True:
+        undo = pack(backend, alone)
+        if not alone:
+            backend.until_closed(undo)
+    elif packed == "auto" and alone and refused(backend) is None:
+        with suppress(ResourceError):  # then they stay as they are
+            pack(backend, alone)
+    return settle(backend, exact, drafts, rows)
 
 
 def untrained(model: PreTrainedModel, layout: DraftLayout) -> tuple[Attached, HFBackend]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -22,6 +23,9 @@ MOST_NODES = 1024
 LARGEST_SEED = 2**63 - 1
 SURE = 0.9
 """Diffusion: confidence from which a token is kept."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,18 @@ def number(name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf  # outside every range
+
+
+def bytes_of(name: str, text: str) -> int:
+    """Bytes of `24GB`, `22.5GiB`, `800MB` or a plain number.  Raises UsageError."""
+    found = _SIZE.fullmatch(text.strip())
+    amount = float(found[1]) if found else math.inf
+    if found is None or amount == math.inf:
+        raise UsageError(
+            f"{name} {shown(text)}: no amount of memory", "write a number and KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+        )
+    unit = (found[2] or "").upper()
+    return int(amount * (BINARY[unit + "i"] if found[3] else UNITS[unit]))
 
 
 def flag(name: str, value: Any) -> bool:

@@ -59,6 +59,8 @@ class Request:
     slot: int = -1
     tokens: list[int] = field(default_factory=list)
     committed: int = 0
+    kept: int = 0
+    """Positions from the beginning whose K/V were kept for other texts, or came from there."""
     long_rope: bool = False
     """Whether the cached K/V were computed beyond a longrope boundary."""
     drafts: list[int] = field(default_factory=list)

@@ -33,6 +33,8 @@ class Stats:
     seconds: float = 0.0
     """From admission to the last token."""
     prefill_seconds: float = 0.0
+    reused: int = 0
+    """Tokens of the prompt whose K/V were there already, from another text or another output of the prompt."""
 
     @property
     def decode_forwards(self) -> int:
@@ -71,6 +73,7 @@ class Stats:
             "verified": list(self.verified),
             "seconds": round(self.seconds, 6),
             "prefill_seconds": round(self.prefill_seconds, 6),
+            "reused": self.reused,
         }
 
 

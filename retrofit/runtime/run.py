@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.backends.interface import Backend, Cache
 from retrofit.runtime.plan import Cycle, Limits
+from retrofit.runtime.prefixes.pieces import Pieces
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import Processing
 
@@ -39,6 +40,8 @@ class Run:
     """Whether any text is under a presence or frequency penalty, where they differ."""
     told: bool = False
     """Whether any request asks for log-probabilities."""
+    pieces: Pieces | None = None
+    """What the engine keeps of finished texts; None: nothing."""
 
     @property
     def vocab(self) -> int:

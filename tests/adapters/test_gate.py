@@ -67,7 +67,7 @@ def test_new_adapter_is_the_identity(name: str) -> None:
         trunk = engine.backend.head(as_draft)
         previous = torch.tensor(tokens[start:])
         assert torch.equal(heads.draft_logits(trunk, previous), trunk)
-        assert torch.equal(heads.confidence(as_draft, previous, 0, True), torch.full((len(previous),), 0.5))
+        assert torch.equal(heads.confidence(as_draft[None], previous[None], True), torch.full((1, len(previous)), 0.5))
         randomise(engine)
         changed = engine.backend.forward(engine.backend.row_plan([draft]), cache).draft_hidden
     assert (changed - as_base).abs().max() > 0.01, "the adapter does nothing on draft rows"

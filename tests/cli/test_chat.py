@@ -83,3 +83,21 @@ def test_chat_leaves_out_what_a_mode_does_not_know(talker):
 )
 def test_wrong_options_are_told_before_the_first_line(made, options, message):
     assert message in refused(run("chat", made, *options, stdin="/help\n"), 2)
+
+
+def test_a_turn_reads_what_is_new_in_it(talker):
+    """The same answers with prefixes kept and without; on this machine they may not be kept."""
+    lines = "def area(radius): return\nfor name in names: print(name)\nimport os, sys, re, json\n"
+    told = ["--mode", "ar", "--json", "--max-new-tokens", 6, "--ignore-eos"]
+    found = {}
+    for kept in ("auto", "0"):
+        result = run("chat", talker, *told, "--prefix-cache", kept, stdin=lines)
+        assert result.exit_code == 0, result.stderr
+        found[kept] = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [a["tokens"] for a in found["auto"]] == [a["tokens"] for a in found["0"]]
+    reused = {kept: [a["stats"]["reused"] for a in answers] for kept, answers in found.items()}
+    assert reused["0"] == [0, 0, 0] and "reused" not in result.stderr
+    with engine.Engine.load(talker) as model:
+        keeps = model.prefixes is not None
+    assert (reused["auto"][-1] > 0) == keeps
+    assert "prefix_cache 'lots'" in refused(run("chat", talker, "--prefix-cache", "lots", stdin=lines), 2)

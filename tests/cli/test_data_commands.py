@@ -20,7 +20,8 @@ from retrofit.cli.data import _pieces
 from retrofit.hub import embedded_folder
 from retrofit.recipes.dry_run.survey import draft_blocks, survey
 from retrofit.recipes.schema import load_recipe
-from retrofit.recipes.text.documents import Document, documents, windows
+from retrofit.recipes.text.documents import Document, documents
+from retrofit.recipes.text.windows import windows
 from retrofit.recipes.training.blocks import eligible_anchors
 from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.engine import Engine

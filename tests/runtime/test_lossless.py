@@ -9,7 +9,7 @@ from tiny_models import ARCHITECTURES, CONTEXT, ORIGINAL_CONTEXT, WINDOW, build
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import modes
+from retrofit.runtime.host import drafting, modes
 
 BLOCKS = (1, 4, 8, 16)
 NEW = 8
@@ -114,6 +114,21 @@ def test_every_draft_layout(name: str, layout: DraftLayout, monkeypatch: pytest.
         with monkeypatch.context() as patch:
             patch.setattr(modes, "draft_tokens", Oracle(dict(zip(SEEDS, sampled, strict=True))))
             assert decode(engine, strategy=strategy, batch_size=4 - batch, **SAMPLED) == sampled
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+def test_among_how_few_tokens_drafts_are_chosen_changes_none_that_is_emitted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = randomise(Engine.from_model(build(name), layout=DraftLayout(block=4)))
+    monkeypatch.setattr(drafting, "LARGE_VOCABULARY", 1)
+    for candidates in (2, 5):
+        monkeypatch.setattr(drafting, "CANDIDATES", candidates)
+        for way in ({"strategy": "two_forward"}, {"strategy": "fused", "prepare": 2}, {"strategy": "fused", "tree": 9}):
+            # A tree's ranks need as many candidates; these trees are grown from chances of four.
+            if candidates >= 4 or "tree" not in way:
+                assert decode(engine, batch_size=3, **way) == greedy_reference(name)
+                assert decode(engine, batch_size=3, **way, **SAMPLED) == sampled_reference(name)
 
 
 # What the comparison must catch

@@ -139,8 +139,8 @@ def test_statistics_of_ar() -> None:
 
 def test_prompts_are_prefilled_in_pieces_of_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four prompts of 32 tokens in all, eight rows a forward; then a row of each."""
-    monkeypatch.setattr(modes, "PREFILL_ROWS", 8)
     engine, rows = random_engine(), []
+    monkeypatch.setattr(engine.backend, "prefill_rows", 8)
     plan = engine.backend.row_plan
 
     def recorded(sequences: Sequence[SequenceRows], *rest: Any) -> Any:

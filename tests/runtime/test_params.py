@@ -16,7 +16,6 @@ import retrofit
 from retrofit import SamplingParams, UsageError, hub
 from retrofit.runtime import engine as retrofit_engine
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import modes
 from retrofit.runtime.results import Result
 
 PROMPTS = random_prompts((3, 6, 4), seed=8)
@@ -243,8 +242,9 @@ def test_logprobs_are_log_softmax_of_the_models_logits() -> None:
 
 def test_prompt_logprobs_of_a_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = engine().generate([list(range(20))], max_new_tokens=2, prompt_logprobs=3)
-    monkeypatch.setattr(modes, "PREFILL_ROWS", 6)
-    pieces = engine().generate([list(range(20))], max_new_tokens=2, prompt_logprobs=3, n=2)
+    made = engine()
+    monkeypatch.setattr(made.backend, "prefill_rows", 6)
+    pieces = made.generate([list(range(20))], max_new_tokens=2, prompt_logprobs=3, n=2)
     for result in pieces:
         assert result.tokens == whole.tokens and close(result.prompt_logprobs, whole.prompt_logprobs)
 

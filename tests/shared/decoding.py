@@ -6,7 +6,7 @@ prefixes all occur, at any temperature.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class Oracle:
         seeds: Sequence[int],
         indices: Sequence[int],
         seen_BV: Tensor | None,
-        project: Callable[[Tensor], Tensor],
+        trunk_BDV: Tensor,
         heads: Heads,
         params: Processing,
         with_confidence: bool,

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +43,15 @@ KEPT = "freed, not given back"
 LOADING, ATTACHING, BUFFERS = "loading the base", "attaching the adapter", "beginning a step"
 CLEAN_FORWARD = "clean forward"
 FORWARD, CHUNKS, BACKWARD = "draft rows, forward", "loss, chunk by chunk", "draft rows, backward"
-STEP, SAVING, MEASURING = "optimizer step", "writing a checkpoint", "measuring at the end"
+ADDING, STEP = "adding up gradients", "optimizer step"
+SAVING, MEASURING = "writing a checkpoint", "measuring at the end"
 PUBLISHING, WRITING, REST = "writing the artifact", "writing responses", "between two steps"
 
 STEPS = 2
 """The second has the optimizer's moments beside it."""
-FEW_LAYERS, MANY_LAYERS = (2, 4), 12
+MANY_LAYERS = 12
+FEW_LAYERS = ((2, 4), (4, 8))
+"""Of a model with more than MANY_LAYERS so many are rehearsed; the second pair where the first tells too little."""
 FREED = 0.15
 """Of what lies on the heap of a CPU's process, how much more it holds that was freed: the C library keeps small blocks
 for itself, and does not join those that others lie between.  Measured by `python -m benchmarks.memory`."""
@@ -119,13 +123,24 @@ def estimate(
 ) -> Estimate:
     """Rehearse a conversion.  Raises UsageError and UnsupportedModelError where converting would, by the same code.
 
-    Of a model of many layers, all the same, FEW_LAYERS are rehearsed: each more adds the same to every phase.
+    Of a model of many layers, all the same, FEW_LAYERS are rehearsed: each more adds the same to every phase, once a
+    phase is at its fullest at the same moment.
     """
     around = around or Surroundings()
-    if not _alike(config):
-        return _whole(plan, config, device, around)
-    fewer, more = (_whole(plan, _shorter(config, number), device, around) for number in FEW_LAYERS)
-    return _extrapolated(fewer, more, (_layers(config) - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0]))
+    for low, high in FEW_LAYERS if _alike(config) else ():
+        fewer, more = (_whole(plan, _shorter(config, number), device, around) for number in (low, high))
+        if _same_moments(fewer, more):
+            return _extrapolated(fewer, more, (_layers(config) - low) / (high - low))
+    return _whole(plan, config, device, around)
+
+
+def _same_moments(fewer: Estimate, more: Estimate) -> bool:
+    """Whether each phase is fullest at the same moment: with more layers nothing that it holds then has become less."""
+    return all(
+        more.phases[name].holds.get(kind, 0) >= size
+        for name, moment in fewer.phases.items()
+        for kind, size in moment.holds.items()
+    )
 
 
 def _layers(config: PreTrainedConfig) -> int:
@@ -208,7 +223,13 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: st
     stage.label(ADAPTER, attached.parameters())
     trainer = Trainer(attached, backend, plan)
     trainer.optimizer.param_groups[0]["foreach"] = kind != "cpu"  # PyTorch's choice: all parameters at once on a GPU
-    run = backend.run_trunk
+    run, add_up = backend.run_trunk, trainer.set_gradients
+
+    def added_up(*sums: Any) -> None:
+        stage.phase(ADDING, GRADIENTS)
+        add_up(*sums)
+
+    trainer.set_gradients = added_up  # type: ignore[method-assign]
     for step in range(STEPS):
         backend.run_trunk = _with_phases(stage, trainer, run)  # type: ignore[method-assign]
         stage.phase(BUFFERS, GRADIENTS)

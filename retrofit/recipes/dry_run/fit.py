@@ -6,17 +6,13 @@ Not here: the estimate itself (`estimate.py`), how it is shown (`report.py`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from retrofit.errors import UsageError
 from retrofit.recipes.schema import FIELDS, Recipe, by_key
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
+from retrofit.runtime.options import bytes_of
 
 LEAST_LENGTH, LEAST_ANCHORS, LEAST_RANK = 128, 8, 8
 """Below these no change is proposed: what is left would not be worth training."""
@@ -35,16 +31,10 @@ class Suggestion:
 
 def parse_size(text: str) -> int:
     """Bytes of `24GB`, `22.5GiB`, `800MB` or a plain number.  Raises UsageError."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise UsageError(
-            f"--fit {text}: no amount of memory", "write a number and KB, MB, GB, TB, KiB, MiB, GiB or TiB"
-        )
-    unit = (found[2] or "").upper()
-    size = int(float(found[1]) * (BINARY[unit + "i"] if found[3] else UNITS[unit]))
-    if size < 1:
+    found = bytes_of("--fit", text)
+    if found < 1:
         raise UsageError(f"--fit {text}: nothing fits into that", "write a number above 0")
-    return size
+    return found
 
 
 def short(size: float) -> str:
@@ -67,7 +57,7 @@ def steps_down(plan: Recipe) -> list[list[Change]]:
         ],
         [{"train.checkpointing": True}] if by_key(plan).get("train.checkpointing") is False else [],
         [_bfloat16(plan)] if _bfloat16(plan) else [],
-        [{"data.max_length": n} for n in _halves(plan.data.max_length, floor)],
+        [_shorter(plan, n) for n in _halves(plan.data.max_length, floor)],
         [{"train.anchors": n} for n in _halves(train.anchors, LEAST_ANCHORS)],
         _ranks(plan),
     ]
@@ -124,6 +114,14 @@ def suggestions(plan: Recipe, limit: int, peak: Callable[[Recipe], int]) -> tupl
     fitting = [Suggestion(_written(change), needs(change)) for change in found]
     least = min(known, key=lambda key: known[key], default=())
     return fitting, Suggestion(least, known.get(least, 0))
+
+
+def _shorter(plan: Recipe, length: int) -> Change:
+    """No window longer than this."""
+    mixed = plan.data.lengths
+    if max(mixed, default=0) <= length:
+        return {"data.max_length": length}
+    return {"data.max_length": length, "data.lengths": [min(length, one) for one in mixed]}
 
 
 def _bfloat16(plan: Recipe) -> Change:

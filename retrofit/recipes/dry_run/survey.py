@@ -13,8 +13,9 @@ import numpy as np
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK
 from retrofit.recipes.schema import Recipe
-from retrofit.recipes.text.documents import Document, windows
+from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.sources import document_rng
+from retrofit.recipes.text.windows import cut
 from retrofit.recipes.training.blocks import BlockBatch, add_sequence, choose_anchors, eligible_anchors, shares
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -27,13 +28,14 @@ class _Counts:
         self.lengths: list[int] = []
         self.responses = self.cut = self.windows = self.dropped = self.anchors = self.unusable = 0
 
-    def add(self, document: Document, max_length: int) -> None:
+    def add(self, document: Document, recipe: Recipe) -> None:
         self.lengths.append(len(document.tokens))
         self.responses += sum(document.response)
-        kept = list(windows([document], max_length))
+        every = list(cut(document, recipe.data.max_length, recipe.data.lengths, recipe.train.seed))
+        kept = [window for window in every if any(window.response)]
         self.windows += len(kept)
-        self.dropped += -(-len(document.tokens) // max_length) - len(kept)
-        self.cut += len(document.tokens) > max_length
+        self.dropped += len(every) - len(kept)
+        self.cut += len(every) > 1
         anchors = sum(len(eligible_anchors(window.response)) for window in kept)
         self.anchors += anchors
         self.unusable += anchors == 0
@@ -62,17 +64,17 @@ class _Counts:
 def survey(documents: Iterable[Document], recipe: Recipe) -> dict[str, Any]:
     """Statistics of documents, and for a mixture of each source.
 
-    cut: documents longer than data.max_length; dropped_windows: without a response token; unusable: documents on which
-    no draft block can hang; anchors: places for one.  Of a source, `weight` is its share of the documents of training
-    and `token_share` what part of the tokens that makes.
+    cut: documents longer than their first window; dropped_windows: without a response token; unusable: documents on
+    which no draft block can hang; anchors: places for one.  Of a source, `weight` is its share of the documents of
+    training and `token_share` what part of the tokens that makes.
     """
     whole, sources = _Counts(), {}
     if not isinstance(recipe.data.source, str):
         sources = {one.source: _Counts() for one in recipe.data.source}
     for document in documents:
-        whole.add(document, recipe.data.max_length)
+        whole.add(document, recipe)
         if sources:
-            sources[document.source].add(document, recipe.data.max_length)
+            sources[document.source].add(document, recipe)
     report = whole.report()
     if sources:
         reports = {name: counts.report() for name, counts in sources.items()}

@@ -11,7 +11,7 @@ Held out are, of `stdlib`, the files the embedded base never saw; of a Hub id th
 files, the `data.held_out` documents first by a hash of their id, though never more than half of them; of a mixture,
 each source's share.  Training never sees those.
 
-Not here: what a record may hold and how it becomes tokens (`formats.py`), batches, packing, tensors.
+Not here: what a record may hold and how it becomes tokens (`formats.py`), windows of them (`windows.py`).
 """
 
 from __future__ import annotations
@@ -152,19 +152,6 @@ def _document(row: Row, tokenizer: Any, vocab: int | None, name: str) -> Documen
         return None
     tokens, response = encode(found, tokenizer, row.where, vocab)
     return Document(row.id, tuple(tokens), tuple(response), name, row.where)
-
-
-def windows(documents: Iterable[Document], max_length: int) -> Iterator[Document]:
-    """Each document in consecutive windows of at most `max_length` tokens, ids `<id>#0`, `<id>#1`, ...
-
-    Windows without a response token teach nothing and are left out.
-    """
-    for document in documents:
-        for number, start in enumerate(range(0, len(document.tokens), max_length)):
-            span = slice(start, start + max_length)
-            tokens, response = document.tokens[span], document.response[span]
-            if any(response):
-                yield replace(document, id=f"{document.id}#{number}", tokens=tokens, response=response)
 
 
 def _wanted(data: Data) -> list[_Wanted]:

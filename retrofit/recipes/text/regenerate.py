@@ -34,6 +34,7 @@ from retrofit.progress import progress
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.sources import document_rng, stable_hash
+from retrofit.runtime.backends.hf.packing import packed_meanwhile
 from retrofit.runtime.engine import Engine
 
 BATCH = 64
@@ -183,7 +184,8 @@ def _generated(
         original_settings=False,  # the drafter learns the model's own distribution
         with_text=False,
     )
-    with progress("regenerating", "response", known + len(numbers), done=known, quiet=quiet) as shown:
+    bar = progress("regenerating", "response", known + len(numbers), done=known, quiet=quiet)
+    with packed_meanwhile(engine.backend), bar as shown:
         for event in events:
             if event.result is not None:
                 yield numbers[event.index], event.result.tokens

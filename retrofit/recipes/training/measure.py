@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.adapters.attach import Attached
+from retrofit.machine import give_back
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.sources import document_rng
 from retrofit.recipes.training.blocks import BlockBatch, add_sequence, choose_anchors, eligible_anchors
+from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.objective import total_variation
-from retrofit.recipes.training.step import clean_forward
+from retrofit.recipes.training.step import expected_tau
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.rules.sampling import gumbel_noise
 
@@ -26,6 +29,8 @@ TEMPERATURES = torch.logspace(-1, 1, 81)
 MEASURED = 32
 """Held-out documents that acceptance is measured on; data.held_out may keep more out of training."""
 BLOCKS_AT_ONCE = 16
+CONTEXTS = 512
+"""Blocks are told apart by context: up to so many tokens, twice, four times as many, and so on."""
 RANKS = 16
 """Candidates per slot whose chances are kept."""
 TREE_TEMPERATURE = 0.8
@@ -40,12 +45,34 @@ class HeldOut:
     ranks: Tensor
     """[N, D, 2] rank of the target among the drafter's candidates: greedy, and at T = 0.8 with coupled noise."""
     eligible: Tensor
+    context: Tensor
+    """[N] how many tokens stand before each block."""
 
-    def conditional(self) -> dict[str, list[float]]:
-        """Chance that slot i is accepted given a true prefix, teacher-forced: greedy, and sampled (1 - TV)."""
-        count = self.eligible.sum(0).clamp(min=1)
-        mean = (self.accepted * self.eligible[..., None]).sum(0) / count[:, None]
+    def conditional(self, which: Tensor | None = None) -> dict[str, list[float]]:
+        """Chance that slot i is accepted given a true prefix, teacher-forced: greedy, and sampled (1 - TV).
+
+        which: [N] the blocks that count; None: all.
+        """
+        eligible = self.eligible if which is None else self.eligible & which[:, None]
+        count = eligible.sum(0).clamp(min=1)
+        mean = (self.accepted * eligible[..., None]).sum(0) / count[:, None]
         return {"greedy": _rounded(mean[:, 0]), "sampled": _rounded(mean[:, 1])}
+
+    def by_context(self) -> list[dict[str, Any]]:
+        """`conditional` of the blocks behind up to CONTEXTS tokens, of those behind more and up to twice as many, and
+        so on as far as the text reaches; `tau` is what it makes of sampling, `expected_tau`.  Empty where no block
+        stands behind more than CONTEXTS tokens.
+        """
+        found, low, high = [], 0, CONTEXTS
+        longest = int(self.context.max()) if len(self.context) else 0
+        while low < longest and longest > CONTEXTS:
+            which = (self.context > low) & (self.context <= high)
+            if which.any():
+                chances = self.conditional(which)
+                tau = round(expected_tau(chances["sampled"]), 4)
+                found.append({"up_to": high, "blocks": int(which.sum()), "tau": tau, **chances})
+            low, high = high, 2 * high
+        return found
 
     def rank_chances(self) -> dict[str, list[list[float]]]:
         """Per slot the chance that the target is the candidate of rank 0, 1, .. RANKS - 1; shapes draft trees."""
@@ -65,7 +92,7 @@ def held_out_acceptance(
 ) -> HeldOut:
     """Draft all-masked blocks on held-out documents and hold them against the base's own distribution."""
     heads, layout = attached.heads, attached.layout
-    confidence, accepted, ranks, eligible = [], [], [], []
+    confidence, accepted, ranks, eligible, context = [], [], [], [], []
     for document in documents:
         candidates = eligible_anchors(document.response)
         if not len(candidates):
@@ -76,6 +103,7 @@ def held_out_acceptance(
         add_sequence(group, document.tokens, document.response, chosen, 0, rng, heads.vocab, False)
         if not len(group):
             continue
+        give_back()
         cache, clean_hidden = clean_forward(backend, [document])
         hidden = group.rectangle(backend.run_trunk(backend.row_plan(group.rows()), cache))
         part = group.tensors(hidden.device)
@@ -94,15 +122,17 @@ def held_out_acceptance(
             if logits is not None:
                 confidence.append(logits.view(-1, layout.drafts, 2))
         eligible.append(part["eligible"])
+        context += [block.start for blocks in group.sequences for block in blocks]
     if not accepted:
         empty = torch.zeros(0, layout.drafts)
         none = torch.zeros(0, layout.drafts, 2)
-        return HeldOut(None, none, none.long(), empty.bool())
+        return HeldOut(None, none, none.long(), empty.bool(), torch.tensor([]))
     return HeldOut(
         torch.cat(confidence).cpu() if confidence else None,
         torch.cat(accepted).cpu(),
         torch.cat(ranks).cpu(),
         torch.cat(eligible).cpu(),
+        torch.tensor(context),
     )
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from retrofit.errors import UnsupportedModelError
-from retrofit.runtime.backends.hf.backend import HFBackend, instead
+from retrofit.runtime.backends.hf.backend import HFBackend
+from retrofit.runtime.backends.hf.instead import instead
 
 
 def decoder_layers(backend: HFBackend) -> list[nn.Module]:

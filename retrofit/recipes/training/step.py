@@ -1,6 +1,6 @@
 """Train the adapter: one clean forward without gradient per batch, many draft blocks on it.
 
-    clean forward (base rows, no gradient)  ->  K/V of every layer, and the teacher's hidden states
+    clean forward (base rows, no gradient)  ->  K/V of every layer, and the teacher's hidden states (`clean/`)
     draft rows of three groups, each forward + backward over the same K/V:
         uniform anchors -> L_draft, L_conf     their misses become
         missed anchors  -> L_draft, L_conf
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.adapters.attach import Attached
-from retrofit.adapters.rows import SequenceRows
 from retrofit.errors import UsageError
+from retrofit.machine import give_back
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
@@ -38,6 +38,7 @@ from retrofit.recipes.training.blocks import (
     missed_anchors,
     shares,
 )
+from retrofit.recipes.training.clean.forward import clean_forward, pieces_of
 from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_diffusion, backward_draft
 from retrofit.recipes.training.shares import Shares
 from retrofit.runtime.backends.hf.backend import HFBackend
@@ -111,7 +112,7 @@ class Trainer:
             anchors = shares.merge_anchors(self.trained, anchors)
             both, drafts = [*draft_gradients, *diff_gradients], self.attached.layout.drafts
             clean_rows, draft_rows = shares.add_up(sums, drafts, (clean_rows, draft_rows), both)
-        self._set_gradients(sums, draft_gradients, diff_gradients)
+        self.set_gradients(sums, draft_gradients, diff_gradients)
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip))
         objective = self.recipe.objective
         loss = sums.loss(objective.alpha, objective.beta, objective.gamma)
@@ -167,8 +168,9 @@ class Trainer:
         recipe, layout, backend = self.recipe, self.attached.layout, self.backend
         documents = [document for document, _ in batch]
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
+        give_back()
         begin = time.perf_counter()
-        cache, clean_hidden = clean_forward(backend, documents)
+        cache, clean_hidden = clean_forward(backend, documents, self._forwards(documents))
         self._seconds_clean += time.perf_counter() - begin
         teacher = Teacher(clean_hidden, backend.head, self.attached.heads.vocab, recipe.objective.draft_loss == "kl")
         candidates = [eligible_anchors(document.response) for document in documents]
@@ -212,8 +214,16 @@ class Trainer:
             _move_gradients(self.trained, diff_gradients)
         return int(clean_hidden.shape[0]), rows
 
+    def _forwards(self, documents: list[Document]) -> int:
+        """How many the clean rows of a batch take at least: as many as another process runs that shares the layers."""
+        if self.processes is None or not self.processes.sharded:
+            return 0
+        own = len(pieces_of([len(document.tokens) for document in documents], self.backend.device))
+        return int(max(self.processes.exchange("clean forwards", own)))
+
     def _group(self, group: BlockBatch, cache: KVCache, teacher: Teacher, sums: Sums, masked: bool) -> Tensor | None:
         """Forward and backward of one group's draft rows; [B, D] argmax of q for L_draft groups."""
+        give_back()  # what the rows before left behind: small blocks of many sizes, of which few fit again
         layout, heads, objective = self.attached.layout, self.attached.heads, self.recipe.objective
         hidden = self.backend.run_trunk(self.backend.row_plan(group.rows()), cache)
         drafting = group.rectangle(hidden)[:, layout.first_drafting_row :]
@@ -225,7 +235,8 @@ class Trainer:
         drafting.backward(gradient)
         return best
 
-    def _set_gradients(self, sums: Sums, draft_gradients: list[Tensor], diff_gradients: list[Tensor]) -> None:
+    def set_gradients(self, sums: Sums, draft_gradients: list[Tensor], diff_gradients: list[Tensor]) -> None:
+        """The gradients of the whole loss, each term's divided by its denominator."""
         objective = self.recipe.objective
         draft = objective.beta / max(sums.draft_weight, 1e-9)
         diff = objective.alpha / max(sums.diff_count, 1)
@@ -234,15 +245,6 @@ class Trainer:
             self.trained, draft_gradients, diff_gradients, self.is_confidence, strict=True
         ):
             p.grad = from_draft * confidence if is_confidence else from_draft * draft + from_diff * diff
-
-
-def clean_forward(backend: HFBackend, documents: list[Document]) -> tuple[KVCache, Tensor]:
-    """K/V of every layer and the last hidden states [P, H] of all documents' base rows, without gradient."""
-    rows = [SequenceRows(slot=s, start=0, tokens=document.tokens) for s, document in enumerate(documents)]
-    cache = KVCache(len(documents), max(len(document.tokens) for document in documents))
-    with torch.no_grad():
-        hidden = backend.run_trunk(backend.row_plan(rows), cache)
-    return cache, hidden
 
 
 def _move_gradients(parameters: list[nn.Parameter], buffers: list[Tensor]) -> None:

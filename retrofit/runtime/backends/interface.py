@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from retrofit.runtime.request import Request
     from retrofit.runtime.run import Run
 
+PREFILL_ROWS = 2048
+"""Prompt rows per forward, at most."""
+EXACT_PREFILL_ROWS = 256
+"""The same at `invariant` on the hf backend: no more than are tried out (`prefixes/reuse.py`)."""
 BUCKET_ROWS = 128
 """Rows of every decoding forward at `exact="bucket"`: so many a datacentre GPU computes at about the price of one."""
 
@@ -32,12 +36,13 @@ def eos_set(eos: int | Sequence[int] | None) -> frozenset[int]:
 @dataclass(frozen=True)
 class Output:
     """base_logits [R, V], base_hidden [R, H]: base rows the plan wants logits of; draft_hidden [N, H]: draft rows;
-    every_base [B, H]: all base rows."""
+    every_base [B, H]: all base rows; draft_logits [N, V]: draft rows, where one product made them with base_logits."""
 
     base_logits: Tensor
     base_hidden: Tensor
     draft_hidden: Tensor
     every_base: Tensor
+    draft_logits: Tensor | None = None
 
 
 class Cache(Protocol):
@@ -120,9 +125,16 @@ class Backend(Protocol):
     """Draft nodes that a tree may have; None: any number."""
     prefill_alone: bool
     """Whether a prompt runs in forwards of its own, so that its bits do not depend on what else is waiting."""
+    prefill_rows: int
+    """Prompt rows per forward; bounds activations and attention masks."""
+    one_order: bool
+    """Whether the rows of prompts and of steps are added up in one order, where bits do not depend on other rows."""
 
     @property
     def head(self) -> VocabProjection: ...
+
+    def made_by(self) -> Hashable:
+        """What K/V depend on beside the text: is another one when the model has become another."""
 
     def lanes(self, requests: int) -> int:
         """As how many requests a step of so many counts, those that stand idle included."""

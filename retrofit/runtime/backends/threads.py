@@ -1,13 +1,19 @@
-"""How many CPU threads a small forward is worth.
+"""How many CPU threads a step runs with.
 
 Waking a second thread costs tens of microseconds an operation, and a decode step of a small model is hundreds of
 operations of a few microseconds each.  The rule is a function of sizes only: choosing by measured time could give one
 request different rounding on different runs.
+
+Threads of OpenMP wait for each other at every one of those operations.  Where they are more than there are cores, the
+one that is waited for is not even running: so a step has no more threads than cores.  Engines that decode in several
+Python threads run side by side, each step with all of its threads: GNU's OpenMP sees that they are more than the cores
+and lets them sleep soon, and one step after another was slower (LOG.md).
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,21 +22,35 @@ from pathlib import Path
 
 import torch
 
+from retrofit.machine import cores, physical_cores
+
 LEAST_WORK = 6e7
 """Multiply-adds x 2 of a step from which more than one thread pays: about a millisecond of one core."""
 
 
+def most_threads() -> int:
+    """Threads that a step may have: as many as torch's, but no more than there are physical cores.
+
+    Where the environment has OMP_NUM_THREADS, more than that are run if there are as many hardware threads.
+    """
+    return min(torch.get_num_threads(), cores() if os.environ.get("OMP_NUM_THREADS") else physical_cores())
+
+
 @contextmanager
-def thread_limit(device: torch.device, work: float) -> Iterator[None]:
-    """Run with one thread where `work` (floating-point operations of the forward) is too little to share.
+def thread_limit(device: torch.device, work: float = LEAST_WORK) -> Iterator[None]:
+    """Run with one thread where `work` (floating-point operations) is too little to share, else with `most_threads`.
 
     The number of threads is set back at the end, also on an error.  Other threads of the process keep theirs, those
     that begin meanwhile too.  Nothing happens off the CPU.
     """
-    if device.type != "cpu" or work >= LEAST_WORK or (before := torch.get_num_threads()) == 1:
+    if device.type != "cpu" or (before := torch.get_num_threads()) == 1:
         yield
         return
-    undo = _one_thread(before)
+    count = 1 if work < LEAST_WORK else most_threads()
+    if count == before:
+        yield
+        return
+    undo = _with_threads(count, before)
     try:
         yield
     finally:
@@ -39,13 +59,13 @@ def thread_limit(device: torch.device, work: float) -> Iterator[None]:
 
 def work_sizes(device: torch.device) -> tuple[float, ...]:
     """A size of step for each number of threads that `thread_limit` lets steps run with."""
-    return (0.0, LEAST_WORK) if device.type == "cpu" and torch.get_num_threads() > 1 else (LEAST_WORK,)
+    return (0.0, LEAST_WORK) if device.type == "cpu" and most_threads() > 1 else (LEAST_WORK,)
 
 
-def _one_thread(before: int) -> Callable[[], None]:
-    """Let the calling thread compute alone; returns the undo.
+def _with_threads(count: int, before: int) -> Callable[[], None]:
+    """Let the calling thread compute with so many threads, not `before`; returns the undo.
 
-    `torch.set_num_threads` also sets what threads begin with, and a thread that began here would stay alone for ever.
+    `torch.set_num_threads` also sets what threads begin with, and a thread that began here would keep that for ever.
     Underneath, the count is each thread's own; where its setters are not found, only a process of one Python thread is
     limited.
     """
@@ -53,10 +73,10 @@ def _one_thread(before: int) -> Callable[[], None]:
     if openmp is None:
         if threading.active_count() > 1:
             return lambda: None
-        torch.set_num_threads(1)
+        torch.set_num_threads(count)
         return lambda: torch.set_num_threads(before)
-    products = mkl(1)
-    openmp(1)
+    products = mkl(count)
+    openmp(count)
 
     def undo() -> None:
         openmp(before)

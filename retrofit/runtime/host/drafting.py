@@ -1,13 +1,14 @@
-"""Turn the hidden states of a draft block into proposed tokens, left to right through the Markov head.
+"""Turn what the trunk says of a draft block into proposed tokens, left to right through the Markov head.
 
 Drafts go through the same processors and the same keyed noise as the targets they are held against (coupled drafts):
     d_i = argmax(log q_i(. | d_{i-1}) + g),  g keyed by (request seed, output index of d_i, token)
-Not here: which block came true, acceptance.
+Of a large vocabulary only the tokens that the trunk finds likeliest take part: whatever is drafted, what is emitted are
+targets.  Not here: which block came true, acceptance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +17,13 @@ from torch import Tensor
 
 from retrofit.adapters.heads import Heads
 from retrofit.runtime.rules.processors import Constrain, Guard, constrained
-from retrofit.runtime.rules.sampling import Processing, choose, process_logits, ranked
+from retrofit.runtime.rules.sampling import Processing, likeliest, process_logits, ranked
 from retrofit.runtime.rules.tree import DraftTree
+
+CANDIDATES = 128
+"""Tokens of a slot among which a draft is chosen."""
+LARGE_VOCABULARY = 8192
+"""Tokens from which finding candidates costs less than the Markov head and the processors do over all."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,49 @@ class Drafted:
     confidence: Tensor | None
 
 
+@dataclass
+class _Slots:
+    """What the trunk says of the slots of B blocks, and how tokens are chosen there."""
+
+    trunk_BDM: Tensor
+    """Logits of the candidates."""
+    ids_BDM: Tensor | None
+    """The candidates, in rising order; None: all tokens, M = V."""
+    vocab: int
+    seed_B: Tensor
+    index_B: Tensor
+    """Output index of the first slot's token."""
+    heads: Heads
+    params: Processing
+
+    def best(
+        self,
+        depth: int,
+        before_BP: Tensor,
+        count: int,
+        seen: Tensor | None,
+        counts: Tensor | None,
+        constrain: Constrain | None,
+    ) -> Tensor:
+        """[B, P, count] best tokens of a slot after P tokens each.  seen, counts: [B * P, V], of their paths."""
+        B, P = before_BP.shape
+        trunk = self.trunk_BDM[:, depth].repeat_interleave(P, 0)
+        ids = None if self.ids_BDM is None else self.ids_BDM[:, depth].repeat_interleave(P, 0)
+        if ids is not None:
+            seen, counts = (None if known is None else known.gather(1, ids) for known in (seen, counts))
+        logits = self.heads.draft_logits(trunk, before_BP.reshape(-1), ids)
+        scores = process_logits(logits, self.params, seen, constrain, counts)
+        seed, index = self.seed_B.repeat_interleave(P), self.index_B.repeat_interleave(P) + depth
+        return ranked(scores, self.params, seed, index, count, self.vocab, ids).view(B, P, count)
+
+
 def draft_tokens(
     hidden_BDH: Tensor,
     previous: Sequence[int],
     seeds: Sequence[int],
     indices: Sequence[int],
     seen_BV: Tensor | None,
-    project: Callable[[Tensor], Tensor],
+    trunk_BDV: Tensor,
     heads: Heads,
     params: Processing,
     with_confidence: bool,
@@ -45,87 +87,76 @@ def draft_tokens(
     """Draft D tokens for each of B blocks, or the nodes of a tree.
 
     previous: the token before the first draft (the newest emitted one); indices: output index of the first draft;
-    seen_BV: tokens of each request's path so far, needed under a repetition penalty; counts_BV: how often each is in
-    its output, needed under a presence or frequency penalty; guards: the rules over the text of each request, where it
-    has any.
+    trunk_BDV: logits of the hidden states; seen_BV: tokens of each request's path so far, needed under a repetition
+    penalty; counts_BV: how often each is in its output, needed under a presence or frequency penalty; guards: the rules
+    over the text of each request, where it has any.
     """
-    B, D, H = hidden_BDH.shape
-    device = hidden_BDH.device
-    trunk_BDV = project(hidden_BDH.reshape(B * D, H)).view(B, D, -1)
+    B, D, V = trunk_BDV.shape
+    device = trunk_BDV.device
+    trunk, ids = trunk_BDV, None
+    # Rules and a bias name tokens by their place in the vocabulary.
+    if V >= LARGE_VOCABULARY and guards is None and not params.logit_bias:
+        ids = likeliest(trunk_BDV.reshape(B * D, V), CANDIDATES).view(B, D, -1)
+        trunk = trunk_BDV.gather(2, ids)
+    seed, index = (torch.tensor(values, dtype=torch.int64, device=device) for values in (seeds, indices))
+    slots = _Slots(trunk, ids, V, seed, index, heads, params)
     token = torch.tensor(previous, device=device)
-    seed = torch.tensor(seeds, dtype=torch.int64, device=device)
-    index = torch.tensor(indices, dtype=torch.int64, device=device)
     if tree is not None:
-        return Drafted(
-            _draft_tree(trunk_BDV, token, seed, index, seen_BV, heads, params, tree, guards, counts_BV), None
-        )
+        return Drafted(_draft_tree(slots, token, seen_BV, tree, guards, counts_BV), None)
     seen, counts = (None if known is None else known.clone() for known in (seen_BV, counts_BV))
     paths: list[list[int]] = [[] for _ in range(B)]
-    tokens, confidence = [], []
+    path = [token]
     for slot in range(D):
-        if (
-            with_confidence
-            and (c := heads.confidence(hidden_BDH[:, slot], token, slot, params.temperature > 0)) is not None
-        ):
-            confidence.append(c)
-        logits = heads.draft_logits(trunk_BDV[:, slot], token)
-        scores = process_logits(logits, params, seen, _constrain(guards, paths), counts)
-        token = choose(scores, params, seed, index + slot)
-        tokens.append(token)
+        token = slots.best(slot, token[:, None], 1, seen, counts, _constrain(guards, paths))[:, 0, 0]
+        path.append(token)
         if guards is not None:
-            for path, drafted in zip(paths, token.tolist(), strict=True):
-                path.append(drafted)
+            for drafts, drafted in zip(paths, token.tolist(), strict=True):
+                drafts.append(drafted)
         if seen is not None:
             seen[torch.arange(B, device=device), token] = True
         if counts is not None:
             counts[torch.arange(B, device=device), token] += 1
-    return Drafted(torch.stack(tokens, 1), torch.stack(confidence, 1) if confidence else None)
+    tokens = torch.stack(path, 1)
+    confidence = heads.confidence(hidden_BDH, tokens[:, :-1], params.temperature > 0) if with_confidence else None
+    return Drafted(tokens[:, 1:], confidence)
 
 
 def _draft_tree(
-    trunk_BDV: Tensor,
+    slots: _Slots,
     previous_B: Tensor,
-    seed_B: Tensor,
-    index_B: Tensor,
     seen_BV: Tensor | None,
-    heads: Heads,
-    params: Processing,
     tree: DraftTree,
     guards: Sequence[Guard] | None,
     counts_BV: Tensor | None,
 ) -> Tensor:
     """[B, nodes] tokens of a tree: each row's children are its best candidates by log q + g, level by level."""
-    B, _, V = trunk_BDV.shape
-    tokens = trunk_BDV.new_zeros((B, len(tree.parents)), dtype=torch.long)
+    B = len(previous_B)
+    tokens = previous_B.new_zeros((B, len(tree.parents)))
     tokens[:, 0] = previous_B
     seen, counts = {0: seen_BV}, {0: counts_BV}
     routes: dict[int, list[list[int]]] = {0: [[] for _ in range(B)]}
     for depth in range(max(tree.depths)):
         children = [j for j, d in enumerate(tree.depths) if d == depth + 1]
         parents = sorted({tree.parents[j] for j in children})
-        P, widest = len(parents), 1 + max(tree.ranks[j] for j in children)
-        before = tokens[:, parents].reshape(-1)
-        logits = heads.draft_logits(trunk_BDV[:, depth].repeat_interleave(P, 0), before)
-        on_paths = [
-            None if known[0] is None else torch.stack([_known(known[p]) for p in parents], 1).view(B * P, V)
+        seen_here, counts_here = (
+            None if known[0] is None else torch.stack([_known(known[p]) for p in parents], 1).flatten(0, 1)
             for known in (seen, counts)
-        ]
-        step = index_B.repeat_interleave(P) + depth
+        )
         each = None if guards is None else [guard for guard in guards for _ in parents]
         constrain = _constrain(each, [] if guards is None else [routes[p][b] for b in range(B) for p in parents])
-        scores = process_logits(logits, params, on_paths[0], constrain, on_paths[1])
-        best = ranked(scores, params, seed_B.repeat_interleave(P), step, widest)
-        best = best.view(B, P, widest)
+        parent_of, rank_of = [parents.index(tree.parents[j]) for j in children], [tree.ranks[j] for j in children]
+        best = slots.best(depth, tokens[:, parents], 1 + max(rank_of), seen_here, counts_here, constrain)
+        tokens[:, children] = best[:, parent_of, rank_of]
         for j in children:
-            tokens[:, j] = best[:, parents.index(tree.parents[j]), tree.ranks[j]]
+            parent = tree.parents[j]
             if seen_BV is not None:
-                seen[j] = _known(seen[tree.parents[j]]).scatter(1, tokens[:, j : j + 1], True)
+                seen[j] = _known(seen[parent]).scatter(1, tokens[:, j : j + 1], True)
             if counts_BV is not None:
                 one = counts_BV.new_ones(B, 1)
-                counts[j] = _known(counts[tree.parents[j]]).scatter_add(1, tokens[:, j : j + 1], one)
+                counts[j] = _known(counts[parent]).scatter_add(1, tokens[:, j : j + 1], one)
             if guards is not None:
-                before_j = routes[tree.parents[j]]
-                routes[j] = [[*path, token] for path, token in zip(before_j, tokens[:, j].tolist(), strict=True)]
+                drafted = zip(routes[parent], tokens[:, j].tolist(), strict=True)
+                routes[j] = [[*path, token] for path, token in drafted]
     return tokens[:, 1:]
 
 

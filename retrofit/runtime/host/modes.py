@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.adapters.rows import SequenceRows
+from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.host.drafting import draft_tokens
-from retrofit.runtime.host.prefixes import copy_prompt, keep_prompt, shared_prompts
+from retrofit.runtime.host.prefixes import begin_with_kept, copy_prompt, keep_prompt, keep_text, shared_prompts
 from retrofit.runtime.host.telling import tell, tell_prompts
 from retrofit.runtime.plan import StepPlan, max_verify, speculative_rows
 from retrofit.runtime.request import Request
@@ -27,9 +29,6 @@ from retrofit.runtime.rules.processors import Constrain, Guard, constrained
 from retrofit.runtime.rules.sampling import Processing, path_counts, path_seen, process_logits
 from retrofit.runtime.rules.tree import DraftTree, accepted_path, depths, parents_of, paths_of
 from retrofit.runtime.run import Run
-
-PREFILL_ROWS = 2048
-"""Prompt rows per forward; bounds activations and attention masks."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +52,36 @@ class Paths:
         )
 
 
+@dataclass(frozen=True)
+class Hanging:
+    """The drafting rows of a block that came true: hidden [D, H], and logits [D, V] where the forward made them."""
+
+    request: Request
+    hidden: Tensor
+    logits: Tensor | None = None
+
+
 def prefill_step(run: Run, requests: Sequence[Request]) -> None:
     """Run whole prompts (or, at a longrope crossing, whole sequences) and emit one token each.
 
-    Of requests that share a prompt one runs it.
+    Of requests that share a prompt one runs it; where prefixes are kept, a prompt runs from what is kept of it on.
     """
     copies = shared_prompts(requests)
     pending = {r.index: r for r in requests if r not in copies}
     for r in requests:
-        r.committed = 0
+        r.committed = r.kept = 0
         r.long_rope = run.limits.boundary is not None and r.position >= run.limits.boundary
     while pending:
         rows: list[SequenceRows] = []
         finished: list[tuple[Request, bool]] = []
-        room = min(PREFILL_ROWS, run.cache.most_rows or PREFILL_ROWS)
+        room = min(run.backend.prefill_rows, run.cache.most_rows or run.backend.prefill_rows)
         for r in list(pending.values()):
+            if rows and (r.long_rope or room <= 0):
+                continue
+            if r.committed == 0:
+                begin_with_kept(run, r)
             # Long RoPE factors are chosen by the largest position of a forward, so such a sequence goes in one piece.
             count = len(r.tokens) - r.committed if r.long_rope else min(len(r.tokens) - r.committed, room)
-            if count <= 0 or (r.long_rope and rows):
-                continue
             part = r.tokens[r.committed : r.committed + count]
             rows.append(SequenceRows(slot=r.slot, start=r.committed, tokens=part, last_logits_only=True))
             r.committed += count
@@ -81,8 +91,10 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
             room -= count
             if r.long_rope or run.backend.prefill_alone:
                 break
-        out = run.backend.forward(run.backend.row_plan(rows), run.cache)
+        with thread_limit(run.backend.device):
+            out = run.backend.forward(run.backend.row_plan(rows), run.cache)
         tell_prompts(run.backend.head, [r for r, _ in finished], rows, out.every_base)
+        keep_text(run, [r for r, _ in finished])
         complete = [i for i, (_, done) in enumerate(finished) if done]
         if not complete:
             continue
@@ -130,7 +142,7 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
     paths = _paths(rows, targets)
     if row_plan.tree:
         _store(run, requests, rows, paths)
-    hangs: list[tuple[Request, Tensor]] = []
+    hangs: list[Hanging] = []
     emitted: list[list[int]] = []
     """Base rows whose targets each request took."""
     offset = first_row = 0
@@ -149,12 +161,13 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
         assert isinstance(p.hang, tuple)
         for anchor, block in zip(p.hang, row.blocks, strict=True):
             if anchor == end and not r.done:
-                first = offset + run.layout.first_drafting_row
-                hangs.append((r, out.draft_hidden[first : offset + len(block.inputs)]))
+                drafting = slice(offset + run.layout.first_drafting_row, offset + len(block.inputs))
+                known = None if out.draft_logits is None else out.draft_logits[drafting]
+                hangs.append(Hanging(r, out.draft_hidden[drafting], known))
             offset += len(block.inputs)
     if run.told:
         tell(requests, emitted, out.base_logits)
-    for group in _groups(run, [r for r, _ in hangs]):
+    for group in _groups(run, [hanging.request for hanging in hangs]):
         _draft(run, [hangs[n] for n in group], plans[0].tree)
 
 
@@ -220,29 +233,30 @@ def _store(run: Run, requests: Sequence[Request], rows: Sequence[SequenceRows], 
     run.cache.store(*(torch.tensor(v, device=run.backend.device) for v in (index, slots, positions)))
 
 
-def _draft(run: Run, hangs: list[tuple[Request, Tensor]], tree: DraftTree | None) -> None:
-    """Draft tokens for each request from the drafting rows [D, H] of the block that came true; tree: to hang them on.
+def _draft(run: Run, hangs: Sequence[Hanging], tree: DraftTree | None) -> None:
+    """Draft tokens for each request from the block that came true; tree: to hang them on.
 
     A chain is drafted whole, whatever the plan: the next one may verify more of it.
     """
-    wanted = [min(len(hidden), max_verify(r, run.limits)) for r, hidden in hangs]
-    hangs = [hang for hang, n in zip(hangs, wanted, strict=True) if n > 0]
+    wanted = [min(len(hanging.hidden), max_verify(hanging.request, run.limits)) for hanging in hangs]
+    hangs = [hanging for hanging, n in zip(hangs, wanted, strict=True) if n > 0]
     wanted = [n for n in wanted if n > 0]
     if not hangs:
         return
     width = max(wanted)
     widest = None if tree is None else tree.cut(width)
-    requests = [r for r, _ in hangs]
-    hidden_BDH = torch.stack([torch.nn.functional.pad(h[:width], (0, 0, 0, max(0, width - len(h)))) for _, h in hangs])
+    requests = [hanging.request for hanging in hangs]
     heads = run.backend.heads
     assert heads is not None
+    hidden_BDH = _stack([hanging.hidden for hanging in hangs], width)
+    known = [hanging.logits for hanging in hangs if hanging.logits is not None]
     drafted = draft_tokens(
         hidden_BDH,
         [r.tokens[-1] for r in requests],
         [r.seed for r in requests],
         [r.output_index for r in requests],
         _stack_seen(requests),
-        run.backend.head,
+        _stack(known, width) if known else run.backend.head(hidden_BDH.flatten(0, 1)).unflatten(0, (-1, width)),
         heads,
         _params(run, requests),
         run.with_confidence,
@@ -258,6 +272,11 @@ def _draft(run: Run, hangs: list[tuple[Request, Tensor]], tree: DraftTree | None
         else:
             r.drafts = [t for t, depth in zip(d, widest.depths[1:], strict=True) if depth <= n]
             r.tree = widest.cut(n)
+
+
+def _stack(rows: Sequence[Tensor], width: int) -> Tensor:
+    """[B, width, .] of as many first rows of each, zeros where there are fewer."""
+    return torch.stack([F.pad(some[:width], (0, 0, 0, max(0, width - len(some)))) for some in rows])
 
 
 def _targets(

@@ -1,16 +1,23 @@
-"""Requests that continue one prompt: the first prefills it, the others copy its K/V and choose from the same logits.
+"""Prompts that are not computed twice.
 
-A copy is the prefill, bit for bit, whatever else ran beside it.  What was kept goes when the last of them has started.
+    outputs of one prompt       the first runs it; the others copy its K/V and choose from the same logits.  A copy is
+                                the prefill, bit for bit, at any level of exactness; it goes when the last has started
+    texts that begin alike      what the engine keeps of a text (`prefixes/pieces.py`), prompt and output, later prompts
+                                that begin so copy; they run from there on
+
+Not here: where the latter is exact (`prefixes/reuse.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from retrofit.runtime.backends.interface import Cache
 from retrofit.runtime.request import Request
+from retrofit.runtime.run import Run
 
 
 def shared_prompts(requests: Sequence[Request]) -> list[Request]:
@@ -41,10 +48,39 @@ def copy_prompt(request: Request, cache: Cache) -> Tensor:
     prefix = request.prefix
     assert prefix is not None and prefix.logits is not None
     cache.put_in(request.slot, 0, [prefix.kept])
-    request.committed = len(request.prompt)
+    request.committed = request.stats.reused = len(request.prompt)
     request.prompt_logprobs = prefix.logprobs
     logits = prefix.logits
     prefix.waiting -= 1
     if not prefix.waiting:
         prefix.kept = prefix.logits = None
     return logits
+
+
+def begin_with_kept(run: Run, request: Request) -> None:
+    """Copy what is kept of a prompt into its slot; at least its last token is left to run, for the logits after it.
+
+    Not where every token of the prompt is to be told: those want logits of their own.
+    """
+    if run.pieces is None or request.output_index > 0 or request.prompt_top is not None:
+        return
+    found = run.pieces.find(request.prompt[:-1], request.long_rope)
+    if found:
+        run.cache.put_in(request.slot, 0, found)
+        request.committed = request.kept = request.stats.reused = len(found) * run.pieces.size
+
+
+def keep_text(run: Run, requests: Sequence[Request]) -> None:
+    """Keep the pieces that have become whole: of prompts, and of what was emitted and is committed.
+
+    Those beyond a longrope boundary of a text that began below it are never found: a prompt of that length has the long
+    factors from its beginning on, and looks among those.
+    """
+    if run.pieces is None:
+        return
+    for r in requests:
+        end = min(r.committed, len(r.tokens))
+        if end - r.kept >= run.pieces.size:
+            end -= end % run.pieces.size
+            run.pieces.keep(r.tokens[:end], partial(run.cache.take_out, r.slot), r.long_rope, since=r.kept)
+            r.kept = end

@@ -15,6 +15,7 @@ from retrofit.runtime.auto.policy import AutoPolicy, Verified
 from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.host.diffusion import diffusion_step
 from retrofit.runtime.host.modes import prefill_step, speculative_step
+from retrofit.runtime.host.prefixes import keep_text
 from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, looked_up, num_rows, planned
 from retrofit.runtime.request import Request
 from retrofit.runtime.run import Run
@@ -44,6 +45,7 @@ class HostSteps:
         """One forward for each running request."""
         for group in self._groups(running):
             self._step(self._restarted(group))
+        keep_text(self.run, running)
 
     def _groups(self, running: list[Request]) -> list[list[Request]]:
         """Requests that may share a forward.
@@ -133,7 +135,9 @@ def time_plans(run: Run, batch: int, policy: AutoPolicy) -> None:
             cache = run.backend.new_cache(batch, capacity)
             for slot in range(batch):
                 cache.open(slot, capacity)
-            scratch = replace(run, cache=cache, mixed=False, ruled=False, seen=False, counts=False, told=False)
+            scratch = replace(
+                run, cache=cache, mixed=False, ruled=False, seen=False, counts=False, told=False, pieces=None
+            )
             prefill_step(scratch, _stand_ins(scratch, prompt, batch))
             for plan in trials:
                 seconds = _seconds(scratch, plan, _stand_ins(scratch, prompt, batch))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Shapes: R rows (one token choice each), V vocabulary, k drafted tokens
@@ -62,6 +63,8 @@ _MULTIPLY_2 = 0xD35A2D97
 _KEYS = (0x9E3779B9, 0x6A09E667)
 _TOKEN = 0xBB67AE85
 _WORD = 0xFFFFFFFF
+FOLDS = 16
+"""Tokens of a column, of which `likeliest` looks at the largest first."""
 
 
 def hash_bits_plain(seed: int, index: int, token: int) -> int:
@@ -112,11 +115,12 @@ def hash_constants(vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return _mix(tokens), starts
 
 
-def hash_bits(seed: Tensor, index: Tensor, vocab: int) -> Tensor:
+def hash_bits(seed: Tensor, index: Tensor, vocab: int, ids: Tensor | None = None) -> Tensor:
     """Noise bits of every token of every row, keyed by (request seed, output index, token id).
 
     seed, index: int64 [R]; of the index the low 32 bits count.  Returns int32 [R, V] that holds the uint32
     bit patterns of `hash_bits_plain` (int32 is about four times as fast as int64 on a CPU).
+    ids: int64 [R, M], tokens below `vocab` whose bits alone are wanted, int32 [R, M].
 
     Each row has a 64-bit key, half of it xored into the well-mixed token, half between the two rounds of the
     mixer.
@@ -126,20 +130,20 @@ def hash_bits(seed: Tensor, index: Tensor, vocab: int) -> Tensor:
     _xor_shift(keys, 16).mul_(_signed(_MULTIPLY_1)).bitwise_xor_((seed >> 32).to(torch.int32))
     _xor_shift(keys, 15).mul_(_signed(_MULTIPLY_2)).bitwise_xor_(index.to(torch.int32))
     first, second = _mix(keys).unsqueeze(-1)
-    x = token_V ^ first
+    x = (token_V if ids is None else token_V[ids]) ^ first
     _xor_shift(x, 16).mul_(_signed(_MULTIPLY_1)).bitwise_xor_(second)
     _xor_shift(x, 15).mul_(_signed(_MULTIPLY_2))
     return _xor_shift(x, 15)
 
 
-def gumbel_noise(seed: Tensor, index: Tensor, vocab: int) -> Tensor:
+def gumbel_noise(seed: Tensor, index: Tensor, vocab: int, ids: Tensor | None = None) -> Tensor:
     """Standard Gumbel noise of every token of every row: g = -log(-log(u)), fp32 [R, V], all finite.
 
-    seed, index: int64 [R], request seed and output index of each row.  u = (top 23 hash bits + 0.5) * 2^-23
-    is exact in fp32 and never 0 or 1, so -2.82 < g < 16.64.  The grain of u shows in tokens of probability
-    near 2^-23 and below, which are drawn too rarely, as with any fp32 uniform.
+    seed, index: int64 [R], request seed and output index of each row.  ids: as in `hash_bits`.
+    u = (top 23 hash bits + 0.5) * 2^-23 is exact in fp32 and never 0 or 1, so -2.82 < g < 16.64.  The grain of u
+    shows in tokens of probability near 2^-23 and below, which are drawn too rarely, as with any fp32 uniform.
     """
-    uniform = (hash_bits(seed, index, vocab) >> 9).bitwise_and_((1 << 23) - 1).to(torch.float32)
+    uniform = (hash_bits(seed, index, vocab, ids) >> 9).bitwise_and_((1 << 23) - 1).to(torch.float32)
     uniform.add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()
 
@@ -249,19 +253,50 @@ def choose(logits: Tensor, params: Processing, seed: Tensor, index: Tensor) -> T
     return _lowest_argmax(gumbel_noise(seed, index, logits.shape[1]).add_(logits))
 
 
-def ranked(logits: Tensor, params: Processing, seed: Tensor, index: Tensor, count: int) -> Tensor:
-    """The `count` best tokens of each row by log p + g, best first, int64 [R, count]: candidates of a branching draft.
+def ranked(
+    logits: Tensor,
+    params: Processing,
+    seed: Tensor,
+    index: Tensor,
+    count: int,
+    vocab: int | None = None,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """The `count` best tokens of each row by log p + g, best first, int64 [R, count]: what drafts are made of.
 
-    Arguments as `choose`.  Among equal scores the order is torch's; drafts need no rule for ties.
+    Arguments as `choose`.  ids: int64 [R, M] in rising order, where logits [R, M] are those of some of `vocab` tokens.
+    One token is the one that `choose` finds among these; of several with equal scores the order is torch's.
     """
-    scores = logits if params.temperature == 0 else gumbel_noise(seed, index, logits.shape[1]).add_(logits)
-    return scores.topk(count, dim=-1).indices
+    scores = logits
+    if params.temperature != 0:
+        scores = gumbel_noise(seed, index, vocab or logits.shape[1], ids).add_(logits)
+    best = _lowest_argmax(scores)[:, None] if count == 1 else scores.topk(count, dim=-1).indices
+    return best if ids is None else ids.gather(1, best)
+
+
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """Ids of the `count` largest logits of each row [N, V], int64 [N, count] in rising order.
+
+    Which of equal ones, is torch's.
+    """
+    N, V = logits.shape
+    columns = -(-V // FOLDS)
+    if columns < count:
+        return logits.topk(count, dim=-1).indices.sort(dim=-1).values
+    # They are in the columns with the largest maxima: to sort only those takes half the time.
+    folded = F.pad(logits, (0, columns * FOLDS - V), value=-math.inf).view(N, FOLDS, columns)
+    column = folded.amax(1).topk(count, dim=-1, sorted=False).indices
+    among = folded.gather(2, column[:, None].expand(-1, FOLDS, -1)).flatten(1)
+    place = among.topk(count, dim=-1, sorted=False).indices
+    ids = place // count * columns + column.gather(1, place % count)
+    return ids.clamp(max=V - 1).sort(dim=-1).values  # what was padded is found where the rest is minus infinity
 
 
 def _lowest_argmax(scores: Tensor) -> Tensor:
     """Lowest id among the largest scores of each row, int64 [R]."""
     if scores.device.type == "cpu":
-        return scores.argmax(dim=-1)  # documented, and tested: the first of several maxima
+        # Documented, and tested: the first of several maxima.  `argmax` has them too and takes three times as long.
+        return scores.max(dim=-1).indices
     # Elsewhere the order of a parallel reduction is spelled out rather than trusted.
     ids = torch.arange(scores.shape[1], device=scores.device)
     below = scores < scores.amax(dim=-1, keepdim=True)

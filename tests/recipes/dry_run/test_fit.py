@@ -35,6 +35,15 @@ def test_sizes_are_written_short():
     assert [short(size) for size in (999, 1_660_000_000, 24_000_000_000)] == ["999 bytes", "1.66 GB", "24 GB"]
 
 
+def test_mixed_lengths_are_shortened_with_the_longest():
+    plan = load_recipe("default", ["data.max_length=2048", "data.lengths=[256, 2048, 1024]"])
+    kind = next(kind for kind in steps_down(plan) if "data.max_length" in kind[0])
+    assert kind[0] == {"data.max_length": 1024, "data.lengths": [256, 1024, 1024]}
+    assert kind[-1] == {"data.max_length": 128, "data.lengths": [128, 128, 128]}
+    assert [changed(plan, change).data.max_length for change in kind] == [1024, 512, 256, 128]
+    assert "data.lengths" not in next(k for k in steps_down(load_recipe("default")) if "data.max_length" in k[0])[0]
+
+
 def weigh(plan):
     """A peak that every change lowers."""
     train, adapter = plan.train, plan.adapter

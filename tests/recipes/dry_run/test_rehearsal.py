@@ -118,6 +118,27 @@ def test_a_few_layers_stand_for_many(device, monkeypatch, bare_heap):
     assert all(few.phases[name].total == pytest.approx(m.total, rel=0.03) for name, m in whole.phases.items())
 
 
+def test_layers_that_tell_too_little_are_not_extrapolated_from(monkeypatch):
+    """A phase is fullest at one moment, whatever the layers, until another outgrows it, which grows with them."""
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 30
+    rehearsed = []
+
+    def whole(plan, config, *_):
+        layers = config.num_hidden_layers
+        rehearsed.append(layers)
+        moments = [{"heads": 500, "layers": 10 * layers}, {"heads": 50, "layers": 160 * layers}]
+        moment = estimate.Moment(max(moments, key=lambda holds: sum(holds.values())))
+        return estimate.Estimate("cpu", {"backward": moment}, estimate.Parameters(0, 0, 0, 0, 0, {}), 0, 0, 0)
+
+    monkeypatch.setattr(estimate, "_whole", whole)
+    assert estimate.estimate(small(), config).phases["backward"].holds == {"heads": 50, "layers": 4800}
+    assert rehearsed == [2, 4, 4, 8]
+    monkeypatch.setattr(estimate, "FEW_LAYERS", ((2, 4),))
+    assert estimate.estimate(small(), config).phases["backward"].holds == {"heads": 50, "layers": 4800}
+    assert rehearsed[-1] == 30, "all of them, where no pair tells"
+
+
 def test_a_gpu_updates_all_at_once_in_blocks_of_its_allocator(bare_heap):
     plan, config = small("train.anchors=32"), CONFIGS["llama"]()
     on_gpu = estimate.estimate(plan, config, "cuda")

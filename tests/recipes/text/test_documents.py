@@ -5,7 +5,6 @@ from text_sources import CHATML, MESSAGES, THOUGHT_LAST, TINY, answers, read, wr
 from transformers import AutoTokenizer
 
 from retrofit.errors import DataError
-from retrofit.recipes.text.documents import Document, windows
 
 # as Qwen3: the last answer carries an empty thought, which earlier ones lose
 # as the DeepSeek-R1 distillations: the generation prompt has more than the turn itself
@@ -14,19 +13,6 @@ THOUGHT_ASKED = (
     "{% else %}<A>{{ m.content.split('</think>')[-1] }}<E>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<A><think>\n{% endif %}"
 )
-
-
-# windows
-
-
-def test_windows_cut_without_loss_and_number_the_pieces():
-    document = Document("d", tuple(range(10)), (False,) * 4 + (True,) * 6)
-    cut = list(windows([document], 4))
-    assert [(w.id, w.tokens) for w in cut] == [("d#1", (4, 5, 6, 7)), ("d#2", (8, 9))]  # #0 has no response
-    whole = list(windows([document], 10))
-    assert [(w.id, w.tokens, w.response) for w in whole] == [("d#0", document.tokens, document.response)]
-    plain = Document("p", tuple(range(9)), (True,) * 9)
-    assert sum((w.tokens for w in windows([plain], 4)), ()) == plain.tokens
 
 
 # local text

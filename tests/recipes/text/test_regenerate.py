@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import SHORT, done, run
 from decoding import random_prompts, randomise
+from keeping import keeping, prompt_rows
 from saved import save_base, texts
 from tiny_models import build
 
@@ -305,3 +306,20 @@ def test_a_conversion_trains_and_measures_on_the_bases_own_words(
     done(*order, "--overwrite", "-q", RETROFIT_CACHE=str(tmp_path / "cache"))
     assert calls == [], "every response was on disk"
     assert Path("base-retrofit/adapter/adapter_model.safetensors").read_bytes() == first
+
+
+def test_what_documents_share_is_read_once() -> None:
+    """Two conversations with one system prompt of 20 tokens, two turns each."""
+    keeps, (system, *rest) = keeping("llama"), random_prompts((20, 7, 5, 6, 9, 3, 8))
+    documents = []
+    for name, (asks, answers, more) in zip("ab", (rest[:3], rest[3:]), strict=True):
+        flags = [False] * (20 + len(asks)) + [True] * len(answers) + [False] * len(more) + [True] * 6
+        tokens = [*system, *asks, *answers, *more, *answers, 0, 0, 0, 0, 0, 0]
+        documents.append(Document(name, tuple(tokens[: len(flags)]), tuple(flags), "source", f"{name}:1"))
+    with prompt_rows(keeps) as rows:
+        got = list(regenerate(documents, keeps, temperature=0.8, seed=5, max_length=60))
+    assert len(rows) >= 2 and rows[0] == 27 and max(rows[1:]) <= 13
+    assert keeps.prefixes is not None
+    keeps.prefixes = None
+    assert list(regenerate(documents, keeps, temperature=0.8, seed=5, max_length=60)) == got
+    keeps.close()

@@ -25,7 +25,8 @@ from retrofit.adapters.visibility import BlockRows
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.training import objective
-from retrofit.recipes.training.step import Trainer, clean_forward
+from retrofit.recipes.training.clean.forward import clean_forward
+from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.backends.hf import attention, block_attention
 from retrofit.runtime.backends.hf.attention import _training_rows, attend
 from retrofit.runtime.backends.hf.cache import KVCache

@@ -2,7 +2,8 @@
 
 A batch is one forward of all its documents' rows, end to end and without padding: each document is a sequence of its
 own, with positions from 0, keys and values of its own, and draft blocks that hang on its own rows only.  Here that is
-held against one forward for each document, which nothing can leak into.
+held against one forward for each document, which nothing can leak into.  Nor does it matter in how many pieces the
+clean rows of a batch are computed, those of one document maybe.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document
-from retrofit.recipes.training.step import StepResult, Trainer, clean_forward
+from retrofit.recipes.training.clean import forward
+from retrofit.recipes.training.clean.forward import clean_forward, pieces_of
+from retrofit.recipes.training.step import StepResult, Trainer
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 
@@ -109,3 +112,54 @@ def test_positions_begin_anew_with_every_document() -> None:
     rows = [SequenceRows(slot=s, start=0, tokens=d.tokens) for s, d in enumerate(DOCUMENTS)]
     positions = engine.backend.row_plan(rows).positions[0].tolist()
     assert positions == [position for length in LENGTHS for position in range(length)]
+
+
+def in_pieces(patch: pytest.MonkeyPatch, rows: int, mask: int) -> None:
+    patch.setattr(forward, "PIECE_ROWS", {"cpu": rows})
+    patch.setattr(forward, "PIECE_MASK", {"cpu": mask})
+
+
+@pytest.mark.parametrize("name", [*NAMES, "phi3"])
+def test_pieces_leave_what_the_whole_leaves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K/V and hidden states; also where more forwards are run than it takes, as beside another process."""
+    backend = randomise(Engine.from_model(build(name), layout=DraftLayout(4)), seed=3).backend
+    cache, hidden = clean_forward(backend, DOCUMENTS)
+    in_pieces(monkeypatch, 10, 31 * 7)
+    pieces = pieces_of(LENGTHS, torch.device("cpu"))
+    assert max(map(len, pieces)) > 1 and sum(piece[0][1] > 0 for piece in pieces) > 1
+    run, forwards = backend.run_trunk, [0]
+
+    def counted(*arguments: Any) -> Tensor:
+        forwards[0] += 1
+        return run(*arguments)
+
+    backend.run_trunk = counted  # type: ignore[method-assign]
+    for least, taken in ((0, len(pieces)), (30, 30)):
+        forwards[0] = 0
+        again, in_parts = clean_forward(backend, DOCUMENTS, least)
+        assert forwards[0] == taken
+        torch.testing.assert_close(in_parts, hidden, rtol=1e-5, atol=2e-5)
+        for layer, kept in cache.layers.items():
+            for whole, part in zip(kept, again.layers[layer], strict=True):
+                for slot, length in enumerate(LENGTHS):
+                    torch.testing.assert_close(part[slot, :length], whole[slot, :length], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_gradients_do_not_depend_on_the_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = step(name, [DOCUMENTS])
+    in_pieces(monkeypatch, 10, 31 * 7)
+    same(whole, step(name, [DOCUMENTS]))
+
+
+def test_every_row_stands_in_one_piece_and_no_piece_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_pieces(monkeypatch, 100, 25_000)
+    lengths = [90, 250, 7, 30, 101, 100, 1, 29, 500]
+    pieces = pieces_of(lengths, torch.device("cpu"))
+    rows = sorted((n, row) for piece in pieces for n, first, stop in piece for row in range(first, stop))
+    assert rows == [(n, row) for n, length in enumerate(lengths) for row in range(length)]
+    for piece in pieces:
+        assert len(piece) * max(stop - first for _, first, stop in piece) <= 100
+    assert sorted(piece for piece in pieces if len(piece) > 1) == [[(6, 0, 1), (2, 0, 7), (7, 0, 29)]]
+    parts = {n: [first for piece in pieces for number, first, _ in piece if number == n] for n in (1, 4, 8)}
+    assert parts == {1: [0, 100, 200], 4: [0, 100], 8: [*range(0, 500, 50)]}

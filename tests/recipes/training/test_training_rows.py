@@ -19,7 +19,7 @@ from retrofit.recipes.training.blocks import (
     BlockBatch,
     add_sequence,
 )
-from retrofit.recipes.training.step import clean_forward
+from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.runtime import plan
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
@@ -152,8 +152,8 @@ def test_denoising_gives_the_logits_of_l_diff(layout: DraftLayout, monkeypatch: 
     recorded: list[Tensor] = []
     right = Heads.draft_logits
 
-    def record(self: Heads, trunk: Tensor, previous: Tensor) -> Tensor:
-        recorded.append(right(self, trunk, previous))
+    def record(self: Heads, trunk: Tensor, previous: Tensor, ids: Tensor | None = None) -> Tensor:
+        recorded.append(right(self, trunk, previous, ids))
         return recorded[-1]
 
     monkeypatch.setattr(heads, "draft_logits", record.__get__(heads))

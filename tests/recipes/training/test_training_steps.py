@@ -17,8 +17,9 @@ from retrofit.recipes.training.blocks import (
     BlockBatch,
     add_sequence,
 )
+from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_draft
-from retrofit.recipes.training.step import Trainer, clean_forward
+from retrofit.recipes.training.step import Trainer
 
 
 def trainer_for(layout: DraftLayout, **overrides: Any) -> Trainer:

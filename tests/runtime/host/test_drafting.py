@@ -10,12 +10,14 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK
+from retrofit.runtime.host import drafting
 from retrofit.runtime.host.diffusion import _end_early, _fill
-from retrofit.runtime.host.modes import _draft
+from retrofit.runtime.host.drafting import draft_tokens
+from retrofit.runtime.host.modes import Hanging, _draft
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import Processing, hash_bits_plain
-from retrofit.runtime.rules.tree import DraftTree
+from retrofit.runtime.rules.tree import DraftTree, grow
 from retrofit.runtime.run import Run
 
 V, BLOCK = 8, 3
@@ -46,10 +48,10 @@ def best(*tokens: int) -> Tensor:
 
 def test_each_draft_follows_the_one_before_it_and_the_first_the_newest_token() -> None:
     one, other = request(3), request(5)
-    _draft(known_run(2.0), [(one, best(0, 0, 0)), (other, best(0, 0, 0))], None)
+    _draft(known_run(2.0), [Hanging(one, best(0, 0, 0)), Hanging(other, best(0, 0, 0))], None)
     assert (one.drafts, other.drafts) == ([4, 5, 6], [6, 7, 0])
     assert one.confidence == [0.5] * 3 and one.tree is None
-    _draft(known_run(0.5), [(one, best(7, 1, 2))], None)
+    _draft(known_run(0.5), [Hanging(one, best(7, 1, 2))], None)
     assert one.drafts == [7, 1, 2], "a trunk that is surer"
 
 
@@ -58,7 +60,7 @@ def test_confidence_is_that_of_the_slot_and_of_how_tokens_are_chosen(temperature
     run, one = known_run(0.0, Processing(temperature=temperature)), request(3)
     run.backend.heads.confidence_bias.copy_(torch.tensor([2.0, -3.0]))  # greedy, sampled
     run.backend.heads.confidence_temperature.copy_(torch.tensor([[1.0, 2.0, 4.0], [3.0, 6.0, 1.0]]))
-    _draft(run, [(one, best(0, 0, 0))], None)
+    _draft(run, [Hanging(one, best(0, 0, 0))], None)
     logits = torch.tensor([-1.0, -0.5, -3.0] if temperature else [2.0, 1.0, 0.5])
     assert one.confidence == pytest.approx(torch.sigmoid(logits).tolist())
 
@@ -66,7 +68,7 @@ def test_confidence_is_that_of_the_slot_and_of_how_tokens_are_chosen(temperature
 def test_no_more_is_drafted_than_can_be_used() -> None:
     """Two tokens are left to the first: one draft and the bonus; none to the second; the third's block was cut."""
     requests = [request(3, most=4), request(3, most=3), request(3)]
-    _draft(known_run(2.0), [(r, best(0, 0, 0)[:n]) for r, n in zip(requests, (3, 3, 2), strict=True)], None)
+    _draft(known_run(2.0), [Hanging(r, best(0, 0, 0)[:n]) for r, n in zip(requests, (3, 3, 2), strict=True)], None)
     assert [r.drafts for r in requests] == [[4], [], [4, 5]]
     assert [len(r.confidence) for r in requests] == [1, 0, 2]
 
@@ -80,7 +82,7 @@ def noise(seed: int, index: int) -> Tensor:
 def test_sampled_drafts_share_the_noise_of_the_tokens_they_stand_for(seed: int) -> None:
     """Two tokens were emitted, so the drafts are for outputs 2, 3 and 4 of the request."""
     one = request(3, seed=seed)
-    _draft(known_run(0.0, Processing(temperature=0.7)), [(one, best(6, 6, 6))], None)
+    _draft(known_run(0.0, Processing(temperature=0.7)), [Hanging(one, best(6, 6, 6))], None)
     assert one.drafts == [int((best(6)[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
 
 
@@ -89,7 +91,7 @@ def test_drafts_of_a_tree() -> None:
     tree = DraftTree((-1, 0, 0, 1, 2, 3), (0, 0, 1, 0, 1, 0), (1.0, 0.5, 0.3, 0.2, 0.1, 0.1))
     trunk = best(0, 0, 7) * torch.tensor([[1.5], [1.5], [3.0]])
     one, short = request(3), request(3, most=5)
-    _draft(known_run(2.0), [(one, trunk), (short, trunk)], tree)
+    _draft(known_run(2.0), [Hanging(one, trunk), Hanging(short, trunk)], tree)
     # 4 follows 3 and 0 is second; 5 follows 4; of the followers of 0, 1 is first and 0 second; in slot 3 stands 7
     assert one.drafts == [4, 0, 5, 0, 7] and one.tree == tree
     # three tokens are left: two drafts and a bonus
@@ -100,8 +102,72 @@ def test_a_penalty_on_what_was_seen_reaches_the_drafts_of_the_same_block() -> No
     one = request(3)
     one.watch(V, torch.device("cpu"))  # 0, 2 and 3 were seen, so of them a quarter is left
     trunk = torch.tensor([[2.0, 0.1, 2.2, 0.1, 0.1, 0.1, 1.0, 0.1]] * 3)
-    _draft(known_run(0.0, Processing(repetition_penalty=4.0)), [(one, trunk)], None)
+    _draft(known_run(0.0, Processing(repetition_penalty=4.0)), [Hanging(one, trunk)], None)
     assert one.drafts == [6, 2, 2], "once 6 was drafted it counts 1/4, and 2 more than that"
+
+
+# Candidates
+
+
+WAYS = {
+    "greedy": Processing(),
+    "sampled": Processing(temperature=0.8),
+    "warped": Processing(temperature=0.7, top_k=9, top_p=0.9, min_p=0.01),
+    "penalties": Processing(0.8, repetition_penalty=1.7, presence_penalty=0.5, frequency_penalty=0.4),
+}
+BRANCHING = grow([[0.6, 0.3, 0.2], [0.5, 0.3, 0.1], [0.4, 0.2, 0.1]], 11)
+
+
+def drafts_of(params: Processing, tree: DraftTree | None, *, vocab: int = 90, blocks: int = 3) -> Tensor:
+    """Of random blocks, with a Markov head that matters and texts that repeat some tokens."""
+    torch.manual_seed(2)
+    heads = Heads(8, vocab, 3, 6, False).requires_grad_(False)
+    heads.markov_w2.normal_()
+    trunk, seen = torch.randn(blocks, 3, vocab), torch.rand(blocks, vocab) < 0.3
+    counts = seen * torch.randint(1, 4, seen.shape).float()
+    known = (seen if params.needs_seen else None, counts if params.needs_counts else None)
+    previous, seeds, indices = [5, 6, 7][:blocks], [1, 2**62, 3][:blocks], [0, 9, 4][:blocks]
+    arguments = (previous, seeds, indices, known[0], trunk, heads, params, False, tree, None, known[1])
+    return draft_tokens(torch.zeros(blocks, 3, 8), *arguments).tokens
+
+
+@pytest.mark.parametrize("tree", [None, BRANCHING], ids=["chain", "tree"])
+@pytest.mark.parametrize("way", WAYS)
+def test_with_every_token_a_candidate_drafts_are_those_of_the_whole_vocabulary(
+    way: str, tree: DraftTree | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = drafts_of(WAYS[way], tree)
+    monkeypatch.setattr(drafting, "LARGE_VOCABULARY", 1)
+    monkeypatch.setattr(drafting, "CANDIDATES", 90)
+    assert torch.equal(drafts_of(WAYS[way], tree), whole)
+    monkeypatch.setattr(drafting, "CANDIDATES", 4)
+    assert not torch.equal(drafts_of(WAYS[way], tree), whole), "no token beyond the candidates matters here"
+
+
+@pytest.mark.parametrize("tree", [None, BRANCHING], ids=["chain", "tree"])
+def test_drafts_are_candidates(tree: DraftTree | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "LARGE_VOCABULARY", 1)
+    monkeypatch.setattr(drafting, "CANDIDATES", 4)
+    found: list[Tensor] = []
+    right = drafting.likeliest
+
+    def seen(*arguments: Any) -> Tensor:
+        found.append(right(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(drafting, "likeliest", seen)
+    tokens = drafts_of(WAYS["sampled"], tree)
+    depths = range(1, 4) if tree is None else tree.depths[1:]
+    (ids,) = found
+    for j, depth in enumerate(depths):
+        assert (ids.view(3, 3, 4)[:, depth - 1] == tokens[:, j : j + 1]).any(1).all()
+
+
+def test_rules_and_a_bias_look_at_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    biased = Processing(logit_bias=((4, 30.0),))
+    monkeypatch.setattr(drafting, "LARGE_VOCABULARY", 1)
+    monkeypatch.setattr(drafting, "CANDIDATES", 2)
+    assert (drafts_of(biased, None) == 4).all()
 
 
 # Filling a block in mode `diffusion`

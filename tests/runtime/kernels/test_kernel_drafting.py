@@ -91,11 +91,10 @@ def test_with_every_token_a_candidate_it_drafts_what_torch_drafts(
     hidden, weight = torch.randn(B, K, H, device=DEVICE), torch.randn(V, H, device=DEVICE)
     previous, seeds, indices = [3, V - 1], [1, 2**63 - 1], [0, 400]
     params = Processing(temperature=temperature)
-    torch_tokens = draft_tokens(
-        hidden, previous, seeds, indices, None, lambda x: x @ weight.T, heads, params, False, tree
-    ).tokens
+    trunk = hidden @ weight.T
+    torch_tokens = draft_tokens(hidden, previous, seeds, indices, None, trunk, heads, params, False, tree).tokens
 
-    logits = hidden.view(B * K, H) @ weight.T
+    logits = trunk.view(B * K, V)
     chosen, seed, index = torch.arange(B * K, device=DEVICE), integers(*seeds), integers(*indices)
     index_BK = (index[:, None] + torch.arange(K, device=DEVICE)).flatten()
     found = candidates(logits, chosen, V, temperature, seed.repeat_interleave(K), index_BK).view(B, K, V)

@@ -28,9 +28,11 @@ from retrofit.runtime.rules.sampling import (
     gumbel_noise,
     hash_bits,
     hash_bits_plain,
+    likeliest,
     path_counts,
     path_seen,
     process_logits,
+    ranked,
 )
 
 Chooser = Callable[[Tensor, Processing, Tensor, Tensor], Tensor]
@@ -96,6 +98,11 @@ def test_noise_of_a_row_does_not_depend_on_its_batch(vocab: int) -> None:
     together = gumbel_noise(seeds, indices, vocab)
     for row in range(len(seeds)):
         assert torch.equal(gumbel_noise(seeds[row : row + 1], indices[row : row + 1], vocab)[0], together[row])
+
+
+def test_noise_of_some_tokens_is_that_of_all() -> None:
+    seeds, indices, ids = integers(5, -1), integers(0, 7), torch.tensor([[2, 9, 40], [0, 9, 49]])
+    assert torch.equal(gumbel_noise(seeds, indices, 50, ids), gumbel_noise(seeds, indices, 50).gather(1, ids))
 
 
 def kolmogorov_smirnov(noise: Tensor) -> float:
@@ -282,6 +289,42 @@ def test_ties_go_to_the_lowest_id() -> None:
         lowest = [row.index(max(row)) for row in scores.tolist()]
         rows = torch.zeros(30, dtype=torch.int64)
         assert choose(scores, Processing(), rows, rows).tolist() == lowest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [8, 100, 4096, 4097])  # fewer columns than asked for, a last column cut short
+def test_likeliest_are_the_largest_in_rising_order(vocab: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(3)).to(dtype)
+    logits[1] = logits[1].sort().values  # all of the largest in one place
+    logits[2] = logits[2].sort(descending=True).values
+    for count in (1, 7):
+        ids = likeliest(logits, count)
+        assert torch.equal(logits.gather(1, ids).sort(descending=True).values, logits.topk(count).values)
+        assert (ids.diff(dim=1) > 0).all()
+
+
+def test_likeliest_are_tokens_also_where_hardly_any_is_possible() -> None:
+    logits = torch.full((1, 100), -math.inf)
+    logits[0, [4, 99]] = 1.0
+    ids = likeliest(logits, 5)
+    assert {4, 99} <= set(ids[0].tolist()) and ids.max() < 100
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_ranked_among_some_tokens(temperature: float) -> None:
+    """Among all of them as without saying so; among others, what is best of those, equal ones by id."""
+    scores, params = torch.randn(4, 60, generator=torch.Generator().manual_seed(4)), Processing(temperature=temperature)
+    seeds, indices, every = torch.arange(4), torch.arange(4) + 9, torch.arange(60).expand(4, -1)
+    for count in (1, 3):
+        whole = ranked(scores, params, seeds, indices, count)
+        assert torch.equal(ranked(scores, params, seeds, indices, count, 60, every), whole)
+        assert torch.equal(whole[:, 0], choose(scores, params, seeds, indices))
+        others = torch.stack([row[~torch.isin(row, best)][:30] for row, best in zip(every, whole, strict=True)])
+        found = ranked(scores.gather(1, others), params, seeds, indices, count, 60, others)
+        removed = scores.scatter(1, every, -math.inf).scatter(1, others, scores.gather(1, others))
+        assert torch.equal(found, ranked(removed, params, seeds, indices, count))
+    ties = ranked(torch.ones(1, 3), Processing(), seeds[:1], indices[:1], 1, 60, torch.tensor([[7, 8, 30]]))
+    assert ties.tolist() == [[7]]
 
 
 @pytest.mark.gpu

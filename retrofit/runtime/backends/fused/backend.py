@@ -13,7 +13,7 @@ Not here: which rows run, sampling, CUDA graphs (`device/loop.py`), reading weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from retrofit.errors import ResourceError, UsageError
 from retrofit.runtime.backends.context import context_length
 from retrofit.runtime.backends.fused.paged import HEADROOM, PagedCache, pages_for
 from retrofit.runtime.backends.fused.weights import Checkpoint, Linear, Weights, head_width, load
-from retrofit.runtime.backends.interface import BUCKET_ROWS, Output, Stepper, eos_set
+from retrofit.runtime.backends.interface import BUCKET_ROWS, PREFILL_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.levels import EXACT
 from retrofit.runtime.backends.turns import Line, Turns
 from retrofit.runtime.kernels.attention import SPLIT, row_attention
@@ -59,6 +59,8 @@ class FusedGQA:
     """Runs row plans, and the steps of the device loop, through our kernels."""
 
     name = "fused"
+    prefill_rows = PREFILL_ROWS
+    one_order = False
 
     def __init__(
         self,
@@ -131,6 +133,10 @@ class FusedGQA:
         """Nothing of the user's was changed."""
         self.turns.end()
 
+    def made_by(self) -> Hashable:
+        """Its weights are its own and stay as they are."""
+        return id(self)
+
     def lanes(self, requests: int) -> int:
         """The next power of two, so that few steps have to be recorded."""
         lanes = 1 << (requests - 1).bit_length()
@@ -189,7 +195,8 @@ class FusedGQA:
         base = hidden[: rows.num_base]
         draft = hidden[rows.num_base : rows.num_rows]
         if not plan.prefill and self.exact == "bucket":
-            return Output(self.head(hidden)[: rows.num_base], base, draft, base)
+            logits = self.head(hidden)
+            return Output(logits[: rows.num_base], base, draft, base, logits[rows.num_base : rows.num_rows])
         wanted = base if plan.logit_rows is None else base[torch.tensor(plan.logit_rows, device=self.device)]
         return Output(self.head(wanted), wanted, draft, base)
 

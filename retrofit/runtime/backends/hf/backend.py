@@ -11,12 +11,10 @@ Not here: which rows to run, sampling, acceptance.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +25,21 @@ from retrofit.adapters.attach import WRAPPING, Attached
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.roles import trunk_of
-from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.adapters.rows import RowPlan, SequenceRows, is_prefill
+from retrofit.adapters.written import written
 from retrofit.errors import UsageError
 from retrofit.runtime.backends.context import context_length, restarts_at_boundary, rope_boundary
 from retrofit.runtime.backends.hf.answers import answering, by_thread
 from retrofit.runtime.backends.hf.attention import ATTENTION, ForwardContext
 from retrofit.runtime.backends.hf.cache import STEP, KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form
+from retrofit.runtime.backends.hf.experts import separate_experts
 from retrofit.runtime.backends.hf.load_check import check_model
+from retrofit.runtime.backends.hf.packing import install
+from retrofit.runtime.backends.hf.products import Cut, Product
 from retrofit.runtime.backends.hf.refused import refuse_unsupported
-from retrofit.runtime.backends.interface import Output, Stepper, eos_set
+from retrofit.runtime.backends.hf.rotation import lock_rotation
+from retrofit.runtime.backends.interface import EXACT_PREFILL_ROWS, PREFILL_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns
 from retrofit.runtime.rules.sampling import Processing, choose
 from retrofit.runtime.settings import read_settings
@@ -48,8 +51,9 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 128
 """Up to here routed experts run `batched_mm`, whose rows do not depend on each other's bits; it gathers a lot."""
-GATHER_BYTES = 1 << 28
-"""Expert weights that one `batched_mm` call may gather; more rows run in several calls, with the same bits."""
+FEW_DRAFT_ROWS = 32
+"""Up to here draft rows join the base rows' vocabulary projection, those of blocks that may not come true with them:
+that many cost less than reading the weights once more."""
 
 
 def wrap(model: PreTrainedModel, build: Callable[[], Attached]) -> tuple[Attached, HFBackend]:
@@ -70,7 +74,8 @@ def wrap(model: PreTrainedModel, build: Callable[[], Attached]) -> tuple[Attache
 class VocabHead:
     """The model's own way from last hidden state to logits: projection, then soft-cap or scaling."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, gate: Gate):
+        self.gate = gate
         self.linear: nn.Module = model.get_output_embeddings()
         self.project = outermost(model, self.linear, beside=trunk_of(model))
         """What holds it: itself, or in BERT's family a block of its own with a layer before it."""
@@ -83,7 +88,12 @@ class VocabHead:
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> [N, V]."""
-        logits: Tensor = self.project(hidden_NH)
+        before = self.gate.base_rows
+        self.gate.base_rows = len(hidden_NH)  # ours, and all of them the base's
+        try:
+            logits: Tensor = self.project(hidden_NH)
+        finally:
+            self.gate.base_rows = before
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -104,6 +114,10 @@ class HFBackend:
     least_rows = 1
     """Rows that every decoding forward is filled up to."""
     prefill_alone = False
+    prefill_rows = PREFILL_ROWS
+    one_order = True
+    packed = False
+    """Whether products read packed weights; `packing.py` sets it."""
 
     def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
         """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""
@@ -118,7 +132,11 @@ class HFBackend:
         self.causal_blocks = causal_blocks
         self.trunk = trunk_of(model)
         self.embedding = model.get_input_embeddings()
-        self.head = VocabHead(model)
+        self.cut = Cut()
+        """How products are cut; `hold` sets it."""
+        self.products: dict[str, Product] = {}
+        """Linear layers by name, once they run as products of ours."""
+        self.head = VocabHead(model, gate)
         self.per_layer: Callable[[Tensor], Tensor] | None = per_layer_inputs(self.trunk)
         self.device = self.embedding.weight.device
         self.dtype = self.embedding.weight.dtype
@@ -181,15 +199,27 @@ class HFBackend:
             if not isinstance(module, GatedLoraLinear):  # most modules of a model are in those
                 modules.extend(module.children())
 
-    def hold(self, exact: str, form: Form | None, rows: int = 1) -> None:
+    def hold(self, exact: str, form: Form | None, rows: int = 1, most: int | None = None) -> None:
         """Keep a level of exactness from now on: fill every decoding forward up to so many rows.
 
-        At `bucket` none has more.  Whether a level holds on this machine is for `exact_rows.settle` to find out.
+        At `bucket` none has more.  most: at `invariant`, products of more rows run in several of so many; None: as they
+        are.  Whether a level holds on this machine is for `exact_rows.settle` to find out.
         """
         self.exact, self.form, self.least_rows = exact, form, rows
         self.most_rows = rows if exact == "bucket" else None
         # A prompt's bits then depend on nothing but the prompt, however products of many rows are made.
         self.prefill_alone = exact != "off"
+        self.prefill_rows = EXACT_PREFILL_ROWS if exact == "invariant" else PREFILL_ROWS
+        self.cut.least, self.cut.most = (rows, most) if exact == "invariant" else (1, None)
+        if exact == "invariant":
+            install(self)
+
+    def made_by(self) -> Hashable:
+        return written(self.model), self.exact, self.form, self.least_rows, self.cut.most, self.packed
+
+    def hold_as(self, other: HFBackend) -> None:
+        """Keep what another backend keeps."""
+        self.hold(other.exact, other.form, other.least_rows, other.cut.most)
 
     def until_closed(self, undo: Callable[[], None]) -> None:
         """Something was done to the model: undo it when this is closed."""
@@ -215,17 +245,23 @@ class HFBackend:
         return choose(scores, params, seed, index)
 
     def row_plan(self, sequences: list[SequenceRows]) -> RowPlan:
-        prefill = any(s.last_logits_only for s in sequences)
-        return RowPlan(sequences, self.device, self.causal_blocks, 1 if prefill else self.least_rows)
+        # At `invariant` the rows of a prompt have the bits of a step's, so that others may copy what they left.
+        least = 1 if is_prefill(sequences) and self.exact != "invariant" else self.least_rows
+        return RowPlan(sequences, self.device, self.causal_blocks, least)
 
     def forward(self, plan: RowPlan, cache: KVCache) -> Output:
         """One forward.  Writes the base rows' K/V to `cache`; draft rows leave nothing behind."""
         hidden = self.run_trunk(plan, cache)
         base = hidden[: plan.num_base]
         wanted = base if plan.logit_rows is None else base[plan.logit_rows]
-        filler = max(0, plan.least_rows - len(wanted))
-        logits = self.head(F.pad(wanted, (0, 0, 0, filler)) if filler else wanted)[: len(wanted)]
-        return Output(logits, wanted, hidden[plan.first_draft :], base)
+        drafts = hidden[plan.first_draft :]
+        # One pass over the vocabulary's weights serves targets and drafts, as one pass over the others' did.
+        joined = 0 < len(drafts) <= (self.most_rows or FEW_DRAFT_ROWS) and len(wanted) > 0
+        rows = torch.cat([wanted, drafts]) if joined else wanted
+        filler = max(0, plan.least_rows - len(rows))
+        logits = self.head(F.pad(rows, (0, 0, 0, filler)) if filler else rows)
+        n = len(wanted)
+        return Output(logits[:n], wanted, drafts, base, logits[n : len(rows)] if joined else None)
 
     def run_trunk(self, plan: RowPlan, cache: KVCache, context: ForwardContext | None = None) -> Tensor:
         """[N, H] last hidden states of all rows.  Raises UsageError when this is closed, or the model being trained."""
@@ -264,7 +300,7 @@ class HFBackend:
     @contextmanager
     def switched(self, plan: RowPlan) -> Iterator[None]:
         """The model as a forward of these rows needs it, for this thread and no other."""
-        few = plan.num_rows <= FEW_ROWS or plan.least_rows > 1  # filled up: rows must not depend on each other
+        few = plan.num_rows <= FEW_ROWS or (plan.least_rows > 1 and not is_prefill(plan.sequences))
         experts = "batched_mm" if self.experts is not None and few else self.experts
         before = self.gate.base_rows
         with answering(self.config, ATTENTION, experts):
@@ -292,98 +328,3 @@ def per_layer_inputs(trunk: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if not getattr(trunk, "hidden_size_per_layer_input", None):
         return None
     return cast(Callable[[Tensor], Tensor], trunk.get_per_layer_inputs)
-
-
-def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
-    """Make routed experts run base rows and draft rows in calls of their own; returns the undo.
-
-    Grouped kernels change a row's bits with the rows beside it, and a base row's must not depend on a draft row's.
-    """
-    undone: list[Callable[[], None]] = []
-    for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] == "experts" and not isinstance(module, nn.ModuleList):
-            undone.append(instead(module, _split_rows(module, gate, model.config.get_text_config())))
-
-    def undo() -> None:
-        for one in undone:
-            one()
-
-    return undo
-
-
-def lock_rotation(trunk: nn.Module) -> Callable[[], None]:
-    """Let one thread at a time compute rotations that depend on the longest position of the call; returns the undo.
-
-    Those modules keep in themselves the frequencies they picked, and read them again to use them.
-    """
-    undone: list[Callable[[], None]] = []
-    for module in trunk.modules():
-        kinds = getattr(module, "rope_type", None)
-        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
-        if any(kind == "longrope" or "dynamic" in (kind or "") for kind in kinds):
-            undone.append(instead(module, _one_thread_at_a_time(module)))
-
-    def undo() -> None:
-        for one in undone:
-            one()
-
-    return undo
-
-
-def _one_thread_at_a_time(module: nn.Module) -> Callable[..., Any]:
-    forward, lock = _unbound(module), threading.Lock()
-
-    def locked(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return forward(self, *arguments, **named)
-        with lock:
-            return forward(self, *arguments, **named)
-
-    return MethodType(locked, module)
-
-
-def _unbound(module: nn.Module) -> Callable[..., Any]:
-    """The module's `forward` as a function of the module, so that a copy of the model runs the copy's."""
-    forward = module.forward
-    if isinstance(forward, MethodType) and forward.__self__ is module:
-        return forward.__func__
-    return lambda _, *arguments, **named: forward(*arguments, **named)
-
-
-def instead(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Let a module run another `forward`; returns the undo, which gives back one that was the module's own."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-
-    def undo() -> None:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = before
-
-    return undo
-
-
-def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Tensor]:
-    forward = _unbound(experts)
-    per_row = _gathered_bytes_per_row(experts)
-
-    def split(self: nn.Module, hidden: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        n = gate.base_rows
-        if n is None:
-            return forward(self, hidden, index_NK, weights_NK)
-        hidden_NH = hidden.reshape(-1, hidden.shape[-1])  # DBRX hands [1, N, H] on
-        parts = [slice(0, n), slice(n, len(hidden_NH))]
-        if config._experts_implementation == "batched_mm":
-            size = max(1, GATHER_BYTES // (per_row * index_NK.shape[1]))
-            parts = [slice(i, min(i + size, p.stop)) for p in parts for i in range(p.start, p.stop, size)]
-        parts = [p for p in parts if p.stop > p.start]
-        out = [forward(self, hidden_NH[p], index_NK[p], weights_NK[p]) for p in parts]
-        return (out[0] if len(out) == 1 else torch.cat(out)).reshape(hidden.shape)
-
-    return MethodType(split, experts)
-
-
-def _gathered_bytes_per_row(experts: nn.Module) -> int:
-    """Bytes of one expert's weights: what `batched_mm` copies per row and chosen expert."""
-    return sum(p[0].numel() * p.element_size() for p in experts.parameters() if p.dim() == 3) or 1

@@ -1,5 +1,6 @@
 """Which row counts keep a row's bits in the products of a model's linear layers and routers, on this machine?
 
+Where those of few rows agree with each other and those of many do not, products are cut: `row_cut` finds that out.
 Tried with one thread and with all: small steps run with one (`threads.py`).  Part of the self-test `exact_rows.py`.
 """
 
@@ -16,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from retrofit.runtime.backends.hf.backend import HFBackend, instead
+from retrofit.runtime.backends.hf.backend import HFBackend
+from retrofit.runtime.backends.hf.instead import instead
+from retrofit.runtime.backends.hf.packing import install
+from retrofit.runtime.backends.hf.products import LINEAR, Cut, Packed, Product, Run, in_cut
 from retrofit.runtime.backends.levels import Check
 from retrofit.runtime.backends.threads import thread_limit, work_sizes
 
-LINEAR = (nn.Linear, Conv1D)
 COUNTS = (2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 129)
 """Row counts that are tried: both sides of every floor, and a prompt's."""
 FLOORS = (2, 4, 8, 16, 32)
@@ -31,10 +34,12 @@ NEARLY = 2.0**-6
 SUMS = 1 << 15
 """Sums a shape is tried on at least: in a narrow product another order of additions shows in some rows only."""
 ROUTER_ROWS = 32
+MOST = 32
+"""Rows of a product where products are cut."""
 
 
 @dataclass(frozen=True)
-class Product:
+class Tried:
     """One shape of product: which counts of rows gave a row other bits than it has among all."""
 
     what: str
@@ -49,38 +54,71 @@ class Product:
         return Check(self.what, self.shape, "library", rows, not wrong)
 
 
-def floor(products: Sequence[Product]) -> int | None:
+def floor(tried: Sequence[Tried]) -> int | None:
     """The fewest rows from which on every product keeps every row's bits; None where there are none."""
-    worst = max((n for product in products for n in product.differ), default=0)
+    worst = max((n for one in tried for n in one.differ), default=0)
     return next((n for n in FLOORS if n > worst), None)
 
 
-def linear_products(backend: HFBackend, generator: torch.Generator, rows: int | None = None) -> list[Product]:
+def row_cut(backend: HFBackend, generator: torch.Generator) -> tuple[list[Tried], Cut]:
+    """The cut in which the linear layers' products keep every row's bits, and what was tried in it."""
+    whole = linear_products(backend, generator)
+    least = floor(whole)
+    if least == FLOORS[0]:
+        return whole, Cut(least)
+    cut = Cut(FLOORS[0], MOST)
+    tried = linear_products(backend, generator, cut=cut)
+    few = floor(tried)
+    if few is not None and few > cut.least:  # what is left over of many rows is then filled up otherwise
+        cut = Cut(few, MOST)
+        tried = linear_products(backend, generator, cut=cut)
+        few = floor(tried)
+    return (tried, cut) if few is not None and (least is None or few < least) else (whole, Cut(least or FLOORS[-1]))
+
+
+def linear_products(
+    backend: HFBackend, generator: torch.Generator, rows: int | None = None, cut: Cut | None = None
+) -> list[Tried]:
     """Each distinct shape of linear layer.  rows: one count only, in which places and neighbours change."""
-    alike: dict[str, tuple[Any, dict[str, None]]] = {}
-    for name, module in [*backend.trunk.named_modules(), ("vocabulary", backend.head.linear)]:
-        if isinstance(module, LINEAR) and ".lora_" not in name:
-            bias = "" if module.bias is None else " + bias"
-            shape = f"[{_outputs(module)}, {_inputs(module)}]{bias} {str(module.weight.dtype)[6:]}"
-            role = name.removesuffix(".base_layer").rsplit(".", 1)[-1]
-            alike.setdefault(shape, (module, {}))[1][role] = None
-    products = []
-    for shape, (module, roles) in alike.items():
+    install(backend)
+    alike: dict[str, tuple[Product, dict[str, None]]] = {}
+    for name, product in backend.products.items():
+        module: Any = product.module
+        packed = product.shared[0].packed if product.shared else product.packed
+        outputs, bias = packed.outputs if packed else _outputs(module), "" if module.bias is None else " + bias"
+        shape = f"[{outputs}, {_inputs(module)}]{bias} {str(module.weight.dtype)[6:]}{' packed' if packed else ''}"
+        role = name.removesuffix(".base_layer").rsplit(".", 1)[-1]
+        alike.setdefault(shape, (product, {}))[1][role] = None
+    found = []
+    for shape, (product, roles) in alike.items():
+        outputs = int(shape[1:].split(",")[0])
 
-        def look(module: Any = module) -> tuple[tuple[int, ...], int]:
-            weight = cancelling(_outputs(module), _inputs(module), module.weight, generator)
-            x = cancelled(rows or COUNTS[-1], weight.shape[1], module.weight.dtype, weight.device, generator)
-            alone = _with_weight(module, weight.T.contiguous() if isinstance(module, Conv1D) else weight)
-            return _differing(partial(_batched, alone), x, generator, rows)
+        def look(product: Product = product, outputs: int = outputs) -> tuple[tuple[int, ...], int]:
+            run, weight = _drawn(product, outputs, generator)
+            x = cancelled(rows or COUNTS[-1], weight.shape[1], weight.dtype, weight.device, generator)
+            return _differing(run if cut is None else partial(in_cut, run, cut=cut), x, generator, rows)
 
-        differ, threads = _looked(look, _outputs(module) * (rows or COUNTS[-1]))
-        products.append(Product(", ".join(roles), shape, differ, threads))
-    return products
+        differ, threads = _looked(look, outputs * (rows or COUNTS[-1]))
+        how = f", at most {cut.most} rows at once" if cut is not None else ""
+        found.append(Tried(", ".join(roles), shape + how, differ, threads))
+    return found
 
 
-def router_products(backend: HFBackend, generator: torch.Generator) -> list[Product]:
+def _drawn(product: Product, outputs: int, generator: torch.Generator) -> tuple[Run, Tensor]:
+    """A product like this one, of another weight [outputs, in] and no bias to speak of; and that weight."""
+    module: Any = product.module
+    like = torch.empty(0, dtype=module.weight.dtype, device=product.device)
+    weight = cancelling(outputs, _inputs(module), like, generator)
+    if product.packed is not None or product.shared is not None:
+        return Packed(weight, None if module.bias is None else like.new_zeros(outputs)), weight
+    return partial(
+        _batched, _with_weight(module, weight.T.contiguous() if isinstance(module, Conv1D) else weight)
+    ), weight
+
+
+def router_products(backend: HFBackend, generator: torch.Generator) -> list[Tried]:
     """Modules that multiply rows by a weight of their own.  One that fails gets its rows in tiles of one size."""
-    products: dict[str, Product] = {}
+    products: dict[str, Tried] = {}
     for name, module in backend.trunk.named_modules():
         weight = module._parameters.get("weight")
         if isinstance(module, (*LINEAR, nn.Embedding)) or ".lora_" in name or weight is None or weight.dim() != 2:
@@ -99,7 +137,7 @@ def router_products(backend: HFBackend, generator: torch.Generator) -> list[Prod
             if not hasattr(module.forward, "in_tiles"):  # of a test before this one
                 backend.until_closed(instead(module, _while_kept(module.forward, backend)))
         shape = f"[{', '.join(map(str, weight.shape))}]{how}"
-        products[shape] = Product("router", shape, differ, threads)
+        products[shape] = Tried("router", shape, differ, threads)
     return list(products.values())
 
 

@@ -6,7 +6,7 @@
                 that the model does with rows, its experts and norms
 
     level       every decoding forward                         what fails
-    invariant   has as many rows as the products need, 2 here  a router that fails gets its rows in tiles of one size
+    invariant   has as many rows as the products need, 2 here  products are cut; a router gets its rows in tiles
     bucket      is filled up to `rows` rows                    -
 
 Equal is what `torch.equal` calls so.  Not here: our own kernels (`exact.py`), the table for people (`doctor.py`).
@@ -25,7 +25,7 @@ from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attends import exact_form
 from retrofit.runtime.backends.hf.exact_attention import Form
-from retrofit.runtime.backends.hf.exact_products import FLOORS, floor, linear_products, router_products
+from retrofit.runtime.backends.hf.exact_products import FLOORS, floor, linear_products, router_products, row_cut
 from retrofit.runtime.backends.interface import BUCKET_ROWS
 from retrofit.runtime.backends.levels import HALF, Check, require_equal
 from retrofit.runtime.backends.threads import thread_limit, work_sizes
@@ -65,17 +65,19 @@ class Settled:
 def settle(backend: HFBackend, wanted: str, drafts: int, rows: int | None = None) -> Settled:
     """Let the backend keep a level of exactness that holds here.
 
-    wanted: off, bucket, invariant, or auto: in half precision the cheapest that holds, else off, since there rounding
-    is too fine to part texts.  drafts: tokens of a block.  rows: of every decoding forward at bucket.
+    wanted: off, bucket, invariant, or auto: in half precision the cheapest that holds; else invariant where weights are
+    packed, which makes it cheap, and it holds, and off otherwise, since rounding there seldom parts texts.
+    drafts: tokens of a block.  rows: of every decoding forward at bucket.
     Raises GateError where a level that was asked for by name does not hold.
     """
     name = str(backend.dtype).removeprefix("torch.")
-    if wanted == "off" or (wanted == "auto" and backend.dtype not in HALF):
+    half = backend.dtype in HALF
+    if wanted == "off" or (wanted == "auto" and not half and not backend.packed):
         backend.hold("off", None)
-        why = "it was asked for" if wanted == "off" else f"auto tests levels in half precision only; this is {name}"
-        return Settled("off", why)
+        why = f"auto tests levels in half precision and with packed products only; this is {name}, plain"
+        return Settled("off", "it was asked for" if wanted == "off" else why)
     failed: list[Check] = []
-    for level in ("invariant", "bucket") if wanted == "auto" else (wanted,):
+    for level in (("invariant", "bucket") if half else ("invariant",)) if wanted == "auto" else (wanted,):
         checks = self_test(backend, level, drafts, rows)
         failed = [check for check in checks if not check.equal]
         if not failed:
@@ -94,32 +96,35 @@ def self_test(backend: HFBackend, level: str, drafts: int, rows: int | None = No
     rows = rows or (CPU_BUCKET_ROWS if backend.device.type == "cpu" else BUCKET_ROWS)
     generator = torch.Generator(backend.device).manual_seed(SEED)
     form, checks = exact_form(backend, generator)
+    most = None
     if level == "invariant":
-        products = [*linear_products(backend, generator), *router_products(backend, generator)]
+        linear, cut = row_cut(backend, generator)
+        products, most = [*linear, *router_products(backend, generator)], cut.most
         least, chain = floor(products) or FLOORS[-1], 1 + drafts
     else:
         products, least, chain = linear_products(backend, generator, rows), rows, min(1 + drafts, rows)
-    backend.hold(level, form, least)
+    backend.hold(level, form, least, most)
     checks += [product.check(least) for product in products]
-    checks += _lone_experts(backend)
+    if level == "bucket":
+        checks += _lone_experts(backend)
     return [*checks, _decoder(backend, chain, generator)]
 
 
 def survey(backend: HFBackend, drafts: int, rows: int | None = None) -> list[Priced]:
     """Try out every level, and time `ar` at those that hold, in turns.  The backend keeps `off` afterwards."""
-    kept: dict[str, tuple[Form | None, int, bool]] = {"off": (None, 1, True)}
+    kept: dict[str, tuple[Form | None, int, int | None, bool]] = {"off": (None, 1, None, True)}
     for level in ("invariant", "bucket"):
         holds = all(check.equal for check in self_test(backend, level, drafts, rows))
-        kept[level] = (backend.form, backend.least_rows, holds)
+        kept[level] = (backend.form, backend.least_rows, backend.cut.most, holds)
     seconds: dict[str, float] = {}
     cache = KVCache(1, PROMPT + 1)
     with torch.inference_mode():
         backend.hold("off", None)
         backend.forward(backend.row_plan([SequenceRows(0, 0, [1] * PROMPT, last_logits_only=True)]), cache)
         for _ in range(TURNS):
-            for level, (form, least, holds) in kept.items():
+            for level, (form, least, most, holds) in kept.items():
                 if holds:
-                    backend.hold(level, form, least)
+                    backend.hold(level, form, least, most)
                     with thread_limit(backend.device, least * backend.work_per_row):
                         begin = time.perf_counter()
                         out = backend.forward(backend.row_plan([SequenceRows(0, PROMPT, [1])]), cache)
@@ -127,11 +132,11 @@ def survey(backend: HFBackend, drafts: int, rows: int | None = None) -> list[Pri
                         took = time.perf_counter() - begin
                     seconds[level] = min(seconds.get(level, took), took)
     backend.hold("off", None)
-    return [Priced(level, holds, least, seconds.get(level)) for level, (_, least, holds) in kept.items()]
+    return [Priced(level, holds, least, seconds.get(level)) for level, (_, least, _, holds) in kept.items()]
 
 
 def _lone_experts(backend: HFBackend) -> list[Check]:
-    """Experts that are modules of their own run as many rows as were sent to them: no level reaches that far."""
+    """Experts that are modules of their own run as many rows as were sent to them: a bucket does not reach that far."""
     names = [
         name
         for name, module in backend.trunk.named_modules()

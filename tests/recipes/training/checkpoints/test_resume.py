@@ -117,6 +117,19 @@ def test_a_mixture_is_taken_up_where_it_was(tmp_path: Path, texts: Path) -> None
     assert same(tmp_path / "out", tmp_path / "straight")
 
 
+def test_mixed_lengths_are_taken_up_where_they_were(tmp_path: Path, texts: Path) -> None:
+    mix = {"data__lengths": [8, 24, 16]}
+    run(tmp_path / "straight", texts, **mix)
+    interrupted(tmp_path / "out", texts, 5, **mix)
+    with pytest.raises(UsageError, match=r"data\.lengths: .*8, 24, 16.* -> .*8, 24"):
+        run(tmp_path / "out", texts, data__lengths=[8, 24])
+    run(tmp_path / "out", texts, **mix)
+    assert same(tmp_path / "out", tmp_path / "straight")
+    plain = tmp_path / "plain"
+    run(plain, texts)
+    assert learned(plain) != learned(tmp_path / "straight")
+
+
 def test_nothing_draws_from_a_global_generator(tmp_path: Path, texts: Path) -> None:
     """A checkpoint keeps the state of none."""
 

@@ -120,12 +120,36 @@ def test_filler_changes_nothing_but_the_order_of_addition(name: str) -> None:
             blocks = [Block(9, [MASK] * 4), Block(10, [MASK] * 4)]
             mixed = engine.backend.row_plan([SequenceRows(1, 0, PROMPTS[3][:3]), SequenceRows(0, 7, [1, 2, 3], blocks)])
             out = engine.backend.forward(mixed, cache)
+            projected = engine.backend.head(out.draft_hidden)
         kept = [t[0, :, :10] for layer in cache.layers.values() for t in layer]
-        found.append([out.base_logits, out.base_hidden, out.draft_hidden, *kept])
+        torch.testing.assert_close(out.draft_logits, projected, rtol=1e-3, atol=1e-4)
+        found.append([out.base_logits, out.base_hidden, out.draft_hidden, out.draft_logits, *kept])
         assert mixed.num_rows == {"off": 14, "invariant": 14, "bucket": 24}[level]
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
+
+
+def test_draft_rows_join_the_base_rows_vocabulary_projection_where_they_are_few() -> None:
+    """Not in diffusion, whose forwards have no base row; in a bucket always, which has its rows anyway."""
+    engine = randomise(Engine.from_model(build("llama"), layout=LAYOUT, exact="off"))
+    backend, rows = engine.backend, []
+    projected = backend.head.project
+    backend.head.project = lambda hidden: (rows.append(len(hidden)), projected(hidden))[1]
+    few, many = ([Block(2, [MASK] * 4)] * n for n in (8, 9))
+    with torch.inference_mode():
+        for held, tokens, blocks, joined, count in (
+            (("off", None), [1], few, True, 33),
+            (("off", None), [1], many, False, 1),
+            (("off", None), [], [Block(1, [MASK] * 4)], False, 1),
+            (("bucket", GROUPED, 48), [1], many, True, 48),
+        ):
+            backend.hold(*held)
+            cache = backend.new_cache(1, 16)
+            backend.forward(backend.row_plan([SequenceRows(0, 0, [5])]), cache)
+            out = backend.forward(backend.row_plan([SequenceRows(0, 1, tokens, blocks)]), cache)
+            assert (out.draft_logits is not None, rows.pop()) == (joined, count)
+            assert out.draft_hidden.shape[0] == 4 * len(blocks) and len(out.base_logits) == len(tokens)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -1,0 +1,1 @@
+"""What decoding costs on a CPU, where a step's time goes, whether output is exact: `python -m benchmarks.cpu`."""

@@ -1,0 +1,16 @@
+"""Whether somebody has changed the weights of a live model: K/V that they made are then of no use any more.
+
+What goes through torch is seen: another tensor, another type, writing in place; not what is written by `.data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import nn
+
+
+def written(model: nn.Module) -> Hashable:
+    """Where the weights of the base are, and how often they were written to."""
+    weights = (parameter for name, parameter in model.named_parameters() if ".lora_" not in name)
+    return tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in weights)

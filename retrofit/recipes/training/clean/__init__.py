@@ -1,0 +1,1 @@
+"""The base rows of a training batch."""

@@ -1,0 +1,165 @@
+"""Products of rows with a model's weights: plain, or with weights in oneDNN's own layout, which is faster on a CPU.
+
+A packed product reads its weight in the order that the instructions want, and a row's bits depend less on the rows
+beside it: in fp32 not at all from 2 rows on, where plain products take another path for every few rows.  Where they
+still do, the rows are cut (`Cut`); whether that suffices on a machine is for the self-test to say.
+
+    Product   one linear layer's
+    Shared    of several layers that are given the same rows (q, k, v; gate, up): the first to be asked makes all
+
+Not here: which layers, and what becomes of the plain weights (`packing.py`); routed experts (`experts.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from retrofit.adapters.gated_lora import Gate
+
+LINEAR = (nn.Linear, Conv1D)
+LAID_OUT_FOR = 16
+"""Rows that a packed weight is laid out for; it serves any number."""
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Cut:
+    """How many rows a product has; one for all products of a backend."""
+
+    least: int = 1
+    """Fewer are filled up."""
+    most: int | None = None
+    """More run in several products of so many; None: any number."""
+
+
+def in_cut(run: Run, x: Tensor, cut: Cut) -> Tensor:
+    """x [..., N, in] through a product of `cut.least` to `cut.most` rows at a time -> [..., N, out]."""
+    rows = x.numel() // x.shape[-1]
+    if cut.least <= rows and (cut.most is None or rows <= cut.most):
+        return run(x)
+    flat = x.reshape(-1, x.shape[-1])
+    if rows < cut.least:
+        out = run(F.pad(flat, (0, 0, 0, cut.least - rows)))[:rows]
+    else:
+        assert cut.most is not None
+        rest = rows % cut.most
+        made = [run(part) for part in flat[: rows - rest].split(cut.most)]
+        if rest:
+            made.append(run(flat[-max(rest, cut.least) :])[-rest:])
+        out = torch.cat(made)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class Packed:
+    """A weight [out, in] as oneDNN lays it out; calling it multiplies.  `plain` gives back the bits it was made of."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LAID_OUT_FOR)
+        self.bias = None if bias is None else bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return out
+
+    @property
+    def outputs(self) -> int:
+        return int(self.weight.shape[0])
+
+    def plain(self) -> Tensor:
+        """[out, in], a new tensor."""
+        dense: Tensor = self.weight.to_dense()
+        return dense
+
+    def __deepcopy__(self, memo: Any) -> Packed:
+        """Nobody writes to it, and a tensor in this layout cannot be copied."""
+        return self
+
+
+class Shared:
+    """Products of layers that are given the same rows, as one product.  Each thread has its own rows."""
+
+    def __init__(self, packed: Packed, sizes: Sequence[int], cut: Cut):
+        self.packed, self.sizes, self.cut = packed, list(sizes), cut
+        self._made = threading.local()
+
+    def part(self, number: int, x: Tensor) -> Tensor:
+        """[..., N, sizes[number]] of x [..., N, in]; made with the others' unless this very tensor's were."""
+        made = self._made
+        if getattr(made, "of", None) is not x:
+            made.of, made.left = x, len(self.sizes)
+            made.parts = in_cut(self.packed, x, self.cut).split(self.sizes, -1)
+        part: Tensor = made.parts[number]
+        made.left -= 1
+        if not made.left:
+            made.of = made.parts = None
+        return part
+
+    def plain(self, number: int) -> Tensor:
+        """[sizes[number], in], a new tensor."""
+        return self.packed.plain().split(self.sizes)[number].clone()
+
+    def __deepcopy__(self, memo: Any) -> Shared:
+        return self
+
+
+class Product:
+    """What a linear layer computes in our forwards; it obeys the cut of the backend.
+
+    Where the plain weight was let go it is also what the layer computes otherwise.
+    """
+
+    def __init__(self, module: nn.Module, gate: Gate, cut: Cut):
+        self.module, self.gate, self.cut = module, gate, cut
+        self.packed: Packed | None = None
+        self.shared: tuple[Shared, int] | None = None
+        self.alone = False
+        """Whether the plain weight was let go."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it multiplies; a weight that was let go is said to be nowhere."""
+        return torch.device("cpu") if self.alone else self.module._parameters["weight"].device  # type: ignore[union-attr]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., N, in] -> [..., N, out]."""
+        if self.shared is not None:
+            shared, number = self.shared
+            return shared.part(number, x)
+        return in_cut(self.packed or self._own, x, self.cut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer's: the product in a forward of ours, its own otherwise."""
+        return self(x) if self.alone or self.gate.base_rows is not None else self._own(x)
+
+    def plain(self) -> Tensor:
+        """The weight as the layer has it, a new tensor; of a packed one."""
+        if self.shared is not None:
+            shared, number = self.shared
+            weight = shared.plain(number)
+        else:
+            assert self.packed is not None
+            weight = self.packed.plain()
+        return weight.T.contiguous() if isinstance(self.module, Conv1D) else weight
+
+    def _own(self, x: Tensor) -> Tensor:
+        parameters = self.module._parameters
+        if type(self.module) is nn.Linear:
+            # What the layer would do, past the module machinery: a tenth of a small model's decode step.
+            return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        out: Tensor = type(self.module).forward(self.module, x)
+        return out
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out, in]."""
+    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight

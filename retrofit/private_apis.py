@@ -60,6 +60,11 @@ PRIVATE_APIS = (
         ("retrofit/runtime/backends/hf/backend.py",),
     ),
     PrivateApi(
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+        "the CPU's attention kernel with the sums of its weights; without it base rows attend by products, more slowly",
+        ("retrofit/runtime/backends/hf/parts/call.py",),
+    ),
+    PrivateApi(
         "torch._dynamo.eval_frame._torchdynamo_orig_callable",
         "set on a function that torch.compile wrapped, which would decode with recorded code",
         ("retrofit/runtime/backends/hf/backend.py",),

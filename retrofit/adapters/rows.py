@@ -20,8 +20,9 @@ rows to run (`runtime/plan.py`), and the attention call.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -276,27 +277,30 @@ class RowPlan:
         places = np.broadcast_to(np.asarray(starts)[:, None, None] + np.arange(depth), rows.shape)
         return Paths(
             self._tensor(np.where(there, rows, 0)),
-            self._tensor(np.ascontiguousarray(places)),
+            self._tensor(np.array(places)),
             self._tensor(there),
             self._tensor(group.query),
             starts,
             max(starts) + depth,
         )
 
-    def hidden(self, first: int, stop: int, window: int | None, low: int, high: int) -> Tensor:
-        """[S, stop - first, high - low] which cached keys base rows `first` to `stop` of each sequence do not see."""
-        group = self.base
-        assert group is not None
-        key = (first, stop, window, low, high)
-        if key not in group.masks:
-            query, limit = group.query[:, first:stop, None], group.limit[:, first:stop, None]
-            k = np.arange(low, high)
-            hidden = k >= limit
-            if window is not None:
-                hidden |= query - k >= window
-            hidden[:, :, 0] &= query[:, :, 0] >= 0  # padding: nobody reads it, but it has to be finite
-            group.masks[key] = self._tensor(hidden)
-        return group.masks[key]
+    def counted_from(self, begins: Sequence[int]) -> RowPlan:
+        """The same rows for a cache whose keys of slot s begin at position begins[s]; not for blocks with gradients."""
+        first = [begins[seq.slot] for seq in self.sequences]
+        if not any(first):
+            return self
+        other = copy.copy(self)
+        other.__dict__.pop("paths", None)
+        other.sequences = [replace(s, start=s.start - begin) for s, begin in zip(self.sequences, first, strict=True)]
+        by_slot = torch.tensor(begins, device=self.device)
+        other.base_positions = self.base_positions - by_slot[self.base_slots]
+        if self.base is not None:
+            other.base = self.base.counted_from([begins[slot] for slot in self.base.slots])
+        if self.draft is not None:
+            other.draft = self.draft.counted_from([begins[slot] for slot in self.draft.slots])
+            if self.tree and other.base is not None:
+                other.draft.keys = other.base.keys
+        return other
 
     def base_part(self, window: int | None, first: int, stop: int) -> tuple[int, int, Tensor]:
         """What base rows `first` to `stop` of each sequence see of the keys `low` to `high`: (low, high, [S, T, keys]).
@@ -335,19 +339,24 @@ class RowPlan:
         return group.masks[key], False
 
     def draft_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask [S, 1, T, keys (+ R) + T]: base positions, a tree's base rows, the sequence's draft rows."""
+        """Additive mask [S, 1, T, keys (+ R) + T] of `draft_visibility`."""
         group = self.draft
         assert group is not None
         key = (window if window is not None and group.last >= window else None, dtype)
         if key not in group.masks:
-            parts = [base_visibility(group, key[0])]
-            if self.tree:
-                assert self.base is not None
-                parts.append(path_visibility(group, self.base, key[0]))
-            parts.append(block_visibility(group, self.causal_blocks, key[0]))
-            seen = np.concatenate(parts, axis=2)
-            group.masks[key] = self._additive(seen, dtype)
+            group.masks[key] = self._additive(self.draft_visibility(key[0]), dtype)
         return group.masks[key]
+
+    def draft_visibility(self, window: int | None) -> np.ndarray:
+        """[S, T, keys (+ R) + T] what draft rows see: base positions, a tree's base rows, the sequence's draft rows."""
+        group = self.draft
+        assert group is not None
+        parts = [base_visibility(group, window)]
+        if self.tree:
+            assert self.base is not None
+            parts.append(path_visibility(group, self.base, window))
+        parts.append(block_visibility(group, self.causal_blocks, window))
+        return np.concatenate(parts, axis=2)
 
     def _additive(self, seen_STK: np.ndarray, dtype: torch.dtype) -> Tensor | None:
         if seen_STK.all():

@@ -7,7 +7,8 @@ Not here: which rows there are (`rows.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,43 @@ class Group:
     """Largest position of its rows."""
     masks: dict[Any, Any] = field(default_factory=dict)
     """What was made of the above for some window, which is the same in every layer that has it."""
+
+    def counted_from(self, begins: Sequence[int]) -> Group:
+        """The same rows where positions count from begins[s] on: whose keys begin there."""
+        first = np.asarray(begins, dtype=np.int64)[:, None]
+        query = np.where(self.query >= 0, self.query - first, -1)
+        limit = np.where(self.query >= 0, self.limit - first, 1)
+        keys, last = int(max(1, limit.max())), int(query.max())
+        return replace(self, query=query, limit=limit, keys=keys, last=last, plain_causal=False, masks={})
+
+    def some(self, first: int, stop: int) -> Group:
+        """Those of some sequences."""
+        key = ("some", first, stop)
+        if key not in self.masks:
+            query, limit = self.query[first:stop], self.limit[first:stop]
+            ancestors = None if self.ancestors is None else self.ancestors[first:stop]
+            self.masks[key] = replace(
+                self,
+                slots=self.slots[first:stop],
+                query=query,
+                limit=limit,
+                block=self.block[first:stop],
+                keys=int(max(1, limit.max())),
+                last=int(query.max()),
+                ancestors=ancestors,
+                masks={},
+            )
+        found: Group = self.masks[key]
+        return found
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(first, stop) of the sequences whose slots are neighbours, in their order."""
+        if "runs" not in self.masks:
+            cuts = [i for i in range(1, len(self.slots)) if self.slots[i] != self.slots[i - 1] + 1]
+            self.masks["runs"] = list(zip([0, *cuts], [*cuts, len(self.slots)], strict=True))
+        found: list[tuple[int, int]] = self.masks["runs"]
+        return found
 
     def rectangle(self, rows_NHD: Tensor) -> Tensor:
         """[N, H, D] rows of this kind to [S, H, T, D]."""
@@ -114,6 +152,23 @@ def base_span(group: Group, first: int, stop: int, window: int | None, step: int
         lowest, last = group.masks[key]
     low = 0 if window is None else max(0, lowest - window + 1) // step * step
     return low, last + 1
+
+
+def hidden_keys(
+    group: Group, device: torch.device, first: int, stop: int, window: int | None, low: int, high: int
+) -> Tensor:
+    """[S, stop - first, high - low] which cached keys base rows `first` to `stop` of each sequence do not see."""
+    key = ("hidden", first, stop, window, low, high)
+    if key not in group.masks:
+        query, limit = group.query[:, first:stop, None], group.limit[:, first:stop, None]
+        k = np.arange(low, high)
+        hidden = k >= limit
+        if window is not None:
+            hidden |= query - k >= window
+        hidden[:, :, 0] &= query[:, :, 0] >= 0  # padding: nobody reads it, but it has to be finite
+        group.masks[key] = torch.from_numpy(hidden).to(device, non_blocking=True)
+    found: Tensor = group.masks[key]
+    return found
 
 
 def base_visibility(group: Group, window: int | None) -> np.ndarray:

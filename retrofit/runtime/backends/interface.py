@@ -50,6 +50,8 @@ class Cache(Protocol):
 
     slots: int
     capacity: int
+    most_rows: int | None
+    """Base rows of one sequence that a forward may have; None: any number."""
 
     def open(self, slot: int, positions: int) -> None:
         """Make room for so many positions of a new sequence in this slot."""

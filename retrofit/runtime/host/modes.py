@@ -74,7 +74,7 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
     while pending:
         rows: list[SequenceRows] = []
         finished: list[tuple[Request, bool]] = []
-        room = run.backend.prefill_rows
+        room = min(run.backend.prefill_rows, run.cache.most_rows or run.backend.prefill_rows)
         for r in list(pending.values()):
             if rows and (r.long_rope or room <= 0):
                 continue

@@ -66,7 +66,7 @@ class Case:
         self.plan = RowPlan(sequences, causal_blocks=causal)
         n = self.plan.num_rows
         self.rows = [normal(1, 4, n, 8), normal(1, 2, n, 8), normal(1, 2, n, 6)]
-        self.layer = normal(3, 48, 2, 8), normal(3, 48, 2, 6)
+        self.layer = normal(3, 2, 48, 8), normal(3, 2, 48, 6)
         self.given = normal(1, n, 4, 6)
 
     def run(self, dense: bool, window: int | None, softcap: float | None) -> list[Tensor]:

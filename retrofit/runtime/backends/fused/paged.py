@@ -30,6 +30,8 @@ def pages_for(positions: int) -> int:
 class PagedCache:
     """keys, values [layers, pages, K/V heads, PAGE, head width]; block_table int32 [slots, pages per slot]."""
 
+    most_rows: int | None = None
+
     def __init__(
         self,
         shape: tuple[int, int, int],

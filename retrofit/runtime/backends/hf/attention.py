@@ -19,13 +19,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from retrofit.adapters.rows import RowPlan
+from retrofit.adapters.visibility import Group
 from retrofit.errors import UnsupportedModelError
+from retrofit.runtime.backends.hf import exact_attention, parts
 from retrofit.runtime.backends.hf.block_attention import Call, block_attention, tiles_of
 from retrofit.runtime.backends.hf.cache import KVCache
-from retrofit.runtime.backends.hf.exact_attention import Form, base_attention, tree_attention
+from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.refused import refuse_call
 from retrofit.runtime.backends.sizes import size_for
 
+How = tuple[int | None, float, float | None]
+"""Sliding window, scale, soft-cap."""
 ATTENTION = "retrofit"
 LARGE_MASK = 1 << 22
 """Rows times keys of one sequence from which base rows are masked in pieces."""
@@ -47,6 +51,17 @@ class ForwardContext:
     """How base rows attend where their bits must not depend on the rows beside them; None: as is fastest."""
     calls: list[tuple[int, int | None]] = field(default_factory=list)
     """(layer, sliding window) of every call."""
+    sliding: RowPlan | None = None
+    """The plan as layers see it that keep no more than a window."""
+
+    def plan_at(self, layer: int) -> RowPlan:
+        """The rows with positions that count from the first key which this layer keeps."""
+        begins = self.cache.begins_of(layer)
+        if begins is None:
+            return self.plan
+        if self.sliding is None:
+            self.sliding = self.plan.counted_from(begins)
+        return self.sliding
 
 
 class NoRowPlan(RuntimeError):
@@ -107,18 +122,18 @@ def row_attention(
     if retrofit_rows is None:
         raise NoRowPlan("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
     refuse_call(module, attention_mask, kwargs)
-    context, plan, cache = retrofit_rows, retrofit_rows.plan, retrofit_rows.cache
-    layer = layer_of(module)
+    context, cache, layer = retrofit_rows, retrofit_rows.cache, layer_of(module)
+    plan = context.plan_at(layer)
     context.calls.append((layer, sliding_window))
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    how = (sliding_window, scaling if scaling is not None else query.shape[-1] ** -0.5, softcap)
     if plan.alone and plan.base is not None:
-        return _alone(context, layer, query, key, value, sliding_window, scale, softcap)[None], None
+        return _alone(context, plan, layer, query, key, value, how)[None], None
     if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
         group = plan.draft
         assert group is not None
         scores = len(group.slots) * query.shape[1] * group.width * (group.keys + group.width)
         if scores > size_for(FEW_SCORES, query.device):
-            return _training_rows(plan, cache.layers[layer], query, key, value, sliding_window, scale, softcap), None
+            return _training_rows(plan, cache.layers[layer], query, key, value, *how), None
     query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
     n, first_draft = plan.num_base, plan.first_draft
     out: list[Tensor] = []
@@ -130,15 +145,13 @@ def row_attention(
         else:
             cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
         rows = plan.base.rectangle(query_NHD[:n])
-        out.append(plan.base.flatten(_base_group(context, layer, rows, tree, sliding_window, scale, softcap)))
+        out.append(plan.base.flatten(_base_group(context, plan, layer, rows, tree, how)))
     if first_draft > n:
         out.append(value_NHD.new_zeros(first_draft - n, query.shape[1], value.shape[-1]))
     if plan.draft is not None:
-        block = (plan.draft.rectangle(key_NHD[first_draft:]), plan.draft.rectangle(value_NHD[first_draft:]))
-        k, v = _joined([cache.read(layer, plan.draft.slots, plan.draft.keys), *tree, block])
-        mask = plan.draft_mask(sliding_window, query.dtype)
-        got = attend(plan.draft.rectangle(query_NHD[first_draft:]), k, v, mask, False, scale, softcap)
-        out.append(plan.draft.flatten(got))
+        own = [*tree, (plan.draft.rectangle(key_NHD[first_draft:]), plan.draft.rectangle(value_NHD[first_draft:]))]
+        rows = plan.draft.rectangle(query_NHD[first_draft:])
+        out.append(plan.draft.flatten(_draft_group(context, plan, layer, rows, own, how)))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
@@ -151,17 +164,10 @@ def layer_of(module: nn.Module) -> int:
 
 
 def _alone(
-    context: ForwardContext,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
+    context: ForwardContext, plan: RowPlan, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How
 ) -> Tensor:
     """Base rows of one sequence and nothing else but filler: a rectangle as they come, [1, H, N, D] -> [N, Hq, Dv]."""
-    plan, form = context.plan, context.form
+    form = context.form
     assert plan.base is not None
     n, filler = plan.num_base, plan.num_rows - plan.num_base
     if filler:
@@ -169,36 +175,66 @@ def _alone(
     slot, start = plan.base.slots[0], plan.sequences[0].start
     if form is None:
         k, v = context.cache.append(layer, slot, start, key, value)
-        out = _base_rows(plan, query, k, v, window, scale, softcap)
+        out = _base_rows(plan, query, k, v, *how)
     else:
         k, v = context.cache.append(layer, slot, start, key, value, form.padded(start + n))
-        out = base_attention(plan, query, k, v, window, scale, softcap, form)
+        out = _exact_rows(plan.base, query, k, v, how, form)
     rows = out[0].transpose(0, 1)
     return torch.cat([rows, rows.new_zeros(filler, *rows.shape[1:])]) if filler else rows
 
 
 def _base_group(
     context: ForwardContext,
+    plan: RowPlan,
     layer: int,
     query: Tensor,
     tree: list[tuple[Tensor, Tensor]],
-    window: int | None,
-    scale: float,
-    softcap: float | None,
+    how: How,
 ) -> Tensor:
     """Base rows [S, Hq, T, D]; tree: K and V of these rows themselves, where drafts branch."""
-    plan, form = context.plan, context.form
-    assert plan.base is not None
-    slots, keys = plan.base.slots, plan.base.keys
+    group, form, cache = plan.base, context.form, context.cache
+    assert group is not None
     if form is None:
-        k, v = _joined([context.cache.read(layer, slots, keys), *tree])
-        return _base_rows(plan, query, k, v, window, scale, softcap)
+        k, v = _joined([cache.read(layer, group.slots, group.keys), *tree])
+        return _base_rows(plan, query, k, v, *how)
     if tree:
-        cached = context.cache.read(layer, slots, form.padded(plan.paths.stop))
-        return tree_attention(plan, query, cached, tree[0], window, scale, softcap, form)
-    return base_attention(
-        plan, query, *context.cache.read(layer, slots, form.padded(keys)), window, scale, softcap, form
-    )
+        cached = cache.read(layer, group.slots, form.padded(plan.paths.stop))
+        window, scale, softcap = how
+        if form.kernel and parts.fits(query, tree[0][1], softcap):
+            return parts.tree_attention(group, plan.paths, query, cached, tree[0], window, scale, form)
+        return exact_attention.tree_attention(group, plan.paths, query, cached, tree[0], window, scale, softcap, form)
+    outs = []
+    for first, stop in group.runs:  # slots that are neighbours are read where they are
+        some = group if stop - first == len(group.slots) else group.some(first, stop)
+        k, v = cache.read(layer, some.slots, form.padded(some.keys))
+        outs.append(_exact_rows(some, query[first:stop], k, v, how, form))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _exact_rows(group: Group, query: Tensor, key: Tensor, value: Tensor, how: How, form: Form) -> Tensor:
+    """Base rows [S, Hq, T, D] over the base keys [S, Hk, L, .], in a form of their own."""
+    window, scale, softcap = how
+    if form.kernel and parts.fits(query, value, softcap):
+        return parts.base_attention(group, query, key, value, window, scale, form)
+    return exact_attention.base_attention(group, query, key, value, window, scale, softcap, form)
+
+
+def _draft_group(
+    context: ForwardContext,
+    plan: RowPlan,
+    layer: int,
+    query: Tensor,
+    own: list[tuple[Tensor, Tensor]],
+    how: How,
+) -> Tensor:
+    """Draft rows [S, Hq, T, D]; own: K and V of a tree's base rows, where drafts branch, and of these rows."""
+    group, (window, scale, softcap) = plan.draft, how
+    assert group is not None
+    cached = context.cache.read(layer, group.slots, group.keys)
+    if parts.fits(query, own[-1][1], softcap) and not any(t.requires_grad for t in (query, *own[-1])):
+        return parts.draft_attention(plan, query, cached, _joined(own), window, scale)
+    k, v = _joined([cached, *own])
+    return attend(query, k, v, plan.draft_mask(window, query.dtype), False, scale, softcap)
 
 
 def _base_rows(

@@ -31,7 +31,7 @@ from retrofit.errors import UsageError
 from retrofit.runtime.backends.context import context_length, restarts_at_boundary, rope_boundary
 from retrofit.runtime.backends.hf.answers import answering, by_thread
 from retrofit.runtime.backends.hf.attention import ATTENTION, ForwardContext
-from retrofit.runtime.backends.hf.cache import KVCache
+from retrofit.runtime.backends.hf.cache import STEP, KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.experts import separate_experts
 from retrofit.runtime.backends.hf.load_check import check_model
@@ -54,8 +54,6 @@ FEW_ROWS = 128
 FEW_DRAFT_ROWS = 32
 """Up to here draft rows join the base rows' vocabulary projection, those of blocks that may not come true with them:
 that many cost less than reading the weights once more."""
-CACHE_STEP = 256
-"""The K/V cache grows in steps of so many positions."""
 
 
 def wrap(model: PreTrainedModel, build: Callable[[], Attached]) -> tuple[Attached, HFBackend]:
@@ -160,10 +158,12 @@ class HFBackend:
             self.context_length, self.rope_boundary = self.rope_boundary, None
         self.experts: str | None = self.config._experts_implementation
         """Which experts run: as it was, whatever a `generate` of the user's sets meanwhile."""
+        self.sliding: dict[int, int] = {}
+        """layer -> its window, of layers that slide; known once the model has been checked."""
         self._undone = [by_thread(self.config), separate_experts(model, gate), lock_rotation(self.trunk)]
         try:
             self.check_usable()
-            check_model(self)
+            self.sliding = check_model(self)
         except BaseException:
             self.close()
             raise
@@ -229,7 +229,9 @@ class HFBackend:
         return requests
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        return KVCache(slots, -(-capacity // CACHE_STEP) * CACHE_STEP)
+        # Where a text is run again at a RoPE boundary its rows come in one forward, more than sliding layers take in.
+        sliding = self.sliding if self.rope_boundary is None else {}
+        return KVCache(slots, -(-capacity // STEP) * STEP, sliding)
 
     def stepper(
         self, run: Run, requests: Sequence[Request], slots: int, on_host: AutoPolicy, on_device: AutoPolicy
@@ -265,6 +267,8 @@ class HFBackend:
         """[N, H] last hidden states of all rows.  Raises UsageError when this is closed, or the model being trained."""
         self.turns.check_open()
         context = context or ForwardContext(plan, cache, self.form)
+        for sequence in plan.sequences:
+            cache.make_room(sequence.slot, sequence.start, len(sequence.tokens))
         embeds = self.embed(plan)
         extra = {} if self.per_layer is None else {"per_layer_inputs": self.per_layer(plan.ids[None])}
         with self.switched(plan):

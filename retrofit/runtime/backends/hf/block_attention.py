@@ -110,7 +110,7 @@ def _tile(rows: BlockRows, first: int, stop: int, window: int | None, causal: bo
 def block_attention(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, call: Call) -> Tensor:
     """query [Hq, N, D], key [Hk, N, D] and value [Hk, N, Dv] of draft rows -> [Hq, N, Dv].
 
-    keys [slots, capacity, Hk, D] and values [slots, capacity, Hk, Dv] are a cache layer; they get no gradient.
+    keys [slots, Hk, capacity, D] and values [slots, Hk, capacity, Dv] are a cache layer; they get no gradient.
     """
     out: Tensor = _BlockAttention.apply(query, key, value, keys, values, call)
     return out
@@ -222,8 +222,8 @@ class _View:
         self._slice(rows_HND).copy_(tile.view(rows_HND.shape[0], -1, rows_HND.shape[2]))
 
     def cached(self, layer: Tensor) -> Tensor:
-        """[slots, capacity, Hk, D] -> [Hk, L, D]."""
-        return layer[self.tile.slot, self.tile.low : self.tile.high].transpose(0, 1)
+        """[slots, Hk, capacity, D] -> [Hk, L, D]."""
+        return layer[self.tile.slot, :, self.tile.low : self.tile.high]
 
     def far_scores(self, q: Tensor, seen: Tensor) -> Tensor:
         """[Hk, c * G * K, L] fp32."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,19 +19,23 @@ from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.runtime.backends.hf.attention import ForwardContext, row_attention
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.cache import KVCache
-from retrofit.runtime.backends.hf.exact_attention import FORMS, LEAST, Form
+from retrofit.runtime.backends.hf.exact_attention import FORMS, Form
 from retrofit.runtime.backends.hf.exact_products import NEARLY, cancelled, cancelling
 from retrofit.runtime.backends.hf.refused import has_sliding_window
 from retrofit.runtime.backends.levels import Check
 from retrofit.runtime.backends.threads import thread_limit, work_sizes
 
-STARTS = (60, 250, 1020)
+STARTS = (60, 251, 1021)
 """Where the rows that attend begin: behind them lie multiples of 64, of a piece of 256 and of one of 1,024."""
 LONGER = 400
 """By so many positions another sequence is longer: the keys that it adds weigh nothing for a row of this one."""
 SPREAD = 3.0
-ATTENDING = 33
-"""Rows that attend together: with siblings in a tree, more than a tile of 64."""
+ATTENDING = 60
+"""Rows that attend together: with siblings in a tree, more than any tile."""
+ALONE = 12
+"""How many of them also attend one by one."""
+COUNTS = (2, 3, 5, 9, 11, 16, 17, 33)
+"""How many of them attend together besides: libraries choose by the number."""
 
 
 def exact_form(backend: HFBackend, generator: torch.Generator) -> tuple[Form, list[Check]]:
@@ -51,18 +56,20 @@ class _Shape(NamedTuple):
     width: int
     value_width: int
     window: int | None
+    softcap: float | None
 
 
 def _shapes(backend: HFBackend) -> list[_Shape]:
     """Those of the model's layers."""
-    cache = KVCache(1, LEAST)
+    cache = KVCache(1, 2)
     backend.hold("off", None)
-    backend.forward(backend.row_plan([SequenceRows(0, 0, [0] * LEAST)]), cache)
+    backend.forward(backend.row_plan([SequenceRows(0, 0, [0] * 2)]), cache)
     heads = backend.config.num_attention_heads
-    found = {(heads, k.shape[2], k.shape[3], v.shape[3]) for k, v in cache.layers.values()}
+    found = {(heads, k.shape[1], k.shape[3], v.shape[3]) for k, v in cache.layers.values()}
     slides = has_sliding_window(backend.config, backend.context_length)
     windows = {None, backend.config.sliding_window if slides else None}
-    return [_Shape(*sizes, window) for sizes in sorted(found) for window in windows]
+    softcap = getattr(backend.config, "attn_logit_softcapping", None)
+    return [_Shape(*sizes, window, softcap) for sizes in sorted(found) for window in windows]
 
 
 @dataclass
@@ -71,6 +78,7 @@ class _Attending:
 
     form: Form
     window: int | None
+    softcap: float | None
     start: int
     cache: KVCache
     own: tuple[Tensor, ...]
@@ -93,8 +101,9 @@ class _Attending:
         attend: Any = row_attention  # of a module that it asks for its number only
         layer = SimpleNamespace(layer_idx=0)
         return attend(
-            layer, query[None], key[None], value[None], None, sliding_window=self.window, retrofit_rows=context
-        )[0][0]
+            layer, query[None], key[None], value[None], None, sliding_window=self.window, softcap=self.softcap,
+            retrofit_rows=context,
+        )[0][0]  # fmt: skip
 
     def rows(self, slot: int, first: int = 0, count: int | None = None) -> tuple[SequenceRows, list[int]]:
         count = self.chain if count is None else count
@@ -120,15 +129,17 @@ class _Attending:
             "another sequence": lambda: self.run(other, self.rows(0))[few:],
             "a longer one": lambda: self.run(longer, self.rows(0))[few:],
             "a tree": lambda: self.run((branched, numbers))[::2],
+            **{f"{n} together": partial(lambda n: self.run(self.rows(0, 0, n)), n) for n in COUNTS if n < chain},
             "one row beside others": lambda: torch.cat(
-                [self.run(first, last, self.rows(0, j, 1))[2:] for j in range(chain)]
+                [self.run(first, last, self.rows(0, j, 1))[2:] for j in range(min(ALONE, chain))]
             ),
-            "alone": lambda: torch.cat([self.run(self.rows(0, j, 1)) for j in range(chain)]),
+            "alone": lambda: torch.cat([self.run(self.rows(0, j, 1)) for j in range(min(ALONE, chain))]),
         }
         for work in work_sizes(whole.device):
             with thread_limit(whole.device, work):
                 for name, arranged in arrangements.items():
-                    if not torch.equal(arranged(), whole):
+                    got = arranged()
+                    if not torch.equal(got, whole[: len(got)]):
                         return f"{name}, at {self.start}"
         return None
 
@@ -139,13 +150,13 @@ def _attends(backend: HFBackend, form: Form, shape: _Shape, generator: torch.Gen
         differs = differs or _drawn(backend, form, shape, start, generator)
     said = f"{shape.heads} heads, {shape.kv_heads} K/V, width {shape.width}"
     said += f", window {shape.window}" if shape.window else ""
-    tried = f"alone, {ATTENDING} rows, beside others, another slot, a tree; at {', '.join(map(str, STARTS))}"
+    tried = f"alone, 2 to {ATTENDING} rows, beside others, another slot, a tree; at {', '.join(map(str, STARTS))}"
     return Check("attention", said, form.name, differs or tried, differs is None)
 
 
 def _drawn(backend: HFBackend, form: Form, shape: _Shape, start: int, generator: torch.Generator) -> str | None:
     """What `differing` says of random rows in which most of every sum cancels out, so that its order shows."""
-    heads, kv_heads, width, value_width, window = shape
+    heads, kv_heads, width, value_width, window, softcap = shape
     length, dtype, device = start + ATTENDING, backend.dtype, backend.device
     key = cancelling(kv_heads * length, width, torch.empty(0, dtype=dtype, device=device), generator)
     key = key.view(kv_heads, length, width)
@@ -162,11 +173,11 @@ def _drawn(backend: HFBackend, form: Form, shape: _Shape, start: int, generator:
 
     cache = KVCache(4, start + LONGER + ATTENDING)
     cache.layers[0] = tuple(  # type: ignore[assignment]
-        torch.randn(cache.slots, cache.capacity, kv_heads, w, device=device, generator=generator).to(dtype)
+        torch.randn(cache.slots, kv_heads, cache.capacity, w, device=device, generator=generator).to(dtype)
         for w in (width, value_width)
     )
     for kept, drawn in zip(cache.layers[0], (key, value), strict=True):
-        kept[:2, :start] = drawn[:, :start].transpose(0, 1)
+        kept[:2, :, :start] = drawn[:, :start]
     own = query, key[:, start:], value[:, start:]
     beside = tuple(torch.randn(t.shape, device=device, generator=generator).to(dtype) for t in own)
-    return _Attending(form, window, start, cache, own, beside).differing()
+    return _Attending(form, window, softcap, start, cache, own, beside).differing()

@@ -21,11 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrofit.adapters.rows import RowPlan
-from retrofit.adapters.visibility import base_span
+from retrofit.adapters.visibility import Group, Paths, base_span, hidden_keys
 
-LEAST = 2
-"""Rows of a product, at least: a single one takes another path through the libraries, which adds in another order."""
 COLUMNS = 16
 """The columns of V are filled up to a multiple of this: sums of what would be left over are made in another order."""
 TILE = 64
@@ -47,6 +44,10 @@ class Form:
     """Keys per product with V, by absolute position."""
     dtype: torch.dtype | None = None
     """What products run in; None: what they are given in."""
+    least: int = 2
+    """Rows of a product, at least: a single one takes another path through the libraries, in another order."""
+    kernel: bool = False
+    """Whether torch's attention kernel for CPUs is called over the pieces, wherever it can be (`parts/`)."""
 
     def padded(self, keys: int) -> int:
         """So many keys, filled up."""
@@ -55,12 +56,20 @@ class Form:
 
 GROUPED = Form("rows as they are", rows=1, keys=16, piece=1024)
 TILED = Form("tiles of 32 x 256", rows=32, keys=256, piece=256)
-FORMS = (GROUPED, TILED, Form("fp32 tiles of 32 x 256", rows=32, keys=256, piece=256, dtype=torch.float32))
+KERNEL = Form("kernel over 256", rows=1, keys=256, piece=256, kernel=True)
+FORMS = (
+    KERNEL,
+    Form("kernel over 256, 3 rows", rows=1, keys=256, piece=256, least=3, kernel=True),
+    Form("kernel over 256, tiles of 32", rows=32, keys=256, piece=256, kernel=True),
+    GROUPED,
+    TILED,
+    Form("fp32 tiles of 32 x 256", rows=32, keys=256, piece=256, dtype=torch.float32),
+)
 """Cheapest first."""
 
 
 def base_attention(
-    plan: RowPlan,
+    group: Group,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -69,12 +78,10 @@ def base_attention(
     softcap: float | None,
     form: Form,
 ) -> Tensor:
-    """Base rows [S, Hq, T, D] over the cached keys [S, Hk, L, .], L = form.padded(plan.base.keys) -> [S, Hq, T, Dv].
+    """Base rows [S, Hq, T, D] over the cached keys [S, Hk, L, .], L = form.padded(group.keys) -> [S, Hq, T, Dv].
 
     For forwards whose drafts do not branch.
     """
-    group = plan.base
-    assert group is not None
     S, H, T = query.shape[:3]
     window = window if window is not None and group.last >= window else None
     size = max(1, min(TILE, TILE_SCORES // (S * H * key.shape[2])))
@@ -84,7 +91,7 @@ def base_attention(
         low, high = base_span(group, first, stop, window, form.piece)
         high = form.padded(high)
         scores = _scores(query[:, :, first:stop], key[:, :, low:high], scale, softcap, form)
-        _hide(scores, plan, first, stop, window, low, high)
+        _hide(scores, group, first, stop, window, low, high)
         weights = torch.softmax(scores, -1).to(query.dtype).flatten(2, 3)
         out = _with_values(weights, value[:, :, low:high], form).to(query.dtype)
         outs.append(out.reshape(S, H, stop - first, -1))
@@ -92,7 +99,8 @@ def base_attention(
 
 
 def tree_attention(
-    plan: RowPlan,
+    group: Group,
+    paths: Paths,
     query: Tensor,
     cached: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
@@ -103,16 +111,14 @@ def tree_attention(
 ) -> Tensor:
     """Base rows [S, Hq, T, D] of a forward whose drafts branch -> [S, Hq, T, Dv].
 
-    cached: K and V [S, Hk, L, .] of the committed positions, L = form.padded(plan.paths.stop); own: those
+    cached: K and V [S, Hk, L, .] of the committed positions, L = form.padded(paths.stop); own: those
     [S, Hk, T, .] of these rows.  A row's path takes the places that its tokens have in a chain: start, start + 1, ...
     """
-    group, paths = plan.base, plan.paths
-    assert group is not None
     (key, value), (own_key, own_value) = cached, own
     (S, H, T), Hk = query.shape[:3], key.shape[1]
     window = window if window is not None and group.last >= window else None
     scores = _scores(query, key, scale, softcap, form)
-    scores.masked_fill_(plan.hidden(0, T, window, 0, key.shape[2])[:, None, None], float("-inf"))
+    scores.masked_fill_(hidden_keys(group, key.device, 0, T, window, 0, key.shape[2])[:, None, None], float("-inf"))
     filled = F.pad(own_key, (0, 0, 0, form.padded(T) - T))
     rows = paths.rows[:, None, None].expand(S, Hk, H // Hk, *paths.rows.shape[1:])
     along = _scores(query, filled, scale, softcap, form).gather(-1, rows)
@@ -134,16 +140,15 @@ def tree_attention(
     return out.reshape(S, T, H, -1).transpose(1, 2)
 
 
-def _hide(scores_SHGTL: Tensor, plan: RowPlan, first: int, stop: int, window: int | None, low: int, high: int) -> None:
+def _hide(scores_SHGTL: Tensor, group: Group, first: int, stop: int, window: int | None, low: int, high: int) -> None:
     """Minus infinity for the keys that a row does not see."""
-    group = plan.base
-    assert group is not None
     if group.width == 1 and len(group.slots) == 1:
         scores_SHGTL[..., group.last + 1 - low :] = float("-inf")
         if window is not None:
             scores_SHGTL[..., : group.last - window + 1 - low] = float("-inf")
     else:
-        scores_SHGTL.masked_fill_(plan.hidden(first, stop, window, low, high)[:, None, None], float("-inf"))
+        hidden = hidden_keys(group, scores_SHGTL.device, first, stop, window, low, high)
+        scores_SHGTL.masked_fill_(hidden[:, None, None], float("-inf"))
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None, form: Form) -> Tensor:
@@ -180,7 +185,7 @@ def _with_values(weights: Tensor, value: Tensor, form: Form, total: Tensor | Non
 def _product(left: Tensor, right: Tensor, form: Form) -> Tensor:
     """left [S, Hk, M, X] by right [S, Hk, X, N], in the shape of the form."""
     rows = left.shape[2]
-    filled = max(LEAST, -(-rows // form.rows) * form.rows)
+    filled = max(form.least, -(-rows // form.rows) * form.rows)
     if filled > rows:
         left = F.pad(left, (0, 0, 0, filled - rows))
     if form.dtype is not None:

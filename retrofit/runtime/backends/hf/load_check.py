@@ -45,8 +45,11 @@ HALF_TYPICAL, HALF_LARGEST = 0.1, 0.5
 
 
 @torch.inference_mode()
-def check_model(backend: HFBackend) -> None:
-    """Raises UnsupportedModelError with the reason why this model's rows do not come out as its own."""
+def check_model(backend: HFBackend) -> dict[int, int]:
+    """layer -> window, of the layers that slide.
+
+    Raises UnsupportedModelError with the reason why this model's rows do not come out as its own.
+    """
     name = type(backend.model).__name__
     # Beyond a longrope boundary the model's own forward would see other frequencies than rows before it.
     length = min(check_length(backend.config, backend.context_length), backend.rope_boundary or backend.context_length)
@@ -59,7 +62,8 @@ def check_model(backend: HFBackend) -> None:
     cache = KVCache(2, length)
     middle = length // 2
     first = backend.row_plan([SequenceRows(0, 0, tokens[:middle])])
-    got = _or_refused(name, "a forward of rows", lambda: row_logits(backend, first, cache))
+    calls: list[tuple[int, int | None]] = []
+    got = _or_refused(name, "a forward of rows", lambda: row_logits(backend, first, cache, calls))
     if differs(got, want[:middle], backend.dtype, routed):
         raise UnsupportedModelError(f"{name}: {why_first(backend, tokens, want, got)}")
     drafts = draft_places(middle, length, backend.causal_blocks)
@@ -75,6 +79,7 @@ def check_model(backend: HFBackend) -> None:
         mine, got = got[: len(right)], got[len(right) :]
         if differs(mine, right, backend.dtype, routed):
             raise UnsupportedModelError(f"{name}: {why_second(backend, what, mine, right)}")
+    return {layer: window for layer, window in calls if window is not None}
 
 
 def check_length(config: Any, context: int) -> int:
@@ -102,9 +107,14 @@ def own_logits(backend: HFBackend, tokens: list[list[int]], **more: Any) -> Tens
     return logits.float()
 
 
-def row_logits(backend: HFBackend, plan: RowPlan, cache: KVCache) -> Tensor:
-    """[N, V] of all rows, adapter off.  Raises UnsupportedModelError where layers call our attention wrongly."""
-    context = ForwardContext(plan, cache)
+def row_logits(
+    backend: HFBackend, plan: RowPlan, cache: KVCache, calls: list[tuple[int, int | None]] | None = None
+) -> Tensor:
+    """[N, V] of all rows, adapter off.  Raises UnsupportedModelError where layers call our attention wrongly.
+
+    calls: gets (layer, sliding window) of every call.
+    """
+    context = ForwardContext(plan, cache, calls=[] if calls is None else calls)
     with adapter_off(backend):
         hidden = backend.run_trunk(plan, cache, context)
     check_calls(type(backend.model).__name__, backend.config, backend.context_length, context.calls)

@@ -6,6 +6,7 @@ through, and the self-test has to catch every dependence on other rows that is p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from torch import Tensor
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
 from retrofit.errors import GateError, UsageError
-from retrofit.runtime.backends.hf import exact_attends, exact_attention, exact_products, exact_rows
+from retrofit.runtime.backends.hf import exact_attends, exact_attention, exact_products, exact_rows, parts
 from retrofit.runtime.backends.hf.attention import ForwardContext, row_attention
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attention import FORMS, GROUPED
 from retrofit.runtime.backends.hf.exact_rows import self_test, settle
+from retrofit.runtime.backends.hf.parts import base_rows
+from retrofit.runtime.backends.hf.parts.call import Part
 from retrofit.runtime.backends.threads import LEAST_WORK
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
@@ -44,8 +47,8 @@ def attended(plan: RowPlan, cache: KVCache, form: Any, rows: tuple[Tensor, ...],
 def filled_cache(heads: int, width: int, value_width: int, generator: torch.Generator) -> KVCache:
     cache = KVCache(2, 100)
     cache.layers[0] = (
-        torch.randn(2, 100, heads, width, generator=generator),
-        torch.randn(2, 100, heads, value_width, generator=generator),
+        torch.randn(2, heads, 100, width, generator=generator),
+        torch.randn(2, heads, 100, value_width, generator=generator),
     )
     return cache
 
@@ -67,7 +70,7 @@ ROWS: dict[str, list[SequenceRows]] = {
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-@pytest.mark.parametrize("shape", [(4, 2, 8, 8), (3, 3, 12, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 2, 8, 8), (3, 3, 12, 12), (3, 3, 12, 10)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 6}, {"sliding_window": 40, "softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_form_is_the_attention_of_before(
@@ -75,7 +78,7 @@ def test_every_form_is_the_attention_of_before(
 ) -> None:
     """In fp32, but for the order of addition; keys are cut often, tiles of rows are small."""
     monkeypatch.setattr(exact_attention, "TILE", 16)
-    form = exact_attention.Form(form.name, form.rows, min(form.keys, 32), 32, form.dtype)
+    form = replace(form, keys=min(form.keys, 32), piece=32)
     heads, kv_heads, width, value_width = shape
     generator = torch.Generator().manual_seed(0)
     plan = RowPlan(ROWS[rows])
@@ -118,7 +121,7 @@ def test_filler_changes_nothing_but_the_order_of_addition(name: str) -> None:
             mixed = engine.backend.row_plan([SequenceRows(1, 0, PROMPTS[3][:3]), SequenceRows(0, 7, [1, 2, 3], blocks)])
             out = engine.backend.forward(mixed, cache)
             projected = engine.backend.head(out.draft_hidden)
-        kept = [t[0, :10] for layer in cache.layers.values() for t in layer]
+        kept = [t[0, :, :10] for layer in cache.layers.values() for t in layer]
         torch.testing.assert_close(out.draft_logits, projected, rtol=1e-3, atol=1e-4)
         found.append([out.base_logits, out.base_hidden, out.draft_hidden, out.draft_logits, *kept])
         assert mixed.num_rows == {"off": 14, "invariant": 14, "bucket": 24}[level]
@@ -232,8 +235,14 @@ def faulty_product(monkeypatch: Any) -> str:
 
 
 def faulty_attention(monkeypatch: Any) -> str:
-    product = exact_attention._product
+    product, part = exact_attention._product, base_rows.part
     monkeypatch.setattr(exact_attention, "_product", lambda a, b, form: other_rows(a.shape[2], product(a, b, form)))
+
+    def other_part(rows: Tensor, *rest: Any) -> Part:
+        made = part(rows, *rest)
+        return Part(other_rows(rows.shape[2], made.out), made.sums)
+
+    monkeypatch.setattr(base_rows, "part", other_part)
     return "attention"
 
 
@@ -246,8 +255,9 @@ def faulty_norm(monkeypatch: Any) -> str:
 
 
 def faulty_tree(monkeypatch: Any) -> str:
-    tree = exact_attention.tree_attention
-    monkeypatch.setattr("retrofit.runtime.backends.hf.attention.tree_attention", lambda *a: tree(*a) * 1.01)
+    for module in (exact_attention, parts):
+        tree = module.tree_attention
+        monkeypatch.setattr(module, "tree_attention", lambda *a, tree=tree: tree(*a) * 1.01)
     return "attention"
 
 

@@ -30,9 +30,14 @@ PRIVATE_APIS = (
         (
             "retrofit/adapters/gated_lora.py",
             "retrofit/runtime/backends/hf/exact_products.py",
-            "retrofit/runtime/backends/hf/packing.py",
-            "retrofit/runtime/backends/hf/products.py",
+            "retrofit/runtime/backends/hf/linear/packing.py",
+            "retrofit/runtime/backends/hf/linear/products.py",
         ),
+    ),
+    PrivateApi(
+        "torch.nn.Module._modules",
+        "the adapter's layers past the module machinery, as `_parameters`",
+        ("retrofit/adapters/gated_lora.py",),
     ),
     PrivateApi(
         "torch.nn.Module._forward_hooks",
@@ -42,17 +47,17 @@ PRIVATE_APIS = (
     PrivateApi(
         "torch.nn.Module._forward_pre_hooks",
         "as `_forward_hooks`",
-        ("retrofit/adapters/gated_lora.py", "retrofit/runtime/backends/hf/packing.py"),
+        ("retrofit/adapters/gated_lora.py", "retrofit/runtime/backends/hf/linear/packing.py"),
     ),
     PrivateApi(
         "torch.ops.mkldnn._reorder_linear_weight",
         "lays a weight out for a CPU; without it weights stay plain",
-        ("retrofit/runtime/backends/hf/products.py",),
+        ("retrofit/runtime/backends/hf/linear/products.py",),
     ),
     PrivateApi(
         "torch.ops.mkldnn._linear_pointwise",
         "multiplies by such a weight, as Inductor's code does",
-        ("retrofit/runtime/backends/hf/products.py",),
+        ("retrofit/runtime/backends/hf/linear/products.py",),
     ),
     PrivateApi(
         "torch.nn.Module._compiled_call_impl",
@@ -133,13 +138,13 @@ PRIVATE_APIS = (
         (
             "retrofit/eval/subject.py",
             "retrofit/runtime/backends/hf/backend.py",
-            "retrofit/runtime/backends/hf/experts.py",
+            "retrofit/runtime/backends/hf/linear/experts.py",
         ),
     ),
     PrivateApi(
         "transformers.models.mixtral.modeling_mixtral.MixtralExperts._apply_gate",
         "what a routed expert does between its two products, which `use_experts_implementation` puts on the module",
-        ("retrofit/runtime/backends/hf/experts.py",),
+        ("retrofit/runtime/backends/hf/linear/experts.py",),
     ),
     PrivateApi(
         "transformers.PreTrainedConfig._name_or_path",

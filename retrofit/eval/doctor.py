@@ -211,7 +211,7 @@ def _untested(device: str, why: RetrofitError) -> Diagnosis:
 def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str | None, why: RetrofitError) -> Diagnosis:
     """The hf backend: every level with its price, and the one that is kept.  why: why our kernels cannot run."""
     from retrofit.runtime.backends.hf.exact_rows import settle, survey
-    from retrofit.runtime.backends.hf.packing import refused
+    from retrofit.runtime.backends.hf.linear.packing import refused
     from retrofit.runtime.engine import Engine
     from retrofit.runtime.loading import prepare
 

@@ -34,7 +34,7 @@ from retrofit.progress import progress
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.sources import document_rng, stable_hash
-from retrofit.runtime.backends.hf.packing import packed_meanwhile
+from retrofit.runtime.backends.hf.linear.packing import packed_meanwhile
 from retrofit.runtime.engine import Engine
 
 BATCH = 64

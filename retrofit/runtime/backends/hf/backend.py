@@ -33,10 +33,10 @@ from retrofit.runtime.backends.hf.answers import answering, by_thread
 from retrofit.runtime.backends.hf.attention import ATTENTION, ForwardContext
 from retrofit.runtime.backends.hf.cache import STEP, KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form
-from retrofit.runtime.backends.hf.experts import separate_experts
+from retrofit.runtime.backends.hf.linear.experts import separate_experts
+from retrofit.runtime.backends.hf.linear.packing import install
+from retrofit.runtime.backends.hf.linear.products import Cut, Product
 from retrofit.runtime.backends.hf.load_check import check_model
-from retrofit.runtime.backends.hf.packing import install
-from retrofit.runtime.backends.hf.products import Cut, Product
 from retrofit.runtime.backends.hf.refused import refuse_unsupported
 from retrofit.runtime.backends.hf.rotation import lock_rotation
 from retrofit.runtime.backends.interface import EXACT_PREFILL_ROWS, PREFILL_ROWS, Output, Stepper, eos_set

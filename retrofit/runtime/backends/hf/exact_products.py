@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.instead import instead
-from retrofit.runtime.backends.hf.packing import install
-from retrofit.runtime.backends.hf.products import LINEAR, Cut, Packed, Product, Run, in_cut
+from retrofit.runtime.backends.hf.linear.packing import install
+from retrofit.runtime.backends.hf.linear.products import LINEAR, Cut, Packed, Product, Run, in_cut
 from retrofit.runtime.backends.levels import Check
 from retrofit.runtime.backends.threads import thread_limit, work_sizes
 

@@ -15,9 +15,9 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.errors import ResourceError, UsageError
 from retrofit.eval.weights import base_state
-from retrofit.runtime.backends.hf import packing, products
-from retrofit.runtime.backends.hf.packing import pack
-from retrofit.runtime.backends.hf.products import Cut, Packed, in_cut
+from retrofit.runtime.backends.hf.linear import packing, products
+from retrofit.runtime.backends.hf.linear.packing import pack
+from retrofit.runtime.backends.hf.linear.products import Cut, Packed, in_cut
 from retrofit.runtime.engine import Engine
 
 LAYOUT = DraftLayout(block=4)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from retrofit.adapters.gated_lora import Gate
 from retrofit.runtime.backends.hf.instead import instead, unbound
-from retrofit.runtime.backends.hf.products import Cut, Packed, in_cut
+from retrofit.runtime.backends.hf.linear.products import Cut, Packed, in_cut
 
 GATHER_BYTES = 1 << 28
 """Expert weights that one `batched_mm` call may gather; more rows run in several calls, with the same bits."""

@@ -74,6 +74,12 @@ class Packed:
     def outputs(self) -> int:
         return int(self.weight.shape[0])
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Addresses of its numbers."""
+        first = int(torch.ops.mkldnn.data_ptr(self.weight))
+        return first, first + self.weight.numel() * self.weight.element_size()
+
     def plain(self) -> Tensor:
         """[out, in], a new tensor."""
         dense: Tensor = self.weight.to_dense()

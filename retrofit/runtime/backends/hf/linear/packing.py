@@ -22,10 +22,11 @@ from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.rows import SequenceRows
 from retrofit.errors import ResourceError, RetrofitError
 from retrofit.runtime.backends.hf.cache import KVCache
-from retrofit.runtime.backends.hf.experts import PackedExperts, can_pack, routed
 from retrofit.runtime.backends.hf.instead import instead
+from retrofit.runtime.backends.hf.linear.experts import PackedExperts, can_pack, routed
+from retrofit.runtime.backends.hf.linear.huge_pages import on_huge_pages
+from retrofit.runtime.backends.hf.linear.products import LINEAR, Packed, Product, Shared, matrix
 from retrofit.runtime.backends.hf.load_check import differs, row_logits
-from retrofit.runtime.backends.hf.products import LINEAR, Packed, Product, Shared, matrix
 
 if TYPE_CHECKING:
     from retrofit.runtime.backends.hf.backend import HFBackend
@@ -112,6 +113,7 @@ def pack(backend: HFBackend, alone: bool) -> Callable[[], None]:
         _pack_linear(backend, alone, undone)
         _pack_experts(backend, alone, undone)
         backend.packed = True
+        on_huge_pages(one.span for one in _packed(backend))
         routed_here = bool(routed(backend.model))
         if differs(_logits(backend), before, backend.dtype, routed_here):
             raise ResourceError(f"{type(backend.model).__name__} computes something else with packed weights")
@@ -121,6 +123,16 @@ def pack(backend: HFBackend, alone: bool) -> Callable[[], None]:
             raise
         raise ResourceError(f"weights cannot be packed: {str(error).splitlines()[0][:160]}") from error
     return undo
+
+
+def _packed(backend: HFBackend) -> Iterator[Packed]:
+    for product in backend.products.values():
+        packed = product.shared[0].packed if product.shared else product.packed
+        if packed is not None:
+            yield packed
+    for module in routed(backend.model).values():
+        experts: PackedExperts | None = module.__dict__.get("retrofit_packed")
+        yield from () if experts is None else (one for packed in experts.packed for one in packed)
 
 
 def _logits(backend: HFBackend) -> Tensor:

@@ -65,11 +65,6 @@ PRIVATE_APIS = (
         ("retrofit/runtime/backends/hf/backend.py",),
     ),
     PrivateApi(
-        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
-        "the CPU's attention kernel with the sums of its weights; without it base rows attend by products, more slowly",
-        ("retrofit/runtime/backends/hf/parts/call.py",),
-    ),
-    PrivateApi(
         "torch._dynamo.eval_frame._torchdynamo_orig_callable",
         "set on a function that torch.compile wrapped, which would decode with recorded code",
         ("retrofit/runtime/backends/hf/backend.py",),
@@ -121,8 +116,8 @@ PRIVATE_APIS = (
     ),
     PrivateApi(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
-        "the dry run of attention on the CPU",
-        ("retrofit/recipes/dry_run/rehearsal.py",),
+        "the CPU's attention kernel and the sums of its weights, else base rows attend by products; its dry run",
+        ("retrofit/recipes/dry_run/rehearsal.py", "retrofit/runtime/backends/hf/parts/call.py"),
     ),
     PrivateApi(
         "torch.distributed.distributed_c10d._get_default_store",

@@ -104,7 +104,7 @@ ORDERS = {
 }
 STEPPER = "`Backend.stepper` says who plans the steps of a call, so a caller need not know which backend it has"
 LAZY_UPWARD = {
-    ("runtime/backends/hf", "runtime/host"): STEPPER,
+    ("runtime/backends/hf/backend", "runtime/host"): STEPPER,
     ("runtime/backends/fused", "runtime/host"): STEPPER,
     ("runtime/backends/fused", "runtime/device"): STEPPER,
 }

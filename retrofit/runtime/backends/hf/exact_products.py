@@ -28,8 +28,8 @@ COUNTS = (2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 129)
 """Row counts that are tried: both sides of every floor, and a prompt's."""
 FLOORS = (2, 4, 8, 16, 32)
 """To so many rows a decoding forward may be filled up at `invariant`."""
-GROUPS = 24
-"""So many times are rows of one count taken together."""
+GROUPS, FEW_GROUPS = 24, 6
+"""So many times are rows of one count taken together; the latter where a row has many sums."""
 NEARLY = 2.0**-6
 SUMS = 1 << 15
 """Sums a shape is tried on at least: in a narrow product another order of additions shows in some rows only."""
@@ -62,14 +62,17 @@ def floor(tried: Sequence[Tried]) -> int | None:
 
 def row_cut(backend: HFBackend, generator: torch.Generator) -> tuple[list[Tried], Cut]:
     """The cut in which the linear layers' products keep every row's bits, and what was tried in it."""
-    whole = linear_products(backend, generator)
-    least = floor(whole)
-    if least == FLOORS[0]:
-        return whole, Cut(least)
+    whole = linear_products(backend, generator, first=True)
+    if floor(whole) == FLOORS[0]:
+        return whole, Cut(FLOORS[0])
     cut = Cut(FLOORS[0], MOST)
     tried = linear_products(backend, generator, cut=cut)
     few = floor(tried)
-    if few is not None and few > cut.least:  # what is left over of many rows is then filled up otherwise
+    if few == cut.least:
+        return tried, cut
+    whole = linear_products(backend, generator)
+    least = floor(whole)
+    if few is not None:  # what is left over of many rows is then filled up otherwise
         cut = Cut(few, MOST)
         tried = linear_products(backend, generator, cut=cut)
         few = floor(tried)
@@ -77,9 +80,16 @@ def row_cut(backend: HFBackend, generator: torch.Generator) -> tuple[list[Tried]
 
 
 def linear_products(
-    backend: HFBackend, generator: torch.Generator, rows: int | None = None, cut: Cut | None = None
+    backend: HFBackend,
+    generator: torch.Generator,
+    rows: int | None = None,
+    cut: Cut | None = None,
+    first: bool = False,
 ) -> list[Tried]:
-    """Each distinct shape of linear layer.  rows: one count only, in which places and neighbours change."""
+    """Each distinct shape of linear layer, small ones first.
+
+    rows: one count only, in which places and neighbours change.  first: up to the first shape that fails.
+    """
     install(backend)
     alike: dict[str, tuple[Product, dict[str, None]]] = {}
     for name, product in backend.products.items():
@@ -90,7 +100,7 @@ def linear_products(
         role = name.removesuffix(".base_layer").rsplit(".", 1)[-1]
         alike.setdefault(shape, (product, {}))[1][role] = None
     found = []
-    for shape, (product, roles) in alike.items():
+    for shape, (product, roles) in sorted(alike.items(), key=lambda item: _size(item[0])):
         outputs = int(shape[1:].split(",")[0])
 
         def look(product: Product = product, outputs: int = outputs) -> tuple[tuple[int, ...], int]:
@@ -101,7 +111,15 @@ def linear_products(
         differ, threads = _looked(look, outputs * (rows or COUNTS[-1]))
         how = f", at most {cut.most} rows at once" if cut is not None else ""
         found.append(Tried(", ".join(roles), shape + how, differ, threads))
+        if differ and first:
+            break
     return found
+
+
+def _size(shape: str) -> int:
+    """Numbers in a weight whose shape is written so: [outputs, inputs] ..."""
+    outputs, inputs = shape[1 : shape.index("]")].split(", ")
+    return int(outputs) * int(inputs)
 
 
 def _drawn(product: Product, outputs: int, generator: torch.Generator) -> tuple[Run, Tensor]:
@@ -211,7 +229,7 @@ def _equal(
     product: Callable[[Tensor], Tensor], x_RN: Tensor, whole: Tensor, n: int, generator: torch.Generator, replaced: bool
 ) -> bool:
     order = torch.randperm(len(x_RN), generator=generator, device=x_RN.device)
-    for group in order.split(n)[:GROUPS]:
+    for group in order.split(n)[: GROUPS if whole.shape[-1] < SUMS // GROUPS else FEW_GROUPS]:
         if len(group) < n:
             continue
         taken, kept = x_RN[group], n

@@ -61,6 +61,7 @@ def stepped(
     policy = AutoPolicy(BLOCK, MEASURED)
     backend = SimpleNamespace(device=torch.device("cpu"), work_per_row=1.0, most_rows=None)
     run: Any = SimpleNamespace(
+        pieces=None,
         strategy="auto", cycle=None, backend=backend, sampled=False, layout=BLOCK, limits=Limits(100),
         rows_each=lambda count: rows,
     )  # fmt: skip

@@ -333,9 +333,18 @@ def test_a_router_whose_product_depends_on_its_rows_gets_them_in_tiles(monkeypat
     assert "forward" not in router.__dict__
 
 
-def test_experts_in_a_list_are_promised_nothing() -> None:
+def test_experts_in_a_list_are_promised_nothing_by_a_bucket() -> None:
+    """They get as many rows as were sent to them; at `invariant` their products are filled up themselves."""
     model = build("llama").to(torch.bfloat16)
     model.model.layers[0].experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     engine = Engine.from_model(model, layout=LAYOUT, exact="off")
-    checks = self_test(engine.backend, "invariant", LAYOUT.drafts)
+    checks = self_test(engine.backend, "bucket", LAYOUT.drafts, rows=8)
     assert [check.what for check in checks if not check.equal] == ["experts"]
+    assert all(check.equal for check in self_test(engine.backend, "invariant", LAYOUT.drafts))
+    seen = []
+    layer = engine.backend.products["layers.0.experts.0"]
+    layer._own = lambda x: seen.append(len(x)) or x  # type: ignore[method-assign]
+    engine.backend.gate.base_rows = 1
+    layer(torch.zeros(1, 2))
+    engine.backend.gate.base_rows = None
+    assert seen == [engine.backend.least_rows]

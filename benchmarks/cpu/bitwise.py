@@ -113,7 +113,7 @@ def lent(task: Task, dtype: str, **options: Any) -> AbstractContextManager[Engin
 def wrapped(model: PreTrainedModel, **options: Any) -> Engine:
     """A live model's engine, with packed products where there are such, and an adapter that matters to draft rows."""
     known = inspect.signature(Engine.from_model).parameters
-    given = {name: value for name, value in {"packed": "auto", **options}.items() if name in known}
+    given = {name: value for name, value in {"packed": True, **options}.items() if name in known}
     engine = Engine.from_model(model, layout=DraftLayout(block=4), **given)
     return from_tests("decoding").randomise(engine)  # type: ignore[no-any-return]
 
@@ -122,7 +122,7 @@ def compared(subject: Subject, full: bool) -> tuple[Bar, dict[str, Any]]:
     prompts = from_tests("decoding").random_prompts(subject.lengths, vocab=subject.vocab)
     texts: dict[str, list[int]] = {}
     with subject.load(prefix_cache=0) as engine:
-        level = engine.backend.exact
+        level, packed = engine.backend.exact, bool(getattr(engine.backend, "packed", False))
         truths = {}
         for temperature in TEMPERATURES:
             truths[temperature] = decoded(engine, subject, prompts, 1, temperature, mode="ar")
@@ -133,14 +133,16 @@ def compared(subject: Subject, full: bool) -> tuple[Bar, dict[str, Any]]:
                 with planted(subject, truth):
                     got = decoded(engine, subject, prompts, batch, temperature, **WAYS[name])
                 equal = [a == b for a, b in zip(got, truth, strict=True)]
-                what = f"{name}, batch {batch}, T = {temperature:g}, prefixes {'kept' if cache else 'not kept'}"
+                what = (
+                    f"{name}, batch {batch}, T = {temperature:g}, prefixes {'kept' if engine.prefixes else 'not kept'}"
+                )
                 texts[what] = [sum(equal), len(equal)]
                 if not all(equal):
                     differ = [n for n, same in zip(subject.lengths, equal, strict=True) if not same]
                     say(
                         f"  {subject.name}, {subject.dtype}, {what}: {sum(equal)}/{len(equal)}; lengths {differ} differ"
                     )
-    figures: dict[str, Any] = {"level": level, "texts": texts}
+    figures: dict[str, Any] = {"level": level, "packed": packed, "texts": texts}
     if subject.dtype == "float32":
         own = reference_tokens(subject.original(), prompts, max_new_tokens=subject.tokens)
         figures["generate"] = [sum(a == b for a, b in zip(own, truths[0.0], strict=True)), len(own)]

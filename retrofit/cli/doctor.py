@@ -39,8 +39,8 @@ def doctor(folder: str | None, base: str | None, loading: Loading, as_json: bool
       off        nothing beyond rounding
 
     Where our kernels cannot run, the model's own modules are tested (backend hf), and every level is shown with
-    its price: a step of ar at that level against one at off. auto takes the cheapest level that holds in half
-    precision, and off in fp32.
+    its price: a step of ar at that level against one at off. auto takes the cheapest level that holds; in fp32
+    that needs packed weights, else it is off.
 
     Without ARTIFACT the test runs the model of --base without an adapter, or the base that ships with
     retrofit. Exits with 3 when a level that was asked for does not hold, and with 4 when the GPU that was asked

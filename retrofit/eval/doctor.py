@@ -243,7 +243,11 @@ def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str |
             verdict = f"{asked.exact} does NOT hold on this machine."
         kind = str(backend.dtype).removeprefix("torch.")
         verdict += f" The model's own modules decode, on the hf backend: {why}."
-        packed = "Weights are packed." if backend.packed else f"Weights are plain: {refused(backend) or 'as asked'}."
+        packed = (
+            "Weights are packed."
+            if backend.packed
+            else f"Weights are plain: {refused(backend) or backend.why_plain or 'as asked'}."
+        )
         place, level, bucket = str(backend.device), backend.exact, backend.most_rows
     verdict = f"{verdict} {packed}"
     return Diagnosis("hf", place, verdict, level, name, kind, bucket, backend.packed, checks, levels, problem)

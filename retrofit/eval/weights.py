@@ -31,7 +31,8 @@ LISTED = 8
 
 
 def base_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The base's own tensors under the names they have without an adapter; no copies."""
+    """The base's own tensors under the names they have without an adapter; packed weights are unpacked, others are no
+    copies."""
     return {
         name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
     }

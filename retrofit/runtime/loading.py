@@ -6,7 +6,6 @@ Not here: decoding.
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,8 +180,10 @@ def prepare(backend: HFBackend, exact: str, drafts: int, rows: int | None, packe
         if not alone:
             backend.until_closed(undo)
     elif packed == "auto" and alone and refused(backend) is None:
-        with suppress(ResourceError):  # then they stay as they are
+        try:
             pack(backend, alone)
+        except ResourceError as error:  # then they stay as they are
+            backend.why_plain = str(error)
     return settle(backend, exact, drafts, rows)
 
 

@@ -271,13 +271,13 @@ def test_mutant_stale_cache_slot(subject, monkeypatch):
     """A slot once written keeps its K/V: the rejected draft's stands where the accepted token's belongs."""
     right = KVCache.write
 
-    def mutant(self, layer, slots, positions, key, value):
+    def mutant(self, layer, slots, columns, key, value):
         if layer in self.layers:
             keys, values = self.layers[layer]
-            filled = (keys[slots, positions] != 0).flatten(1).any(1)[:, None, None]
-            key = torch.where(filled, keys[slots, positions], key)
-            value = torch.where(filled, values[slots, positions], value)
-        right(self, layer, slots, positions, key, value)
+            filled = (keys[slots, :, columns] != 0).flatten(1).any(1)[:, None, None]
+            key = torch.where(filled, keys[slots, :, columns], key)
+            value = torch.where(filled, values[slots, :, columns], value)
+        right(self, layer, slots, columns, key, value)
 
     monkeypatch.setattr(KVCache, "write", mutant)
     assert not exactness.greedy(subject, PROMPTS, LIMIT).ok
@@ -286,7 +286,7 @@ def test_mutant_stale_cache_slot(subject, monkeypatch):
 def test_mutant_noise_key_reused(subject, monkeypatch):
     """The output index never advances: every token is still a fair draw, but three in a row are not."""
     right = sampling.gumbel_noise
-    monkeypatch.setattr(sampling, "gumbel_noise", lambda seed, index, vocab: right(seed, index * 0, vocab))
+    monkeypatch.setattr(sampling, "gumbel_noise", lambda seed, index, *rest: right(seed, index * 0, *rest))
     assert not distribution.distribution(400).ok
     assert not audit.audit(subject, PROMPTS, LIMIT).ok
 

@@ -13,6 +13,7 @@ from tiny_models import build
 from retrofit.eval.distribution import tiny_engine
 from retrofit.runtime.backends.hf import exact_attention
 from retrofit.runtime.backends.hf.exact_attention import GROUPED
+from retrofit.runtime.backends.hf.parts import base_rows
 from retrofit.runtime.engine import Engine
 
 
@@ -24,6 +25,8 @@ def folder(tmp_path_factory, converted_artifact):
 def scales_scores(patch):
     right = exact_attention._scores
     patch.setattr(exact_attention, "_scores", lambda q, k, scale, *rest: right(q, k, scale * 1.5, *rest))
+    part = base_rows.part
+    patch.setattr(base_rows, "part", lambda rows, k, v, seen, scale: part(rows, k, v, seen, scale * 1.5))
 
 
 def forgets_the_first_token(patch):
@@ -35,6 +38,16 @@ def forgets_the_first_token(patch):
             scores[..., 0].clamp_(max=-1e4)
 
     patch.setattr(exact_attention, "_hide", mutant)
+    pieces = base_rows.pieces
+
+    def blank(cached: Any, low: int, high: int, piece: int) -> Any:
+        found = pieces(cached, low, high, piece)
+        if low == 0:
+            found = found.clone()
+            found[0, :, 0] = 0
+        return found
+
+    patch.setattr(base_rows, "pieces", blank)
 
 
 @pytest.mark.parametrize("plant", [None, scales_scores, forgets_the_first_token])

@@ -82,7 +82,7 @@ def grows_another_tree_when_it_pays(patch):
     right = modes._draft
 
     def mutant(run, hangs, tree):
-        even = hangs[0][0].tokens[-1] % 2 == 0
+        even = hangs[0].request.tokens[-1] % 2 == 0
         right(run, hangs, tree if even else tree.first(3))
 
     patch.setattr(modes, "_draft", mutant)

@@ -19,6 +19,7 @@ class KnownEngine:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.prefixes = None
         self.calls: list[tuple[str, Sequence[Sequence[int]]]] = []
         self.options: list[dict[str, Any]] = []
         self.backend = SimpleNamespace(device=SimpleNamespace(type="cpu"))

@@ -280,7 +280,7 @@ def _write_responses(plan: Recipe, backend: HFBackend) -> None:
 
 def windows_of(plan: Recipe, vocab: int, step: int) -> list[Document]:
     """A batch of full windows, of any tokens."""
-    length, batch = plan.data.max_length, []
+    length, batch = max(plan.data.lengths, default=plan.data.max_length), []
     for number in range(plan.train.batch_size):
         tokens = np.random.default_rng([step, number]).integers(1, vocab, length).tolist()
         batch.append(Document(f"{step}.{number}", tuple(tokens), (True,) * length))

@@ -134,7 +134,7 @@ def test_exit_codes_of_fit(folder, bare_heap):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dry-run", "--fit", "much"], "--fit much: no amount of memory"),
+        (["--dry-run", "--fit", "much"], "--fit 'much': no amount of memory"),
         (["--fit", "24GB"], "--fit goes with --dry-run"),
         (["--dry-run", f"data.max_length={2 * CONTEXT}"], "data.max_length"),
         (["--dry-run", "profile=joint"], "profile joint"),

@@ -120,13 +120,13 @@ def test_scores_are_not_rounded_before_the_softmax(gain: int) -> None:
         return torch.randn(*shape, generator=generator)
 
     K, D, before = 8, 64, 400
-    q, own, keys = (gain * normal(*shape) for shape in [(8, K, D), (8, K, D), (1, 512, 8, D)])
-    q, own, keys, v, values = (t.bfloat16() for t in (q, own, keys, normal(8, K, D), normal(1, 512, 8, D)))
+    q, own, keys = (gain * normal(*shape) for shape in [(8, K, D), (8, K, D), (1, 8, 512, D)])
+    q, own, keys, v, values = (t.bfloat16() for t in (q, own, keys, normal(8, K, D), normal(1, 8, 512, D)))
     rows = BlockRows([0], [before], [K], K, torch.device("cpu"), None, None)
     call = block_attention.Call(block_attention.tiles_of(rows, 8, None, False), K, 1, D**-0.5, None)
     got = block_attention.block_attention(q, own, v, keys, values, call)
-    all_keys = torch.cat([keys[0, :before].transpose(0, 1), own], 1)
-    all_values = torch.cat([values[0, :before].transpose(0, 1), v], 1)
+    all_keys = torch.cat([keys[0, :, :before], own], 1)
+    all_values = torch.cat([values[0, :, :before], v], 1)
     decoding = attend(q[None], all_keys[None], all_values[None], None, False, D**-0.5, None)[0]
     exact = torch.softmax(q.float() @ all_keys.float().transpose(1, 2) * D**-0.5, -1) @ all_values.float()
     assert (got.float() - exact).norm() <= 2 * (decoding.float() - exact).norm()

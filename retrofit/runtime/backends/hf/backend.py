@@ -118,6 +118,8 @@ class HFBackend:
     one_order = True
     packed = False
     """Whether products read packed weights; `packing.py` sets it."""
+    why_plain: str | None = None
+    """Why they do not, where packing was tried in vain."""
 
     def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
         """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 STEP = 256
 """Keys are cut at multiples of so many positions."""
-ROOM = 768
+ROOM = 512
 """Positions that a sliding layer takes in before what it keeps moves to the front."""
 
 Taken = dict[int, tuple[Tensor, Tensor]]
@@ -95,10 +95,6 @@ class KVCache:
                 for kept in self.layers[layer]:
                     seen = kept[slot, :, moved : moved + start - begin].clone()
                     kept[slot, :, : seen.shape[1]] = seen
-
-    def first_kept(self, slot: int) -> int:
-        """From this position on the sequence in this slot still is in every layer."""
-        return self.begins[slot]
 
     def take_out(self, slot: int, first: int, stop: int) -> Taken:
         """layer -> copies of K and V [positions, heads, width].

@@ -133,7 +133,7 @@ def test_what_is_taken_out_and_put_in_decodes_alike(small: None) -> None:
     cache, parts = both.rolled, []
     for start in range(0, 176, 16):
         both.forward([SequenceRows(0, start, [(3 * start + 5 * i) % 64 for i in range(16)])], True)
-        assert cache.first_kept(0) <= start
+        assert cache.begins[0] <= start
         parts.append(cache.take_out(0, start, start + 16))
     cache.put_in(1, 0, parts)
     cache.put_in(2, 0, [cache.take_out(0, 0, 176)])

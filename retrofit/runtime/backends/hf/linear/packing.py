@@ -113,7 +113,8 @@ def pack(backend: HFBackend, alone: bool) -> Callable[[], None]:
         _pack_linear(backend, alone, undone)
         _pack_experts(backend, alone, undone)
         backend.packed = True
-        on_huge_pages(one.span for one in _packed(backend))
+        with suppress(AttributeError):  # where addresses cannot be had
+            on_huge_pages([one.span for one in _packed(backend)])
         routed_here = bool(routed(backend.model))
         if differs(_logits(backend), before, backend.dtype, routed_here):
             raise ResourceError(f"{type(backend.model).__name__} computes something else with packed weights")

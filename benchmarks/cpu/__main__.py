@@ -85,13 +85,19 @@ def main(
                 print(table(parts_table(figures)), flush=True)
             if path is not None:
                 command = commanded(model, artifact, name, full)
-                write(path, {name: section(command, time.perf_counter() - begin, found, figures)}, list(SECTIONS))
+                measured = {named(name): section(command, time.perf_counter() - begin, found, figures)}
+                write(path, measured, [named(each) for each in SECTIONS])
         task.close()
     if path is not None:
         say(f"wrote {path}")
     missed = sum(bar.met is False for bar in bars)
     print(f"\n{sum(bar.met is True for bar in bars)} bars met, {missed} missed")
     sys.exit(3 if missed else 0)
+
+
+def named(name: str) -> str:
+    """A section in the results, where those of other programs have the same names."""
+    return f"CPU, {name}"
 
 
 def commanded(model: Path, artifact: Path | None, name: str, full: bool) -> str:

@@ -169,7 +169,7 @@ class Engine:
         cls, base: Base, artifact: artifacts.Artifact, exact: str, rows: int | None, packed: bool | str, alone: bool
     ) -> Engine:
         config = artifact.config
-        attached, backend = with_adapter(base, artifact)
+        attached, backend = with_adapter(base, artifact, alone)
         engine = cls(backend, attached.layout, base.tokenizer, config.get("acceptance"), config, base, attached)
         return engine._prepared(backend, exact, rows, packed, alone)
 

@@ -138,8 +138,10 @@ def fused_backend(
     return backend
 
 
-def with_adapter(base: Base, artifact: Artifact) -> tuple[Attached, HFBackend]:
+def with_adapter(base: Base, artifact: Artifact, alone: bool = False) -> tuple[Attached, HFBackend]:
     """The hf backend over a live model, with an artifact's adapter.
+
+    alone: the model was loaded for this, and is given back to no one.
 
     Raises ArtifactError (another base), UnsupportedModelError, UsageError.
     """
@@ -166,7 +168,10 @@ def with_adapter(base: Base, artifact: Artifact) -> tuple[Attached, HFBackend]:
             parameter.requires_grad_(False)
         return attached
 
-    return wrap(base.model, build)
+    attached, backend = wrap(base.model, build)
+    if alone:
+        attached.trainable.clear()  # it would keep the whole weights alive
+    return attached, backend
 
 
 def prepare(backend: HFBackend, exact: str, drafts: int, rows: int | None, packed: bool | str, alone: bool) -> Settled:

@@ -142,7 +142,7 @@ def test_pieces_leave_what_the_whole_leaves(name: str, monkeypatch: pytest.Monke
         for layer, kept in cache.layers.items():
             for whole, part in zip(kept, again.layers[layer], strict=True):
                 for slot, length in enumerate(LENGTHS):
-                    torch.testing.assert_close(part[slot, :, :length], whole[slot, :length], rtol=1e-5, atol=2e-5)
+                    torch.testing.assert_close(part[slot, :, :length], whole[slot, :, :length], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -222,3 +223,18 @@ def test_weights_are_packed_for_a_while_only() -> None:
     assert not engine.backend.packed
     for got, want in zip(mixed_forward(engine), plain, strict=True):
         assert torch.equal(got, want)
+
+
+def parameters_alive() -> list[torch.nn.Parameter]:
+    gc.collect()
+    return [o for o in gc.get_objects() if type(o) is torch.nn.Parameter and not o.is_meta]
+
+
+def test_nothing_keeps_the_plain_weights_of_a_base_that_was_loaded(made: Any) -> None:
+    before = parameters_alive()
+    known = {id(p) for p in before}
+    with Engine.load(made) as engine:
+        let_go = {tuple(p.shape) for p in engine.attached.model.parameters() if p.is_meta}
+        embedding = engine.attached.model.get_input_embeddings().weight
+        kept = [p for p in parameters_alive() if id(p) not in known and p is not embedding]
+        assert let_go and not [p.shape for p in kept if tuple(p.shape) in let_go]

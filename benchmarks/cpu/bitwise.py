@@ -133,8 +133,9 @@ def compared(subject: Subject, full: bool) -> tuple[Bar, dict[str, Any]]:
                 with planted(subject, truth):
                     got = decoded(engine, subject, prompts, batch, temperature, **WAYS[name])
                 equal = [a == b for a, b in zip(got, truth, strict=True)]
-                kept = "kept" if getattr(engine, "prefixes", None) is not None else "not kept"
-                what = f"{name}, batch {batch}, T = {temperature:g}, prefixes {kept}"
+                what = (
+                    f"{name}, batch {batch}, T = {temperature:g}, prefixes {'kept' if engine.prefixes else 'not kept'}"
+                )
                 texts[what] = [sum(equal), len(equal)]
                 if not all(equal):
                     differ = [n for n, same in zip(subject.lengths, equal, strict=True) if not same]

@@ -20,14 +20,7 @@ from torch import Tensor
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.host.drafting import draft_tokens
-from retrofit.runtime.host.prefixes import (
-    begin_with_kept,
-    copy_prompt,
-    keep_prompt,
-    keep_text,
-    shared_prompts,
-    waits_for,
-)
+from retrofit.runtime.host.prefixes import begin_with_kept, copy_prompt, keep_prompt, keep_text, shared_prompts
 from retrofit.runtime.host.telling import tell, tell_prompts
 from retrofit.runtime.plan import StepPlan, max_verify, speculative_rows
 from retrofit.runtime.request import Request
@@ -83,7 +76,7 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
         finished: list[tuple[Request, bool]] = []
         room = min(run.backend.prefill_rows, run.cache.most_rows or run.backend.prefill_rows)
         for r in list(pending.values()):
-            if rows and (r.long_rope or room <= 0 or waits_for(run, r, [other for other, _ in finished])):
+            if rows and (r.long_rope or room <= 0):
                 continue
             if r.committed == 0:
                 begin_with_kept(run, r)

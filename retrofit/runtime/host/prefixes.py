@@ -70,14 +70,6 @@ def begin_with_kept(run: Run, request: Request) -> None:
         request.committed = request.kept = request.stats.reused = len(found) * run.pieces.size
 
 
-def waits_for(run: Run, request: Request, running: Sequence[Request]) -> bool:
-    """Whether a prompt that has not begun has a piece in common with one that runs now, and can copy it afterwards."""
-    if run.pieces is None or request.committed or request.prompt_top is not None:
-        return False
-    size = run.pieces.size
-    return len(request.prompt) > size and any(request.prompt[:size] == other.prompt[:size] for other in running)
-
-
 def keep_text(run: Run, requests: Sequence[Request]) -> None:
     """Keep the pieces that have become whole: of prompts, and of what was emitted and is committed.
 

@@ -210,7 +210,7 @@ class HFBackend:
         self.exact, self.form, self.least_rows = exact, form, rows
         self.most_rows = rows if exact == "bucket" else None
         # A prompt's bits then depend on nothing but the prompt, however products of many rows are made.
-        self.prefill_alone = exact == "bucket"
+        self.prefill_alone = exact != "off"
         self.prefill_rows = EXACT_PREFILL_ROWS if exact == "invariant" else PREFILL_ROWS
         self.cut.least, self.cut.most = (rows, most) if exact == "invariant" else (1, None)
         if exact == "invariant":

@@ -24,7 +24,7 @@ from retrofit.runtime.backends.hf.linear.products import LINEAR, Cut, Packed, Pr
 from retrofit.runtime.backends.levels import Check
 from retrofit.runtime.backends.threads import thread_limit, work_sizes
 
-COUNTS = (2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 129, 256)
+COUNTS = (2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 129)
 """Row counts that are tried: both sides of every floor, and a prompt's."""
 FLOORS = (2, 4, 8, 16, 32)
 """To so many rows a decoding forward may be filled up at `invariant`."""

@@ -208,14 +208,11 @@ def test_where_nothing_fits_beside_a_block_drafts_are_verified_in_turn_with_it(s
         assert forwards["verify"] > 1 and abs(forwards["draft"] - forwards["verify"]) <= 1
 
 
-def test_prompts_run_alone_in_a_bucket() -> None:
-    """At `invariant` it is all one what runs beside them."""
+def test_prompts_run_alone_where_a_level_is_kept() -> None:
     engine = Engine.from_model(build("llama").to(torch.bfloat16), layout=LAYOUT, exact="off")
     assert not engine.backend.prefill_alone
     engine.backend.hold("invariant", GROUPED, 2)
-    assert not engine.backend.prefill_alone and engine.backend.least_rows == 2 and engine.backend.most_rows is None
-    engine.backend.hold("bucket", GROUPED, 8)
-    assert engine.backend.prefill_alone and engine.backend.most_rows == 8
+    assert engine.backend.prefill_alone and engine.backend.least_rows == 2 and engine.backend.most_rows is None
 
 
 def test_auto_tests_half_precision_only_and_says_why() -> None:

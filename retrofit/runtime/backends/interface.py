@@ -65,10 +65,11 @@ class Cache(Protocol):
     def take_out(self, slot: int, first: int, stop: int) -> Any:
         """A copy of what the sequence in this slot has at positions `first` to `stop` - 1."""
 
-    def put_in(self, slot: int, first: int, kept: Sequence[Any]) -> None:
+    def put_in(self, slot: int, first: int, kept: Sequence[Any], stop: int | None = None) -> None:
         """Give the sequence in this slot, which has been opened, what was taken out of another, bit for bit.
 
-        kept: neighbouring parts; the first of them begins at position `first`.
+        kept: neighbouring parts; the first of them begins at position `first`.  stop: where the last of them ends,
+        which one that was taken out whole does not say itself.
         """
 
     def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:

@@ -47,7 +47,7 @@ def copy_prompt(request: Request, cache: Cache) -> Tensor:
     """Stand where the prefill of the prompt would have ended; returns the logits [V] after it."""
     prefix = request.prefix
     assert prefix is not None and prefix.logits is not None
-    cache.put_in(request.slot, 0, [prefix.kept])
+    cache.put_in(request.slot, 0, [prefix.kept], len(request.prompt))
     request.committed = request.stats.reused = len(request.prompt)
     request.prompt_logprobs = prefix.logprobs
     logits = prefix.logits

@@ -105,7 +105,7 @@ class PagedCache:
         pages = self._pages(slot, first // PAGE, -(-stop // PAGE))
         return self.keys[:, pages], self.values[:, pages]
 
-    def put_in(self, slot: int, first: int, kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def put_in(self, slot: int, first: int, kept: Sequence[tuple[Tensor, Tensor]], stop: int | None = None) -> None:
         """kept: whole pages, but for the last one."""
         page = first // PAGE
         for keys, values in kept:

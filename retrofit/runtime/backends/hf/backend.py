@@ -233,6 +233,8 @@ class HFBackend:
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         # Where a text is run again at a RoPE boundary its rows come in one forward, more than sliding layers take in.
         sliding = self.sliding if self.rope_boundary is None else {}
+        if self.form is not None and self.form.piece > STEP:
+            sliding = {}  # what is kept would begin elsewhere than the form cuts keys
         return KVCache(slots, -(-capacity // STEP) * STEP, sliding)
 
     def stepper(

@@ -41,7 +41,7 @@ class KVCache:
         self.length = -(-kept // STEP) * STEP + STEP + ROOM
         """Columns of a sliding layer."""
         self.sliding = frozenset(sliding) if self.length < capacity else frozenset()
-        self.most_rows = ROOM - STEP if self.sliding else None
+        self.most_rows = ROOM - STEP if sliding else None  # not by the capacity, which others' texts decide
         self.begins = [0] * slots
         """The position in column 0 of each slot's sliding layers."""
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -108,12 +108,14 @@ class KVCache:
             taken[layer] = tuple(t[slot, :, columns].transpose(0, 1).clone() for t in (keys, values))
         return taken  # type: ignore[return-value]
 
-    def put_in(self, slot: int, first: int, kept: Sequence[Taken]) -> None:
+    def put_in(self, slot: int, first: int, kept: Sequence[Taken], stop: int | None = None) -> None:
         """A sliding layer takes what rows behind the last part see."""
         for layer, pair in kept[0].items():
             if layer not in self.layers:
                 self.allocate(layer, *(t.transpose(0, 1)[None] for t in pair))
         counts = [max((len(keys) for keys, _ in part.values()), default=0) for part in kept]
+        if stop is not None:  # of what was taken out whole, each sliding layer may have the end alone
+            counts[0] += stop - first - sum(counts)
         stop = first + sum(counts)
         if self.sliding:
             self.begins[slot] = max(0, stop - max(self.window, STEP)) // STEP * STEP

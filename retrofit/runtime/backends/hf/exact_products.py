@@ -24,7 +24,7 @@ from retrofit.runtime.backends.hf.linear.products import LINEAR, Cut, Packed, Pr
 from retrofit.runtime.backends.levels import Check
 from retrofit.runtime.backends.threads import thread_limit, work_sizes
 
-COUNTS = (2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 129)
+COUNTS = (2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 129, 256)
 """Row counts that are tried: both sides of every floor, and a prompt's."""
 FLOORS = (2, 4, 8, 16, 32)
 """To so many rows a decoding forward may be filled up at `invariant`."""
@@ -64,7 +64,7 @@ def row_cut(backend: HFBackend, generator: torch.Generator) -> tuple[list[Tried]
     """The cut in which the linear layers' products keep every row's bits, and what was tried in it."""
     whole = linear_products(backend, generator, first=True)
     if floor(whole) == FLOORS[0]:
-        return whole, Cut(FLOORS[0])
+        return whole, Cut(FLOORS[0], COUNTS[-1])
     cut = Cut(FLOORS[0], MOST)
     tried = linear_products(backend, generator, cut=cut)
     few = floor(tried)
@@ -76,7 +76,9 @@ def row_cut(backend: HFBackend, generator: torch.Generator) -> tuple[list[Tried]
         cut = Cut(few, MOST)
         tried = linear_products(backend, generator, cut=cut)
         few = floor(tried)
-    return (tried, cut) if few is not None and (least is None or few < least) else (whole, Cut(least or FLOORS[-1]))
+    if few is not None and (least is None or few < least):
+        return tried, cut
+    return whole, Cut(least or FLOORS[-1], COUNTS[-1])
 
 
 def linear_products(

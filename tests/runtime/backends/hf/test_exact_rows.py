@@ -96,6 +96,21 @@ def test_every_form_is_the_attention_of_before(
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("form", [exact_attention.KERNEL, exact_attention.TILED], ids=lambda form: form.name)
+def test_a_tree_keeps_its_bits_beside_a_longer_text(form: Any) -> None:
+    """The longer one has more pieces of keys, which lie between the pieces that all share and the tree's own."""
+    form = replace(form, keys=32, piece=32)
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(2, 256)
+    cache.layers[0] = tuple(torch.randn(2, 2, 256, 16, generator=generator) for _ in range(2))  # type: ignore[assignment]
+    tree, beside = SequenceRows(0, 100, [0] * 6, parents=[-1, 0, 0, 1, 2, 4]), SequenceRows(1, 220, [0] * 6)
+    beside = replace(beside, parents=[-1, 0, 1, 2, 3, 4])
+    rows = tuple(torch.randn(1, h, 12, 16, generator=generator) for h in (4, 2, 2))
+    alone = attended(RowPlan([tree]), cache, form, tuple(t[:, :, :6] for t in rows))
+    together = attended(RowPlan([tree, beside]), cache, form, rows)
+    assert torch.equal(together[:6], alone)
+
+
 def test_a_plan_is_filled_up_between_base_and_draft_rows() -> None:
     sequences = [SequenceRows(0, 5, [7, 8], [Block(7, [MASK] * 3)])]
     plan = RowPlan(sequences, least_rows=9)

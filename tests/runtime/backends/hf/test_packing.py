@@ -238,3 +238,24 @@ def test_nothing_keeps_the_plain_weights_of_a_base_that_was_loaded(made: Any) ->
         embedding = engine.attached.model.get_input_embeddings().weight
         kept = [p for p in parameters_alive() if id(p) not in known and p is not embedding]
         assert let_go and not [p.shape for p in kept if tuple(p.shape) in let_go]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_closed_engine_leaves_a_model_that_computes(name: str) -> None:
+    model = build(name)
+    ids = torch.tensor([PROMPTS[1]])
+    before = model(ids).logits
+    engine = Engine.from_model(model, layout=LAYOUT, exact="off")
+    pack(engine.backend, alone=True)
+    engine.close()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-4)
+
+
+def test_packed_weights_say_that_they_give_no_gradients() -> None:
+    model = build("llama")
+    engine = Engine.from_model(model, layout=LAYOUT, exact="off")
+    pack(engine.backend, alone=True)
+    embeds = torch.randn(1, 4, model.config.hidden_size, requires_grad=True)
+    with pytest.raises(UsageError, match="no gradients"):
+        model(inputs_embeds=embeds)

@@ -97,13 +97,15 @@ def can_pack(experts: Any) -> bool:
 
 def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
     """Make routed experts run base rows and draft rows in calls of their own; returns the undo."""
-    undone: list[Callable[[], None]] = []
+    undone: list[tuple[nn.Module, Callable[[], None]]] = []
     for module in routed(model).values():
-        undone.append(instead(module, _split_rows(module, gate, model.config.get_text_config())))
+        undone.append((module, instead(module, _split_rows(module, gate, model.config.get_text_config()))))
 
     def undo() -> None:
-        for one in undone:
-            one()
+        for module, one in undone:
+            packed: PackedExperts | None = module.__dict__.get("retrofit_packed")
+            if packed is None or not packed.alone:  # else they have no other weights
+                one()
 
     return undo
 

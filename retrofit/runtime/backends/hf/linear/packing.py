@@ -49,12 +49,17 @@ def install(backend: HFBackend) -> None:
     for name, module in {**layers, "vocabulary": backend.head.linear}.items():
         if isinstance(module, LINEAR) and "forward" not in module.__dict__:
             product = backend.products[name] = Product(module, backend.gate, backend.cut)
-            backend.until_closed(instead(module, product.forward))
+            backend.until_closed(_unless_alone(product, instead(module, product.forward)))
     gated = {id(m.plain): m for m in backend.trunk.modules() if isinstance(m, GatedLoraLinear)}
     for product in backend.products.values():
         holder = gated.get(id(product.module))
         if holder is not None:
             holder.product = product
+
+
+def _unless_alone(product: Product, undo: Callable[[], None]) -> Callable[[], None]:
+    """A layer whose plain weight was let go computes by the packed one, also when the engine is closed."""
+    return lambda: None if product.alone else undo()
 
 
 def refused(backend: HFBackend) -> str | None:

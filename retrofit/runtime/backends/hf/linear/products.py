@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from retrofit.adapters.gated_lora import Gate
+from retrofit.errors import UsageError
 
 LINEAR = (nn.Linear, Conv1D)
 LAID_OUT_FOR = 16
@@ -67,6 +68,9 @@ class Packed:
         self.bias = None if bias is None else bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Raises UsageError where a gradient is wanted: there would be none, and nothing would say so."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UsageError("packed weights give no gradients", "load the model with packed=False")
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 

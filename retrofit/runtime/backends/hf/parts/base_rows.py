@@ -25,7 +25,7 @@ def base_attention(
     """Base rows [S, Hq, T, D] over the cached keys [S, Hk, L, D], L = form.padded(group.keys) -> [S, Hq, T, D]."""
     S, H, T, D = query.shape
     heads = key.shape[1]
-    sliding, window = window, window if window is not None and group.last >= window else None
+    window = window if window is not None and group.last >= window else None
     size = max(1, min(ROWS * heads // H, PARTS * form.piece // (S * H * D * key.shape[2])))
     outs = []
     for first in range(0, T, size):
@@ -35,7 +35,7 @@ def base_attention(
         for low, high, seen in _calls(group, first, stop, window, form, heads, H // heads, rows):
             k, v = (pieces(t, low, high, form.piece) for t in (key, value))
             parts.append(part(rows, k, v, seen, scale))
-        outs.append(rectangle(joined(parts, sliding), S, H, stop - first))
+        outs.append(rectangle(joined(parts), S, H, stop - first))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 

@@ -62,29 +62,18 @@ def part(rows: Tensor, key: Tensor, value: Tensor, seen: Seen | None, scale: flo
     return Part(out, sums if seen is None or seen.nothing is None else sums + seen.nothing)
 
 
-def joined(parts: Sequence[Part], window: int | None) -> Tensor:
+def joined(parts: Sequence[Part]) -> Tensor:
     """[B, M, D]; parts in the order of their keys; every row sees something of some part.
 
-    Elementwise operations alone, for reductions add in an order that goes by how many rows there are.  Where a window
-    slides, rows beside a row may put parts before its own, which sums in turn do not notice; without one the first part
-    is the first piece for all, and sums of neighbours need fewer operations.
+    Elementwise operations alone, for reductions add in an order that goes by how many rows there are; and in turn, for
+    rows beside a row may put parts before, between and behind its own, which weigh nothing and then change nothing.
     """
     out, sums = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
     if len(out) == 1:
         return out[0]
     weights = (sums - sums.amax(0)).exp_().unsqueeze(-1)
     made = out.float().mul_(weights) if out.dtype != torch.float32 else out * weights
-    total, whole = (_pairwise(t) if window is None else _in_turn(t) for t in (made, weights))
-    return total.div_(whole).to(out.dtype)
-
-
-def _pairwise(x: Tensor) -> Tensor:
-    """The sum over the first dimension, in place."""
-    while len(x) > 1:
-        even = len(x) // 2 * 2
-        x[:even:2].add_(x[1:even:2])
-        x = x[::2]
-    return x[0]
+    return _in_turn(made).div_(_in_turn(weights)).to(out.dtype)
 
 
 def _in_turn(x: Tensor) -> Tensor:

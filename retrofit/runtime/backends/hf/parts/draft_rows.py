@@ -51,7 +51,7 @@ def draft_attention(
     for (k, v), seen in calls:
         k, v = (t.flatten(0, 1)[None] if S > 1 else t for t in (k, v))
         made.append(part(rows, k, v, seen, scale))
-    return rectangle(joined(made, window), S, H, T)
+    return rectangle(joined(made), S, H, T)
 
 
 def _layout(

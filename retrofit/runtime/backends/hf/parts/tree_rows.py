@@ -84,7 +84,7 @@ def tree_attention(
     these rows.
     """
     S, H, T = query.shape[:3]
-    sliding, window = window, window if window is not None and group.last >= window else None
+    window = window if window is not None and group.last >= window else None
     heads = _Heads(cached[0].shape[1], H // cached[0].shape[1], form, window, query.dtype)
     key = ("tree", heads)
     if key not in group.masks:
@@ -98,7 +98,7 @@ def tree_attention(
     begins = [start // form.piece * form.piece for start in paths.starts]
     sources = [torch.cat([_piece(c, begins, form.piece), o], 2) for c, o in zip(cached, own, strict=True)]
     parts += [_attended(tail, query, sources, heads, scale) for tail in tails]
-    return rectangle(joined(parts, sliding), S, H, T)
+    return rectangle(joined(parts), S, H, T)
 
 
 def _piece(cached: Tensor, begins: list[int], piece: int) -> Tensor:

@@ -85,7 +85,7 @@ def refused(backend: HFBackend) -> str | None:
 def packed_meanwhile(backend: Any) -> Iterator[None]:
     """Decode with packed weights inside, beside the plain ones, where this machine and model can."""
     undo = None
-    if backend.name == "hf" and not backend.packed and refused(backend) is None:
+    if backend.name == "hf" and not backend.packed:
         with suppress(ResourceError):  # then with plain ones
             undo = pack(backend, alone=False)
     try:

@@ -9,8 +9,7 @@ arXiv 2507.11851.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +31,23 @@ class Gate(threading.local):
         return Gate, ()
 
 
+class BaseProduct(Protocol):
+    """How a backend computes the base layer: rows cut, or weight packed."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def updated(self, x: Tensor, first: int) -> Tensor | None:
+        """With the adapter's update of rows `first` and later; None where this adds none."""
+
+
 class GatedLoraLinear(lora.Linear):
     """`peft`'s LoRA linear layer, applied to rows >= gate.base_rows of the second-last dimension."""
 
     gate = Gate()
     """Closed until `set_gate`: another thread may run the model while the adapter is being attached."""
     plain: nn.Linear | None = None
-    product: Callable[[Tensor], Tensor] | None = None
-    """Computes the base layer in forwards of a backend, rows cut or weight packed; None: the layer itself does."""
+    product: BaseProduct | None = None
+    """Computes the base layer in forwards of a backend; None: the layer itself does."""
     by_hand = True
     """Whether gradients of draft rows are formed by hand; False is plain autograd, to compare with."""
 
@@ -47,6 +55,13 @@ class GatedLoraLinear(lora.Linear):
         """Obey this gate.  Also keeps the base layer at hand where it is a plain linear layer."""
         self.gate = gate
         self.__dict__["plain"] = self.base_layer if type(self.base_layer) is nn.Linear else None
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A [rank, in], B [out, rank], and what their product is scaled by."""
+        adapter = self.active_adapters[0]
+        # Few rows of a small model: each operation and each look-up costs as much as the products do.
+        down, up = (self._modules[name]._modules[adapter]._parameters["weight"] for name in ("lora_A", "lora_B"))
+        return down, up, self.scaling[adapter]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., N, in] -> [..., N, out]."""
@@ -56,26 +71,26 @@ class GatedLoraLinear(lora.Linear):
         if base is None or replaced or base._forward_hooks or base._forward_pre_hooks:
             out: Tensor = self.base_layer(x)
         elif first == 0 and self.by_hand and torch.is_grad_enabled() and not base.weight.requires_grad:
-            adapter = self.active_adapters[0]
-            down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            trained: Tensor = _FrozenPlusLowRank.apply(x, base.weight, base.bias, down, up, self.scaling[adapter])
+            trained: Tensor = _FrozenPlusLowRank.apply(x, base.weight, base.bias, *self.factors())
             return trained
         elif product is not None:
+            if first is not None and first < x.shape[-2] and not torch.is_grad_enabled():
+                updated = product.updated(x, first)
+                if updated is not None:
+                    return updated
             out = product(x)
         else:
             # What the layer would do, past the module machinery: a tenth of a small model's decode step.
             out = F.linear(x, base._parameters["weight"], base._parameters["bias"])  # type: ignore[arg-type]
         if first is None or first >= x.shape[-2]:
             return out
-        adapter = self.active_adapters[0]
-        # Few rows of a small model: each operation and each look-up costs as much as the products do.
-        down, up = (self._modules[name]._modules[adapter]._parameters["weight"] for name in ("lora_A", "lora_B"))
+        down, up, scaling = self.factors()
         rows = x[0, first:] if x.dim() == 3 and len(x) == 1 else x[..., first:, :]
         update = F.linear(F.linear(rows.to(down.dtype), down), up)
         if first == 0 and torch.is_grad_enabled():
-            return out + (update * self.scaling[adapter]).to(out.dtype).view_as(out)
+            return out + (update * scaling).to(out.dtype).view_as(out)
         changed = out[0, first:] if rows.dim() < out.dim() else out[..., first:, :]
-        changed.add_(update, alpha=self.scaling[adapter])
+        changed.add_(update, alpha=scaling)
         return out
 
 

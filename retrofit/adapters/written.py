@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def written(model: nn.Module) -> Hashable:
     """Where the weights of the base are, and how often they were written to."""
-    weights = (parameter for name, parameter in model.named_parameters() if ".lora_" not in name)
-    return tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in weights)
+    return tuple(state(parameter) for name, parameter in model.named_parameters() if ".lora_" not in name)
+
+
+def state(weight: Tensor) -> Hashable:
+    """Where one is, and how often it was written to."""
+    return weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version

@@ -23,7 +23,10 @@ from retrofit.runtime.engine import Engine
 
 LAYOUT = DraftLayout(block=4)
 PROMPTS = random_prompts((1, 7, 30))
-TYPES = [torch.float32, torch.bfloat16]
+without_bf16 = pytest.mark.skipif(
+    packing.missing(torch.bfloat16) is not None, reason="this processor has no packed products in bfloat16"
+)
+TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=without_bf16)]
 
 
 def engine_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Engine:

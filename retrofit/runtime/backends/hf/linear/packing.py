@@ -25,6 +25,7 @@ from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.instead import instead
 from retrofit.runtime.backends.hf.linear.experts import PackedExperts, can_pack, routed
 from retrofit.runtime.backends.hf.linear.huge_pages import on_huge_pages
+from retrofit.runtime.backends.hf.linear.low_rank import LowRank
 from retrofit.runtime.backends.hf.linear.products import LINEAR, Packed, Product, Shared, matrix
 from retrofit.runtime.backends.hf.load_check import differs, row_logits
 
@@ -50,11 +51,16 @@ def install(backend: HFBackend) -> None:
         if isinstance(module, LINEAR) and "forward" not in module.__dict__:
             product = backend.products[name] = Product(module, backend.gate, backend.cut)
             backend.until_closed(_unless_alone(product, instead(module, product.forward)))
-    gated = {id(m.plain): m for m in backend.trunk.modules() if isinstance(m, GatedLoraLinear)}
+    gated = _gated(backend)
     for product in backend.products.values():
         holder = gated.get(id(product.module))
         if holder is not None:
             holder.product = product
+
+
+def _gated(backend: HFBackend) -> dict[int, GatedLoraLinear]:
+    """The adapter's layers by the id of the base layer they hold."""
+    return {id(m.plain): m for m in backend.trunk.modules() if isinstance(m, GatedLoraLinear) and m.plain is not None}
 
 
 def _unless_alone(product: Product, undo: Callable[[], None]) -> Callable[[], None]:
@@ -68,8 +74,13 @@ def refused(backend: HFBackend) -> str | None:
         return f"packed products are for CPUs; this model is on {backend.device}"
     if backend.dtype not in TYPES:
         return f"there are no packed products in {str(backend.dtype).removeprefix('torch.')}"
+    return missing(backend.dtype)
+
+
+def missing(dtype: torch.dtype) -> str | None:
+    """What this machine's processor or PyTorch lacks for packed products of this type."""
     generator = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(TRIED, TRIED, generator=generator).to(backend.dtype) for _ in range(2))
+    weight, x = (torch.randn(TRIED, TRIED, generator=generator).to(dtype) for _ in range(2))
     try:
         packed = Packed(weight)
         error = (packed(x).double() - x.double() @ weight.double().T).abs().max()
@@ -152,6 +163,7 @@ def _pack_linear(backend: HFBackend, alone: bool, undone: list[Callable[[], None
     products = {id(p.module): p for p in backend.products.values() if _fits(backend, p.module)}
     together = [[m for m in group if id(m) in products] for group in _sharing(backend)]
     grouped = {id(m) for group in together if len(group) > 1 for m in group}
+    gated = _gated(backend)
     for group in [*together, *([p.module] for p in products.values() if id(p.module) not in grouped)]:
         if not group:
             continue
@@ -159,10 +171,12 @@ def _pack_linear(backend: HFBackend, alone: bool, undone: list[Callable[[], None
         weights = [matrix(module) for module in group]
         biases = [module._parameters["bias"] for module in group]
         packed = Packed(_joined(weights), None if biases[0] is None else _joined(biases))  # type: ignore[arg-type]
+        low_rank = LowRank([gated[id(m)] for m in group]) if all(id(m) in gated for m in group) else None
         if len(mine) == 1:
-            mine[0].packed = packed
+            mine[0].packed, mine[0].low_rank = packed, low_rank
         else:
             shared = Shared(packed, [len(w) for w in weights], backend.cut)
+            shared.low_rank = low_rank
             for number, product in enumerate(mine):
                 product.shared = shared, number
         for product in mine:
@@ -226,7 +240,7 @@ def _alike(one: nn.Module, other: nn.Module) -> bool:
 
 def _plain_again(product: Product) -> Callable[[], None]:
     def undo() -> None:
-        product.packed = product.shared = None
+        product.packed = product.shared = product.low_rank = None
 
     return undo
 

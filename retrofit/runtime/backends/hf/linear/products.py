@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from retrofit.adapters.gated_lora import Gate
 from retrofit.errors import UsageError
+from retrofit.runtime.backends.hf.linear.low_rank import LowRank
 
 LINEAR = (nn.Linear, Conv1D)
 LAID_OUT_FOR = 16
@@ -99,14 +100,23 @@ class Shared:
 
     def __init__(self, packed: Packed, sizes: Sequence[int], cut: Cut):
         self.packed, self.sizes, self.cut = packed, list(sizes), cut
+        self.low_rank: LowRank | None = None
+        """The adapter's update, where all of them have one."""
         self._made = threading.local()
 
-    def part(self, number: int, x: Tensor) -> Tensor:
-        """[..., N, sizes[number]] of x [..., N, in]; made with the others' unless this very tensor's were."""
+    def part(self, number: int, x: Tensor, first: int | None = None) -> Tensor:
+        """[..., N, sizes[number]] of x [..., N, in]; made with the others' unless this very tensor's were.
+
+        first: the first row that gets the adapter's update; None: none does.
+        """
         made = self._made
-        if getattr(made, "of", None) is not x:
-            made.of, made.left = x, len(self.sizes)
-            made.parts = in_cut(self.packed, x, self.cut).split(self.sizes, -1)
+        if getattr(made, "of", None) is not x or made.first != first:
+            made.of, made.first, made.left = x, first, len(self.sizes)
+            out = in_cut(self.packed, x, self.cut)
+            if first is not None:
+                assert self.low_rank is not None
+                self.low_rank.add_to(out, x, first)
+            made.parts = out.split(self.sizes, -1)
         part: Tensor = made.parts[number]
         made.left -= 1
         if not made.left:
@@ -131,6 +141,8 @@ class Product:
         self.module, self.gate, self.cut = module, gate, cut
         self.packed: Packed | None = None
         self.shared: tuple[Shared, int] | None = None
+        self.low_rank: LowRank | None = None
+        """The adapter's update of this layer; `shared` has its own."""
         self.alone = False
         """Whether the plain weight was let go."""
 
@@ -145,6 +157,17 @@ class Product:
             shared, number = self.shared
             return shared.part(number, x)
         return in_cut(self.packed or self._own, x, self.cut)
+
+    def updated(self, x: Tensor, first: int) -> Tensor | None:
+        """With the adapter's update of rows `first` and later; None: that is not prepared."""
+        if self.shared is not None:
+            shared, number = self.shared
+            return None if shared.low_rank is None else shared.part(number, x, first)
+        if self.low_rank is None:
+            return None
+        out = self(x)
+        self.low_rank.add_to(out, x, first)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer's: the product in a forward of ours, its own otherwise."""

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from retrofit import __version__
+from retrofit.errors import ResourceError
 
 
 def hardware() -> dict[str, Any]:
@@ -38,11 +39,23 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def cache_folder() -> Path:
+    """`RETROFIT_CACHE`, else `retrofit` in the user's cache folder.  Raises ResourceError for a user without a home."""
+    given = os.environ.get("RETROFIT_CACHE")
+    if given:
+        return Path(given).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrofit"
+    except RuntimeError as error:
+        raise ResourceError("there is no home folder to keep responses in", "set RETROFIT_CACHE to a folder") from error
+
+
 def cpu_name() -> str:
     """The processor's name and the widest instructions that torch uses on it, which decide what is exact there."""
     return f"{_model_name()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+@cache
 def _model_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():

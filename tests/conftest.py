@@ -46,19 +46,34 @@ def no_gpu_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrofit.hub.default_device", lambda: "cpu")
 
 
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes what the user of this machine keeps."""
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def restless_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` changes its plan at every step and measures nothing: any mixture of strategies must be lossless."""
+    """`auto` changes its plan at every step and goes by no time: any mixture of strategies must be lossless."""
     from retrofit.runtime.auto import cost
-    from retrofit.runtime.auto.cost import CostModel
-    from retrofit.runtime.plan import AR, Cycle
+    from retrofit.runtime.auto.cost import Looked
+    from retrofit.runtime.auto.policy import AutoPolicy
+    from retrofit.runtime.plan import AR, Cycle, lookup
 
     rng = random.Random(0)
 
-    def best(model: CostModel, batch: int, rows: int | None = None) -> Cycle:
-        return rng.choice([AR, *model.cycles(rows)])
+    def choose(
+        policy: AutoPolicy,
+        sampled: bool,
+        batch: int,
+        rows: int | None,
+        context: int = 0,
+        looked: Looked | None = None,
+    ) -> Cycle:
+        text = [] if looked is None else [lookup(policy.layout)] * 3
+        return rng.choice([AR, *text, *policy.model(sampled).cycles(rows)])
 
-    monkeypatch.setattr(CostModel, "best", best)
+    monkeypatch.setattr(AutoPolicy, "choose", choose)
     monkeypatch.setattr(cost, "REPEATS", 0)
 
 

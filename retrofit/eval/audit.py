@@ -24,9 +24,10 @@ from retrofit.eval.exactness import BATCH, LISTED, PLAIN, Prompts, Verdict
 from retrofit.eval.recording import recording
 from retrofit.eval.replay import Asked, Auditor, Sampling
 from retrofit.eval.subject import Subject
+from retrofit.runtime.auto.cost import Looked
 from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.engine import Engine, Result
-from retrofit.runtime.plan import AR, Cycle, StepPlan
+from retrofit.runtime.plan import AR, Cycle, StepPlan, lookup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,10 +164,11 @@ def _vary_plans(policy: AutoPolicy) -> None:
     drawn, steps = random.Random(0), itertools.count()
     held = AR
 
-    def choose(sampled: bool, batch: int, rows: int | None) -> Cycle:
+    def choose(sampled: bool, batch: int, rows: int | None, context: int = 0, looked: Looked | None = None) -> Cycle:
         nonlocal held
         if next(steps) % CYCLE_STEPS == 0:
-            held = drawn.choice([AR, *policy.model(sampled).cycles(rows)])
+            text = [] if looked is None else [lookup(policy.layout)]
+            held = drawn.choice([AR, *text, *policy.model(sampled).cycles(rows)])
         return held
 
     def trials(sampled: bool, batch: int, room: int, rows: int | None) -> list[StepPlan]:

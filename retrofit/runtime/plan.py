@@ -99,12 +99,17 @@ def fused(drafts: int, hang: str | int = "all", tree: DraftTree | None = None) -
     return (StepPlan(drafts, hang, drafts, tree),)
 
 
+def lookup(layout: DraftLayout) -> Cycle:
+    """Verifies what the text itself proposes; it is the only cycle that verifies and never drafts."""
+    return (StepPlan(layout.drafts),)
+
+
 def fixed_cycle(strategy: str, prepare: str | int, layout: DraftLayout, tree: DraftTree | None = None) -> Cycle:
     """The plans of `ar` or of a fixed strategy.  prepare, tree: of `fused`, where blocks hang and how drafts branch."""
     if strategy == "ar":
         return AR
     if strategy == "prompt_lookup":
-        return (StepPlan(layout.drafts),)
+        return lookup(layout)
     if strategy == "two_forward":
         return two_forward(layout.drafts)
     return fused(layout.drafts if tree is None else tree.nodes, prepare, tree)
@@ -263,16 +268,3 @@ def new_block(request: Request, layout: DraftLayout, limits: Limits) -> list[int
     """The next block to denoise: the seed, then masks, cut to the context and, as it is filled whole, to the budget."""
     size = min(layout.block, request.remaining + 1, limits.end(request) - request.position)
     return [request.tokens[-1]] + [MASK] * (size - 1)
-
-
-def looked_up(tokens: Sequence[int], count: int, longest: int = 3) -> list[int]:
-    """Prompt lookup: what followed the latest earlier occurrence of the last n tokens, n = longest..1.
-
-    Training-free n-gram drafts (Saxena 2023, "Prompt Lookup Decoding").
-    """
-    for n in range(min(longest, len(tokens) - 1), 0, -1):
-        tail = list(tokens[-n:])
-        for i in range(len(tokens) - n - 1, -1, -1):
-            if tokens[i] == tail[0] and list(tokens[i : i + n]) == tail:
-                return list(tokens[i + n : i + n + count])
-    return []

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from retrofit.runtime.results import Logprobs, Stats
+from retrofit.runtime.rules.lookup import Lookup
 from retrofit.runtime.rules.processors import Guard, Rules
 from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import DraftTree
@@ -67,6 +68,8 @@ class Request:
     """Drafted tokens: a chain, or the nodes of `tree` in its order."""
     tree: DraftTree | None = None
     """What the drafts hang on where they branch; None: each follows the one before."""
+    lookup: Lookup | None = None
+    """What the text itself proposes; None: nobody asks."""
     confidence: list[float] = field(default_factory=list)
     """Per draft: probability that it is accepted, given all before it are.  Empty without a confidence head."""
     block: list[int] = field(default_factory=list)
@@ -117,6 +120,13 @@ class Request:
         """Put the text under its rules."""
         limit = len(self.prompt) + (self.asked or self.max_new_tokens)
         self.guard = Guard(self.rules or Rules(), self.tokens, limit)
+
+    def looked_up(self, count: int) -> Lookup:
+        """Prompt lookup of the text as it is; count: most drafts of a proposal."""
+        if self.lookup is None:
+            self.lookup = Lookup(self.tokens, count)
+        self.lookup.follow(self.tokens)
+        return self.lookup
 
     def watch(self, vocab: int, device: torch.device, seen: bool = True, counts: bool = False) -> None:
         """Start keeping `seen`, `counts`."""

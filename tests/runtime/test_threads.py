@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 
 from retrofit.adapters import gated_lora
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.auto import cost, policy
+from retrofit.runtime.auto import cost
 from retrofit.runtime.backends import threads
 from retrofit.runtime.backends.hf import answers
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.plan import StepPlan
 
 LAYOUT = DraftLayout(block=3)
 PROMPTS = random_prompts((20, 7))
@@ -212,31 +211,6 @@ def test_streams_that_are_half_read_stand_in_nobodys_way() -> None:
         if turn == 3 * len(WAYS):
             assert in_thread(lambda: call(engine, 1)) == want[1]
     assert got == want
-
-
-def test_plans_are_timed_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = opened(build("llama"))
-    timed = []
-    trials = policy.AutoPolicy.trials
-
-    def noted(*arguments: Any) -> list[StepPlan]:
-        if made := trials(*arguments):
-            timed.append(arguments[1:3])
-        return made
-
-    monkeypatch.setattr(policy.AutoPolicy, "trials", noted)
-    ready = threading.Barrier(3)
-
-    def auto() -> None:
-        ready.wait()
-        call(engine, 1)
-
-    running = [threading.Thread(target=auto) for _ in range(3)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    assert timed == [(False, 2)]
 
 
 def test_one_thread_at_a_time_changes_the_rotation() -> None:

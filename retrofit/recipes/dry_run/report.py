@@ -22,13 +22,12 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from retrofit.errors import ResourceError, out_of_memory
 from retrofit.hub import check_device, load_config, resolved_device
-from retrofit.machine import free_memory, resident
+from retrofit.machine import cache_folder, free_memory, resident
 from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
 from retrofit.recipes.schema import Data, Recipe
 from retrofit.recipes.text.documents import FILE_SUFFIXES, HUB_ID, documents
 from retrofit.recipes.text.faults import Skipped
-from retrofit.recipes.text.regenerate import cache_folder
 from retrofit.recipes.training.checkpoint import KEPT
 from retrofit.recipes.training.measure import MEASURED, held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -30,6 +29,7 @@ import torch
 from retrofit.adapters.attach import Attached
 from retrofit.artifact.files import json_line, room
 from retrofit.errors import ResourceError, TrainingError
+from retrofit.machine import cache_folder
 from retrofit.progress import progress
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.text.documents import Document
@@ -285,17 +285,6 @@ def _entry(line: bytes) -> tuple[str, list[int]] | None:
         return str(entry["key"]), [int(token) for token in entry["tokens"]]
     except (ValueError, TypeError, KeyError):
         return None
-
-
-def cache_folder() -> Path:
-    """`RETROFIT_CACHE`, else `retrofit` in the user's cache folder."""
-    given = os.environ.get("RETROFIT_CACHE")
-    if given:
-        return Path(given).expanduser()
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrofit"
-    except RuntimeError as error:  # this user has no home
-        raise ResourceError("there is no home folder to keep responses in", "set RETROFIT_CACHE to a folder") from error
 
 
 @torch.no_grad()

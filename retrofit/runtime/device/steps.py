@@ -95,7 +95,7 @@ class DeviceSteps:
         lanes, sampled, policy = self.loop.lanes_for(batch), self.run.sampled, self.policy
         if (sampled, lanes) in policy.timed:
             return
-        known = policy.model(sampled).times[True]
+        known = policy.model(sampled).times.rows(True)
         if len(known) > 2 and any(was == sampled and timed > lanes for was, timed in policy.timed):
             return
         self.loop.serve([self.loop.idle] * batch)
@@ -104,7 +104,7 @@ class DeviceSteps:
                 self.loop.step(plan, lanes)
             flight = self._launch(plan, [], lanes)
             self._wait(flight)
-            policy.learn(sampled, flight.rows, plan.blocks > 0, flight.seconds, trial=True)
+            policy.learn(sampled, flight.rows, plan.blocks > 0, flight.seconds)
         policy.timed.add((sampled, lanes))
 
     def _launch(self, plan: StepPlan, requests: list[Request], lanes: int) -> Flight:

@@ -7,39 +7,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
-
+from retrofit.runtime.auto.cost import Looked
+from retrofit.runtime.auto.kept import Kept
 from retrofit.runtime.auto.policy import AutoPolicy, Verified
 from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.host.diffusion import diffusion_step
 from retrofit.runtime.host.modes import prefill_step, speculative_step
 from retrofit.runtime.host.prefixes import keep_text
-from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, looked_up, num_rows, planned
+from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, lookup, planned
 from retrofit.runtime.request import Request
 from retrofit.runtime.run import Run
-
-TRIAL_CAPACITY = 512
-"""Positions of the cache that trials run on."""
-TRIAL_PROMPT = 16
-"""Tokens that stand in for a context while plans are timed."""
 
 
 class HostSteps:
     """The stepper of one `generate` call."""
 
-    def __init__(self, run: Run, requests: Sequence[Request], slots: int, policy: AutoPolicy):
-        """policy: what `auto` goes by; its plans of `slots` requests are timed now, if they never were."""
-        self.run, self.policy = run, policy
-        if run.strategy == "auto" and requests:
-            time_plans(run, slots, policy)
+    def __init__(self, run: Run, policy: AutoPolicy, kept: Kept | None = None):
+        """policy: what `auto` goes by; kept: where what it learns is kept."""
+        self.run, self.policy, self.kept = run, policy, kept
 
     def start(self, requests: Sequence[Request]) -> None:
         """Requests that have just been prefilled."""
 
     def finish(self, request: Request) -> None:
         """A request that is done."""
+        if self.kept is not None:
+            self.kept.write()
 
     def step(self, running: list[Request]) -> None:
         """One forward for each running request."""
@@ -79,7 +73,7 @@ class HostSteps:
         if not running:
             return
         run, count = self.run, len(running)
-        cycle = self.policy.choose(run.sampled, count, run.rows_each(count)) if run.strategy == "auto" else run.cycle
+        cycle = self._chosen(running) if run.strategy == "auto" else run.cycle
         if run.strategy == "auto" and cycle is not None:
             rows = 1 + cycle[-1].verify + cycle[-1].blocks * run.layout.block
         else:
@@ -92,14 +86,23 @@ class HostSteps:
             else:
                 speculative_step(run, running, self._plans(cycle, running))
 
+    def _chosen(self, running: Sequence[Request]) -> Cycle:
+        """What `auto` does next."""
+        run, count = self.run, len(running)
+        looked = [request.looked_up(run.layout.drafts) for request in running]
+        rows = max(count, round(sum(one.rows for one in looked)))
+        texts = Looked(sum(one.emitted for one in looked) / count, rows)
+        return self.policy.choose(run.sampled, count, run.rows_each(count), _context(running), texts)
+
     def _plans(self, cycle: Cycle, running: Sequence[Request]) -> list[StepPlan]:
         """What each request does next of a cycle."""
         run = self.run
         if run.strategy == "ar":
             return list(AR) * len(running)
-        if run.strategy == "prompt_lookup":
+        if cycle == lookup(run.layout):
             for request in running:
-                request.drafts = looked_up(request.tokens, run.layout.drafts)
+                request.drop_drafts()
+                request.drafts = request.looked_up(run.layout.drafts).proposal()
         chance: Sequence[float] = ()
         if run.strategy == "auto" and isinstance(cycle[-1].hang, int):
             chance = self.policy.model(run.sampled).conditional()
@@ -111,55 +114,27 @@ class HostSteps:
     def _timed(self, cycle: Cycle, running: Sequence[Request]) -> None:
         """Take a step of `auto`, and tell the policy what it did."""
         plans = self._plans(cycle, running)
-        before = [(r.stats.rows, len(r.stats.accepted)) for r in running]
+        before = [(r.stats.rows, len(r.stats.accepted), len(r.tokens)) for r in running]
+        context = _context(running)
         trees = [r.tree if p.verify else None for r, p in zip(running, plans, strict=True)]
         begin = time.perf_counter()
         speculative_step(self.run, running, plans)
         seconds = time.perf_counter() - begin
-        rows = sum(r.stats.rows - ran for r, (ran, _) in zip(running, before, strict=True))
+        rows = sum(r.stats.rows - ran for r, (ran, *_) in zip(running, before, strict=True))
+        emitted = sum(len(r.tokens) - had for r, (*_, had) in zip(running, before, strict=True))
         verified = [
             Verified(r.stats.accepted[-1], r.stats.verified[-1], None if tree is None else tree.expected)
-            for r, (_, verifications), tree in zip(running, before, trees, strict=True)
+            for r, (_, verifications, _), tree in zip(running, before, trees, strict=True)
             if len(r.stats.accepted) > verifications
         ]
-        self.policy.learn(self.run.sampled, rows, any(p.hang for p in plans), seconds, verified)
+        if cycle == lookup(self.run.layout):
+            verified = []  # what the drafter is worth, they do not say
+        self.policy.learn(
+            self.run.sampled, rows, any(p.hang for p in plans), seconds, verified,
+            batch=len(running), context=context, emitted=emitted,
+        )  # fmt: skip
 
 
-def time_plans(run: Run, batch: int, policy: AutoPolicy) -> None:
-    """Run the trials of a batch size once, on a scratch cache.  Another thread's call waits for them."""
-    capacity = min(run.limits.context, TRIAL_CAPACITY)
-    prompt = [1] * min(TRIAL_PROMPT, run.limits.context // 4)
-    with policy.lock, torch.inference_mode():
-        trials = policy.trials(run.sampled, batch, capacity - len(prompt), run.rows_each(batch))
-        if trials:
-            cache = run.backend.new_cache(batch, capacity)
-            for slot in range(batch):
-                cache.open(slot, capacity)
-            scratch = replace(
-                run, cache=cache, mixed=False, ruled=False, seen=False, counts=False, told=False, pieces=None
-            )
-            prefill_step(scratch, _stand_ins(scratch, prompt, batch))
-            for plan in trials:
-                seconds = _seconds(scratch, plan, _stand_ins(scratch, prompt, batch))
-                policy.learn(run.sampled, batch * num_rows(plan, run.layout), plan.blocks > 0, seconds, trial=True)
-            cache.release()
-        policy.timed.add((run.sampled, batch))
-
-
-def _stand_ins(run: Run, prompt: Sequence[int], batch: int) -> list[Request]:
-    requests = [Request(i, list(prompt), 0, run.limits.context, frozenset(), slot=i) for i in range(batch)]
-    run.watch(requests)
-    return requests
-
-
-def _seconds(run: Run, plan: StepPlan, requests: Sequence[Request]) -> float:
-    """Of one step of these requests, whose prompts are in the cache; a tree runs as the chain of its nodes."""
-    for request in requests:
-        request.committed = len(request.prompt) - 1
-        request.drafts = [2] * plan.verify
-    plans = [StepPlan(plan.verify, tuple(range(plan.blocks)))] * len(requests)
-    work = len(requests) * (1 + plan.verify + plan.blocks * run.layout.block) * run.backend.work_per_row
-    with thread_limit(run.backend.device, work):
-        begin = time.perf_counter()
-        speculative_step(run, requests, plans)
-        return time.perf_counter() - begin
+def _context(running: Sequence[Request]) -> int:
+    """Positions behind requests, on average."""
+    return sum(r.position for r in running) // len(running)

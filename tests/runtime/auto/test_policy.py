@@ -1,5 +1,6 @@
-"""`auto`: what it learns from a step, what it chooses for each request, when it times its plans."""
+"""`auto`: what it learns from a step, what it chooses for each request, and what that may cost."""
 
+import random
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,11 @@ from decoding import random_prompts, randomise
 from tiny_models import build
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.runtime.auto import cost
-from retrofit.runtime.auto.cost import CostModel
-from retrofit.runtime.auto.policy import AutoPolicy
+from retrofit.runtime.auto.cost import CostModel, Looked
+from retrofit.runtime.auto.policy import AGAIN, BEGIN, FREE, RETHINK, TRY, AutoPolicy, Verified
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import steps as host_steps
-from retrofit.runtime.plan import AR, Cycle, Limits, StepPlan, fused, two_forward
+from retrofit.runtime.plan import AR, Cycle, Limits, StepPlan, fused, lookup, two_forward
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.tree import DraftTree
 
@@ -57,7 +57,7 @@ def stepped(
     clock = iter((10.0, 17.0))
     monkeypatch.setattr(host_steps, "speculative_step", step)
     monkeypatch.setattr(host_steps, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(CostModel, "best", lambda *_: cycle)
+    monkeypatch.setattr(AutoPolicy, "choose", lambda *_: cycle)
     policy = AutoPolicy(BLOCK, MEASURED)
     backend = SimpleNamespace(device=torch.device("cpu"), work_per_row=1.0, most_rows=None)
     run: Any = SimpleNamespace(
@@ -65,31 +65,36 @@ def stepped(
         strategy="auto", cycle=None, backend=backend, sampled=False, layout=BLOCK, limits=Limits(100),
         rows_each=lambda count: rows,
     )  # fmt: skip
-    host_steps.HostSteps(run, [], 1, policy).step(requests)
+    host_steps.HostSteps(run, policy).step(requests)
     return policy.costs[False], chosen
+
+
+def learned(costs: CostModel) -> dict[tuple[bool, int], float]:
+    """(drafts?, rows) -> seconds."""
+    return {(drafts, rows): seconds for rows, drafts, seconds, _ in costs.times.figures()}
 
 
 def test_a_step_teaches_its_rows_its_seconds_and_what_it_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     """One request verifies two drafts, of which none is accepted; the other has none and only drafts."""
     costs, chosen = stepped(monkeypatch, fused(2), [request([5, 6]), request()], 0)
     assert chosen == [(2, (0, 1, 2)), (0, (0,))]
-    assert costs.real == {(True, 9 + 3): (1, 7.0)}
-    assert costs.conditional() == pytest.approx([16 / 33, 8 / 32])
-    assert costs.branched == [32, 32]
+    assert learned(costs) == {(True, 9 + 3): 7.0}
+    assert costs.conditional() == pytest.approx([8 / 17, 4 / 16])
+    assert costs.branched == [16, 16]
 
 
 def test_a_step_that_only_verifies_is_timed_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     costs, chosen = stepped(monkeypatch, two_forward(2), [request([5, 6])], 1)
     assert chosen == [(2, ())]
-    assert costs.real == {(False, 3): (1, 7.0)}
-    assert costs.conditional() == pytest.approx([17 / 33, 8 / 33])
+    assert learned(costs) == {(False, 3): 7.0}
+    assert costs.conditional() == pytest.approx([9 / 17, 4 / 17])
 
 
 def test_a_tree_teaches_how_much_of_it_came_true(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [request([5, 6], tree=TREE), request()]
     costs, chosen = stepped(monkeypatch, fused(2, "all", TREE), requests, 1)
     assert chosen == [(2, (0, 1, 2)), (0, (0,))]
-    assert costs.branched == pytest.approx([33, 32.7])
+    assert costs.branched == pytest.approx([17, 16.7])
     assert costs.conditional() == [0.5, 0.25], "of chains nothing was learned"
 
 
@@ -121,14 +126,112 @@ def test_a_plan_is_cut_to_the_rows_there_are(monkeypatch: pytest.MonkeyPatch) ->
     assert stepped(monkeypatch, fused(2), [request([5, 6])], 0, rows=6)[1] == [(2, (0,))]
 
 
-# Timing
+def test_drafts_that_the_text_proposes_say_nothing_about_the_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 1 1 stood one place before, and another 1 followed."""
+    costs, chosen = stepped(monkeypatch, lookup(BLOCK), [request([5, 6])], 1)
+    assert chosen == [(1, ())]
+    assert learned(costs) == {(False, 2): 7.0} and costs.conditional() == [0.5, 0.25]
+
+
+# What is chosen, and for how long.  A machine whose steps take what is said here; a second is a step of `ar`.
+
+COSTS = {AR: 1.0, fused(2): 2.0, two_forward(2): 1.5, lookup(BLOCK): 1.2}
+
+
+def decode(
+    policy: AutoPolicy,
+    steps: int,
+    truth: float,
+    costs: dict[Cycle, float] = COSTS,
+    looked: Looked | None = None,
+    place: tuple[int, int] = (1, 100),
+) -> tuple[list[Cycle], float]:
+    """Run steps of a drafter whose drafts are accepted with a chance of `truth` each: cycles, and seconds too many."""
+    batch, context = place
+    drawn, chosen, seconds, tokens = random.Random(0), [], 0.0, 0
+    for _ in range(steps):
+        cycle = policy.choose(False, batch, None, context, looked)
+        chosen.append(cycle)
+        plan = cycle[-1]
+        accepted = 0
+        while accepted < plan.verify and drawn.random() < truth:
+            accepted += 1
+        took = costs.get(cycle, 2.0)
+        rows = batch * (1 + plan.verify + plan.blocks * BLOCK.block)
+        verified = [Verified(accepted, plan.verify)] * batch if plan.verify and plan.blocks else []
+        emitted = batch * (1 + accepted)
+        policy.learn(False, rows, plan.blocks > 0, took, verified, batch=batch, context=context, emitted=emitted)
+        seconds, tokens = seconds + took, tokens + 1 + accepted
+    return chosen, seconds - tokens * costs[AR]
+
+
+def test_it_begins_with_ar() -> None:
+    policy = AutoPolicy(BLOCK, {"conditional": {"greedy": [0.95, 0.95]}})
+    chosen, lost = decode(policy, 500, 0.95)
+    assert chosen[:BEGIN] == [AR] * BEGIN and AR not in chosen[BEGIN : BEGIN + AGAIN]
+    assert lost < -200, "2.85 tokens in two seconds"
+    assert AR in chosen[BEGIN + AGAIN :], "and times `ar` again"
+
+
+@pytest.mark.parametrize("said", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("steps", [128, 1024, 5000])
+def test_a_drafter_worth_nothing_costs_a_hundredth(said: float, steps: int) -> None:
+    policy = AutoPolicy(BLOCK, {"conditional": {"greedy": [said, said]}})
+    _, lost = decode(policy, steps, 0.05)
+    assert lost <= 0.01 * steps + FREE + TRY
+
+
+def test_where_drafting_costs_three_steps_too() -> None:
+    policy = AutoPolicy(BLOCK, {"conditional": {"greedy": [0.99, 0.99]}})
+    dear = {AR: 1.0, fused(2): 3.0, two_forward(2): 3.0, fused(1): 3.0, fused(2, 1): 3.0, fused(2, 2): 3.0}
+    _, lost = decode(policy, 1024, 0.05, dear)
+    assert lost <= 10 + FREE + TRY
+
+
+def test_one_step_that_the_machine_stumbles_over_blocks_nothing() -> None:
+    policy = AutoPolicy(BLOCK, {"conditional": {"greedy": [0.95, 0.95]}})
+    decode(policy, 100, 0.95)
+    policy.learn(False, 9, True, 500.0, batch=1, context=100, emitted=1)
+    chosen, lost = decode(policy, 100, 0.95)
+    assert AR not in chosen and lost < 0
+
+
+def test_a_price_that_has_changed_is_learnt() -> None:
+    """Drafting gets cheap after it was too dear: tried again, it is taken."""
+    policy = AutoPolicy(BLOCK, {"conditional": {"greedy": [0.9, 0.9]}})
+    dear = dict.fromkeys(COSTS, 9.0) | {AR: 1.0}
+    decode(policy, 200, 0.9, {cycle: dear.get(cycle, 9.0) for cycle in [AR, *policy.model(False).cycles()]})
+    chosen, _ = decode(policy, 4000, 0.9)
+    assert chosen[-50:].count(AR) < 5
+
+
+def test_another_context_is_timed_by_ar_first() -> None:
+    policy = AutoPolicy(BLOCK, {"conditional": {"greedy": [0.95, 0.95]}})
+    decode(policy, 50, 0.95)
+    chosen, _ = decode(policy, 20, 0.95, place=(1, 3000))
+    assert chosen[0] == AR and AR not in chosen[1:]
+
+
+def test_text_that_repeats_itself_is_looked_up_and_other_text_is_not() -> None:
+    policy = AutoPolicy(BLOCK, {})
+    chosen, _ = decode(policy, 100, 0.9, looked=Looked(2.5, 3))
+    assert set(chosen[BEGIN:]) == {lookup(BLOCK)}
+    chosen, _ = decode(policy, 100, 0.0, looked=Looked(1.1, 3))
+    assert lookup(BLOCK) not in chosen[RETHINK:]
+
+
+def test_the_plan_is_thought_over_every_32_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, thought = AutoPolicy(BLOCK, {}), []
+    monkeypatch.setattr(CostModel, "best", lambda *_: thought.append(1) or AR)
+    decode(policy, BEGIN + 3 * RETHINK, 0.5)
+    assert len(thought) == 3 and RETHINK == 32
 
 
 def test_greedy_and_sampled_are_learned_apart() -> None:
     policy = AutoPolicy(BLOCK, MEASURED)
     greedy, sampled = policy.model(False), policy.model(True)
     policy.learn(True, 3, True, 2.0)
-    assert (greedy.real, sampled.real) == ({}, {(True, 3): (1, 2.0)})
+    assert (learned(greedy), learned(sampled)) == ({}, {(True, 3): 2.0})
     assert (greedy.acceptance, sampled.acceptance) == ([0.5, 0.25], [0.25, 0.125])
     # 96 rows hold 31 nodes with their blocks; the table has six
     assert [t.nodes for t in greedy.trees] == [t.nodes for t in sampled.trees] == [6, 6, 6]
@@ -139,33 +242,22 @@ def test_greedy_and_sampled_are_learned_apart() -> None:
     assert AutoPolicy(BLOCK, {}).model(False).acceptance == [0.0, 0.0]
 
 
-def test_plans_are_timed_once_for_each_batch_size_and_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_runs_before_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = randomise(Engine.from_model(build("llama"), layout=BLOCK))
-    timed: list[tuple[float, int, int]] = []
-    seconds: list[float] = []
-    trials, learn = AutoPolicy.trials, AutoPolicy.learn
-
-    def noted(policy: AutoPolicy, sampled: bool, batch: int, room: int, rows: int | None) -> list[StepPlan]:
-        made = trials(policy, sampled, batch, room, rows)
-        if made:
-            timed.append((policy.model(sampled).acceptance[0], batch, room))
-        return made
-
-    def learned(
-        policy: AutoPolicy, sampled: bool, rows: int, drafts: bool, took: float, *rest: Any, **how: Any
-    ) -> None:
-        if how.get("trial"):
-            seconds.append(took)
-        learn(policy, sampled, rows, drafts, took, *rest, **how)
-
-    monkeypatch.setattr(cost, "REPEATS", 1)
-    monkeypatch.setattr(AutoPolicy, "trials", noted)
-    monkeypatch.setattr(AutoPolicy, "learn", learned)
     engine.policy.acceptance = MEASURED
-    prompts = random_prompts((5, 7, 6))
-    for temperature in (0.0, 0.8, 0.0):
-        for batch in (1, 3):
-            engine.generate(prompts, strategy="auto", temperature=temperature, batch_size=batch, max_new_tokens=3)
-    assert [one[:2] for one in timed] == [(0.5, 1), (0.5, 3), (0.25, 1), (0.25, 3)]
-    assert len(seconds) == 4 * len(engine.policy.model(False).trials(112)) and all(took > 0 for took in seconds)
-    assert {room for *_, room in timed} == {128 - 16}, "of the context, less the prompt of 16 that stands in for one"
+    forwards: list[int] = []
+    forward = type(engine.backend).forward
+    monkeypatch.setattr(
+        type(engine.backend), "forward", lambda backend, *rest: forwards.append(1) or forward(backend, *rest)
+    )
+    stream = engine.stream(random_prompts((5, 7)), strategy="auto", max_new_tokens=8, batch_size=2)
+    next(stream)
+    assert len(forwards) <= 2, "the prompts"
+
+
+def test_what_a_device_has_timed_is_not_timed_again() -> None:
+    policy = AutoPolicy(BLOCK, {})
+    assert StepPlan() in policy.trials(False, 1, 90, None)
+    policy.timed.add((False, 1))
+    assert policy.trials(False, 1, 90, None) == []
+    assert policy.trials(True, 1, 90, None) and policy.trials(False, 2, 90, None)

@@ -6,7 +6,6 @@ import pytest
 from fused_models import plain_decoder, plain_sampling
 
 from retrofit.runtime.auto import cost, policy
-from retrofit.runtime.auto.cost import CostModel
 from retrofit.runtime.plan import AR, Cycle, fused
 
 
@@ -16,11 +15,10 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     plain_decoder(monkeypatch)
     rng = random.Random(1)
 
-    def best(model: CostModel, batch: int, rows: int | None = None) -> Cycle:
-        return rng.choice([AR, *rng.sample(model.cycles(rows), 4), *[fused(3)] * 3])
+    def choose(auto: policy.AutoPolicy, sampled: bool, batch: int, rows: int | None) -> Cycle:
+        return rng.choice([AR, *rng.sample(auto.model(sampled).cycles(rows), 4), *[fused(3)] * 3])
 
-    monkeypatch.setattr(CostModel, "best", best)
-    monkeypatch.setattr(policy, "RETHINK", 1)
+    monkeypatch.setattr(policy.AutoPolicy, "choose", choose)
     monkeypatch.setattr(policy, "largest_tree", lambda *_: 4)
     monkeypatch.setattr(cost, "REPEATS", 0)
 

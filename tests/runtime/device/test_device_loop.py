@@ -199,5 +199,5 @@ def test_auto_times_its_plans_without_touching_requests(monkeypatch: pytest.Monk
     tokens = tokens_of(engine, PROMPTS, "self_spec", max_new_tokens=4, batch_size=2)
     assert tokens == [t[:4] for t in truth("llama")]
     costs = engine.device_policy.costs[False]
-    assert {2, 4, 8} <= set(costs.times[False]) and {8, 32} <= set(costs.times[True])
+    assert {2, 4, 8} <= set(costs.times.rows(False)) and {8, 32} <= set(costs.times.rows(True))
     assert not engine.policy.costs

@@ -14,7 +14,6 @@ from retrofit.runtime.plan import (
     diffusion_rows,
     fixed_cycle,
     likeliest_lengths,
-    looked_up,
     max_verify,
     new_block,
     noise_token,
@@ -160,27 +159,6 @@ def test_useful_by_hand() -> None:
     assert max_verify(request, Limits(100)) == 3
     assert max_verify(request, Limits(13)) == 1
     assert Limits(100, boundary=11).end(request) == 100  # the seed stands beyond it already
-
-
-def plainly_looked_up(tokens: list[int], count: int, longest: int) -> list[int]:
-    for n in range(longest, 0, -1):
-        ends = [e for e in range(n, len(tokens)) if tokens[e - n : e] == tokens[-n:]]
-        if ends and n < len(tokens):
-            return tokens[ends[-1] : ends[-1] + count]
-    return []
-
-
-def test_looked_up_against_a_plain_search() -> None:
-    rng = random.Random(0)
-    found = 0
-    for _ in range(300):
-        tokens = [rng.randrange(3) for _ in range(rng.randint(1, 14))]
-        got = looked_up(tokens, 4)
-        assert got == plainly_looked_up(tokens, 4, 3)
-        found += bool(got)
-    assert found > 200
-    assert looked_up([5, 6, 7, 5, 6], 2) == [7, 5]
-    assert looked_up([1, 2, 3], 4) == []
 
 
 def test_noise_is_a_function_of_seed_and_position() -> None:

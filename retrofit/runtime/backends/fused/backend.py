@@ -182,7 +182,7 @@ class FusedGQA:
             and (run.strategy == "ar" or (self.layout.anchored and self.heads is not None))
         ):
             return DeviceSteps(run, requests, slots, on_device)
-        return HostSteps(run, requests, slots, on_host)
+        return HostSteps(run, on_host)
 
     def row_plan(self, sequences: list[SequenceRows]) -> FlatRows:
         return FlatRows(sequences)

@@ -11,10 +11,13 @@ Not here: which rows to run, sampling, acceptance.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,7 @@ from retrofit.adapters.roles import trunk_of
 from retrofit.adapters.rows import RowPlan, SequenceRows, is_prefill
 from retrofit.adapters.written import written
 from retrofit.errors import UsageError
+from retrofit.machine import cpu_name
 from retrofit.runtime.backends.context import context_length, restarts_at_boundary, rope_boundary
 from retrofit.runtime.backends.hf.answers import answering, by_thread
 from retrofit.runtime.backends.hf.attention import ATTENTION, ForwardContext
@@ -241,9 +245,23 @@ class HFBackend:
         self, run: Run, requests: Sequence[Request], slots: int, on_host: AutoPolicy, on_device: AutoPolicy
     ) -> Stepper:
         """Every step is planned on the host."""
+        from retrofit.runtime.auto.kept import Kept
         from retrofit.runtime.host.steps import HostSteps
 
-        return HostSteps(run, requests, slots, on_host)
+        return HostSteps(run, on_host, Kept(on_host, self._priced_by(run)) if run.strategy == "auto" else None)
+
+    def _priced_by(self, run: Run) -> dict[str, Any]:
+        """What the price of a step goes by."""
+        on = cpu_name() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        how = [self.name, str(self.dtype), self.exact, self.packed]
+        return {"on": on, "backend": how, "draft": run.layout.to_dict(), "model": self._shape}
+
+    @cached_property
+    def _shape(self) -> str:
+        """Stands for all sizes of base, adapter and heads."""
+        parts = [self.model, *([] if self.heads is None else [self.heads])]
+        sizes = [(name, list(p.shape)) for part in parts for name, p in part.named_parameters()]
+        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
     def choose(self, scores: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
         return choose(scores, params, seed, index)

@@ -73,6 +73,29 @@ class Group:
         found: Group = self.masks[key]
         return found
 
+    def lone(self, number: int) -> Group:
+        """Those of one sequence as if there were no other, so without padding; not of a tree."""
+        key = ("lone", number)
+        if key not in self.masks:
+            width = int((self.query[number] >= 0).sum())
+            one = slice(number, number + 1), slice(width)
+            limit = self.limit[one]
+            self.masks[key] = replace(
+                self,
+                slots=[self.slots[number]],
+                width=width,
+                gather=None,
+                scatter=None,
+                query=self.query[one],
+                limit=limit,
+                block=self.block[one],
+                keys=int(limit.max()),
+                last=int(self.query[one].max()),
+                masks={},
+            )
+        found: Group = self.masks[key]
+        return found
+
     @property
     def runs(self) -> list[tuple[int, int]]:
         """(first, stop) of the sequences whose slots are neighbours, in their order."""

@@ -20,7 +20,15 @@ from torch import Tensor
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.host.drafting import draft_tokens
-from retrofit.runtime.host.prefixes import begin_with_kept, copy_prompt, keep_prompt, keep_text, shared_prompts
+from retrofit.runtime.host.prefixes import (
+    begin_with,
+    copy_prompt,
+    keep_prompt,
+    keep_text,
+    kept_of,
+    shared_prompts,
+    waits_for,
+)
 from retrofit.runtime.host.telling import tell, tell_prompts
 from retrofit.runtime.plan import StepPlan, max_verify, speculative_rows
 from retrofit.runtime.request import Request
@@ -72,39 +80,49 @@ def prefill_step(run: Run, requests: Sequence[Request]) -> None:
         r.committed = r.kept = 0
         r.long_rope = run.limits.boundary is not None and r.position >= run.limits.boundary
     while pending:
-        rows: list[SequenceRows] = []
-        finished: list[tuple[Request, bool]] = []
-        room = min(run.backend.prefill_rows, run.cache.most_rows or run.backend.prefill_rows)
-        for r in list(pending.values()):
-            if rows and (r.long_rope or room <= 0):
-                continue
-            if r.committed == 0:
-                begin_with_kept(run, r)
-            # Long RoPE factors are chosen by the largest position of a forward, so such a sequence goes in one piece.
-            count = len(r.tokens) - r.committed if r.long_rope else min(len(r.tokens) - r.committed, room)
-            part = r.tokens[r.committed : r.committed + count]
-            rows.append(SequenceRows(slot=r.slot, start=r.committed, tokens=part, last_logits_only=True))
-            r.committed += count
-            # A token emitted by re-running a sequence at a longrope crossing costs a decode forward.
-            r.stats.count("prefill" if r.output_index == 0 else "ar", count)
-            finished.append((r, r.committed == len(r.tokens)))
-            room -= count
-            if r.long_rope or run.backend.prefill_alone:
-                break
+        ran, rows = _next_prompts(run, list(pending.values()))
         with thread_limit(run.backend.device):
             out = run.backend.forward(run.backend.row_plan(rows), run.cache)
-        tell_prompts(run.backend.head, [r for r, _ in finished], rows, out.every_base)
-        keep_text(run, [r for r, _ in finished])
-        complete = [i for i, (_, done) in enumerate(finished) if done]
+        tell_prompts(run.backend.head, ran, rows, out.every_base)
+        keep_text(run, ran)
+        complete = [i for i, r in enumerate(ran) if r.committed == len(r.tokens)]
         if not complete:
             continue
-        ready = [finished[i][0] for i in complete]
         for i in complete:
-            keep_prompt(finished[i][0], run.cache, out.base_logits[i])
-            del pending[finished[i][0].index]
-        _first_tokens(run, ready, out.base_logits[complete])
+            keep_prompt(ran[i], run.cache, out.base_logits[i])
+            del pending[ran[i].index]
+        _first_tokens(run, [ran[i] for i in complete], out.base_logits[complete])
     if copies:
         _first_tokens(run, copies, torch.stack([copy_prompt(r, run.cache) for r in copies]))
+
+
+def _next_prompts(run: Run, pending: Sequence[Request]) -> tuple[list[Request], list[SequenceRows]]:
+    """Whose prompts run in the next forward, and their rows: the first, and of the others those that fit beside it.
+
+    So a prompt is cut where it would be alone, and one that can copy what runs now waits for it.
+    """
+    room = min(run.backend.prefill_rows, run.cache.most_rows or run.backend.prefill_rows)
+    ran: list[Request] = []
+    rows: list[SequenceRows] = []
+    for r in pending:
+        found = kept_of(run, r)
+        kept = len(found) * run.pieces.size if run.pieces is not None else 0
+        left = len(r.tokens) - r.committed - kept
+        if rows and (r.long_rope or left > room or waits_for(run, r, kept, ran, rows)):
+            continue
+        begin_with(run, r, found)
+        # Long RoPE factors are chosen by the largest position of a forward, so such a sequence goes in one piece.
+        count = left if r.long_rope else min(left, room)
+        part = r.tokens[r.committed : r.committed + count]
+        ran.append(r)
+        rows.append(SequenceRows(slot=r.slot, start=r.committed, tokens=part, last_logits_only=True))
+        r.committed += count
+        # A token emitted by re-running a sequence at a longrope crossing costs a decode forward.
+        r.stats.count("prefill" if r.output_index == 0 else "ar", count)
+        room -= count
+        if r.long_rope or run.backend.prefill_alone or room <= 0:
+            break
+    return ran, rows
 
 
 def _first_tokens(run: Run, requests: Sequence[Request], logits_RV: Tensor) -> None:

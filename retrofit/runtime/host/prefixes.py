@@ -3,7 +3,8 @@
     outputs of one prompt       the first runs it; the others copy its K/V and choose from the same logits.  A copy is
                                 the prefill, bit for bit, at any level of exactness; it goes when the last has started
     texts that begin alike      what the engine keeps of a text (`prefixes/pieces.py`), prompt and output, later prompts
-                                that begin so copy; they run from there on
+                                that begin so copy; they run from there on.  Of prompts that come together the first
+                                runs what they share, and then the others run together
 
 Not here: where the latter is exact (`prefixes/reuse.py`).
 """
@@ -15,7 +16,9 @@ from functools import partial
 
 from torch import Tensor
 
+from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.backends.interface import Cache
+from retrofit.runtime.prefixes.pieces import Kept
 from retrofit.runtime.request import Request
 from retrofit.runtime.run import Run
 
@@ -57,17 +60,42 @@ def copy_prompt(request: Request, cache: Cache) -> Tensor:
     return logits
 
 
-def begin_with_kept(run: Run, request: Request) -> None:
-    """Copy what is kept of a prompt into its slot; at least its last token is left to run, for the logits after it.
+def kept_of(run: Run, request: Request) -> list[Kept]:
+    """The pieces that are kept of a prompt which has not begun; at least its last token is left to run, for the logits.
 
-    Not where every token of the prompt is to be told: those want logits of their own.
+    None where every token of the prompt is to be told: those want logits of their own.
     """
-    if run.pieces is None or request.output_index > 0 or request.prompt_top is not None:
-        return
-    found = run.pieces.find(request.prompt[:-1], request.long_rope)
+    if run.pieces is None or not _may_copy(request):
+        return []
+    return run.pieces.find(request.prompt[:-1], request.long_rope)
+
+
+def waits_for(run: Run, request: Request, kept: int, ran: Sequence[Request], rows: Sequence[SequenceRows]) -> bool:
+    """Whether one of `ran` computes what comes next in a prompt that has not begun, which can copy it afterwards.
+
+    kept: positions of the prompt that are kept already.  rows: what runs of each of `ran`.
+    """
+    if run.pieces is None or not _may_copy(request):
+        return False
+    first, stop = kept, kept + run.pieces.size
+    return stop < len(request.prompt) and any(
+        part.start < stop
+        and other.tokens[first:stop] == request.prompt[first:stop]
+        and other.tokens[:first] == request.prompt[:first]
+        for other, part in zip(ran, rows, strict=True)
+    )
+
+
+def begin_with(run: Run, request: Request, found: Sequence[Kept]) -> None:
+    """Copy what is kept of a prompt into its slot."""
     if found:
+        assert run.pieces is not None
         run.cache.put_in(request.slot, 0, found)
         request.committed = request.kept = request.stats.reused = len(found) * run.pieces.size
+
+
+def _may_copy(request: Request) -> bool:
+    return request.committed == request.output_index == 0 and request.prompt_top is None
 
 
 def keep_text(run: Run, requests: Sequence[Request]) -> None:

@@ -10,6 +10,7 @@ Not here: what a row sees (`adapters/rows.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,7 +127,7 @@ def row_attention(
     plan = context.plan_at(layer)
     context.calls.append((layer, sliding_window))
     how = (sliding_window, scaling if scaling is not None else query.shape[-1] ** -0.5, softcap)
-    if plan.alone and plan.base is not None:
+    if plan.base is not None and (plan.alone or (context.form is not None and plan.prompts)):
         return _alone(context, plan, layer, query, key, value, how)[None], None
     if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
         group = plan.draft
@@ -166,21 +167,31 @@ def layer_of(module: nn.Module) -> int:
 def _alone(
     context: ForwardContext, plan: RowPlan, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How
 ) -> Tensor:
-    """Base rows of one sequence and nothing else but filler: a rectangle as they come, [1, H, N, D] -> [N, Hq, Dv]."""
-    form = context.form
+    """Base rows and nothing else but filler, [1, H, N, D] -> [N, Hq, Dv]: each sequence's as if there were no other."""
     assert plan.base is not None
-    n, filler = plan.num_base, plan.num_rows - plan.num_base
+    outs, n = [], 0
+    for number, sequence in enumerate(plan.sequences):
+        group = plan.base if plan.alone else plan.base.lone(number)
+        rows = slice(n, n + group.width)
+        n = rows.stop
+        own = (query, key, value) if plan.num_rows == group.width else [t[:, :, rows] for t in (query, key, value)]
+        outs.append(_sequence(context, plan, group, layer, sequence.start, own, how)[0].transpose(0, 1))
+    filler = plan.num_rows - n
     if filler:
-        query, key, value = (t[:, :, :n] for t in (query, key, value))
-    slot, start = plan.base.slots[0], plan.sequences[0].start
+        outs.append(outs[0].new_zeros(filler, *outs[0].shape[1:]))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _sequence(
+    context: ForwardContext, plan: RowPlan, group: Group, layer: int, start: int, own: Sequence[Tensor], how: How
+) -> Tensor:
+    """One sequence's rows, a rectangle as they come: [1, H, T, D] each of query, key and value -> [1, Hq, T, Dv]."""
+    form, slot, (query, key, value) = context.form, group.slots[0], own
     if form is None:
         k, v = context.cache.append(layer, slot, start, key, value)
-        out = _base_rows(plan, query, k, v, *how)
-    else:
-        k, v = context.cache.append(layer, slot, start, key, value, form.padded(start + n))
-        out = _exact_rows(plan.base, query, k, v, how, form)
-    rows = out[0].transpose(0, 1)
-    return torch.cat([rows, rows.new_zeros(filler, *rows.shape[1:])]) if filler else rows
+        return _base_rows(plan, query, k, v, *how)
+    k, v = context.cache.append(layer, slot, start, key, value, form.padded(start + group.width))
+    return _exact_rows(group, query, k, v, how, form)
 
 
 def _base_group(

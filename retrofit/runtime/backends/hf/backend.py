@@ -214,7 +214,7 @@ class HFBackend:
         self.exact, self.form, self.least_rows = exact, form, rows
         self.most_rows = rows if exact == "bucket" else None
         # A prompt's bits then depend on nothing but the prompt, however products of many rows are made.
-        self.prefill_alone = exact != "off"
+        self.prefill_alone = exact != "off"  # `exact_prompts.py` finds out where they need not
         self.prefill_rows = EXACT_PREFILL_ROWS if exact == "invariant" else PREFILL_ROWS
         self.cut.least, self.cut.most = (rows, most) if exact == "invariant" else (1, None)
         if exact == "invariant":
@@ -226,6 +226,7 @@ class HFBackend:
     def hold_as(self, other: HFBackend) -> None:
         """Keep what another backend keeps."""
         self.hold(other.exact, other.form, other.least_rows, other.cut.most)
+        self.prefill_alone = other.prefill_alone
 
     def until_closed(self, undo: Callable[[], None]) -> None:
         """Something was done to the model: undo it when this is closed."""

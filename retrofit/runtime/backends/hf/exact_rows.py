@@ -4,6 +4,7 @@
     products    each distinct linear layer and each router, in many row counts (`exact_products.py`)
     decoder     logits of plain decoding against those of the same rows verified together, and in a tree: all else
                 that the model does with rows, its experts and norms
+    prompts     alone and beside others (`exact_prompts.py`): where they differ they run one by one
 
     level       every decoding forward                         what fails
     invariant   has as many rows as the products need, 2 here  products are cut; a router gets its rows in tiles
@@ -25,6 +26,7 @@ from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attends import exact_form
 from retrofit.runtime.backends.hf.exact_attention import Form
+from retrofit.runtime.backends.hf.exact_prompts import prompts_share
 from retrofit.runtime.backends.hf.exact_products import FLOORS, floor, linear_products, router_products, row_cut
 from retrofit.runtime.backends.interface import BUCKET_ROWS
 from retrofit.runtime.backends.levels import HALF, Check, require_equal
@@ -81,7 +83,10 @@ def settle(backend: HFBackend, wanted: str, drafts: int, rows: int | None = None
         checks = self_test(backend, level, drafts, rows)
         failed = [check for check in checks if not check.equal]
         if not failed:
-            counts = f"with {backend.least_rows} rows" + (" and more" if level == "invariant" else "")
+            counts = f"with {backend.least_rows} rows"
+            if level == "invariant":
+                backend.prefill_alone = not prompts_share(backend)
+                counts += f" and more; prompts run {'one by one' if backend.prefill_alone else 'together'}"
             return Settled(level, f"{len(checks)} checks of {name} rows are equal bit for bit {counts}", checks)
     backend.hold("off", None)
     if wanted != "auto":

@@ -135,7 +135,8 @@ class RowPlan:
         self.draft: Group | None
         self.alone = len(self.sequences) == 1 and not self.tree and not self.sequences[0].blocks
         """Base rows of one sequence, nothing else: plain decoding and prefill."""
-        self.prompts = is_prefill(self.sequences) and not self.tree and all(s.tokens and not s.blocks for s in sequences)
+        bare = all(s.tokens and not s.blocks for s in self.sequences)
+        self.prompts = bare and not self.tree and is_prefill(self.sequences)
         """Base rows of prompts, nothing else."""
         if self.alone and len(self.sequences[0].tokens) == 1:
             self._one_row(self.sequences[0])

@@ -21,7 +21,7 @@ from retrofit.errors import ArtifactError, ResourceError, UsageError, out_of_mem
 from retrofit.hub import Base, check_device, locate, refuse_unloaded
 from retrofit.runtime.backends.hf.backend import HFBackend, wrap
 from retrofit.runtime.backends.hf.exact_rows import Settled, settle
-from retrofit.runtime.backends.hf.linear.packing import PACKED, pack
+from retrofit.runtime.backends.hf.linear.packing import PACKED, own_memory, pack
 from retrofit.runtime.backends.interface import BUCKET_ROWS, eos_set
 from retrofit.runtime.backends.levels import EXACT, HALF
 from retrofit.runtime.settings import folder_settings, stored
@@ -189,6 +189,8 @@ def prepare(backend: HFBackend, exact: str, drafts: int, rows: int | None, packe
             pack(backend, alone)
         except ResourceError as error:  # then they stay as they are
             backend.why_plain = str(error)
+    if alone and backend.packed:
+        own_memory(backend.model)
     return settle(backend, exact, drafts, rows)
 
 

@@ -1,8 +1,8 @@
 """May prompts share forwards at `invariant`: are a prompt's K/V and logits there, bit for bit, those it has alone?
 
-A step is tried out by the few rows that it has (`exact_rows.py`).  Prompts bring many, of lengths that nobody chose, and
-with so many rows a model may take other paths: plain experts run by another kernel.  So prompts are run alone, then all
-in one forward, then behind their own beginnings beside others that are as far.
+A step is tried out by the few rows that it has (`exact_rows.py`).  Prompts bring many, and of any number, and then a
+model may take other paths: plain experts run by another kernel, and a function of a width that fills no vector rounds a
+tensor's last numbers otherwise.  So prompts are run alone, then all in one forward, then in parts beside others'.
 
 Not here: whether a prompt may be cut (`prefixes/reuse.py`).
 """

@@ -26,8 +26,8 @@ from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attends import exact_form
 from retrofit.runtime.backends.hf.exact_attention import Form
-from retrofit.runtime.backends.hf.exact_prompts import prompts_share
 from retrofit.runtime.backends.hf.exact_products import FLOORS, floor, linear_products, router_products, row_cut
+from retrofit.runtime.backends.hf.exact_prompts import prompts_share
 from retrofit.runtime.backends.interface import BUCKET_ROWS
 from retrofit.runtime.backends.levels import HALF, Check, require_equal
 from retrofit.runtime.backends.threads import thread_limit, work_sizes

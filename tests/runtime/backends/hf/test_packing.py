@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from decoding import random_prompts, randomise, tokens_of
 from tiny_models import ARCHITECTURES, build
+from transformers import AutoModelForCausalLM
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.errors import ResourceError, UsageError
 from retrofit.eval.weights import base_state
 from retrofit.runtime.backends.hf.linear import packing, products
-from retrofit.runtime.backends.hf.linear.packing import pack
+from retrofit.runtime.backends.hf.linear.packing import own_memory, pack
 from retrofit.runtime.backends.hf.linear.products import Cut, Packed, in_cut
 from retrofit.runtime.engine import Engine
 
@@ -241,6 +242,25 @@ def test_nothing_keeps_the_plain_weights_of_a_base_that_was_loaded(made: Any) ->
         embedding = engine.attached.model.get_input_embeddings().weight
         kept = [p for p in parameters_alive() if id(p) not in known and p is not embedding]
         assert let_go and not [p.shape for p in kept if tuple(p.shape) in let_go]
+
+
+def test_weights_that_stay_plain_leave_the_mapping_of_their_file(tmp_path: Any) -> None:
+    """A weight in it would keep all of the file in memory.  A tied one stays one, and is watched as before."""
+    build("llama_tied").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    if all(p.untyped_storage().resizable() for p in model.parameters()):
+        pytest.skip("this transformers copies weights out of their file")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own_memory(model)
+    assert all(p.untyped_storage().resizable() and not p.is_inference() for p in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_an_engine_that_packed_its_base_keeps_nothing_of_the_file(made: Any) -> None:
+    with Engine.load(made, exact="off") as engine:
+        weights = engine.attached.base_parameters()
+        assert all(p.is_meta or p.untyped_storage().resizable() for p in weights)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])

@@ -142,6 +142,17 @@ def pack(backend: HFBackend, alone: bool) -> Callable[[], None]:
     return undo
 
 
+def own_memory(model: nn.Module) -> None:
+    """Give every weight that lies in somebody else's memory one of its own.
+
+    As loaded, a weight lies in the mapping of its file, which stays whole in memory as long as any weight does.
+    Outside of `inference_mode`: who writes to a weight later is to be noticed (`adapters/written.py`).
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
+            tensor.data = tensor.data.clone()
+
+
 def _packed(backend: HFBackend) -> Iterator[Packed]:
     for product in backend.products.values():
         packed = product.shared[0].packed if product.shared else product.packed

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -65,14 +66,16 @@ def compare(
     """`auto` beside `ar` over all prompts, `batch` of them at a time."""
     engine.policy = AutoPolicy(engine.layout, acceptance)
     shutil.rmtree(cache_folder(), ignore_errors=True)  # of the benchmark's own
-    seconds, first, same, forwards = {"ar": 0.0, "auto": 0.0}, {"ar": 0.0, "auto": 0.0}, True, 0
+    seconds: dict[str, float] = {"ar": 0.0, "auto": 0.0}
+    first: dict[str, list[float]] = {"ar": [], "auto": []}
+    same, forwards = True, 0
     groups = [list(prompts[at : at + batch]) for at in range(0, len(prompts), batch)]
     for number, group in enumerate(groups):
         found = {}
         for way in ("ar", "auto") if number % 2 else ("auto", "ar"):
             took, begun, found[way] = decode(engine, group, way, temperature)
             seconds[way] += took
-            first[way] = first[way] or begun
+            first[way].append(begun)
         same = same and [r.tokens for r in found["ar"]] == [r.tokens for r in found["auto"]]
         forwards += sum(sum(r.stats.forwards.values()) - r.stats.forwards["prefill"] for r in found["auto"])
     tpf = len(prompts) * (NEW_TOKENS - 1) / max(1, forwards)
@@ -115,7 +118,8 @@ def main(model: Path | None, artifact: Path | None, dtype: str, batch: tuple[int
 
 def judged(title: str, found: dict[str, Any]) -> list[Bar]:
     seconds, first = found["seconds"], found["first_token_seconds"]
-    slower, later = seconds["auto"] / seconds["ar"], first["auto"] / first["ar"]
+    slower = seconds["auto"] / seconds["ar"]
+    later = median(a / b for a, b in zip(first["auto"], first["ar"], strict=True))
     say(f"{title}: {slower:.3f} x the time of `ar`, first token {later:.2f} x, TPF {found['tpf']:.2f}")
     return [
         Bar(f"{title}: time / ar's", f"<= {SLOWER}", f"{slower:.3f}, TPF {found['tpf']:.2f}", slower <= SLOWER),

@@ -30,7 +30,8 @@ BEGIN = 3
 TRY = 4
 """Steps for which a cycle of unknown price is run."""
 AGAIN = 256
-"""Steps of something else after which `ar` is timed again, for one step: the machine may have changed."""
+"""Steps of something else after which `ar` is timed again, for one step: the machine may have changed.  Sooner as long
+as few steps of it are known: the first ones are slow."""
 ANEW = 1024
 """Steps of `ar` in a row after which what drafting costs is forgotten, and may be tried again."""
 SHARE = 0.01
@@ -161,7 +162,7 @@ class AutoPolicy:
         if held.alone >= ANEW:
             held.alone = 0
             model.times.forget_drafting()
-        if held.since >= AGAIN:
+        if held.since >= min(AGAIN, 2 << known):
             held.cycle, held.left = AR, 1
             return
         held.cycle = AR if self._over(held) else model.best(batch, rows, context, looked)

@@ -160,6 +160,9 @@ class Backend(Protocol):
         on_host, on_device: what `auto` has learned of steps that are planned there.
         """
 
+    def priced_by(self) -> dict[str, Any] | None:
+        """What the price of a step planned on the host goes by, as JSON has it; None: it is not to be kept."""
+
     def choose(self, scores: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
         """The token of each row, as `sampling.choose`."""
 

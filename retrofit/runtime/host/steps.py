@@ -23,9 +23,14 @@ from retrofit.runtime.run import Run
 class HostSteps:
     """The stepper of one `generate` call."""
 
-    def __init__(self, run: Run, policy: AutoPolicy, kept: Kept | None = None):
-        """policy: what `auto` goes by; kept: where what it learns is kept."""
-        self.run, self.policy, self.kept = run, policy, kept
+    def __init__(self, run: Run, policy: AutoPolicy):
+        """policy: what `auto` goes by."""
+        self.run, self.policy = run, policy
+        self.kept: Kept | None = None
+        """Where what is learnt of steps is kept."""
+        priced = run.backend.priced_by() if run.strategy == "auto" else None
+        if priced is not None:
+            self.kept = Kept(policy, {**priced, "draft": run.layout.to_dict()})
 
     def start(self, requests: Sequence[Request]) -> None:
         """Requests that have just been prefilled."""

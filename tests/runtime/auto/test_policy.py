@@ -59,7 +59,7 @@ def stepped(
     monkeypatch.setattr(host_steps, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(AutoPolicy, "choose", lambda *_: cycle)
     policy = AutoPolicy(BLOCK, MEASURED)
-    backend = SimpleNamespace(device=torch.device("cpu"), work_per_row=1.0, most_rows=None)
+    backend = SimpleNamespace(device=torch.device("cpu"), work_per_row=1.0, most_rows=None, priced_by=lambda: None)
     run: Any = SimpleNamespace(
         pieces=None,
         strategy="auto", cycle=None, backend=backend, sampled=False, layout=BLOCK, limits=Limits(100),
@@ -168,9 +168,9 @@ def decode(
 def test_it_begins_with_ar() -> None:
     policy = AutoPolicy(BLOCK, {"conditional": {"greedy": [0.95, 0.95]}})
     chosen, lost = decode(policy, 500, 0.95)
-    assert chosen[:BEGIN] == [AR] * BEGIN and AR not in chosen[BEGIN : BEGIN + AGAIN]
+    assert chosen[:BEGIN] == [AR] * BEGIN and 2 <= chosen[BEGIN : BEGIN + AGAIN].count(AR) <= 5
     assert lost < -200, "2.85 tokens in two seconds"
-    assert AR in chosen[BEGIN + AGAIN :], "and times `ar` again"
+    assert AR in chosen[BEGIN + AGAIN :], "and times `ar` again, sooner at first"
 
 
 @pytest.mark.parametrize("said", [0.0, 0.1, 0.5, 0.99])
@@ -193,7 +193,7 @@ def test_one_step_that_the_machine_stumbles_over_blocks_nothing() -> None:
     decode(policy, 100, 0.95)
     policy.learn(False, 9, True, 500.0, batch=1, context=100, emitted=1)
     chosen, lost = decode(policy, 100, 0.95)
-    assert AR not in chosen and lost < 0
+    assert chosen.count(AR) <= 2 and lost < 0
 
 
 def test_a_price_that_has_changed_is_learnt() -> None:
@@ -215,7 +215,7 @@ def test_another_context_is_timed_by_ar_first() -> None:
 def test_text_that_repeats_itself_is_looked_up_and_other_text_is_not() -> None:
     policy = AutoPolicy(BLOCK, {})
     chosen, _ = decode(policy, 100, 0.9, looked=Looked(2.5, 3))
-    assert set(chosen[BEGIN:]) == {lookup(BLOCK)}
+    assert chosen[BEGIN:].count(lookup(BLOCK)) >= 90
     chosen, _ = decode(policy, 100, 0.0, looked=Looked(1.1, 3))
     assert lookup(BLOCK) not in chosen[RETHINK:]
 

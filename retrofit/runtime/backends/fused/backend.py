@@ -239,6 +239,9 @@ class FusedGQA:
                 residual, x = add_rms_norm(parts, residual, following, self.eps, layer.down.up, rows, bias)
         return x
 
+    def priced_by(self) -> None:
+        """Its steps on the host are few, and those on the device are timed at once."""
+
     def choose(self, scores: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
         """The token of each row; scores have been through the processors, temperature included."""
         if len(seed) != len(scores):  # a greedy choice planned on the host draws no noise and brings no keys

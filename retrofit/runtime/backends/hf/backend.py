@@ -246,16 +246,14 @@ class HFBackend:
         self, run: Run, requests: Sequence[Request], slots: int, on_host: AutoPolicy, on_device: AutoPolicy
     ) -> Stepper:
         """Every step is planned on the host."""
-        from retrofit.runtime.auto.kept import Kept
         from retrofit.runtime.host.steps import HostSteps
 
-        return HostSteps(run, on_host, Kept(on_host, self._priced_by(run)) if run.strategy == "auto" else None)
+        return HostSteps(run, on_host)
 
-    def _priced_by(self, run: Run) -> dict[str, Any]:
-        """What the price of a step goes by."""
+    def priced_by(self) -> dict[str, Any]:
         on = cpu_name() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         how = [self.name, str(self.dtype), self.exact, self.packed]
-        return {"on": on, "backend": how, "draft": run.layout.to_dict(), "model": self._shape}
+        return {"on": on, "backend": how, "model": self._shape}
 
     @cached_property
     def _shape(self) -> str:

@@ -149,9 +149,14 @@ def _calls(calls: Any, where: str, at: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Mapping[str, Any], where: str, at: str) -> dict[str, Any]:
+    """A call as templates read it: name and arguments under `function`."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _named(call["function"], where, at)}
+    return {"type": "function", "function": _named(call, where, at)}
+
+
+def _named(call: Mapping[str, Any], where: str, at: str) -> dict[str, Any]:
     given = {key: value for key, value in call.items() if value is not None}
-    if isinstance(given.get("function"), Mapping):
-        return {**given, "function": _call(given["function"], where, at)}
     if not isinstance(given.get("name"), str):
         raise RowError("field", where, f"{at}a tool call has no `name`", HINT)
     if isinstance(given.get("arguments"), str):

@@ -170,8 +170,9 @@ def _document(row: Row, tokenizer: Any, vocab: int | None, name: str, data: Data
         found = Chat([{"role": "user", "content": found.prompt}])
     if isinstance(found, Chat):
         found = found._replace(arguments=drawn(data.template, data.seed, row.id))
-    tokens, response = encode(found, tokenizer, row.where, vocab)
-    chat = found if isinstance(found, Chat) and data.responses == "regenerate" else None
+    to_answer = data.responses == "regenerate"
+    tokens, response = encode(found, tokenizer, row.where, vocab, to_answer)
+    chat = found if isinstance(found, Chat) and to_answer else None
     return Document(row.id, tuple(tokens), tuple(response), name, row.where, chat)
 
 

@@ -21,14 +21,17 @@ from retrofit.recipes.text.formats import Asked, Content, Pair, one_line
 from retrofit.runtime.chat_template import applied, prompt_tokens, source
 
 
-def encode(content: Content, tokenizer: Any, where: str, vocab: int | None = None) -> tuple[list[int], list[bool]]:
+def encode(
+    content: Content, tokenizer: Any, where: str, vocab: int | None = None, to_answer: bool = False
+) -> tuple[list[int], list[bool]]:
     """Token ids, and as many flags, True for the tokens of a response.
 
-    A prompt is tokenized by itself, as it is when decoding.  vocab: how many token ids the model knows.
+    A prompt is tokenized by itself, as it is when decoding.  vocab: how many token ids the model knows.  to_answer: the
+    base writes the responses of conversations anew, so they are not looked for.
     Raises RowError for a conversation that the tokenizer cannot render or that has no response token, and for
     a token the model does not know.
     """
-    tokens, response = _tokens(content, tokenizer, where)
+    tokens, response = _tokens(content, tokenizer, where, to_answer)
     if vocab is not None and max(tokens, default=0) >= vocab:
         known = f"the model knows {vocab:,} and the tokenizer {len(tokenizer):,}"
         problem = f"token id {max(tokens)} is outside the model's vocabulary ({known})"
@@ -36,9 +39,9 @@ def encode(content: Content, tokenizer: Any, where: str, vocab: int | None = Non
     return tokens, response
 
 
-def _tokens(content: Content, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
+def _tokens(content: Content, tokenizer: Any, where: str, to_answer: bool) -> tuple[list[int], list[bool]]:
     if isinstance(content, Chat):
-        return _chat_tokens(content, tokenizer, where)
+        return _chat_tokens(content, tokenizer, where, to_answer)
     if isinstance(content, Asked):
         prompt = token_ids(tokenizer, content.prompt)
         return prompt, [False] * len(prompt)
@@ -67,12 +70,15 @@ def _ended(tokenizer: Any, tokens: list[int]) -> list[int]:
     return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
 
-def _chat_tokens(chat: Chat, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
+def _chat_tokens(chat: Chat, tokenizer: Any, where: str, to_answer: bool) -> tuple[list[int], list[bool]]:
     if not tokenizer.chat_template:
         hint = "give records of `text`, or of `prompt` and `response`"
         raise RowError("template", where, "the tokenizer has no chat template", hint)
     if not chat.answered:
         tokens = asked_tokens(chat, tokenizer, where)
+        return tokens, [False] * len(tokens)
+    if to_answer:
+        tokens = list(_applied(chat, tokenizer, where, return_dict=True)["input_ids"])
         return tokens, [False] * len(tokens)
     if not tokenizer.is_fast:
         hint = "give records of `prompt` and `response`"
@@ -162,12 +168,14 @@ def _render(chat: Chat, tokenizer: Any, where: str) -> tuple[str, list[tuple[int
             continue
         before = list(chat.messages[:number])
         header, found, closing = render([*before, {**message, "content": ANSWER}]).rpartition(ANSWER)
-        closing = closing.rstrip()
+        # Beside a call nothing need be said; templates then leave out the line end before it, and some what is said.
+        calls = bool(message.get("tool_calls"))
+        closing = closing.strip() if calls else closing.rstrip()
         openings = [render(before, ask=True), *([header] if found else [])]
         starts = [len(opening) for opening in openings if whole.startswith(opening)]
         end = -1
-        if message.get("tool_calls") and whole.startswith(upto := render([*before, message]).rstrip()):
-            end = len(upto)  # templates may leave out what is said beside a call, and the line end before it
+        if calls and whole.startswith(upto := render([*before, message]).rstrip()):
+            end = len(upto)
         elif starts and found and closing in whole[starts[0] :]:
             end = whole.index(closing, starts[0]) + len(closing)
         if (not closing and found) or not starts or end < starts[0]:

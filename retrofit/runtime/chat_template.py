@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from retrofit.errors import UsageError
@@ -126,6 +127,24 @@ def differences(
             + (f"give {key}={_shown(mixed[key][0])}" if key in mixed else "leave it out")
         )
     return found
+
+
+def warn_of_differences(
+    trained: Mapping[str, Any] | None, tokenizer: Any, asked: Iterable[tuple[Any, Any]], told: set[str]
+) -> None:
+    """Python warnings of `differences` for the prompts that are messages.
+
+    asked: each prompt and what is asked of it, its `params.template` the arguments.  told: what was said before, which
+    is not said again; grows.
+    """
+    if not trained:
+        return
+    for prompt, what in asked:
+        if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
+            for line in differences(trained, tokenizer, what.params.template):
+                if line not in told:
+                    told.add(line)
+                    warnings.warn(line, stacklevel=4)
 
 
 def _shown(value: Any) -> str:

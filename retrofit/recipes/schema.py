@@ -146,7 +146,7 @@ class Data(Section):
     prompts: int = Field(1000, ge=1)
     """Prompts that `prompts:reasoning-gym` makes."""
     tasks: tuple[str, ...] = Field((), strict=False)
-    """Its tasks by name, in equal shares; none named are 55 that are quickly made."""
+    """Its tasks by name, in equal shares; none named are 50 that are quickly made."""
     seed: int = Field(0, ge=0, le=(1 << 31) - 1)
     """Keys what those prompts are, and which document has which template argument."""
     temperature: float = Field(0.8, ge=0, le=5)

@@ -31,7 +31,7 @@ TAKEN = (
 )
 """What `apply_chat_template` takes itself, and never hands on to a template as an argument."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""What data sets and templates call the reasoning of a message."""
+"""What data sets and templates call the reasoning of a message; transformers itself fills in the first two."""
 
 Messages = Sequence[Mapping[str, Any]]
 

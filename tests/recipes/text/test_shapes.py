@@ -122,8 +122,8 @@ def test_a_call_where_the_template_leaves_out_what_is_said(chat_tokenizer, tmp_p
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_reaches_the_template_by_the_name_it_reads(chat_tokenizer, tmp_path, name):
     row = {"messages": [TALK[0], {**TALK[1], name: "so"}]}
-    for template in (QWEN, QWEN.replace("reasoning_content", "thinking")):
-        chat_tokenizer.chat_template = template
+    for read_as in ("reasoning_content", "thinking", "reasoning"):
+        chat_tokenizer.chat_template = QWEN.replace("reasoning_content", read_as)
         (document,) = read(write_lines(tmp_path / "a.jsonl", row), chat_tokenizer)
         assert answers(document, chat_tokenizer) == ["<think>\nso\n</think>\n\nuser<|im_end|>"]
 

@@ -232,6 +232,8 @@ def type_in_words(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {type_in_words(inside[0])}"
     words = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text", type(None): "`null`"}
+    if origin is dict:
+        return "names and values"
     return words.get(annotation, "[sources](#a-mixtures-parts)")
 
 

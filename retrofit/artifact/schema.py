@@ -81,6 +81,11 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "training": (lambda value: isinstance(value, dict), "an object"),
 }
 OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "template.sha256": (_text, "the sha256 of the chat template it was trained with"),
+    "template.arguments": (
+        lambda value: isinstance(value, dict),
+        "an object: each argument of the template, and the value it had in training or a list of those that were mixed",
+    ),
     "acceptance.by_context": (_contexts, "a list of objects with `up_to`, `blocks`, `tau`, `greedy` and `sampled`"),
 }
 """Keys that artifacts may lack: those written before there was such a key, or without a reason for it."""

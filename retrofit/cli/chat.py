@@ -21,6 +21,7 @@ from retrofit.cli.options import (
     base_option,
     generation_options,
     output_options,
+    say_differences,
     seed_option,
     system_option,
 )
@@ -83,9 +84,12 @@ class Chat:
         self.text = ""
         self.totals = Totals()
         self.has_template = bool(getattr(engine.tokenizer, "chat_template", None))
-        if system is not None and not self.has_template:
-            raise UsageError("--system needs a chat template; this model's tokenizer has none", "leave it out")
+        for name, given in (("--system", system), ("--template", options["template"])):
+            if given is not None and not self.has_template:
+                raise UsageError(f"{name} needs a chat template; this model's tokenizer has none", "leave it out")
         engine.stream([], **options)  # what is wrong with the options is said before the first line
+        if self.has_template:
+            say_differences(engine, options["template"])
 
     def answer(self, line: str) -> None:
         """Print the answer to one line and remember both.  A turn that fails or is cut off is forgotten."""

@@ -270,6 +270,8 @@ def _print_stats(report: dict[str, Any], recipe: Recipe) -> None:
         "windows": f"{report['windows']:,} to train on, {report['dropped_windows']:,} dropped without response token",
         "anchors": f"{report['anchors']:,}; {report['unusable']:,} documents have none and are passed over",
     }
+    if report["to_answer"]:
+        rows["to answer"] = f"{report['to_answer']:,}, whose responses the base is yet to write"
     print_table([*rows.items()])
     if sources := report.get("sources"):
         print_table([(name, _of_source(found)) for name, found in sources.items()])

@@ -18,6 +18,7 @@ from retrofit.cli.options import (
     base_option,
     generation_options,
     output_options,
+    say_differences,
     seed_option,
     system_option,
 )
@@ -70,10 +71,15 @@ def generate(
       retrofit generate qwen-retrofit --chat --system "Answer in one word." -n 3 --temperature 1 "A colour?"
     """
     texts = [_stdin() if prompt == "-" else prompt for prompt in prompts or ("-",)]
-    asked = [_messages(text, system) for text in texts] if as_chat or system is not None else texts
+    as_chat = as_chat or system is not None
+    if options["template"] is not None and not as_chat:
+        raise UsageError("--template is for the chat template, which raw text does not go through", "add --chat")
+    asked = [_messages(text, system) for text in texts] if as_chat else texts
     engine = loading.engine(folder, base)
     alone = len(texts) == n == 1
     events = engine.stream(asked, seed=seed, batch_size=batch_size, with_text=alone and not as_json, n=n, **options)
+    if as_chat:
+        say_differences(engine, options["template"])
     totals = Totals()
     for result in _finished(events, totals, n):
         if as_json:

@@ -5,6 +5,7 @@ Not here: what a command does with them.  This file imports nothing heavy.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -100,6 +101,14 @@ class Loading:
         return engine
 
 
+def say_differences(engine: Engine, template: dict[str, Any] | None) -> None:
+    """Say in which ways conversations are put otherwise than in training.  template: its arguments."""
+    from retrofit.runtime.chat_template import differences
+
+    for line in differences(engine.config.get("template"), engine.tokenizer, template):
+        say(f"note: {line}")
+
+
 def loading_options(function: Any) -> Any:
     """Adds --device, --dtype, --offline, --trust-remote-code; the command gets them as `loading`."""
 
@@ -159,7 +168,7 @@ def answering_options(function: Any) -> Any:
 GENERATION = (
     *("mode", "strategy", "prepare", "tree", "threshold", "max_new_tokens", "min_new_tokens", "stop", "stop_token_ids"),
     *("ignore_eos", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "logit_bias", "logprobs", "original_settings"),
+    *("frequency_penalty", "logit_bias", "logprobs", "original_settings", "template"),
 )
 
 
@@ -204,6 +213,8 @@ def generation_options(function: Any) -> Any:
         click.option("--ignore-eos", is_flag=True, help="Go on after EOS."),
         click.option("--logprobs", type=click.IntRange(min=0), metavar="K",
                      help="With --json: log-probabilities of each token and the K likeliest, before processing."),
+        click.option("--template", multiple=True, metavar="NAME=V",
+                     help="Argument of the chat template, such as enable_thinking=false; may be repeated."),
         click.option("--original-settings/--no-original-settings", default=True, show_default=True,
                      help="Follow the base's generation_config in what it forbids, forces and penalises."),
         click.option("--threshold", type=click.FloatRange(0, 1),
@@ -227,7 +238,8 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
     prepare = options["prepare"]
     number = prepare is not None and prepare.isdecimal() and len(prepare) < 10
     bias = dict(map(_bias, options["logit_bias"])) or None
-    return {**options, "prepare": int(prepare) if number else prepare, "logit_bias": bias}
+    template = dict(map(_argument, options["template"])) or None
+    return {**options, "prepare": int(prepare) if number else prepare, "logit_bias": bias, "template": template}
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -237,6 +249,17 @@ def _bias(text: str) -> tuple[int, float]:
         return int(token), float(added)
     except ValueError:
         raise UsageError(f"--logit-bias is {text}; it must be ID=V, a token id and a number", "50256=-2.5") from None
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """`NAME=V`, V in JSON or as it stands.  Raises UsageError."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise UsageError(f"--template is {text}; it must be NAME=V", "enable_thinking=false")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 artifact_argument = click.argument("folder", metavar="ARTIFACT")

@@ -326,9 +326,11 @@ def _rewriter(job: _Job) -> Rewriter:
         temperature=plan.data.temperature,
         seed=plan.train.seed,
         max_length=plan.data.max_length,
+        max_new_tokens=plan.data.max_new_tokens,
         cache=ResponseCache(weights_key(attached), plan.data.temperature, job.backend.eos) if job.is_main else None,
         quiet=job.quiet,
         processes=job.processes,
+        skipped=job.skipped,
     )
 
 

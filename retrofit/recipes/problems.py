@@ -24,7 +24,10 @@ WORDS = {
     bool: "true or false",
     str: "text",
     str | None: "text or null",
+    int | None: "a whole number or null",
     tuple[int, ...]: "a list of whole numbers",
+    tuple[str, ...]: "a list of texts",
+    dict[str, Any]: "names and values",
 }
 
 

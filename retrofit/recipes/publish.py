@@ -17,6 +17,7 @@ from retrofit.recipes.naming import local_places, published_base, published_reci
 from retrofit.recipes.schema import Recipe, dump_recipe
 from retrofit.recipes.training.measure import HeldOut
 from retrofit.recipes.training.session import Session
+from retrofit.runtime.chat_template import identity
 from retrofit.weight_files import dtype_name
 
 
@@ -64,6 +65,7 @@ def _config(
     session: Session,
 ) -> dict[str, Any]:
     history, published = session.history, session.published
+    template = identity(base.tokenizer, plan.data.template)
     lora = count(attached.lora_parameters())
     return {
         "format": artifact.FORMAT,
@@ -74,6 +76,7 @@ def _config(
             "fingerprint": base.fingerprint,
             "architecture": type(attached.model).__name__,
         },
+        **({} if template is None else {"template": template}),
         "profile": plan.profile,
         "draft": attached.layout.to_dict(),
         "adapter": {

@@ -3,8 +3,8 @@
 A recipe is one YAML file of sections and keys.  Unknown keys, wrong types and values out of range are refused
 together, in one `UsageError` that names each key by its dotted path.  A loaded `Recipe` is frozen.  The text
 under each field is its help.
-Not here: YAML itself (`yaml_text.py`), the wording of errors (`problems.py`), reading data, loading models, judging
-whether a recipe fits a model.
+Not here: YAML itself (`yaml_text.py`), overrides (`overrides.py`), the wording of errors (`problems.py`), reading data,
+loading models, judging whether a recipe fits a model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from retrofit.errors import UsageError
 from retrofit.recipes import yaml_text
-from retrofit.recipes.problems import did_you_mean, explain, is_section, kind_of, listed, nothing_trained, unknown_key
+from retrofit.recipes.overrides import apply
+from retrofit.recipes.problems import did_you_mean, explain, kind_of, listed, nothing_trained
 
 FOLDER = Path(__file__).parent
 
@@ -124,15 +125,30 @@ class Data(Section):
     """The text to train on."""
 
     source: str | tuple[Ingredient, ...] = "stdlib"
-    """`stdlib` (of the running interpreter), a text, JSONL or Parquet file, a folder of them, or a `datasets` id; or a
-    mixture: a list of `{source, weight, split, field}`, all but the first optional."""
+    """`stdlib` (of the running interpreter), `prompts:everyday` or `prompts:reasoning-gym` (for the base to answer), a
+    text, JSONL, JSON, CSV or Parquet file, a folder of them, or a `datasets` id; or a mixture: a list of
+    `{source, weight, split, field}`, all but the first optional."""
     split: str = Field("train", min_length=1)
     """Split of a `datasets` source."""
     field: str | None = None
-    """Column of JSONL, Parquet or `datasets` rows to read: text or a list of chat messages; null finds it."""
+    """Column of the rows to read: text or a list of chat messages; null finds it."""
     responses: Literal["keep", "regenerate"] = "keep"
-    """Train on the responses as they are, or let the base write them anew first: such text drafts better.  They are
-    kept in RETROFIT_CACHE, by default ~/.cache/retrofit."""
+    """Train on the responses as they are, or let the base write them anew first: such text drafts better, and prompts
+    alone will do.  They are kept in RETROFIT_CACHE, by default ~/.cache/retrofit."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Most tokens of each regenerated response; null: as many as the row's own text had, 512 for a prompt alone."""
+    ask: Literal["chat", "text"] = "chat"
+    """A `prompt` alone is what a user says, put through the chat template where there is one; or the beginning of a
+    text."""
+    template: dict[str, Any] = {}
+    """Arguments of the chat template, such as `data.template.enable_thinking=false`; of a list of values each document
+    has one."""
+    prompts: int = Field(1000, ge=1)
+    """Prompts that `prompts:reasoning-gym` makes."""
+    tasks: tuple[str, ...] = Field((), strict=False)
+    """Its tasks by name, in equal shares; none named are 50 that are quickly made."""
+    seed: int = Field(0, ge=0, le=(1 << 31) - 1)
+    """Keys what those prompts are, and which document has which template argument."""
     temperature: float = Field(0.8, ge=0, le=5)
     """Sampling temperature of regenerated responses; 0 is greedy."""
     max_length: int = Field(2048, ge=2, le=1 << 20)
@@ -152,6 +168,16 @@ class Data(Section):
                 "change it or raise data.max_length"
             )
         return self
+
+    @field_validator("template")
+    @classmethod
+    def _values_to_draw(cls, value: dict[str, Any]) -> dict[str, Any]:
+        empty = next((name for name, values in value.items() if isinstance(values, list) and not values), None)
+        if empty is not None:
+            raise ValueError(
+                f"data.template.{empty}: a list of values to draw from must not be empty; give one or more"
+            )
+        return value
 
     @field_validator("source", mode="plain")
     @classmethod
@@ -325,7 +351,7 @@ def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] | Mapp
     if not isinstance(content, dict):
         raise UsageError(f"recipe `{label}` must hold sections and keys such as `train:`, not {kind_of(content)}")
     content = {key: value for key, value in content.items() if value is not None or key not in SECTIONS}
-    problems = _apply(content, overrides)
+    problems = apply(content, overrides, FIELDS)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
@@ -355,33 +381,3 @@ def _find(name: str) -> tuple[str, str]:
         raise UsageError(message, f"name a YAML file or one of {', '.join(names)}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise UsageError(f"recipe `{name}` cannot be read: {error}") from None
-
-
-def _apply(content: dict[Any, Any], overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    """Write the overrides into `content`, in place; returns the problems met on the way."""
-    if isinstance(overrides, str):
-        overrides = [overrides]
-    problems = []
-    for item in overrides.items() if isinstance(overrides, Mapping) else overrides:
-        if isinstance(item, str):
-            path, equals, text = item.partition("=")
-            try:
-                value = yaml_text.parse(text)
-            except ValueError:
-                problems.append(f"{path}: `{text}` is not valid YAML; quote it")
-                continue
-            if not (path and equals):
-                problems.append(f"`{item}` is no override; write key.path=value")
-                continue
-        else:
-            path, value = item
-        section, _, key = path.rpartition(".")
-        if path in SECTIONS:
-            problems.append(is_section(path, FIELDS))
-        elif path not in FIELDS:
-            problems.append(unknown_key(path, FIELDS))
-        elif not section:
-            content[key] = value
-        elif isinstance(inner := content.setdefault(section, {}), dict):  # else the validation refuses the section
-            inner[key] = value
-    return problems

@@ -139,7 +139,7 @@ def requests_for(
         if params.stop and tokenizer is None:
             raise UsageError("stop strings need a tokenizer; this engine has none", "give stop_token_ids")
         with ENCODING:
-            tokens = encode(prompt, f"prompt {number}", tokenizer, backend.input_vocab)
+            tokens = encode(prompt, f"prompt {number}", tokenizer, backend.input_vocab, params.template)
         limit = _limit(f"prompt {number}", len(tokens), params, settings, context)
         processing, rules = processing_of(params, settings), rules_of(what, backend.head.vocab)
         group = groups.setdefault((processing, rules), len(groups))

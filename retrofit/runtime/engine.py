@@ -24,6 +24,7 @@ from retrofit.runtime.auto.policy import AutoPolicy
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.exact_rows import Settled
 from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend, Stepper
+from retrofit.runtime.chat_template import warn_of_differences
 from retrofit.runtime.host.modes import prefill_step
 from retrofit.runtime.loading import check_options as check_loading
 from retrofit.runtime.loading import fits_fused, fused_backend, prepare, untrained, with_adapter
@@ -65,6 +66,7 @@ class Engine:
         self.layout = layout
         self.tokenizer = tokenizer
         self.config = dict(config or {})
+        self._told: set[str] = set()
         self.base = base
         self._attached = attached
         self.limits = Limits(backend.context_length, backend.rope_boundary)
@@ -315,6 +317,7 @@ class Engine:
         texts, original = listed(prompts), flag("original_settings", original_settings)
         asked = asked_of(options, keywords, len(texts), self.backend, original, way.mode)
         requests = requests_for(texts, asked, self.backend, self.limits.context, self.tokenizer, bool(with_text))
+        warn_of_differences(self.config.get("template"), self.tokenizer, zip(texts, asked, strict=True), self._told)
         slots = min(way.batch_size, max(1, len(requests)), self.backend.most_rows or way.batch_size)
         return self._events(way, self._cycle(way, typical(requests), slots), requests, slots, with_text)
 
@@ -356,12 +359,7 @@ class Engine:
         return ROWS if most is None else min(ROWS, most // self.backend.lanes(requests))
 
     def _loop(
-        self,
-        run: Run,
-        steps: Stepper,
-        requests: list[Request],
-        slots: int,
-        with_text: bool | None,
+        self, run: Run, steps: Stepper, requests: list[Request], slots: int, with_text: bool | None
     ) -> Generator[Event]:
         scheduler = Scheduler(requests, slots)
         reader = Reader(self.tokenizer, with_text)

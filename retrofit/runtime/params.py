@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from retrofit.errors import UsageError
+from retrofit.runtime.chat_template import check_arguments
 from retrofit.runtime.options import LARGEST_SEED, as_int, flag, number, shown, whole
 
 COLDEST = 1e-6
@@ -65,6 +66,8 @@ class SamplingParams:
     """With each emitted token its log-probability and those of so many likeliest, by the model's own logits."""
     prompt_logprobs: int | None = None
     """The same of the prompt's tokens but for the first."""
+    template: Mapping[str, Any] | None = field(default=None, hash=False)
+    """Arguments of the chat template for a prompt of messages, such as `{"enable_thinking": False}`."""
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -87,6 +90,7 @@ class SamplingParams:
             "ignore_eos": flag("ignore_eos", self.ignore_eos),
             "logprobs": _whole_or_none("logprobs", self.logprobs, 0),
             "prompt_logprobs": _whole_or_none("prompt_logprobs", self.prompt_logprobs, 0),
+            "template": _template(self.template),
         }  # fmt: skip
         checked["seed"] = whole("seed", self.seed, 0, LARGEST_SEED - (checked["n"] - 1))
         least, most = checked["min_new_tokens"], checked["max_new_tokens"]
@@ -116,6 +120,7 @@ class Keywords(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int | None
     prompt_logprobs: int | None
+    template: Mapping[str, Any] | None
 
 
 def _temperature(value: Any) -> float:
@@ -143,6 +148,13 @@ def _penalty(name: str, value: Any) -> float:
 
 def _whole_or_none(name: str, value: Any, low: int) -> int | None:
     return None if value is None else whole(name, value, low)
+
+
+def _template(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    check_arguments(value, "template")
+    return dict(value)
 
 
 def _bias(value: Any) -> dict[int, float] | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from retrofit.errors import UsageError
+from retrofit.runtime.chat_template import prompt_tokens
 from retrofit.runtime.options import as_int, shown
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor | np.ndarray[Any, Any]
@@ -43,8 +44,17 @@ def listed(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def encode(prompt: Any, name: str, tokenizer: PreTrainedTokenizerBase | None, vocab: int) -> list[int]:
-    """Token ids of one prompt, at least one, all below `vocab`.  name: what errors call it.  Raises UsageError."""
+def encode(
+    prompt: Any,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab: int,
+    template: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of one prompt, at least one, all below `vocab`.  name: what errors call it.
+
+    template: arguments of the chat template, for messages.  Raises UsageError.
+    """
     if hasattr(prompt, "tolist"):
         rows = _rows(prompt, name)
         if len(rows) != 1:
@@ -57,7 +67,7 @@ def encode(prompt: Any, name: str, tokenizer: PreTrainedTokenizerBase | None, vo
     if isinstance(prompt, str):
         tokens = _text_tokens(prompt, name, tokenizer)
     elif any(isinstance(part, Mapping) for part in prompt):
-        tokens = _message_tokens(prompt, name, tokenizer)
+        tokens = _message_tokens(prompt, name, tokenizer, template)
     else:
         tokens = [_token(token, name) for token in prompt]
     wrong = next((t for t in tokens if not 0 <= t < vocab), None)
@@ -81,7 +91,12 @@ def _text_tokens(text: str, name: str, tokenizer: PreTrainedTokenizerBase | None
     return tokens
 
 
-def _message_tokens(messages: Sequence[Any], name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _message_tokens(
+    messages: Sequence[Any],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    arguments: Mapping[str, Any] | None,
+) -> list[int]:
     """The conversation by the chat template: a new turn of the assistant's begun, or its last message continued."""
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or _says_nothing(message):
@@ -98,12 +113,8 @@ def _message_tokens(messages: Sequence[Any], name: str, tokenizer: PreTrainedTok
     messages = [dict(message) for message in messages]
     if messages[-1]["role"] == "assistant" and messages[-1].get("content") == "":
         messages.pop()  # nothing to continue: its turn begins
-    going_on = bool(messages) and messages[-1]["role"] == "assistant"
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not going_on, continue_final_message=going_on, return_dict=True
-        )
-        tokens = list(encoded["input_ids"])
+        tokens = prompt_tokens(tokenizer, messages, arguments=arguments)
     except Exception as error:  # the template is the model's own program, and may raise anything
         raise UsageError(f"{name}: the model's chat template refuses these messages: {_first_line(error)}") from error
     if not tokens:

@@ -54,6 +54,7 @@ RECIPES = {
     "schema": 0,
     "yaml_text": 0,
     "problems": 0,
+    "overrides": 0,
     "naming": 0,
     "processes": 0,
     "text": 1,

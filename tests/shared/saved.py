@@ -1,6 +1,7 @@
 """A base and an artifact as files, made in no time: what the tests of commands share."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_models import VOCABULARY, build
@@ -34,8 +35,11 @@ def save_base(folder: Path, seed: int = 0, template: str | None = None) -> Path:
     return folder
 
 
-def save_artifact(folder: Path, base: Path) -> Path:
-    """An artifact for `base` with a random adapter, as `convert` would write it but in no time."""
+def save_artifact(folder: Path, base: Path, **more: Any) -> Path:
+    """An artifact for `base` with a random adapter, as `convert` would write it but in no time.
+
+    more: what else its configuration holds.
+    """
     model = build("llama")
     attached = attach(model, DraftLayout(block=4), **ADAPTER)
     with torch.no_grad():
@@ -61,6 +65,7 @@ def save_artifact(folder: Path, base: Path) -> Path:
         },
         "acceptance": {"conditional": {"greedy": [0.5] * 4, "sampled": [0.5] * 4}},
         "training": {"steps": 2},
+        **more,
     }
     return artifact.write(
         folder,

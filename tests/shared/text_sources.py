@@ -59,6 +59,6 @@ def fake_datasets(monkeypatch, outcome):
     return calls
 
 
-def read(source, tokenizer, part="train", seed=0, **options):
-    options = {"held_out": 0, **options}
+def read(source, tokenizer, part="train", seed=0, data_seed=0, **options):
+    options = {"held_out": 0, "seed": data_seed, **options}
     return list(documents(Data(source=str(source), **options), tokenizer, part=part, seed=seed))

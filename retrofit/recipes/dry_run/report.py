@@ -28,6 +28,7 @@ from retrofit.recipes.dry_run.fit import changed, short, suggestions
 from retrofit.recipes.schema import Data, Recipe
 from retrofit.recipes.text.documents import FILE_SUFFIXES, HUB_ID, documents
 from retrofit.recipes.text.faults import Skipped
+from retrofit.recipes.text.prompts import PREFIX
 from retrofit.recipes.training.checkpoint import KEPT
 from retrofit.recipes.training.measure import MEASURED, held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER
@@ -111,7 +112,9 @@ def _text(
     for part in parts:
         name = str(part.source)
         path = Path(name).expanduser()
-        is_hub = not path.exists() and path.suffix not in FILE_SUFFIXES and HUB_ID.fullmatch(name)
+        is_hub = not (path.exists() or name.endswith(FILE_SUFFIXES) or name.startswith(PREFIX)) and HUB_ID.fullmatch(
+            name
+        )
         tables = path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
         if name != "stdlib" and (is_hub or (tables and path.exists())):
             found[name] = "not checked: " + ("on the Hub" if is_hub else "Parquet is read through a cache")

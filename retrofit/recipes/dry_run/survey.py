@@ -26,19 +26,23 @@ class _Counts:
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
-        self.responses = self.cut = self.windows = self.dropped = self.anchors = self.unusable = 0
+        self.responses = self.cut = self.windows = self.dropped = self.anchors = self.unusable = self.to_answer = 0
 
     def add(self, document: Document, recipe: Recipe) -> None:
         self.lengths.append(len(document.tokens))
         self.responses += sum(document.response)
-        every = list(cut(document, recipe.data.max_length, recipe.data.lengths, recipe.train.seed))
-        kept = [window for window in every if any(window.response)]
+        every, kept = [document], [document]
+        if document.to_answer:
+            self.to_answer += 1
+        else:
+            every = list(cut(document, recipe.data.max_length, recipe.data.lengths, recipe.train.seed))
+            kept = [window for window in every if any(window.response)]
         self.windows += len(kept)
         self.dropped += len(every) - len(kept)
         self.cut += len(every) > 1
         anchors = sum(len(eligible_anchors(window.response)) for window in kept)
         self.anchors += anchors
-        self.unusable += anchors == 0
+        self.unusable += anchors == 0 and not document.to_answer
 
     def report(self) -> dict[str, Any]:
         tokens = sum(self.lengths)
@@ -58,6 +62,7 @@ class _Counts:
             "dropped_windows": self.dropped,
             "unusable": self.unusable,
             "anchors": self.anchors,
+            "to_answer": self.to_answer,
         }
 
 
@@ -65,7 +70,8 @@ def survey(documents: Iterable[Document], recipe: Recipe) -> dict[str, Any]:
     """Statistics of documents, and for a mixture of each source.
 
     cut: documents longer than their first window; dropped_windows: without a response token; unusable: documents on
-    which no draft block can hang; anchors: places for one.  Of a source, `weight` is its share of the documents of
+    which no draft block can hang; anchors: places for one; to_answer: documents that the base is to answer first, each
+    counted as it stands now.  Of a source, `weight` is its share of the documents of
     training and `token_share` what part of the tokens that makes.
     """
     whole, sources = _Counts(), {}

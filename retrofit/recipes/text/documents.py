@@ -1,8 +1,9 @@
 """Documents of token ids, from every kind of text source a recipe can name.
 
     stdlib          the running interpreter's standard library, so that training works offline on any machine
-    a local file    .txt, .py, .md: text; .jsonl, .parquet: one record per line or row
-    a local folder  of such files, its subfolders too, without hidden files and blank ones
+    prompts:...     prompts alone, which the base answers: `prompts.py`
+    a local file    .txt, .py, .md: text; .jsonl, .json, .csv (all three also as .gz), .parquet: records, one per row
+    a local folder  of text, .jsonl and .parquet files, its subfolders too, without hidden files and blank ones
     anything else   a `datasets` id, its configuration after a colon if it has several: `owner/name:config`;
                     records are streamed as they are needed, nothing is downloaded first
     a list          a mixture of those, by weight
@@ -11,7 +12,10 @@ Held out are, of `stdlib`, the files the embedded base never saw; of a Hub id th
 files, the `data.held_out` documents first by a hash of their id, though never more than half of them; of a mixture,
 each source's share.  Training never sees those.
 
-Not here: what a record may hold and how it becomes tokens (`formats.py`), windows of them (`windows.py`).
+Where the base is to write the responses a conversation comes along with its tokens, for its later prompts hold answers
+that are not written yet.
+
+Not here: what a record may hold (`formats.py`), how it becomes tokens (`tokens.py`), windows of them (`windows.py`).
 """
 
 from __future__ import annotations
@@ -20,18 +24,22 @@ import errno
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retrofit.errors import DataError, ResourceError, UsageError
+from retrofit.recipes.text.conversations import Chat
 from retrofit.recipes.text.faults import Skipped, read_or_skip
-from retrofit.recipes.text.formats import Content, content, encode, one_line
+from retrofit.recipes.text.formats import Asked, Content, Form, content, one_line
 from retrofit.recipes.text.library import stdlib
 from retrofit.recipes.text.local import FILE_SUFFIXES, Table, local
-from retrofit.recipes.text.sources import Part, Row, Source, Streamed
+from retrofit.recipes.text.prompts import PREFIX, prompts
+from retrofit.recipes.text.sources import Part, Row, Source, Streamed, stable_hash
+from retrofit.recipes.text.tokens import encode
+from retrofit.runtime.chat_template import check_arguments, source
 
 if TYPE_CHECKING:
     from retrofit.recipes.schema import Data
@@ -44,7 +52,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 class Document:
     """Token ids; `response` is as long, True where a token is part of a response (plain text: everywhere).
 
-    source: what data.source calls it; where: the place it was read from.
+    source: what data.source calls it; where: the place it was read from.  chat: the conversation, where the base is to
+    answer it.
     """
 
     id: str
@@ -52,6 +61,12 @@ class Document:
     response: tuple[bool, ...]
     source: str = ""
     where: str = ""
+    chat: Chat | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def to_answer(self) -> bool:
+        """Whether the base has to write in it before it is text to train on; it is then not to be cut."""
+        return self.chat is not None or not any(self.response)
 
 
 class _Wanted(NamedTuple):
@@ -89,9 +104,10 @@ def documents(
     malformed local files and records, all from the call itself; DataError later for conversations that cannot be
     rendered, tokens the model does not know, and malformed records of the Hub.
     """
+    check_arguments(data.template, "data.template")
     wanted = [one._replace(held_out=0) if part == "all" else one for one in _wanted(data)]
     total = sum(one.weight for one in wanted)
-    opened = [_Opened(one.source, one.weight / total, _open(one, skipped, offline)) for one in wanted]
+    opened = [_Opened(one.source, one.weight / total, _open(one, data, skipped, offline)) for one in wanted]
     if part == "train":
         for one in opened:
             if next(one.source.rows(part), None) is None:
@@ -101,7 +117,7 @@ def documents(
         one = opened[number]
         rng = random.Random(seed if number == turn == 0 else f"{seed} {number} {turn}") if part == "train" else None
         for row in one.source.rows(part, rng):
-            made = read_or_skip(skipped, _document, row, tokenizer, vocab, one.name)
+            made = read_or_skip(skipped, _document, row, tokenizer, vocab, one.name, data)
             if made is not None:
                 mark = (f"{number}/" if len(opened) > 1 else "") + made.id + (f"~{turn}" if turn else "")
                 yield replace(made, id=mark)
@@ -146,12 +162,26 @@ def _mixed(
             yield first
 
 
-def _document(row: Row, tokenizer: Any, vocab: int | None, name: str) -> Document | None:
+def _document(row: Row, tokenizer: Any, vocab: int | None, name: str, data: Data) -> Document | None:
     found = row.read()
     if found is None:
         return None
-    tokens, response = encode(found, tokenizer, row.where, vocab)
-    return Document(row.id, tuple(tokens), tuple(response), name, row.where)
+    if isinstance(found, Asked) and data.ask == "chat" and source(tokenizer):
+        found = Chat([{"role": "user", "content": found.prompt}])
+    if isinstance(found, Chat):
+        found = found._replace(arguments=drawn(data.template, data.seed, row.id))
+    to_answer = data.responses == "regenerate"
+    tokens, response = encode(found, tokenizer, row.where, vocab, to_answer)
+    chat = found if isinstance(found, Chat) and to_answer else None
+    return Document(row.id, tuple(tokens), tuple(response), name, row.where, chat)
+
+
+def drawn(template: Mapping[str, Any], seed: int, document: str) -> dict[str, Any]:
+    """Template arguments of one document: of a list of values one, the same whenever it is read."""
+    return {
+        name: value[stable_hash(f"{seed} {name} {document}") % len(value)] if isinstance(value, list | tuple) else value
+        for name, value in template.items()
+    }
 
 
 def _wanted(data: Data) -> list[_Wanted]:
@@ -172,18 +202,21 @@ def _wanted(data: Data) -> list[_Wanted]:
     ]
 
 
-def _open(wanted: _Wanted, skipped: Skipped | None, offline: bool) -> Source:
+def _open(wanted: _Wanted, data: Data, skipped: Skipped | None, offline: bool) -> Source:
     if wanted.source == "stdlib":
         return stdlib()
+    if wanted.source.startswith(PREFIX):
+        return prompts(wanted.source, data, wanted.held_out)
+    form = Form(wanted.field, alone=data.responses == "regenerate")
     path = Path(wanted.source).expanduser()
     if path.exists():
-        return local(path, wanted.field, wanted.held_out, _table, skipped)
-    if path.suffix in FILE_SUFFIXES or not HUB_ID.fullmatch(wanted.source):
+        return local(path, form, wanted.held_out, _table, skipped)
+    if path.name.endswith(FILE_SUFFIXES) or not HUB_ID.fullmatch(wanted.source):
         raise UsageError(
             f"data.source {wanted.source}: no such file or folder",
-            f"name `stdlib`, a {', '.join(FILE_SUFFIXES)} file, a folder of such files, or a `datasets` id",
+            f"name `stdlib`, prompts, a {', '.join(FILE_SUFFIXES)} file, a folder of such files, or a `datasets` id",
         )
-    return _hub(wanted, offline)
+    return _hub(wanted, form, offline)
 
 
 def _datasets(name: str) -> Any:
@@ -266,7 +299,7 @@ def _offline(datasets: Any, wanted: bool) -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def _hub(wanted: _Wanted, offline: bool) -> Source:
+def _hub(wanted: _Wanted, form: Form, offline: bool) -> Source:
     datasets = _datasets(wanted.source)
     name, _, configuration = wanted.source.partition(":")
     # Offline there is nothing to stream from; what the cache holds is read in the same order.
@@ -300,7 +333,7 @@ def _hub(wanted: _Wanted, offline: bool) -> Source:
         try:
             for number, record in enumerate(load()):
                 where = f"{wanted.source} ({wanted.split}) record {number}"
-                yield Row(f"{wanted.source}:{number}", where, _reader(record, where, wanted.field))
+                yield Row(f"{wanted.source}:{number}", where, _reader(record, where, form))
         except OSError as error:
             raise _out_of_reach(wanted.source, error) from None
         except (datasets.exceptions.DatasetsError, ValueError) as error:  # ValueError: what pyarrow and codecs raise
@@ -327,5 +360,5 @@ def _out_of_reach(name: str, error: OSError) -> ResourceError:
     )
 
 
-def _reader(record: Any, where: str, field: str | None) -> Callable[[], Content]:
-    return lambda: content(record, where, field)
+def _reader(record: Any, where: str, form: Form) -> Callable[[], Content]:
+    return lambda: content(record, where, form)

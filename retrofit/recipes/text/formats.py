@@ -1,21 +1,23 @@
-"""What a record of training text holds, and its tokens.
+"""What a record of training text holds: a conversation, a prompt and its response, a prompt alone, or text.
 
-A record has `messages` (a conversation, rendered by the tokenizer's chat template), or `prompt` and
-`response`, or `text`.  Text and responses end with the tokenizer's EOS token, conversations with what the
-template writes, so that the end is drafted too.  Of a conversation the responses are what the template itself marks by
-`{% generation %}`; where it marks nothing they are found by what it writes around a message.
-Not here: where records come from.
+    messages [tools]                             a conversation, for the tokenizer's chat template
+    conversations [system] [tools]               the same, as ShareGPT has it
+    instruction [input] output [system]          the same, as Alpaca has it; also `context` and `response`
+    prompt, response or completion               as text; where they are lists of messages, a conversation
+    text                                         all of it to be learned
+    prompt; instruction; a conversation that     prompts alone, which the base answers
+      ends with the user                           (data.responses=regenerate)
+
+Not here: where records come from, what becomes of conversations (`conversations.py`), tokens (`tokens.py`).
 """
 
 from __future__ import annotations
 
 import json
-import re
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from retrofit.recipes.text.conversations import Chat, conversation, text_of
 from retrofit.recipes.text.faults import RowError
 
 
@@ -34,16 +36,26 @@ class Pair(NamedTuple):
     response: str
 
 
-class Chat(NamedTuple):
-    """A conversation; the assistant's messages are to be learned."""
+class Asked(NamedTuple):
+    """A prompt alone: what a user says, or the beginning of a text."""
 
-    messages: Sequence[Mapping[str, Any]]
-
-
-Content = Text | Pair | Chat
+    prompt: str
 
 
-def parse(line: str, where: str, field: str | None) -> Content:
+Content = Text | Pair | Chat | Asked
+
+
+class Form(NamedTuple):
+    """How records are read.  field: the column to read, None finds it; alone: prompts may lack a response."""
+
+    field: str | None = None
+    alone: bool = False
+
+
+COLUMNS = "`text`, `messages`, `conversations`, `prompt` and `response` or `completion`, or `instruction` and `output`"
+
+
+def parse(line: str, where: str, form: Form) -> Content:
     """Content of one line of a JSONL file; `where` (file:line) begins the message of every RowError."""
     try:
         record = json.loads(line)
@@ -53,69 +65,90 @@ def parse(line: str, where: str, field: str | None) -> Content:
     except (ValueError, RecursionError) as error:  # thousands of digits, thousands of brackets
         problem = f"not valid JSON: {one_line(error)}"
         raise RowError("json", where, problem, "put one JSON object on each line") from None
-    return content(record, where, field)
+    return content(record, where, form)
 
 
-def content(record: Any, where: str, field: str | None) -> Content:
-    """What a record holds.  `field` names the column to read, of text or of messages; None finds it.
+def content(record: Any, where: str, form: Form) -> Content:
+    """What a record holds.
 
     Raises RowError for missing fields, wrong types, and records without anything to learn.
     """
     if not isinstance(record, Mapping):
         problem = f"a record must be a JSON object, not {type(record).__name__}"
         raise RowError("json", where, problem, "put one JSON object on each line")
-    if field is not None:
-        if field not in record:
-            hint = "set data.field to one of these"
-            raise RowError("field", where, f"no field `{field}`; there are {_keys(record)}", hint)
-        if isinstance(record[field], list):
-            return _chat(record[field], where, field)
-        return Text(_string(record, field, where))
-    if "messages" in record:
-        return _chat(record["messages"], where, "messages")
-    if "prompt" in record and "response" in record:
-        return Pair(_string(record, "prompt", where, blank=True), _string(record, "response", where))
+    found = _named(record, form.field, where) if form.field is not None else _found(record, where)
+    unanswered = isinstance(found, Asked) or (isinstance(found, Chat) and not found.answered)
+    if unanswered and not form.alone:
+        key = form.field or next((key for key in ("messages", "conversations") if key in record), "prompt")
+        problem = f"`{key}` has no response, so there is no response token"
+        if isinstance(found, Chat):
+            problem = f"`{key}` has no assistant message, so there is no response token"
+        hint = "remove the record, or let the base answer with data.responses=regenerate"
+        raise RowError("no_response", where, problem, hint)
+    return found
+
+
+def _named(record: Mapping[str, Any], field: str, where: str) -> Content:
+    if field not in record:
+        hint = "set data.field to one of these"
+        raise RowError("field", where, f"no field `{field}`; there are {_keys(record)}", hint)
+    if isinstance(record[field], list):
+        return conversation(record[field], where, field, record.get("tools"))
+    return Text(text_of(record, field, where))
+
+
+def _found(record: Mapping[str, Any], where: str) -> Content:
+    # Rows of one table share their columns: what a record does not have stands there as null.
+    there = {key for key, value in record.items() if value is not None}
+    for key in ("messages", "conversations", "conversation"):
+        if key in record:
+            return _with_system(conversation(record[key], where, key, record.get("tools")), record, where)
+    answer = next((key for key in ("response", "completion", "output") if key in there), None)
+    if "instruction" in there:
+        return _alpaca(record, answer, where)
+    if "prompt" in there and answer in ("response", "completion"):
+        return _prompted(record, answer, where)
     if "text" in record:
-        return Text(_string(record, "text", where))
+        return Text(text_of(record, "text", where))
+    if isinstance(record.get("prompt"), list):
+        return conversation(record["prompt"], where, "prompt", record.get("tools"))
+    if "prompt" in record:
+        return Asked(text_of(record, "prompt", where))
     raise RowError(
-        "field",
-        where,
-        f"needs `text`, or `prompt` and `response`, or `messages`; there are {_keys(record)}",
-        "rename the fields, or set data.field",
+        "field", where, f"needs {COLUMNS}; there are {_keys(record)}", "rename the fields, or set data.field"
     )
 
 
-def encode(content: Content, tokenizer: Any, where: str, vocab: int | None = None) -> tuple[list[int], list[bool]]:
-    """Token ids, and as many flags, True for the tokens of a response.
-
-    A prompt is tokenized by itself, as it is when decoding.  vocab: how many token ids the model knows.
-    Raises RowError for a conversation that the tokenizer cannot render or that has no response token, and for
-    a token the model does not know.
-    """
-    tokens, response = _tokens(content, tokenizer, where)
-    if vocab is not None and max(tokens, default=0) >= vocab:
-        known = f"the model knows {vocab:,} and the tokenizer {len(tokenizer):,}"
-        problem = f"token id {max(tokens)} is outside the model's vocabulary ({known})"
-        raise RowError("vocabulary", where, problem, "use the tokenizer that belongs to the model")
-    return tokens, response
+def _alpaca(record: Mapping[str, Any], answer: str | None, where: str) -> Chat:
+    more = next((key for key in ("input", "context") if record.get(key) is not None), None)
+    parts = [text_of(record, "instruction", where), text_of(record, more, where, blank=True) if more else ""]
+    messages = [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": text_of(record, answer, where)})
+    return _with_system(Chat(messages), record, where)
 
 
-def _tokens(content: Content, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
-    if isinstance(content, Chat):
-        return _chat_tokens(content.messages, tokenizer, where)
-    if isinstance(content, Pair):
-        prompt = token_ids(tokenizer, content.prompt)
-        answer = _ended(tokenizer, token_ids(tokenizer, content.response, special=False))
-        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
-    tokens = token_ids(tokenizer, content.text)
-    tokens = _ended(tokenizer, tokens) if content.complete else tokens
-    return tokens, [True] * len(tokens)
+def _prompted(record: Mapping[str, Any], answer: str, where: str) -> Pair | Chat:
+    prompt, response = record["prompt"], record[answer]
+    if not isinstance(prompt, list) and not isinstance(response, list):
+        return Pair(text_of(record, "prompt", where, blank=True), text_of(record, answer, where))
+    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": text_of(record, "prompt", where)}]
+    after = response
+    if not isinstance(response, list):
+        after = [{"role": "assistant", "content": text_of(record, answer, where)}]
+    return conversation([*before, *after], where, "prompt", record.get("tools"))
 
 
-def token_ids(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    """Token ids of a text of any length; `special`: with BOS and whatever else the tokenizer adds."""
-    # verbose: it would warn of documents longer than the context, which are cut later
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+def _with_system(chat: Chat, record: Mapping[str, Any], where: str) -> Chat:
+    """What stands in a column of its own and the assistant is told first."""
+    if (
+        not isinstance(record.get("system"), str)
+        or not record["system"].strip()
+        or chat.messages[0]["role"] == "system"
+    ):
+        return chat
+    first = {"role": "system", "content": text_of(record, "system", where)}
+    return chat._replace(messages=[first, *chat.messages])
 
 
 def one_line(error: Exception) -> str:
@@ -125,146 +158,3 @@ def one_line(error: Exception) -> str:
 
 def _keys(record: Mapping[str, Any]) -> str:
     return ", ".join(f"`{key}`" for key in list(record)[:10]) or "none"
-
-
-def _string(record: Mapping[str, Any], key: str, where: str, at: str = "", blank: bool = False) -> str:
-    """`at`: where in the record, the beginning of what is said about it."""
-    value = record.get(key)
-    if not isinstance(value, str):
-        hint = "make it text, or name another column with data.field"
-        raise RowError("field", where, f"{at}`{key}` must be text, not {type(value).__name__}", hint)
-    if not blank and not value.strip():
-        kind = "no_response" if key in ("response", "content") else "empty"
-        raise RowError(kind, where, f"{at}`{key}` is empty, so there is no response token", "remove the record")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        problem = f"{at}`{key}` holds half of a surrogate pair, which is no character"
-        raise RowError("encoding", where, problem, "write the text anew as UTF-8") from None
-    return value
-
-
-def _chat(messages: Any, where: str, key: str) -> Chat:
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        problem = f"`{key}` must be a list of objects with `role` and `content`"
-        raise RowError("field", where, problem, "write the conversation so, or name another column with data.field")
-    for number, message in enumerate(messages):
-        at = f"`{key}` {number}: "
-        _string(message, "role", where, at)
-        _string(message, "content", where, at, blank=message["role"] != "assistant")
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        problem = f"`{key}` has no assistant message, so there is no response token"
-        raise RowError("no_response", where, problem, "remove the record")
-    if roles[0] == "assistant":
-        problem = f"`{key}` begins with an assistant message, which answers nothing"
-        raise RowError("template", where, problem, "remove it")
-    return Chat(messages)
-
-
-def _ended(tokenizer: Any, tokens: list[int]) -> list[int]:
-    eos = tokenizer.eos_token_id
-    return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
-
-
-def _chat_tokens(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
-    if not tokenizer.chat_template:
-        hint = "give records of `text`, or of `prompt` and `response`"
-        raise RowError("template", where, "the tokenizer has no chat template", hint)
-    if not tokenizer.is_fast:
-        hint = "give records of `prompt` and `response`"
-        raise RowError("template", where, "conversations need a fast tokenizer", hint)
-    found = _marked(messages, tokenizer, where) or _surrounded(messages, tokenizer, where)
-    if not any(found[1]):
-        raise RowError("no_response", where, "the chat template leaves no response token", "remove the record")
-    return found
-
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def _marked(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[list[int], list[bool]] | None:
-    """Tokens, and which of them the chat template marks as the assistant's; None where it marks nothing.
-
-    None also for a tokenizer that leaves characters out: transformers looks for the token of a span's last character,
-    and without one marks all that follows.
-    """
-    template = tokenizer.chat_template
-    template = template.get("default", "") if isinstance(template, dict) else template
-    if not _GENERATION.search(template):
-        return None
-    encoded = _applied(
-        messages,
-        tokenizer,
-        where,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
-    )
-    if any(end < start for (_, end), (start, _) in pairwise(encoded["offset_mapping"])):
-        return None
-    return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
-
-
-def _surrounded(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
-    """Tokens, and which of them lie in the assistant's turns as `_render` finds them."""
-    text, spans = _render(messages, tokenizer, where)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return list(encoded["input_ids"]), _inside(encoded["offset_mapping"], spans)
-
-
-def _applied(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str, **options: Any) -> Any:
-    """What the chat template makes of messages.  Raises RowError where it refuses them."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError, ValueError) as error:  # templates may also trip over what they are given
-        problem = f"the chat template refuses the messages: {one_line(error)}"
-        hint = "change the roles to those the template knows, or remove the record"
-        raise RowError("template", where, problem, hint) from None
-
-
-def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which tokens lie wholly in one of the spans, which are in order and apart; a token of no character does not."""
-    starts = [start for start, _ in spans]
-    found = []
-    for first, last in offsets:
-        number = bisect_right(starts, first) - 1
-        found.append(number >= 0 and first < last <= spans[number][1])
-    return found
-
-
-ANSWER = "RETROFIT-ANSWER"  # stands in for a message's content, to see what the template writes around it
-
-
-def _render(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as the chat template writes it, and the character span of every assistant turn.
-
-    A span runs from the end of the generation prompt (of the turn's header, where the prompt has more than
-    the turn) to the end of the turn's closing token.  Templates may write a turn otherwise once others
-    follow (reasoning is dropped), so spans are found by what surrounds the content, never by the content.
-    """
-
-    def render(turns: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
-        return str(_applied(turns, tokenizer, where, tokenize=False, add_generation_prompt=ask))
-
-    whole = render(list(messages))
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = list(messages[:number])
-        header, found, closing = render([*before, {**message, "content": ANSWER}]).rpartition(ANSWER)
-        closing = closing.rstrip()
-        starts = [len(opening) for opening in (render(before, ask=True), header) if whole.startswith(opening)]
-        end = whole.find(closing, starts[0]) if starts else -1
-        if not found or not closing or end < 0:
-            raise RowError(
-                "template",
-                where,
-                f"cannot tell where the chat template puts message {number}",
-                "give records of `prompt` and `response`",
-            )
-        spans.append((starts[0], end + len(closing)))
-    return whole, spans

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.errors import DataError, ResourceError
-from retrofit.recipes.text.formats import Content, Text, token_ids
+from retrofit.recipes.text.formats import Content, Text
 from retrofit.recipes.text.sources import Indexed, Part, Source, stable_hash
+from retrofit.recipes.text.tokens import token_ids
 
 HELD_OUT_LIST = Path(__file__).parents[1] / "tiny" / "heldout.txt"
 STDLIB_SKIPPED = ("site-packages", "dist-packages", "encodings", "lib2to3/tests/data", "__pycache__")

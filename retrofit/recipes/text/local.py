@@ -1,34 +1,38 @@
-"""Training text from files on this machine: text, JSONL, Parquet, and folders of such files.
+"""Training text from files on this machine: text, JSONL, JSON, CSV, Parquet, and folders of such files.
 
 All rows are checked when a source is opened, so that a bad one stops the run before it starts; then they are read
 as they are asked for, and only their places are kept.
-Not here: what a row may hold (`formats.py`), and how a Parquet file is read (`documents.py`, the one place for
-`datasets`).
+Not here: what a row may hold (`formats.py`), how a Parquet file is read (`documents.py`, the one place for
+`datasets`) and others that cannot be read where they lie (`unpacked.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from retrofit.errors import DataError, UsageError
 from retrofit.recipes.text.faults import RowError, Skipped, read_or_skip
-from retrofit.recipes.text.formats import Content, Text, content, parse
+from retrofit.recipes.text.formats import Content, Form, Text, content, parse
+from retrofit.recipes.text.lines import Line, decoded, raw_lines
 from retrofit.recipes.text.sources import Indexed, Source, first_by_hash
+from retrofit.recipes.text.unpacked import PACKED_SUFFIXES, unpacked
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
-FILE_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
+FOLDER_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
+"""Of the files in a folder; .json and .csv beside text are most likely settings and tables of something else."""
+FILE_SUFFIXES = tuple(dict.fromkeys((*TEXT_SUFFIXES, ".jsonl", ".parquet", *PACKED_SUFFIXES)))
 PIECE = 8192  # bytes: a text file that is the whole source is cut into documents of this size, at line ends
-LONGEST_LINE = 1_000_000  # bytes; a longer one is most likely a file without line ends, or data that is no text
 
-Table = Sequence[Mapping[str, Any]]
+Table = Sequence[Mapping[str, Any]] | Sequence[bytes]
+"""Rows, read or as JSON."""
 
 
 class _Place(NamedTuple):
     """Where a document lies: `length` bytes of a file (None: all of it) from `offset`, line `line` first.
 
-    Of a Parquet file: row `line`, counted from 1, of `table`.
+    Of a table: row `line` of it, counted from 1.
     """
 
     path: Path
@@ -40,14 +44,14 @@ class _Place(NamedTuple):
 
 
 def local(
-    path: Path, field: str | None, held_out: int, open_table: Callable[[Path], Table], skipped: Skipped | None
+    path: Path, form: Form, held_out: int, open_table: Callable[[Path], Table], skipped: Skipped | None
 ) -> Source:
     """The documents of a file or folder.  Raises UsageError for files of other kinds, DataError for bad ones."""
     if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.suffix in FILE_SUFFIXES and f.is_file()]
+        files = [f for f in sorted(path.rglob("*")) if f.name.endswith(FOLDER_SUFFIXES) and f.is_file()]
         files = [f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)]
         root = path
-    elif path.suffix in FILE_SUFFIXES:
+    elif path.name.endswith(FILE_SUFFIXES):
         files, root = [path], path.parent
     else:
         raise UsageError(
@@ -58,35 +62,37 @@ def local(
     for file in files:
         try:
             if file.suffix == ".jsonl":
-                places += _lines(file, field, skipped)
+                places += _lines(file, form, skipped)
             elif file.suffix == ".parquet":
-                places += _table_rows(file, field, open_table(file), skipped)
+                places += _table_rows(file, form, open_table(file), skipped)
+            elif file.name.endswith(PACKED_SUFFIXES):
+                places += _table_rows(file, form, unpacked(file), skipped)
             else:
                 places += _pieces(file, skipped) if path.is_file() else _whole(file, skipped)
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     if not places:
-        what = "holds no text" if files else f"holds no {', '.join(FILE_SUFFIXES)} file"
+        what = "holds no text" if files else f"holds no {', '.join(FOLDER_SUFFIXES)} file"
         bad = f": {skipped.line()}" if skipped is not None and skipped.rows else ""
         raise DataError(f"{path}: {what}{bad}", "name a file or folder with text in it")
     ids = [_place_id(place, root) for place in places]
     where = [f"{place.path}:{place.line}" for place in places]
     held = first_by_hash(ids, str(path), held_out)
-    return Indexed(ids, held, lambda number: _read(places[number], field), where.__getitem__)
+    return Indexed(ids, held, lambda number: _read(places[number], form), where.__getitem__)
 
 
-def _read(place: _Place, field: str | None) -> Content:
+def _read(place: _Place, form: Form) -> Content:
     where = f"{place.path}:{place.line}"
     if place.table is not None:
-        return content(place.table[place.line - 1], where, field)
+        return _row(place.table[place.line - 1], place.path, place.line, form)
     try:
         with place.path.open("rb") as file:
             file.seek(place.offset)
             raw = file.read(-1 if place.length is None else place.length)
     except OSError as error:
         raise DataError(f"{place.path}: cannot be read: {error.strerror}") from None
-    text = _decoded(raw, place.path, place.line)
-    return parse(text, where, field) if place.path.suffix == ".jsonl" else Text(text, place.complete)
+    text = decoded(raw, place.path, place.line)
+    return parse(text, where, form) if place.path.suffix == ".jsonl" else Text(text, place.complete)
 
 
 def _place_id(place: _Place, root: Path) -> str:
@@ -94,61 +100,36 @@ def _place_id(place: _Place, root: Path) -> str:
     return name if place.length is None and place.table is None else f"{name}:{place.line}"
 
 
-class _Line(NamedTuple):
-    """A line of a file; of one that is too long only the beginning is kept."""
-
-    number: int
-    offset: int
-    length: int
-    raw: bytes
-
-    def text(self, path: Path) -> str:
-        """Raises RowError for a line that is too long or not UTF-8."""
-        if self.length > LONGEST_LINE:
-            raise RowError(
-                "long",
-                f"{path}:{self.number}",
-                f"a line of {self.length:,} bytes, more than {LONGEST_LINE:,}",
-                "give each document or record a line of its own, and cut longer ones",
-            )
-        return _decoded(self.raw, path, self.number)
-
-    def record(self, path: Path, field: str | None) -> Content:
-        """Raises RowError for a line that is no usable record."""
-        return parse(self.text(path), f"{path}:{self.number}", field)
-
-
-def _raw_lines(file: BinaryIO) -> Iterator[_Line]:
-    offset = number = 0
-    while raw := file.readline(LONGEST_LINE + 1):
-        number, length, end = number + 1, len(raw), raw[-1:]
-        while length > LONGEST_LINE and end != b"\n" and (rest := file.readline(LONGEST_LINE)):
-            length, end = length + len(rest), rest[-1:]
-        yield _Line(number, offset, length, raw)
-        offset += length
-
-
-def _lines(path: Path, field: str | None, skipped: Skipped | None) -> Iterator[_Place]:
+def _lines(path: Path, form: Form, skipped: Skipped | None) -> Iterator[_Place]:
     """One place per record of a JSONL file."""
     blank = True
     with path.open("rb") as file:
-        for line in _raw_lines(file):
+        for line in raw_lines(file):
             if not line.raw.strip():
                 continue
             blank = False
-            if read_or_skip(skipped, line.record, path, field):
+            if read_or_skip(skipped, line.record, path, form):
                 yield _Place(path, line.offset, line.length, line.number)
     if blank:
         read_or_skip(skipped, _refuse_empty, path, "put one JSON object on each line")
 
 
-def _table_rows(path: Path, field: str | None, table: Table, skipped: Skipped | None) -> Iterator[_Place]:
-    number = 0
+def _table_rows(path: Path, form: Form, table: Table, skipped: Skipped | None) -> Iterator[_Place]:
+    blank = True
     for number, record in enumerate(table, 1):
-        if read_or_skip(skipped, content, record, f"{path}:{number}", field):
+        if isinstance(record, bytes) and not record.strip():
+            continue
+        blank = False
+        if read_or_skip(skipped, _row, record, path, number, form):
             yield _Place(path, line=number, table=table)
-    if number == 0:
+    if blank:
         read_or_skip(skipped, _refuse_empty, path, "name a file with rows in it")
+
+
+def _row(record: Mapping[str, Any] | bytes, path: Path, number: int, form: Form) -> Content:
+    if isinstance(record, bytes):
+        return Line(number, 0, len(record), record).record(path, form)
+    return content(record, f"{path}:{number}", form)
 
 
 def _pieces(path: Path, skipped: Skipped | None) -> Iterator[_Place]:
@@ -159,7 +140,7 @@ def _pieces(path: Path, skipped: Skipped | None) -> Iterator[_Place]:
     start = end = 0
     first, blank, nothing = 1, True, True
     with path.open("rb") as file:
-        for line in _raw_lines(file):
+        for line in raw_lines(file):
             text = read_or_skip(skipped, line.text, path)
             # a piece is closed by the line after it, so that the last one is known to be the last
             full = end - start >= PIECE and line.raw.strip()
@@ -187,17 +168,8 @@ def _whole(path: Path, skipped: Skipped | None) -> Iterator[_Place]:
 def _has_text(path: Path) -> bool:
     with path.open("rb") as file:
         # no `any`: all lines are looked at, so that a bad one is found wherever it is
-        return sum(bool(line.text(path).strip()) for line in _raw_lines(file)) > 0
+        return sum(bool(line.text(path).strip()) for line in raw_lines(file)) > 0
 
 
 def _refuse_empty(path: Path, hint: str) -> None:
     raise RowError("empty", f"{path}:1", "the file is empty", hint)
-
-
-def _decoded(raw: bytes, path: Path, line: int) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        problem = f"not UTF-8 text (byte 0x{raw[error.start]:02x})"
-        raise RowError("encoding", f"{path}:{line}", problem, "convert the file to UTF-8") from None

@@ -1,11 +1,7 @@
 """Let the base write the responses itself: drafts are judged against the base, so its own text trains them best.
 
-The prompt of a document is what stands before its first response token; plain text keeps a random first part.  In a
-conversation the base answers turn by turn, each time to the turns so far with its own answers in them:
-
-    document    u1 u1 a1 a1 a1 END | u2 u2 a2 a2 END
-    asked       u1 u1 ..             -> b1 b1 END      answered as the template ends a turn, so the next one follows
-    asked       u1 u1 b1 b1 END u2 u2 .. -> b2 b2 b2   cut by the limit: the document ends here
+In a conversation the base answers turn by turn, each time to the turns so far with its own answers in them; a prompt
+alone it answers once (`rewriting.py`).
 
 Responses are the same in every epoch, and kept on disk: a run that was interrupted, or is done again with other
 settings of training, finds them there.
@@ -18,12 +14,10 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from retrofit.adapters.attach import Attached
@@ -33,7 +27,8 @@ from retrofit.machine import cache_folder
 from retrofit.progress import progress
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.text.documents import Document
-from retrofit.recipes.text.sources import document_rng, stable_hash
+from retrofit.recipes.text.faults import Skipped, read_or_skip
+from retrofit.recipes.text.rewriting import Answered, Limits, Rewritten
 from retrofit.runtime.backends.hf.linear.packing import packed_meanwhile
 from retrofit.runtime.engine import Engine
 
@@ -41,14 +36,13 @@ BATCH = 64
 """Requests that run together; where one ends, the next takes its place."""
 CHUNK = 256
 """Documents that are asked for at once."""
-SHORTEST_PROMPT = 8
 FORMAT = 1
 SAMPLED = 64
 """Values of each tensor that identify the base."""
 
 
 class _Job(NamedTuple):
-    """One response to write: `limit` tokens at most, as many as the document had."""
+    """One response to write: `limit` tokens at most."""
 
     prompt: tuple[int, ...]
     limit: int
@@ -65,73 +59,38 @@ def regenerate(
     temperature: float,
     seed: int,
     max_length: int,
+    max_new_tokens: int | None = None,
     cache: ResponseCache | None = None,
     quiet: bool = True,
     processes: Processes | None = None,
+    skipped: Skipped | None = None,
 ) -> Iterator[Document]:
     """Each document with its responses written anew by `ar` at `temperature`, ids unchanged, no longer than it was.
 
+    max_new_tokens: most tokens of each response, in place of how long the document was; it is never longer than
+    max_length.  A conversation becomes several documents where the chat template changes what was said before.
     Left out are documents whose prompt is empty, or as long as the window.  Several processes divide the responses
     among them; the cache is the main one's.  Raises ResourceError where the cache cannot be written, TrainingError
-    where the processes read different text.
+    where the processes read different text, and, unless `skipped` counts them, RowError for messages that the
+    template refuses.
     """
-    source = iter(documents)
+    source, limits = iter(documents), Limits(max_length, max_new_tokens)
+
+    def opened(document: Document) -> Rewritten | Answered:
+        if document.chat is None:
+            return Rewritten(document, seed, limits)
+        return Answered(document, seed, limits, engine.tokenizer, engine.backend.eos)
+
     while chunk := list(islice(source, CHUNK)):
-        texts = [_Rewritten(document, seed, max_length) for document in chunk]
-        texts = [text for text in texts if text.waits()]
-        waiting = texts
-        while waiting:
-            written = _written([text.job() for text in waiting], engine, temperature, cache, quiet, processes)
-            for text, response in zip(waiting, written, strict=True):
+        texts = [text for document in chunk if (text := read_or_skip(skipped, opened, document)) is not None]
+        while waiting := [
+            (text, _Job(tuple(text.prompt), limit, text.draw())) for text in texts if (limit := text.limit()) > 0
+        ]:
+            written = _written([job for _, job in waiting], engine, temperature, cache, quiet, processes)
+            for (text, _), response in zip(waiting, written, strict=True):
                 text.take(response)
-            waiting = [text for text in waiting if text.waits()]
         for text in texts:
-            yield replace(text.document, tokens=tuple(text.tokens), response=tuple(text.flags))
-
-
-class _Rewritten:
-    """A document as far as it is written: up to where the next response has to come."""
-
-    def __init__(self, document: Document, seed: int, max_length: int):
-        self.document, self._seed = document, seed
-        self._length = min(len(document.tokens), max_length)
-        self._turns = _turns(document, prompt_length(document, seed))
-        """What is left to answer: where each response of the document begins and ends."""
-        self._answered = 0
-        self.tokens: list[int] = list(document.tokens[: self._turns[0][0]]) if self._turns else []
-        self.flags = [False] * len(self.tokens)
-
-    def waits(self) -> bool:
-        """Whether a response can be asked for: there is a prompt, a turn to answer, and room."""
-        return bool(self._turns) and 0 < len(self.tokens) < self._length
-
-    def job(self) -> _Job:
-        turn = f" turn {self._answered}" if self._answered else ""
-        draw = stable_hash(f"{self._seed} {self.document.id}{turn}") % (1 << 31)
-        return _Job(tuple(self.tokens), self._length - len(self.tokens), draw)
-
-    def take(self, response: list[int]) -> None:
-        """Add a response, and the text up to the next one where this one ended as the document's own did."""
-        _, end = self._turns.pop(0)
-        self._answered += 1
-        self.tokens += response
-        self.flags += [True] * len(response)
-        if not self._turns or response[-1:] != [self.document.tokens[end - 1]]:
-            self._turns = []
-            return
-        between = self.document.tokens[end : self._turns[0][0]]
-        if len(self.tokens) + len(between) >= self._length:  # no room to answer, and nothing to learn from the rest
-            self._turns = []
-            return
-        self.tokens += between
-        self.flags += [False] * len(between)
-
-
-def _turns(document: Document, prompt: int) -> list[tuple[int, int]]:
-    """Where the document's responses begin and end, those after the first `prompt` tokens."""
-    edges = np.flatnonzero(np.diff(np.asarray([False, *document.response, False], dtype=np.int8)))
-    runs = [(max(int(first), prompt), int(last)) for first, last in edges.reshape(-1, 2)]
-    return [(first, last) for first, last in runs if first < last]
+            yield from text.written()
 
 
 def _written(
@@ -190,15 +149,6 @@ def _generated(
             if event.result is not None:
                 yield numbers[event.index], event.result.tokens
                 shown.advance()
-
-
-def prompt_length(document: Document, seed: int) -> int:
-    """Tokens before the first response token; of plain text a random part up to one half."""
-    first = int(np.argmax(document.response)) if any(document.response) else 0
-    half = len(document.tokens) // 2
-    if first or half <= SHORTEST_PROMPT:
-        return first or half
-    return int(document_rng(seed, 0, document.id).integers(SHORTEST_PROMPT, half))
 
 
 class ResponseCache:

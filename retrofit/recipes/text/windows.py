@@ -21,9 +21,15 @@ from retrofit.recipes.text.sources import document_rng
 def windows(
     documents: Iterable[Document], max_length: int, lengths: Sequence[int] = (), seed: int = 0, epoch: int = 0
 ) -> Iterator[Document]:
-    """The windows of each document that teach something: those with a response token.  The others are as in `cut`."""
+    """The windows of each document that teach something: those with a response token.  The others are as in `cut`.
+
+    A document that the base has to answer first is one window, however long: it is its answers that are limited.
+    """
     for document in documents:
-        yield from (window for window in cut(document, max_length, lengths, seed, epoch) if any(window.response))
+        if document.to_answer:
+            yield replace(document, id=f"{document.id}#0")
+        else:
+            yield from (window for window in cut(document, max_length, lengths, seed, epoch) if any(window.response))
 
 
 def cut(

@@ -21,7 +21,7 @@ from retrofit.errors import UsageError
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
-from retrofit.recipes.text.regenerate import prompt_length
+from retrofit.recipes.text.rewriting import prompt_length
 from retrofit.recipes.text.sources import stable_hash
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine

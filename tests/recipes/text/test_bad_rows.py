@@ -13,7 +13,7 @@ from retrofit.errors import DataError
 from retrofit.recipes.schema import Data
 from retrofit.recipes.text.documents import documents
 from retrofit.recipes.text.faults import KINDS, RowError, Skipped
-from retrofit.recipes.text.local import LONGEST_LINE
+from retrofit.recipes.text.lines import LONGEST_LINE
 
 GOOD = {"text": "def area(radius): return radius * radius\n"}
 CHAT = [{"role": "user", "content": "def"}, {"role": "assistant", "content": "class Stack"}]
@@ -23,7 +23,7 @@ STRICT = (
 )
 FAULTS = {
     "json": (b'{"text": "cut o', "not valid JSON", "JSON object on each line"),
-    "field": ({"txet": "x"}, "needs `text`, or `prompt`", "data.field"),
+    "field": ({"txet": "x"}, "needs `text`, `messages`", "data.field"),
     "encoding": (b'{"text": "\xff"}', "not UTF-8", "UTF-8"),
     "empty": ({"text": " "}, "is empty", "remove"),
     "long": ({"text": "x" * LONGEST_LINE}, "a line of 1,000,013 bytes", "a line of its own"),

@@ -22,7 +22,7 @@ BAD_ROWS = {
     "no_object": ("[1, 2]", "must be a JSON object, not list"),
     "other_fields": ({"body": "x", "label": 1}, "there are `body`, `label`"),
     "no_fields": ({}, "there are none"),
-    "prompt_only": ({"prompt": "x"}, "there are `prompt`"),
+    "prompt_only": ({"prompt": "x"}, "`prompt` has no response"),
     "text_no_string": ({"text": 3}, "`text` must be text, not int"),
     "text_null": ({"text": None}, "`text` must be text, not NoneType"),
     "text_blank": ({"text": " \n"}, "no response token"),
@@ -33,10 +33,10 @@ BAD_ROWS = {
     "message_no_role": ({"messages": [{"content": "hi"}]}, "`messages` 0: `role` must be text"),
     "message_parts": (
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-        "`content` must be text, not list",
+        "`messages` 0: `text` must be text, not NoneType",
     ),
     "no_assistant": ({"messages": [{"role": "user", "content": "hi"}]}, "no assistant message"),
-    "no_messages": ({"messages": []}, "no assistant message"),
+    "no_messages": ({"messages": []}, "`messages` is empty"),
     "assistant_blank": (
         {"messages": [MESSAGES[0], {"role": "assistant", "content": ""}]},
         "no response token",
@@ -93,9 +93,9 @@ def test_a_path_that_does_not_exist_is_a_usage_error(tokenizer, source):
 
 
 def test_a_file_of_another_kind_is_a_usage_error(tokenizer, tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"a,b")
-    with pytest.raises(UsageError, match=r"cannot read \.csv"):
-        read(tmp_path / "a.csv", tokenizer)
+    (tmp_path / "a.xls").write_bytes(b"a,b")
+    with pytest.raises(UsageError, match=r"cannot read \.xls"):
+        read(tmp_path / "a.xls", tokenizer)
 
 
 # the Hub, without network
@@ -147,7 +147,8 @@ def test_without_the_package_datasets(tokenizer, monkeypatch):
 def test_reading_text_loads_neither_torch_nor_datasets():
     code = (
         "import sys; from types import SimpleNamespace as N; from retrofit.recipes.text.documents import documents;"
-        "next(documents(N(source='stdlib'), lambda *a, **k: {'input_ids': [1]}, part='held_out'), None);"
+        "data = N(source='stdlib', template={}, responses='keep');"
+        "next(documents(data, lambda *a, **k: {'input_ids': [1]}, part='held_out'), None);"
         "sys.exit(bool({'torch', 'datasets', 'transformers', 'pydantic'} & set(sys.modules)))"
     ).replace(
         "lambda *a, **k: {'input_ids': [1]}",
@@ -158,5 +159,6 @@ def test_reading_text_loads_neither_torch_nor_datasets():
 
 def test_only_the_section_is_needed(tokenizer):
     """Any object with the section's fields will do; the schema is not imported for it."""
-    section = SimpleNamespace(source="stdlib", split="train", field=None, held_out=64)
+    keys = {"split": "train", "field": None, "held_out": 64, "template": {}, "responses": "keep"}
+    section = SimpleNamespace(source="stdlib", **keys)
     assert next(documents(section, tokenizer, part="held_out")).id == "_strptime.py"

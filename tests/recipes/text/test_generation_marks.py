@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from retrofit.errors import DataError
-from retrofit.recipes.text.formats import Chat, encode
+from retrofit.recipes.text.conversations import Chat
+from retrofit.recipes.text.tokens import encode
 
 
 def marked(template, turn):

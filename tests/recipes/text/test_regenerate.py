@@ -19,6 +19,8 @@ from retrofit.recipes import convert as convert_module
 from retrofit.recipes.text import regenerate as module
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.regenerate import ResponseCache, regenerate, weights_key
+from retrofit.recipes.text.rewriting import SHORTEST_PROMPT
+from retrofit.recipes.text.sources import stable_hash
 from retrofit.recipes.training.order import Order
 from retrofit.runtime.engine import Engine
 
@@ -106,7 +108,7 @@ def test_a_conversation_is_answered_turn_by_turn(engine: Engine, monkeypatch: py
     assert new.tokens[:3] == old.tokens[:3] and new.tokens[second - 3 : second] == old.tokens[9:12]
     assert new.response == (False,) * 3 + (True,) * len(answers[0]) + (False,) * 3 + (True,) * len(answers[1])
     for turn, (prompt, answer) in enumerate([(new.tokens[:3], answers[0]), (new.tokens[:second], answers[1])]):
-        seed = module.stable_hash("5 talk" + " turn 1" * turn) % (1 << 31)
+        seed = stable_hash("5 talk" + " turn 1" * turn) % (1 << 31)
         limit = len(old.tokens) - len(prompt)
         want = engine.generate([list(prompt)], mode="ar", temperature=0.8, max_new_tokens=limit, seed=seed)[0]
         assert list(answer) == want.tokens
@@ -126,7 +128,7 @@ def test_a_window_that_begins_within_an_answer_goes_on_with_the_turns(engine: En
     flags = tuple(place < 20 or place >= 25 for place in range(30))
     new = written(engine, documents=[Document("late", tokens, flags)])[0]
     prompt = new.response.index(True)
-    assert module.SHORTEST_PROMPT <= prompt <= 15 and new.tokens[:prompt] == tokens[:prompt]
+    assert SHORTEST_PROMPT <= prompt <= 15 and new.tokens[:prompt] == tokens[:prompt]
 
 
 def test_what_leaves_no_room_is_left_out(engine: Engine) -> None:
@@ -296,7 +298,7 @@ def test_a_conversion_trains_and_measures_on_the_bases_own_words(
     assert len(seen["held_out"]) == 2 and len(seen["train"]) == 2
     for found in seen["held_out"] + seen["train"]:
         prompt = found.response.index(True)
-        draw = module.stable_hash(f"0 {found.id}") % (1 << 31)
+        draw = stable_hash(f"0 {found.id}") % (1 << 31)
         wanted = engine.generate(
             [found.tokens[:prompt]], "ar", temperature=0.8, seed=[draw], max_new_tokens=len(found.tokens) - prompt
         )

@@ -81,6 +81,9 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "training": (lambda value: isinstance(value, dict), "an object"),
 }
 OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base.gguf.file": (_text, "the name of a file"),
+    "base.gguf.sha256": (_text, "a sha256"),
+    "base.gguf.kind": (_text, "the type most of its weights are stored in"),
     "acceptance.by_context": (_contexts, "a list of objects with `up_to`, `blocks`, `tau`, `greedy` and `sampled`"),
 }
 """Keys that artifacts may lack: those written before there was such a key, or without a reason for it."""

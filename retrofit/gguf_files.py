@@ -28,7 +28,7 @@ from retrofit.weight_files import AGAIN, config_hash
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SUFFIX = ".gguf"
 TAKE_SAFETENSORS = "take the model's safetensors instead"
@@ -209,26 +209,37 @@ def dequantised(place: Path, model: PreTrainedModel, dtype: torch.dtype) -> dict
     return tensors
 
 
-def refuse_unplaced(name: str, place: Path, header: Header, model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError where a file holds tensors that transformers leaves out: another model would run."""
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+def refuse_unread(name: str, place: Path, header: Header, model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError where a file says or holds what transformers leaves out: another model would run."""
+    problem = _unread(place, header, model)
+    if problem is not None:
+        raise UnsupportedModelError(f"{name}: {problem}, so it would load another model", TAKE_SAFETENSORS)
 
-    processor = TENSOR_PROCESSORS.get(header.metadata["general.architecture"], TensorProcessor)
-    known = get_gguf_hf_weights_map(_bare(model), processor(config=model.config.to_dict()))
+
+def _unread(place: Path, header: Header, model: PreTrainedModel) -> str | None:
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    architecture = header.metadata["general.architecture"]
+    scaling = header.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    config = model.config.get_text_config()
+    if scaling != "none" and scaling not in _rope_types(config):
+        return f"the file scales its rotation ({scaling}), which transformers does not read"
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    known = get_gguf_hf_weights_map(_bare(model), processor(config=config.to_dict()))
     # Experts of a layer are one tensor in the file, and stand in the map without their suffix.
     over = [one for one in header.tensors if not {one.name, one.name.removesuffix(".weight")} & known.keys()]
     over = [one for one in over if not (one.name == NEUTRAL and _all_ones(place, one))]
-    if over:
-        more = ", ..." if len(over) > 1 else ""
-        raise UnsupportedModelError(
-            f"{name}: transformers has no place in {type(model).__name__} for {len(over)} of the file's tensors "
-            f"({over[0].name}{more}), so it would load another model",
-            TAKE_SAFETENSORS,
-        )
+    if not over:
+        return None
+    names = over[0].name + (", ..." if len(over) > 1 else "")
+    return f"transformers has no place in {type(model).__name__} for {len(over)} of the file's tensors ({names})"
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """Types of rotation of a configuration, which may have one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    return {part.get("rope_type", "default") for part in parts}
 
 
 def _all_ones(place: Path, one: Stored) -> bool:
@@ -249,15 +260,17 @@ def _bare(model: PreTrainedModel) -> PreTrainedModel:
 def read_once() -> Iterator[None]:
     """Inside, transformers parses the header of a GGUF file once, and shows no progress bar of its own.
 
-    It would parse it anew for the configuration, the weights and the tokenizer, which takes seconds each time.
+    It would parse it anew for the configuration, the weights and the tokenizer, and draw up the table of names once for
+    every module of the model: more than half of the time that loading takes.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
     with _PATCHING:
-        bar, reader = reading.tqdm, gguf.GGUFReader
-        reading.tqdm, gguf.GGUFReader = partial(bar, disable=True), cache(reader)
+        bar, reader, names = reading.tqdm, gguf.GGUFReader, gguf.get_tensor_name_map
+        reading.tqdm = partial(bar, disable=True)
+        gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(names)
         try:
             yield
         finally:
-            reading.tqdm, gguf.GGUFReader = bar, reader
+            reading.tqdm, gguf.GGUFReader, gguf.get_tensor_name_map = bar, reader, names

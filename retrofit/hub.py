@@ -20,7 +20,7 @@ from retrofit.gguf_files import (
     is_gguf,
     pretrained,
     read_once,
-    refuse_unplaced,
+    refuse_unread,
 )
 from retrofit.locating import locate
 from retrofit.weight_files import config_hash, file_fingerprint, weight_source
@@ -180,7 +180,7 @@ def _load_model(
             if declared is None:
                 del model.config.transformers_weights
         else:
-            refuse_unplaced(name, place, header, model)
+            refuse_unread(name, place, header, model)
             _forget_quantisation(model)
         return model.to(device).eval()
     except RetrofitError:

@@ -29,10 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 UNQUANTISED = "take the original weights, in bfloat16"
-DEQUANTISE = (
-    "take the original weights, or unpack these once: `AutoModelForCausalLM.from_pretrained(MODEL, dtype='bfloat16', "
-    "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(FOLDER)`, and its tokenizer beside it"
-)
+DEQUANTISE = "take the original weights, in bfloat16, or unpack these once: docs/bases.md has the lines"
 FOREIGN = (
     ("_orig_mod.", "saved from a compiled model; save `model._orig_mod`, or take `_orig_mod.` out of the names"),
     ("base_model.model.", "saved from a PEFT model; merge its adapter first (`merge_and_unload`), then save it"),

@@ -152,7 +152,7 @@ def refuse_gguf(base: Base) -> None:
     if base.place is not None and is_gguf(base.place):
         raise UnsupportedModelError(
             f"the fused backend reads safetensors, and {base.name} is a GGUF file",
-            "use backend='hf', or save the model once as safetensors (docs/supported-models.md)",
+            "use backend='hf', or save the model once as safetensors (docs/bases.md)",
         )
 
 

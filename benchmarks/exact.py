@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.common import ROOT, Bar, say, section, write
 from benchmarks.sections import from_tests
 from retrofit.adapters.layout import DraftLayout
+from retrofit.gguf_files import pretrained
 from retrofit.hub import load_base
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
@@ -160,7 +161,9 @@ def main(
 ) -> None:
     kind = getattr(torch, dtype)
     if artifact is not None:
-        config = AutoConfig.from_pretrained(load_artifact(artifact, dtype, "off").base.folder).get_text_config()
+        config = AutoConfig.from_pretrained(
+            **pretrained(load_artifact(artifact, dtype, "off").base.place)
+        ).get_text_config()
         subjects = [Subject(artifact.name, kind, partial(load_artifact, artifact, dtype), config.vocab_size, False)]
     elif model is not None:
         base = load_base(str(model), dtype=dtype).model

@@ -18,7 +18,7 @@ from benchmarks.sizes import LARGE, all_sizes
 from retrofit.adapters.layout import DraftLayout
 from retrofit.eval.acceptance import Comparison, lossless, measure, reference_tokens, same_as_ar
 from retrofit.eval.speed import REFERENCE, ratio_of, seconds_per_token, turns_of
-from retrofit.hub import EMBEDDED
+from retrofit.named_bases import EMBEDDED
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
 

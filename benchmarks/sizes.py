@@ -20,7 +20,7 @@ from transformers import (
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import is_target, resolve_targets
-from retrofit.hub import EMBEDDED, embedded_folder
+from retrofit.named_bases import EMBEDDED, embedded_folder
 from retrofit.recipes.schema import Recipe, load_recipe, recipe_names
 
 ANY_MODEL = "default"

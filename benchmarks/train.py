@@ -29,8 +29,9 @@ from benchmarks.naive_training import NaiveTrainer
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import RetrofitError
-from retrofit.hub import EMBEDDED, load_base
+from retrofit.hub import load_base
 from retrofit.machine import forget_peak, peak_resident, resident
+from retrofit.named_bases import EMBEDDED
 from retrofit.recipes.schema import Recipe, load_recipe
 from retrofit.recipes.text.documents import Document, documents
 from retrofit.recipes.text.windows import windows

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retrofit
-from retrofit.hub import embedded_folder
+from retrofit.named_bases import embedded_folder
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "tiny-retrofit"
 base = embedded_folder()  # the model that ships inside; with a model of your own, its folder or Hub id

@@ -1,27 +1,35 @@
-"""Find and load base models: the embedded one, a local folder, or a Hugging Face Hub id.
+"""Load base models, whatever files they come from.
 
-Every failure is one clear error with the fix in it.  Not here: adapters, artifacts.
+Every failure is one clear error with the fix in it.  Not here: where a name leads (`locating.py`), adapters, artifacts.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import ResourceError, RetrofitError, UnsupportedModelError, UsageError, out_of_memory
-from retrofit.progress import downloading
-from retrofit.weight_files import INDEX, config_hash, file_fingerprint, indexed, weight_source
+from retrofit.gguf_files import (
+    TAKE_SAFETENSORS,
+    Header,
+    check_readable,
+    gguf_fingerprint,
+    is_gguf,
+    pretrained,
+    read_once,
+    refuse_unread,
+)
+from retrofit.locating import locate
+from retrofit.weight_files import config_hash, file_fingerprint, weight_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED = "tiny"
-"""Name of the base model shipped inside the package."""
 UNQUANTISED = "take the original weights, in bfloat16"
+DEQUANTISE = "take the original weights, in bfloat16, or unpack these once: docs/bases.md has the lines"
 FOREIGN = (
     ("_orig_mod.", "saved from a compiled model; save `model._orig_mod`, or take `_orig_mod.` out of the names"),
     ("base_model.model.", "saved from a PEFT model; merge its adapter first (`merge_and_unload`), then save it"),
@@ -34,14 +42,14 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class Base:
-    """A base model.  folder: the local files it came from, None for a live model; model: None where a backend reads
-    the files itself."""
+    """A base model.  place: the folder or the GGUF file it came from, None for a live model; live: None where a
+    backend reads the files itself."""
 
     live: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     revision: str | None
-    folder: Path | None
+    place: Path | None
     fingerprint: dict[str, str | None]
 
     @property
@@ -51,94 +59,17 @@ class Base:
         return self.live
 
 
-def embedded_folder() -> Path:
-    return Path(__file__).parent / "recipes" / "tiny"
-
-
-def locate(
-    name: str, revision: str | None = None, offline: bool = False, *, weights: bool = True, code: bool = False
-) -> Path:
-    """The local folder of a model: the embedded one, an existing folder, or a Hub id's snapshot, downloaded if need be.
-
-    Raises UsageError for a name that is neither, ResourceError for missing network or credentials.
-    """
-    if name == EMBEDDED:
-        return embedded_folder()
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists():
-        raise UsageError(f"{name} is a file; a model is a folder or a Hub id")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise UsageError(f"no folder {name}", "give an existing folder or a Hub id such as Qwen/Qwen3-0.6B")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.py"] if code else [])
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
-
-    def fetch(wanted: list[str], other: list[str] | None = None) -> Path:
-        with downloading(f"downloading {name}") as bar:
-            return Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    local_files_only=offline,
-                    tqdm_class=bar,
-                    allow_patterns=wanted,
-                    ignore_patterns=other,
-                )
-            )
-
-    with _hub_errors(name, revision):
-        folder = fetch(patterns)
-        if not weights:
-            return folder
-        # Of weights that lie there twice, as for other programs, only the ones that are loaded.
-        index = folder / INDEX
-        more = indexed(index) if index.is_file() else ["*.safetensors"]
-        return fetch([*patterns, *more], ["consolidated*", "original/*", "*/*.safetensors"])
-
-
-@contextmanager
-def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Turns what the Hub's library raises into one clear error."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError as error:
-        raise ResourceError(
-            f"{name} is gated on the Hub",
-            f"accept its licence at https://huggingface.co/{name}, then `hf auth login`",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UsageError(f"{name} has no revision {revision!r} on the Hub", "check base.revision") from error
-    except RepositoryNotFoundError as error:
+def _model_place(name: str, revision: str | None, offline: bool, *, weights: bool = True, code: bool) -> Path:
+    """`locate` of what holds a model's configuration.  Raises what that and `check_readable` raise, and UsageError."""
+    place = locate(name, revision, offline, weights=weights, code=code)
+    if is_gguf(place):
+        check_readable(place)
+    elif not (place / "config.json").is_file():
         raise UsageError(
-            f"no model {name!r}: not a local folder, and not a Hub id you can see",
-            "check the spelling; for a private model `hf auth login` first",
-        ) from error
-    except HFValidationError as error:
-        raise UsageError(f"{name!r} is neither a local folder nor a valid Hub id") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ResourceError(
-            f"{name}: not in the local cache and the Hub cannot be reached",
-            "give a local folder, or go online once to download it",
-        ) from error
-
-
-def _model_folder(name: str, revision: str | None, offline: bool, *, weights: bool = True, code: bool) -> Path:
-    """`locate` of what holds a model's configuration.  Raises what that raises, and UsageError."""
-    folder = locate(name, revision, offline, weights=weights, code=code)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{name} holds no config.json, so it is no transformers model")
-    return folder
+            f"{name} holds no config.json, so it is no transformers model",
+            f"of a folder or Hub id of GGUF files name one: {name}/FILE.gguf",
+        )
+    return place
 
 
 def load_base(
@@ -156,42 +87,84 @@ def load_base(
 
     with_model False: files, configuration and tokenizer only, for a backend that reads the weights itself.
     """
+    check_device(device)
+    place = _model_place(name, revision, offline, code=trust_remote_code)
+    with read_once() if is_gguf(place) else nullcontext():
+        return _opened(name, revision, place, dtype, device, trust_remote_code, need_tokenizer, with_model)
+
+
+def _opened(
+    name: str,
+    revision: str | None,
+    place: Path,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    need_tokenizer: bool,
+    with_model: bool,
+) -> Base:
     from transformers import AutoConfig, AutoTokenizer
 
-    check_device(device)
-    folder = _model_folder(name, revision, offline, code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**pretrained(place), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _not_loaded(name, device, error) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{name} is quantised, which retrofit does not support yet", UNQUANTISED)
-    fingerprint = file_fingerprint(folder, config.to_dict())
-    model = _load_model(name, folder, config, dtype, device, trust_remote_code) if with_model else None
+    refuse_quantised(name, config)
+    header = check_readable(place) if is_gguf(place) else None
+    described = config.to_dict()
+    fingerprint = gguf_fingerprint(place, header, described) if header else file_fingerprint(place, described)
+    model = _load_model(name, place, header, config, dtype, device, trust_remote_code) if with_model else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**pretrained(place), trust_remote_code=trust_remote_code)
     except Exception as error:
         if need_tokenizer or out_of_memory(error) is not None:
             raise _no_tokenizer(name, error) from error
         tokenizer = None
-    return Base(model, tokenizer, name, revision, folder, fingerprint)
+    return Base(model, tokenizer, name, revision, place, fingerprint)
+
+
+def refuse_quantised(name: str, config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModelError for a configuration of quantised weights, by the name of their type."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if found is None:
+        return
+    settings = found if isinstance(found, dict) else found.to_dict()
+    method = str(settings.get("quant_method", "an unnamed method"))
+    if method == "fp8" and settings.get("weight_block_size"):
+        size = " x ".join(str(side) for side in settings["weight_block_size"])
+        problem = f"{name} is quantised to fp8 in blocks of {size}, which retrofit does not run"
+        raise UnsupportedModelError(problem, DEQUANTISE)
+    raise UnsupportedModelError(f"{name} is quantised ({method}), which retrofit does not support yet", UNQUANTISED)
 
 
 def _load_model(
-    name: str, folder: Path, config: PreTrainedConfig, dtype: str, device: str, trust_remote_code: bool
+    name: str,
+    place: Path,
+    header: Header | None,
+    config: PreTrainedConfig,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """The model with exactly the tensors of `weight_files`, each in its place."""
+    """The model with exactly the tensors of its files, each in its place.  header: that of a GGUF file."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     declared = getattr(config, "transformers_weights", None)
-    config.transformers_weights = weight_source(folder)
+    options: dict[str, Any] = {}
+    if header is None:
+        config.transformers_weights = weight_source(place)
+    else:
+        options |= _dequantising()
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
+            **pretrained(place),
+            **options,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
@@ -199,9 +172,13 @@ def _load_model(
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         refuse_unloaded(name, type(model).__name__, loaded)
-        model.config.transformers_weights = declared
-        if declared is None:
-            del model.config.transformers_weights
+        if header is None:
+            model.config.transformers_weights = declared
+            if declared is None:
+                del model.config.transformers_weights
+        else:
+            refuse_unread(name, place, header, model)
+            _forget_quantisation(model)
         return model.to(device).eval()
     except RetrofitError:
         raise
@@ -212,9 +189,26 @@ def _load_model(
             logging.enable_progress_bar()
 
 
+def _dequantising() -> dict[str, Any]:
+    """Of a GGUF file every weight is unpacked.  Versions of transformers that know nothing else have no option."""
+    import transformers
+
+    known = getattr(transformers, "GgufConfig", None)
+    return {} if known is None else {"quantization_config": known(dequantize=True)}
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    """Let a dequantised model be what it is: a plain one, to be trained beside, wrapped and saved."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
 def _not_loaded(name: str, device: str, error: Exception) -> RetrofitError:
     memory = out_of_memory(error, f"{name} does not fit into the memory of {device}")
-    return memory or UnsupportedModelError(f"{name} cannot be loaded: {_first_line(error)}")
+    hint = TAKE_SAFETENSORS if str(error).startswith("GGUF model with architecture") else None
+    return memory or UnsupportedModelError(f"{name} cannot be loaded: {_first_line(error)}", hint)
 
 
 def _no_tokenizer(name: str, error: Exception) -> RetrofitError:
@@ -249,16 +243,17 @@ def refuse_unloaded(name: str, kind: str, loaded: Mapping[str, Any]) -> None:
 def load_tokenizer(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False, offline: bool = False
 ) -> tuple[PreTrainedTokenizerBase, int]:
-    """A model's tokenizer, and how many token ids the model knows; its weights are not downloaded.
+    """A model's tokenizer, and how many token ids the model knows; weights are not downloaded, but a GGUF file.
 
     Raises UsageError, ResourceError.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = _model_folder(name, revision, offline, weights=False, code=trust_remote_code)
+    place = _model_place(name, revision, offline, weights=False, code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        options = {**pretrained(place), "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(**options).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(**options)
     except Exception as error:
         raise _no_tokenizer(name, error) from error
     return tokenizer, int(config.vocab_size)
@@ -267,15 +262,15 @@ def load_tokenizer(
 def load_config(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False, offline: bool = False
 ) -> tuple[PreTrainedConfig, Path]:
-    """A model's configuration, and the folder of its files; weights are not downloaded.
+    """A model's configuration, and the folder or GGUF file it is in; weights are not downloaded, but a GGUF file.
 
     Raises UsageError, ResourceError or UnsupportedModelError.
     """
     from transformers import AutoConfig
 
-    folder = _model_folder(name, revision, offline, weights=False, code=trust_remote_code)
+    place = _model_place(name, revision, offline, weights=False, code=trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), folder
+        return AutoConfig.from_pretrained(**pretrained(place), trust_remote_code=trust_remote_code), place
     except Exception as error:
         raise _not_loaded(name, "cpu", error) from error
 

@@ -60,7 +60,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_here(folder: Path) -> list[Path]:
-    """`weight_files`, or none where some of them are not here."""
+    """`weight_files`, or none where some of them are not here; of a GGUF file itself."""
+    if folder.is_file():
+        return [folder]
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.safetensors.index.json")):
         return []
     files = [folder / name for name in _names(folder)]

@@ -175,20 +175,29 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def base_of(folder: str | Path, config: Mapping[str, Any]) -> str:
-    """The base of an artifact, as one loads it here: what `retrofit.json` names, or the folder that local.json does.
+    """The base of an artifact, as one loads it here: what `retrofit.json` names, or the place that local.json does.
 
-    Raises UsageError where the artifact was made of a folder that is not here, ArtifactError for a local.json that is
-    none.
+    Raises UsageError where the artifact was made of a folder or file that is not here, ArtifactError for a local.json
+    that is none.
     """
     named = config["base"]
     if named.get("local") is not True:
-        return str(named["model"])
+        return published_name(named)
     path = Path(folder) / LOCAL
     place = load_json(path).get("base") if path.is_file() else None
-    if isinstance(place, str) and Path(place).is_dir():
+    if isinstance(place, str) and Path(place).exists():
         return place
     problem = f"{place}, which is gone" if place else f"{named['model']}, a model that lay on another machine"
     raise UsageError(f"{folder} was made of {problem}", "give the base with --base, base= in Python")
+
+
+def published_name(named: Mapping[str, Any]) -> str:
+    """What a base is called where it is loaded: of a GGUF file on the Hub, the Hub id and the file.
+
+    named: `base` of `retrofit.json`.
+    """
+    file = named.get("gguf", {}).get("file")
+    return f"{named['model']}/{file}" if file and "/" in named["model"] else str(named["model"])
 
 
 def add(folder: str | Path, name: str, data: bytes | str) -> Path:

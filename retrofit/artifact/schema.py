@@ -86,6 +86,9 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, dict),
         "an object: each argument of the template, and the value it had in training or a list of those that were mixed",
     ),
+    "base.gguf.file": (_text, "the name of a file"),
+    "base.gguf.sha256": (_text, "a sha256"),
+    "base.gguf.kind": (_text, "the type most of its weights are stored in"),
     "acceptance.by_context": (_contexts, "a list of objects with `up_to`, `blocks`, `tau`, `greedy` and `sampled`"),
 }
 """Keys that artifacts may lack: those written before there was such a key, or without a reason for it."""

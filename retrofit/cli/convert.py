@@ -18,6 +18,7 @@ from retrofit.cli.options import CONTEXT, Loading, loading_options, output_optio
 from retrofit.cli.output import be_quiet, emit_json, is_quiet, quieten_libraries, say
 from retrofit.cli.tables import facts
 from retrofit.errors import GateError, ResourceError, UsageError
+from retrofit.gguf_files import SUFFIX
 from retrofit.launch import is_launched
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder to write.  [default: MODEL-retrofit in the current folder]",
 )
+@click.option("--gguf", metavar="FILE", help="The GGUF file to take of MODEL, a folder or Hub id: as MODEL/FILE.")
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 def convert(
     items: tuple[str, ...],
     out: Path | None,
+    gguf: str | None,
     recipe: str | None,
     overwrite: bool,
     force_resume: bool,
@@ -70,10 +73,10 @@ def convert(
 ) -> None:
     """Train an adapter for MODEL and write the artifact.
 
-    MODEL is a Hub id, a local folder, or nothing for the base that ships with retrofit.  KEY=VALUE sets a key
-    of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and --seed.  Prints the
-    artifact's folder.  `retrofit data validate` finds bad rows of text beforehand; here the first one met ends
-    the run, unless --skip-bad.
+    MODEL is a Hub id, a folder, a GGUF file, smollm2-135m, or nothing for the base that ships with retrofit.
+    KEY=VALUE sets a key of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and
+    --seed.  Prints the artifact's folder.  `retrofit data validate` finds bad rows of text beforehand; here the
+    first one met ends the run, unless --skip-bad.
 
     Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM: the same command
     goes on from the newest one that is whole. They are removed when the artifact is complete.
@@ -90,6 +93,7 @@ def convert(
       retrofit convert
       retrofit convert Qwen/Qwen3-0.6B --dry-run --fit 24GB
       retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
+      retrofit convert ./gguf-files --gguf my-model.Q4_K_M.gguf -o my-retrofit
       retrofit convert ./my-model data.source=texts.jsonl draft.block=4
       torchrun --nproc-per-node 8 --no-python retrofit convert Qwen/Qwen3-8B --recipe qwen3-8b
     """
@@ -97,8 +101,8 @@ def convert(
         resume = _resume(force_resume, restart)
         if fit is not None and not dry_run:
             raise UsageError("--fit goes with --dry-run", "add --dry-run, or leave --fit out")
-        resolved = _resolved(items, recipe, loading.dtype, seed)
-        out = out or Path(f"{Path(resolved.base.model).expanduser().resolve().name}-retrofit")
+        resolved = _resolved(items, gguf, recipe, loading.dtype, seed)
+        out = out or Path(f"{_name(resolved.base.model)}-retrofit")
         artifact.check_writable(out, overwrite)
         if dry_run:
             if is_main:
@@ -218,9 +222,21 @@ def _model_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:
     return (models[0] if models else None), overrides
 
 
-def _resolved(items: Sequence[str], recipe: str | None, dtype: str | None, seed: int | None) -> Recipe:
+def _name(model: str) -> str:
+    """The last part of a base's name, of a GGUF file without its suffix."""
+    name = Path(model).expanduser().resolve().name
+    return name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name
+
+
+def _resolved(
+    items: Sequence[str], gguf: str | None, recipe: str | None, dtype: str | None, seed: int | None
+) -> Recipe:
     """The recipe of the words and options on the command line.  Raises UsageError."""
     model, overrides = _model_and_overrides(items)
+    if gguf is not None:
+        if model is None:
+            raise UsageError("--gguf names a file of MODEL, and there is none", "give the folder or Hub id it is in")
+        model = f"{model.rstrip('/')}/{gguf}"
     flags = [f"base.dtype={dtype}"] if dtype else []
     flags += [f"train.seed={seed}"] if seed is not None else []
     return _recipe(model, recipe, [*flags, *overrides])
@@ -228,7 +244,7 @@ def _resolved(items: Sequence[str], recipe: str | None, dtype: str | None, seed:
 
 def _recipe(model: str | None, name: str | None, overrides: list[str]) -> Recipe:
     """The resolved recipe of a conversion, and a note where a better one ships.  Raises UsageError."""
-    from retrofit.hub import EMBEDDED
+    from retrofit.named_bases import EMBEDDED
     from retrofit.recipes.schema import load_recipe, recipe_names
 
     if model is None:

@@ -53,6 +53,7 @@ def facts_of(described: dict[str, Any]) -> dict[str, str]:
         "artifact": described["artifact"],
         "written by": f"retrofit {described['retrofit']}, format {described['format']}",
         "base": f"{base['model']}{revision} ({base['architecture']})",
+        **({"file": _file(base["gguf"])} if "gguf" in base else {}),
         "parameters": f"{parameters['base']:,} in the base",
         "fingerprint": ", ".join(f"{key} {str(value)[:12]}" for key, value in base["fingerprint"].items()),
         "profile": described["profile"],
@@ -65,6 +66,10 @@ def facts_of(described: dict[str, Any]) -> dict[str, str]:
         "training": facts(training) or "not recorded",
         "certificate": _verdict(described["certificate"]),
     }
+
+
+def _file(gguf: dict[str, str]) -> str:
+    return f"{gguf['file']}, mostly {gguf['kind']}, sha256 {gguf['sha256'][:12]}"
 
 
 def _verdict(content: dict[str, Any] | None) -> str:

@@ -266,6 +266,6 @@ artifact_argument = click.argument("folder", metavar="ARTIFACT")
 system_option = click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 skip_bad_option = click.option("--skip-bad", is_flag=True,
                                help="Leave out rows that cannot be used, and say at the end how many.")  # fmt: skip
-base_option = click.option("--base", metavar="MODEL", help="Hub id or folder of the base, if it has moved.")
+base_option = click.option("--base", metavar="MODEL", help="Hub id, folder or GGUF file of the base, if it has moved.")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                            help="Of the sampling; equal seeds give equal output.")  # fmt: skip

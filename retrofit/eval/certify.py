@@ -40,7 +40,8 @@ from retrofit.eval.bitwise import bitwise
 from retrofit.eval.distribution import distribution
 from retrofit.eval.exactness import Verdict
 from retrofit.eval.subject import Subject, token_prompts
-from retrofit.hub import locate, resolved_device
+from retrofit.hub import resolved_device
+from retrofit.locating import locate
 from retrofit.machine import cpu_name
 from retrofit.progress import progress as shown
 from retrofit.runtime.engine import Engine
@@ -155,9 +156,9 @@ def certify(
 
     level: quick = 8 prompts of 64 new tokens, full = 64 of 128.  device, dtype: where and in what type a
     folder is loaded (an engine stays as it is).  backend, exact, packed: as `Engine.load`, which the folder is loaded
-    by: what is certified is what runs.  base: folder or Hub id of the original checkpoint; a folder knows its own, a
-    live engine needs it for the check of the base weights.  prompts: texts or token ids in place of held-out text of
-    the recipe's source.  progress: on stderr, as `retrofit.progress` shows it.
+    by: what is certified is what runs.  base: folder, GGUF file or Hub id of the original checkpoint; a folder knows
+    its own, a live engine needs it for the check of the base weights.  prompts: texts or token ids in place of held-out
+    text of the recipe's source.  progress: on stderr, as `retrofit.progress` shows it.
 
     A check that fails is part of the answer; raises only what loading raises (UsageError, ArtifactError,
     ResourceError, UnsupportedModelError, and GateError for a level that does not hold here).
@@ -247,16 +248,19 @@ def _base_weights(subject: Subject) -> Verdict:
     else:
         found = weights.compare_base(subject.run.attached.model, subject.checkpoint)
     bad = {kind: found[kind] for kind in ("changed", "not_loaded", "not_in_checkpoint") if found[kind]}
+    recorded = subject.run.config.get("base", {}).get("gguf", {}).get("sha256")
+    other = "file_sha256" in found and recorded not in (None, found["file_sha256"])
     same = found["compared"] - found["changed"]
     detail = f"{same} of {found['tensors']} tensors identical to the checkpoint's"
     detail += "".join(f", {count} {kind.replace('_', ' ')}" for kind, count in bad.items())
-    return Verdict(found["compared"] > 0 and not bad, detail, found)
+    detail += ", in another file than the artifact was made of" if other else ""
+    return Verdict(found["compared"] > 0 and not bad and not other, detail, found)
 
 
 def _checkpoint(engine: Engine, base: str | Path | None, offline: bool) -> Path | None:
     if base is not None:
         return locate(str(base), offline=offline)
-    return engine.base.folder if engine.base is not None else None
+    return engine.base.place if engine.base is not None else None
 
 
 def _from_stdlib(folder: Path | None, engine: Engine) -> bool:

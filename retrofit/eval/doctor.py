@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from retrofit import __version__
 from retrofit.artifact import folder as artifacts
 from retrofit.errors import GateError, ResourceError, RetrofitError, UnsupportedModelError
-from retrofit.hub import EMBEDDED, check_device, load_base, resolved_device
+from retrofit.gguf_files import is_gguf
+from retrofit.hub import check_device, load_base, resolved_device
+from retrofit.named_bases import EMBEDDED
 from retrofit.progress import progress as shown
 
 if TYPE_CHECKING:
@@ -170,8 +172,8 @@ def _tested(asked: _Asked, artifact: artifacts.Artifact | None, base: str | None
         need_tokenizer=False,
         with_model=False,
     )
-    assert files.folder is not None
-    reason = unsupported(text_config(files.folder))
+    assert files.place is not None
+    reason = "it is a GGUF file" if is_gguf(files.place) else unsupported(text_config(files.place))
     if reason is not None:
         unfit = UnsupportedModelError(f"our kernels cannot run {files.name}: {reason}")
         if asked.backend == "fused":

@@ -47,7 +47,7 @@ GENERIC_PROMPTS = (
 
 @dataclass
 class Subject:
-    """run: the engine as it is used.  checkpoint: folder of the base's own safetensors, None if unknown.
+    """run: the engine as it is used.  checkpoint: the base's own folder or GGUF file, None if unknown.
 
     artifact: its folder; an engine of the fused backend is built from it again.
     """

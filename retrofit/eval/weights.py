@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from retrofit.artifact.files import sha256
 from retrofit.artifact.folder import ADAPTER, HEADS
+from retrofit.gguf_files import dequantised, is_gguf
 from retrofit.weight_files import COMPUTED, dtype_name, opened, weight_files
 
 if TYPE_CHECKING:
@@ -41,8 +43,12 @@ def base_state(model: PreTrainedModel) -> dict[str, Tensor]:
 def compare_base(model: PreTrainedModel, checkpoint: Path) -> dict[str, Any]:
     """Every tensor of the loaded base against the checkpoint's; see `compare`.
 
-    Tensors that transformers splits or fuses while loading (routed experts) are turned back first.
+    Tensors that transformers splits or fuses while loading (routed experts) are turned back first.  A GGUF file is
+    dequantised anew, into the model's type.
     """
+    if is_gguf(checkpoint):
+        fresh = dequantised(checkpoint, model, model.dtype)
+        return compare_tensors(base_state(model), fresh.items(), "", ()) | {"file_sha256": sha256(checkpoint)}
     loaded = revert_weight_conversion(model, base_state(model))
     return compare(loaded, checkpoint, f"{model.base_model_prefix}.", model._keys_to_ignore_on_load_unexpected or ())
 
@@ -90,29 +96,39 @@ def fused_state(backend: FusedGQA) -> dict[str, Tensor]:
 def compare(
     loaded: Mapping[str, Tensor], checkpoint: Path, prefix: str, ignored_names: Iterable[str]
 ) -> dict[str, Any]:
-    """Tensors that run against the checkpoint's safetensors, by sha256.
+    """`compare_tensors` with a folder's safetensors.  Raises UnsupportedModelError for files that are not whole."""
+    return compare_tensors(loaded, _stored(checkpoint), prefix, ignored_names)
+
+
+def _stored(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in weight_files(checkpoint):
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                yield name, tensors.get_tensor(name)
+
+
+def compare_tensors(
+    loaded: Mapping[str, Tensor], originals: Iterable[tuple[str, Tensor]], prefix: str, ignored_names: Iterable[str]
+) -> dict[str, Any]:
+    """Tensors that run against the checkpoint's, by sha256.
 
     A base that runs in another type than its file is held against the file's tensor converted to that type,
     so a changed bit of either shows.  `sha256` in the answer is the hash of all tensor hashes of the
     checkpoint, in its own type: lines `name sha256`, sorted.  prefix: what names in the file may lack.
-    ignored_names: patterns of names in the file that the model has no use for.  Raises UnsupportedModelError for files
-    that are not whole.
+    ignored_names: patterns of names in the file that the model has no use for.
     """
     ignored = [re.compile(one) for one in (*ignored_names, COMPUTED)]
     lines, changed, unknown, found = [], [], [], set()
-    for file in weight_files(checkpoint):
-        with opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                original = tensors.get_tensor(name)
-                lines.append(f"{name} {digest(original)}\n")
-                own = next((n for n in (name, prefix + name) if n in loaded), None)
-                if own is None:
-                    if not any(pattern.search(name) for pattern in ignored):
-                        unknown.append(name)
-                    continue
-                found.add(own)
-                if digest(loaded[own]) != digest(original.to(loaded[own].dtype)):
-                    changed.append(name)
+    for name, original in originals:
+        lines.append(f"{name} {digest(original)}\n")
+        own = next((n for n in (name, prefix + name) if n in loaded), None)
+        if own is None:
+            if not any(pattern.search(name) for pattern in ignored):
+                unknown.append(name)
+            continue
+        found.add(own)
+        if digest(loaded[own]) != digest(original.to(loaded[own].dtype)):
+            changed.append(name)
     places = {loaded[name].data_ptr() for name in found}  # a tied head lies where the embedding lies
     extra = [name for name in loaded if name not in found and loaded[name].data_ptr() not in places]
     return {

@@ -80,9 +80,9 @@ def convert(
 ) -> artifact.Artifact:
     """Convert a model into an artifact folder and return it.
 
-    model: Hub id, local folder or live model; None takes the recipe's.  recipe: name, YAML file or `Recipe`; None is
-    the embedded base's for no model, else the defaults.  A live model may have no adapter of its own; ours is taken off
-    again at the end.
+    model: Hub id, folder, GGUF file, name of a base, or live model; None takes the recipe's.  recipe: name, YAML file
+    or `Recipe`; None is the embedded base's for no model, else the defaults.  A live model may have no adapter of its
+    own; ours is taken off again at the end.
     resume: `auto` goes on from the newest checkpoint of `out` and refuses one made with another recipe, `force` goes
     on in spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.
     skip_bad: leave out rows of text that cannot be used, and count them in `config["training"]["skipped"]`.

@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retrofit.hub import EMBEDDED, Base
+from retrofit.artifact.files import sha256
+from retrofit.artifact.folder import published_name
+from retrofit.gguf_files import is_gguf, read_header, stored_kind
+from retrofit.hub import Base
+from retrofit.locating import hub_file, is_path
+from retrofit.named_bases import is_named
 from retrofit.recipes.schema import Recipe
 
 CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
@@ -20,26 +25,50 @@ CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
 
 def resolved_name(base: Base) -> str:
     """The base's name as it will be understood from any folder of this machine."""
-    if base.name == EMBEDDED or not Path(base.name).is_dir():
-        return base.name
-    return str(Path(base.name).resolve())
+    place = Path(base.name).expanduser()
+    return base.name if is_named(base.name) or not place.exists() else str(place.resolve())
 
 
 def published_base(base: Base) -> dict[str, Any]:
-    """`model`, `revision` and `local` of `retrofit.json`: a Hub id, or with `local` a folder's or class's mere name."""
+    """`model`, `revision` and `local` of `retrofit.json`: a Hub id, or with `local` a folder's or class's mere name.
+
+    Of a GGUF file `gguf` too: its name, its sha256, and the type most of its weights are stored in.
+    """
+    return {**_published(base), **_published_gguf(base)}
+
+
+def _published(base: Base) -> dict[str, Any]:
     nameless = base.live is not None and base.name == type(base.live).__name__
-    if base.name == EMBEDDED or not (_is_place(base.name) or nameless):
+    if is_named(base.name):
+        return {"model": base.name, "revision": None, "local": False}
+    if (file := hub_file(base.name)) is not None:
+        return {"model": file[0], "revision": base.revision, "local": False}
+    if not (_is_place(base.name) or nameless):
         return {"model": base.name, "revision": base.revision, "local": False}
-    place = Path(base.name).absolute()
-    known = CACHED.fullmatch(place.parent.parent.name)
-    if known and place.parent.name == "snapshots":
-        return {"model": f"{known['owner']}/{known['name']}", "revision": place.name, "local": False}
+    place = Path(base.name).expanduser().absolute()
+    snapshot = place.parent if is_gguf(place) else place
+    known = CACHED.fullmatch(snapshot.parent.parent.name)
+    if known and snapshot.parent.name == "snapshots":
+        return {"model": f"{known['owner']}/{known['name']}", "revision": snapshot.name, "local": False}
     return {"model": _last(base.name), "revision": None, "local": True}
+
+
+def _published_gguf(base: Base) -> dict[str, Any]:
+    if base.place is None or not is_gguf(base.place):
+        return {}
+    file = hub_file(base.name)
+    return {
+        "gguf": {
+            "file": base.place.name if file is None else file[1],
+            "sha256": sha256(base.place),
+            "kind": stored_kind(read_header(base.place)),
+        }
+    }
 
 
 def published_recipe(plan: Recipe, named: Mapping[str, Any]) -> Recipe:
     """The recipe with `./NAME` for what lies on this machine.  named: `published_base`."""
-    model = f"./{named['model']}" if named["local"] else named["model"]
+    model = f"./{named['model']}" if named["local"] else published_name(named)
     base = plan.base.model_copy(update={"model": model, "revision": named["revision"]})
     source = plan.data.source
     if isinstance(source, str):
@@ -50,12 +79,12 @@ def published_recipe(plan: Recipe, named: Mapping[str, Any]) -> Recipe:
 
 
 def local_places(plan: Recipe, base: Base, named: Mapping[str, Any]) -> dict[str, Any]:
-    """What the published names leave out: `base`, the folder of the base, and `data`, the places of the text."""
+    """What the published names leave out: `base`, the place of the base, and `data`, the places of the text."""
     sources = [plan.data.source] if isinstance(plan.data.source, str) else [one.source for one in plan.data.source]
     places = [str(Path(one).expanduser().resolve()) for one in sources if _shown(one) != one]
-    folder = resolved_name(base)
+    place = resolved_name(base)
     return {
-        **({"base": folder} if named["local"] and Path(folder).is_dir() else {}),
+        **({"base": place} if named["local"] and Path(place).exists() else {}),
         **({"data": places} if places else {}),
     }
 
@@ -66,8 +95,8 @@ def _shown(source: str) -> str:
 
 
 def _is_place(name: str) -> bool:
-    """Whether it is a path, here or elsewhere; a Hub id has one slash at most."""
-    return Path(name).is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    """Whether it is a path, here or elsewhere."""
+    return Path(name).exists() or is_path(name)
 
 
 def _last(name: str) -> str:

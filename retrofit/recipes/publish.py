@@ -12,7 +12,8 @@ from retrofit import __version__
 from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
 from retrofit.artifact.card import card
-from retrofit.hub import EMBEDDED, Base
+from retrofit.hub import Base
+from retrofit.named_bases import is_named
 from retrofit.recipes.naming import local_places, published_base, published_recipe
 from retrofit.recipes.schema import Recipe, dump_recipe
 from retrofit.recipes.training.measure import HeldOut
@@ -35,7 +36,7 @@ def publish(
     text = card(
         named["model"],
         local=named["local"],
-        on_hub=not (named["local"] or base.name == EMBEDDED),
+        on_hub=not (named["local"] or is_named(base.name)),
         greedy=conditional["greedy"] if len(measured.eligible) else None,
         sampled=conditional["sampled"] if len(measured.eligible) else None,
         by_context=acceptance.get("by_context", ()),
@@ -48,7 +49,7 @@ def publish(
         adapter_config=attached.adapter_config(None if named["local"] else named["model"]),
         adapter_state=attached.adapter_state(),
         heads=attached.heads_state(),
-        config=_config(plan, base, attached, acceptance, session),
+        config=_config(plan, base, named, attached, acceptance, session),
         recipe_yaml=dump_recipe(published_recipe(plan, named)),
         card=text,
         added={"metrics.jsonl": session.metrics()},
@@ -60,6 +61,7 @@ def publish(
 def _config(
     plan: Recipe,
     base: Base,
+    named: dict[str, Any],
     attached: Attached,
     acceptance: dict[str, Any],
     session: Session,
@@ -71,7 +73,7 @@ def _config(
         "format": artifact.FORMAT,
         "retrofit": __version__,
         "base": {
-            **published_base(base),
+            **named,
             "dtype": dtype_name(attached.model.dtype),
             "fingerprint": base.fingerprint,
             "architecture": type(attached.model).__name__,

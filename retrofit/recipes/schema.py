@@ -37,7 +37,7 @@ class Base(Section):
     """The original model."""
 
     model: str = Field("tiny", min_length=1)
-    """Hub id, local folder, or `tiny` for the base that ships with retrofit."""
+    """Hub id, folder, GGUF file (of a Hub id: OWNER/NAME/FILE.gguf), `smollm2-135m`, or `tiny`, which ships inside."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model; null is its default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -97,8 +97,8 @@ class Engine:
     ) -> Engine:
         """Load an artifact folder and the base it belongs to.
 
-        base: folder or Hub id to use in place of the one the artifact names.  device auto: a GPU where there is one.
-        dtype auto: what it was trained against.
+        base: folder, GGUF file or Hub id to use in place of the one the artifact names.  device auto: a GPU where there
+        is one.  dtype auto: what it was trained against.
         backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused on a GPU in half precision,
         where it knows the model).  exact: how far rows are guaranteed not to depend on the rows beside them: off,
         bucket (every decoding forward has `rows` rows), invariant (any number of rows).  auto is bucket on the fused

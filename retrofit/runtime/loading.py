@@ -17,8 +17,10 @@ from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES
 from retrofit.artifact.folder import Artifact
-from retrofit.errors import ArtifactError, ResourceError, UsageError, out_of_memory
-from retrofit.hub import Base, check_device, locate, refuse_unloaded
+from retrofit.errors import ArtifactError, ResourceError, UnsupportedModelError, UsageError, out_of_memory
+from retrofit.gguf_files import is_gguf
+from retrofit.hub import Base, check_device, refuse_unloaded
+from retrofit.locating import locate
 from retrofit.runtime.backends.hf.backend import HFBackend, wrap
 from retrofit.runtime.backends.hf.exact_rows import Settled, settle
 from retrofit.runtime.backends.hf.linear.packing import PACKED, own_memory, pack
@@ -54,14 +56,16 @@ def check_same_base(base: Base, artifact: Artifact) -> None:
     """Raises ArtifactError when the artifact was made for another base."""
     named = artifact.config["base"]
     differs = same_base(named["fingerprint"], base.fingerprint)
-    if differs and base.folder is not None:
+    if differs and base.place is not None and not is_gguf(base.place):
         # Older artifacts took every safetensors file for the model's, such as a second copy of its weights.
-        every = file_fingerprint(base.folder, {}, list(base.folder.glob("*.safetensors")))
+        every = file_fingerprint(base.place, {}, list(base.place.glob("*.safetensors")))
         differs = same_base(named["fingerprint"], {**every, "config": base.fingerprint["config"]}) and differs
     if differs:
+        file = named.get("gguf", {}).get("file")
+        made_for = f"{file}, the GGUF file it was made of," if file else "the base it was made for"
         raise ArtifactError(
             f"{artifact.folder} belongs to another base: {base.name} differs from {named['model']} in its {differs}",
-            "give the base it was made for with --base, or convert this one",
+            f"give {made_for} with --base, or convert this one",
         )
 
 
@@ -74,7 +78,10 @@ def fits_fused(name: str, revision: str | None, device: str, dtype: str, offline
     try:
         from retrofit.runtime.backends.fused.weights import unsupported
 
-        config = AutoConfig.from_pretrained(locate(name, revision, offline))
+        place = locate(name, revision, offline)
+        if is_gguf(place):
+            return False
+        config = AutoConfig.from_pretrained(place)
     except (ImportError, OSError, ValueError, KeyError):
         return False  # no Triton, or a model that needs code of its own: hf says what is wrong, if anything is
     held = str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype
@@ -92,15 +99,17 @@ def fused_backend(
 ) -> FusedGQA:
     """The fused backend over a base's files, with an artifact's adapter or with none.
 
-    Raises ArtifactError (another base), UnsupportedModelError, and ResourceError: no Triton, no GPU, no memory.
+    Raises ArtifactError (another base), UnsupportedModelError (a GGUF file too), and ResourceError: no Triton, no GPU,
+    no memory.
     """
     try:
         from retrofit.runtime.backends.fused.backend import FusedGQA
         from retrofit.runtime.backends.fused.weights import from_folder, unsupported
     except ImportError as error:
         raise ResourceError(f"the fused backend needs Triton: {error}", "pip install triton (Linux)") from error
-    assert base.folder is not None
-    config = text_config(base.folder)
+    assert base.place is not None
+    refuse_gguf(base)
+    config = text_config(base.place)
     held = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
     layout, heads, adapter, scale = DraftLayout(), None, None, 1.0
     if artifact is not None:
@@ -110,11 +119,11 @@ def fused_backend(
         heads = _heads(config, layout, artifact)
         adapter, scale = artifact.adapter_state, settings["alpha"] / settings["rank"]
     if unsupported(config) is None:  # else the loading says so
-        _check_tensors(base.name, base.folder, config)
+        _check_tensors(base.name, base.place, config)
     try:
         backend = FusedGQA(
             config,
-            from_folder(base.folder, device),
+            from_folder(base.place, device),
             layout,
             heads,
             adapter,
@@ -123,7 +132,7 @@ def fused_backend(
             dtype=getattr(torch, held),
             exact=exact,
             rows=rows,
-            settings=folder_settings(base.folder, config, eos_set(config.eos_token_id)),
+            settings=folder_settings(base.place, config, eos_set(config.eos_token_id)),
         )
     except Exception as error:
         memory = out_of_memory(error, f"{base.name} does not fit into the memory of {device}")
@@ -136,6 +145,15 @@ def fused_backend(
         # Before any step is recorded: a shape may be switched to our own product.
         demand(self_test(backend, backend.layout.drafts))
     return backend
+
+
+def refuse_gguf(base: Base) -> None:
+    """Raise UnsupportedModelError for a base that the fused backend cannot read."""
+    if base.place is not None and is_gguf(base.place):
+        raise UnsupportedModelError(
+            f"the fused backend reads safetensors, and {base.name} is a GGUF file",
+            "use backend='hf', or save the model once as safetensors (docs/bases.md)",
+        )
 
 
 def with_adapter(base: Base, artifact: Artifact, alone: bool = False) -> tuple[Attached, HFBackend]:

@@ -18,7 +18,8 @@ from retrofit.artifact import folder as artifact
 from retrofit.cli import main as cli
 from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
 from retrofit.eval.weights import compare_base
-from retrofit.hub import load_base, locate
+from retrofit.hub import load_base
+from retrofit.locating import locate
 from retrofit.recipes.convert import convert
 from retrofit.runtime import loading
 from retrofit.runtime.backends.fused import weights
@@ -68,8 +69,8 @@ def test_what_transformers_saves_is_loaded_whole(name: str, tied: bool, tmp_path
 def test_buffers_of_old_checkpoints_are_no_weights(tmp_path: Path) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     base = load(rewritten(saved(tmp_path / "base"), lambda state: {**state, **old}))
-    assert compare_base(base.model, base.folder)["not_loaded"] == 0
-    loading._check_tensors("base", base.folder, base.model.config)
+    assert compare_base(base.model, base.place)["not_loaded"] == 0
+    loading._check_tensors("base", base.place, base.model.config)
 
 
 def _renamed(prefix: str) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -17,7 +17,7 @@ from retrofit import progress
 from retrofit.adapters.layout import DraftLayout
 from retrofit.cli import main as cli
 from retrofit.cli.data import _pieces
-from retrofit.hub import embedded_folder
+from retrofit.named_bases import embedded_folder
 from retrofit.recipes.dry_run.survey import draft_blocks, survey
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document, documents

@@ -234,7 +234,7 @@ def test_gate_leak_in_a_product(folder):
 
 def test_one_bit_of_a_stacked_weight(folder):
     engine = engine_of(folder)
-    checkpoint = engine.base.folder
+    checkpoint = engine.base.place
     assert weights.compare_fused(engine.backend, checkpoint)["changed"] == 0
     engine.backend.weights.layers[0].qkv.weight.view(torch.int32)[17, 3] ^= 1
     found = weights.compare_fused(engine.backend, checkpoint)

@@ -21,7 +21,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from retrofit.errors import ResourceError, out_of_memory
-from retrofit.hub import check_device, load_config, resolved_device
+from retrofit.gguf_files import is_gguf, pretrained
+from retrofit.hub import check_device, load_config, refuse_quantised, resolved_device
 from retrofit.machine import cache_folder, free_memory, resident
 from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
@@ -65,11 +66,12 @@ def dry_run(
     missing = _missing(device)
     python = resident()
     name, revision = plan.base.model, plan.base.revision
-    config, folder = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
-    files = weights_here(folder)
-    around = surroundings(config, folder, trust_remote_code)
+    config, place = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
+    refuse_quantised(name, config)
+    files = weights_here(place)
+    around = surroundings(config, place, trust_remote_code)
     say("looking at the text")
-    text = _text(plan, config, folder, trust_remote_code, skip_bad)
+    text = _text(plan, config, place, trust_remote_code, skip_bad)
     say("estimating memory")
     found = estimate(plan, config, device, around)
     report = {
@@ -79,7 +81,7 @@ def dry_run(
         "text": text,
         "parameters": _parameters(found),
         "memory": _memory(found, python),
-        "disk": _disk(plan, found, config, out, files, folder),
+        "disk": _disk(plan, found, config, out, files, place),
     }
     if limit is not None:
         say(f"looking for what fits into {short(limit)}")
@@ -101,14 +103,14 @@ def _missing(device: str) -> str | None:
 
 
 def _text(
-    plan: Recipe, config: PreTrainedConfig, folder: Path, trust_remote_code: bool, skip_bad: bool
+    plan: Recipe, config: PreTrainedConfig, place: Path, trust_remote_code: bool, skip_bad: bool
 ) -> dict[str, str]:
     """By source `ok`, or why it was not looked at.  Raises what `convert` raises of rows and the first document."""
     data, found = plan.data, {}
     parts = [data] if isinstance(data.source, str) else [_single_source(data, one) for one in data.source]
     tokenizer = None
     with suppress(Exception):  # a folder with a configuration only
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**pretrained(place), trust_remote_code=trust_remote_code)
     for part in parts:
         name = str(part.source)
         path = Path(name).expanduser()
@@ -134,17 +136,17 @@ def _single_source(data: Data, one: Any) -> Data:
     )
 
 
-def surroundings(config: PreTrainedConfig, folder: Path, trust_remote_code: bool = False) -> Surroundings:
-    """What a folder tells of a model beside its configuration, with weights or without; loads the tokenizer."""
-    stored = stored_dtype(weights_here(folder)) or _declared_dtype(config)
-    return Surroundings(stored, _tokenizer(folder, trust_remote_code))
+def surroundings(config: PreTrainedConfig, place: Path, trust_remote_code: bool = False) -> Surroundings:
+    """What a model's files tell beside its configuration, with weights or without; loads the tokenizer."""
+    stored = (None if is_gguf(place) else stored_dtype(weights_here(place))) or _declared_dtype(config)
+    return Surroundings(stored, _tokenizer(place, trust_remote_code))
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> int:
+def _tokenizer(place: Path, trust_remote_code: bool) -> int:
     """Bytes the process grows by when it loads the tokenizer; 0 where there is none."""
     before = resident()
     try:
-        kept = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        kept = AutoTokenizer.from_pretrained(**pretrained(place), trust_remote_code=trust_remote_code)
     except Exception:  # a folder with a configuration only
         return 0
     grown = max(0, resident() - before)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from retrofit.hub import EMBEDDED
+from retrofit.named_bases import EMBEDDED
 from retrofit.recipes.dry_run.fit import short
 from retrofit.recipes.schema import Recipe
 

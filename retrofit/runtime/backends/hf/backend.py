@@ -33,6 +33,7 @@ from retrofit.adapters.written import written
 from retrofit.errors import UsageError
 from retrofit.machine import cpu_name
 from retrofit.runtime.backends.context import context_length, restarts_at_boundary, rope_boundary
+from retrofit.runtime.backends.hf import elementwise
 from retrofit.runtime.backends.hf.answers import answering, by_thread
 from retrofit.runtime.backends.hf.attention import ATTENTION, ForwardContext
 from retrofit.runtime.backends.hf.cache import STEP, KVCache
@@ -101,7 +102,7 @@ class VocabHead:
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+            logits = self.softcap * elementwise.by_one_thread(torch.tanh, logits / self.softcap)
         return logits
 
 
@@ -219,6 +220,7 @@ class HFBackend:
         self.cut.least, self.cut.most = (rows, most) if exact == "invariant" else (1, None)
         if exact == "invariant":
             install(self)
+            elementwise.install(self)
 
     def made_by(self) -> Hashable:
         return written(self.model), self.exact, self.form, self.least_rows, self.cut.most, self.packed

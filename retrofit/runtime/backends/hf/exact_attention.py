@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.adapters.visibility import Group, Paths, base_span, hidden_keys
+from retrofit.runtime.backends.hf.elementwise import by_one_thread
 
 COLUMNS = 16
 """The columns of V are filled up to a multiple of this: sums of what would be left over are made in another order."""
@@ -165,7 +166,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None, for
         scores = _product(rows, columns, form)
     scores = scores.float().mul_(scale)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        scores = by_one_thread(torch.tanh, scores / softcap) * softcap
     return scores.view(S, Hk, H // Hk, T, L)
 
 

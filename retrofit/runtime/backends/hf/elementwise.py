@@ -1,0 +1,56 @@
+"""Activations by one thread, so that their bits do not depend on how many rows there are.
+
+Threads share the numbers of a tensor out evenly, wherever that cuts; the last few of each share fill no vector, and
+torch computes those by another function, whose last bit may differ (`silu` in fp32 on three threads: of 4,864 numbers a
+row, some in 18 rows are not those of one row alone).  One thread has one such end, behind the last row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.runtime.backends.hf.instead import instead
+from retrofit.runtime.backends.threads import thread_limit
+
+if TYPE_CHECKING:
+    from retrofit.runtime.backends.hf.backend import HFBackend
+
+SHARED = 32768
+"""Numbers from which torch lets a second thread help (at::internal::GRAIN_SIZE)."""
+HOMES = ("torch.nn.modules.activation", "transformers.activations")
+"""Where the classes of activations are."""
+
+
+def by_one_thread(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An elementwise function of x; alike however many rows x has."""
+    if x.device.type != "cpu" or x.numel() <= SHARED:
+        return function(x)
+    with thread_limit(x.device, 0.0):
+        return function(x)
+
+
+def install(backend: HFBackend) -> None:
+    """Let the trunk's activations run so in our forwards, until the backend is closed.  A second call does nothing."""
+    for module in activations(backend.trunk):
+        if "forward" not in module.__dict__:
+            backend.until_closed(instead(module, _in_ours(backend, module)))
+
+
+def activations(trunk: nn.Module) -> list[nn.Module]:
+    """Modules that are a function of each number alone."""
+    return [m for m in trunk.modules() if type(m).__module__ in HOMES and not any(True for _ in m.parameters())]
+
+
+def _in_ours(backend: HFBackend, module: nn.Module) -> Callable[..., Any]:
+    own, gate = module.forward, backend.gate
+
+    def forward(x: Tensor, *rest: Any, **named: Any) -> Any:
+        if rest or named or gate.base_rows is None or torch.is_grad_enabled():
+            return own(x, *rest, **named)
+        return by_one_thread(own, x)
+
+    return forward

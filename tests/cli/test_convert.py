@@ -56,7 +56,7 @@ def test_which_recipe(model, recipe, name):
 
 
 CONVERT_BAD = {
-    "unknown model": (["./nowhere"], 2, "no folder ./nowhere"),
+    "unknown model": (["./nowhere"], 2, "no folder or file ./nowhere"),
     "unknown Hub id": (["nobody/nothing", "--offline"], 4, "nobody/nothing"),
     "two models": (["a/b", "train.steps"], 2, "more than one model"),
     "model twice": (["BASE", "base.model=x"], 2, "given twice"),

@@ -248,7 +248,7 @@ BAD = {
     "two sources": (["a.jsonl", "b.jsonl"], 2, "more than one source: a.jsonl, b.jsonl"),
     "no such source": (["nowhere.jsonl"], 2, "nowhere.jsonl: no such file"),
     "unknown key": (["data.max_lenght=3"], 2, "did you mean `data.max_length`"),
-    "no such model": (["--model", "./nowhere"], 2, "no folder ./nowhere"),
+    "no such model": (["--model", "./nowhere"], 2, "no folder or file ./nowhere"),
     "no tokenizer": (["--model", "mute"], 2, "no tokenizer"),
     "empty": (["empty.jsonl"], 1, "empty.jsonl:1: the file is empty"),
 }

@@ -90,7 +90,7 @@ GENERATE_BAD = {
     "empty prompt": (["MADE", ""], 2, "prompt 0 is empty"),
     "prepare": (["MADE", PROMPT, "--prepare", "some"], 2, "prepare"),
     "no GPU": (["MADE", PROMPT, "--device", "cuda"], 4, "no CUDA GPU"),
-    "no base": (["MADE", PROMPT, "--base", "./gone"], 2, "no folder ./gone"),
+    "no base": (["MADE", PROMPT, "--base", "./gone"], 2, "no folder or file ./gone"),
 }
 
 

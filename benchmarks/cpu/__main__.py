@@ -28,7 +28,7 @@ from benchmarks.cpu.bitwise import bitwise
 from benchmarks.cpu.memory import held, memory
 from benchmarks.cpu.speed import batch, contexts
 from benchmarks.cpu.steps import costs, parts_table, split
-from benchmarks.cpu.subjects import Task, untrained_artifact
+from benchmarks.cpu.subjects import DTYPES, Task, untrained_artifact
 
 SECTIONS: dict[str, Callable[[Task], tuple[list[Bar], dict[str, Any]]]] = {
     "speed": contexts,
@@ -47,9 +47,10 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--model", type=FOLDER, required=True, help="A model as transformers saves it.")
 @click.option("--artifact", type=FOLDER, help="One of that model.  [default: an adapter that has learned nothing]")
 @click.option("--sections", default=",".join(SECTIONS), show_default=True, help="Which, with commas.")
-@click.option("--quick", is_flag=True, help="bfloat16 alone, fewer turns, lengths and families.")
+@click.option("--quick", is_flag=True, help="One type, fewer turns, lengths and families.")
 @click.option("--full", is_flag=True, help="bitwise: every batch at every temperature.")
 @click.option("--only", multiple=True, help="bitwise: this model only, by its folder's name or its family; repeatable.")
+@click.option("--dtype", multiple=True, type=click.Choice(DTYPES), help="[default: both; with --quick bfloat16]")
 @click.option("--out", type=click.Path(path_type=Path), help="[default: results/cpu.json, unless --quick or --only]")
 @click.option("--job", hidden=True)
 def main(
@@ -59,6 +60,7 @@ def main(
     quick: bool,
     full: bool,
     only: tuple[str, ...],
+    dtype: tuple[str, ...],
     out: Path | None,
     job: str | None,
 ) -> None:
@@ -70,7 +72,7 @@ def main(
     path = out or (None if quick or only else RESULTS)
     with tempfile.TemporaryDirectory(prefix="retrofit-cpu-") as folder:
         given = artifact or untrained_artifact(model, Path(folder, "artifact"))
-        task = Task(model, given, quick, full, only)
+        task = Task(model, given, quick, full, only, dtype)
         if job is not None:
             print(json.dumps(held(task, job)))
             return
@@ -84,7 +86,7 @@ def main(
             if name == "split":
                 print(table(parts_table(figures)), flush=True)
             if path is not None:
-                command = commanded(model, artifact, name, full)
+                command = commanded(model, artifact, name, full, dtype)
                 measured = {named(name): section(command, time.perf_counter() - begin, found, figures)}
                 write(path, measured, [named(each) for each in SECTIONS])
         task.close()
@@ -100,10 +102,11 @@ def named(name: str) -> str:
     return f"CPU, {name}"
 
 
-def commanded(model: Path, artifact: Path | None, name: str, full: bool) -> str:
+def commanded(model: Path, artifact: Path | None, name: str, full: bool, dtypes: tuple[str, ...]) -> str:
     """How to measure a section again."""
+    types = "".join(f" --dtype {one}" for one in dtypes)
     given = f" --artifact {artifact.name}" if artifact else ""
-    return f"python -m benchmarks.cpu --model {model.name}{given} --sections {name}{' --full' if full else ''}"
+    return f"python -m benchmarks.cpu --model {model.name}{given} --sections {name}{' --full' if full else ''}{types}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.common import Bar, say
-from benchmarks.cpu.subjects import DTYPES, Task
+from benchmarks.cpu.subjects import Task
 from benchmarks.exact import FAMILIES, WIDE, random_family
 from benchmarks.sections import from_tests
 from retrofit.adapters.layout import DraftLayout
@@ -88,7 +88,7 @@ def tried(full: bool, kept: bool) -> Iterator[tuple[str, int, float]]:
 
 
 def subjects(task: Task) -> Iterator[Subject]:
-    dtypes = DTYPES[:1] if task.quick else DTYPES
+    dtypes = task.dtypes
     for dtype in dtypes:
         lengths = REAL_LENGTHS[:4] if task.quick else REAL_LENGTHS
         if not task.only or task.model.name in task.only:

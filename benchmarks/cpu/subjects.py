@@ -32,7 +32,8 @@ ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 8.0, "targets": list(ROLES), "mar
 class Task:
     """model: a transformers folder; artifact: one for it; quick: fewer repeats, and less of everything.
 
-    full: of `bitwise`, every batch at every temperature; only: of its models these, all if empty.
+    full: of `bitwise`, every batch at every temperature; only: of its models these, all if empty; types: of numbers,
+    by default both, and with `quick` bfloat16.
     """
 
     model: Path
@@ -40,12 +41,13 @@ class Task:
     quick: bool
     full: bool = False
     only: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
     loaded: dict[str, Engine] = field(default_factory=dict)
     """Engines are loaded once for all sections: their self-tests take long."""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        return DTYPES[:1] if self.quick else DTYPES
+        return self.types or (DTYPES[:1] if self.quick else DTYPES)
 
     @cached_property
     def vocab(self) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedConfi
 
 from benchmarks.bars import VERDICTS
 from benchmarks.common import ROOT, Bar, say, section, table, write
+from benchmarks.cpu.figures import Clock
 from benchmarks.naive_training import NaiveTrainer
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
@@ -35,6 +37,7 @@ from retrofit.named_bases import EMBEDDED
 from retrofit.recipes.schema import Recipe, load_recipe
 from retrofit.recipes.text.documents import Document, documents
 from retrofit.recipes.text.windows import windows
+from retrofit.recipes.training import step
 from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.order import Batch
 from retrofit.recipes.training.step import Trainer
@@ -44,6 +47,7 @@ RESULTS = ROOT / "results" / "train-cpu.json"
 BAR = 1.5
 PROMPT = 64
 """Tokens of a random document that are no response."""
+CLEAN, VOCABULARY = "clean rows", "vocabulary and losses"
 LENGTHS = (1024, 2048, 4096, 8192)
 SAME = 1e-4
 """Largest difference of a gradient from the naive one, relative to its tensor's largest: sums run in other orders."""
@@ -181,7 +185,29 @@ def compare(made: Job, repeats: int) -> dict[str, Any]:
         "largest_gradient_difference": max(apart.values()),
         "largest_gradient_difference_in": max(apart, key=lambda name: apart[name]),
         "largest_loss_difference": max(losses.values()),
+        "parts_seconds": parts_of(made),
     }
+
+
+def parts_of(made: Job) -> dict[str, float]:
+    """Seconds of one step of ours, by part.
+
+    Draft rows go through the trunk forwards and backwards; what is left are blocks, buffers of gradients, and Python.
+    """
+    clock = Clock(whole=(CLEAN, VOCABULARY))
+    trunk = type(made.ours.backend)
+    with (
+        patch.object(step, "clean_forward", clock.timed(CLEAN, step.clean_forward)),
+        patch.object(step, "backward_draft", clock.timed(VOCABULARY, step.backward_draft)),
+        patch.object(step, "backward_diffusion", clock.timed(VOCABULARY, step.backward_diffusion)),
+        patch.object(trunk, "run_trunk", clock.timed("draft rows, forward", trunk.run_trunk)),
+        patch.object(Tensor, "backward", clock.timed("draft rows, backward", Tensor.backward)),
+        clock.section("the rest"),
+    ):
+        made.ours.gradients([made.batch])
+        with clock.section("optimizer"):
+            made.ours.update()
+    return {name: round(seconds, 3) for name, seconds in clock.spent.items()}
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -262,6 +288,7 @@ def show(figures: dict[str, Any]) -> bool:
     rows = [["", "least s", "median s", "processor s"]]
     rows += [[n, f"{seconds[n]:.2f}", f"{median[n]:.2f}", f"{cpu[n]:.2f}"] for n in seconds]
     print(table(rows))
+    print("  " + ", ".join(f"{name} {taken:.2f} s" for name, taken in figures["parts_seconds"].items()))
     same = figures["largest_gradient_difference"] <= SAME
     met = figures["naive_over_ours"] >= BAR
     print(

@@ -49,7 +49,8 @@ def _in_ours(backend: HFBackend, module: nn.Module) -> Callable[..., Any]:
     own, gate = module.forward, backend.gate
 
     def forward(x: Tensor, *rest: Any, **named: Any) -> Any:
-        if rest or named or gate.base_rows is None or torch.is_grad_enabled():
+        ours = gate.base_rows is not None and backend.exact == "invariant" and not torch.is_grad_enabled()
+        if rest or named or not ours:
             return own(x, *rest, **named)
         return by_one_thread(own, x)
 

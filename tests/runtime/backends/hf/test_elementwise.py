@@ -36,7 +36,7 @@ def rows() -> torch.Tensor:
 
 
 def installed(module: nn.Module) -> Any:
-    backend: Any = SimpleNamespace(trunk=nn.Sequential(module), gate=Gate(), until_closed=[].append)
+    backend: Any = SimpleNamespace(trunk=nn.Sequential(module), gate=Gate(), until_closed=[].append, exact="invariant")
     backend.gate.base_rows = ROWS
     elementwise.install(backend)
     return backend

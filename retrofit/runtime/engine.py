@@ -393,5 +393,5 @@ class Engine:
         for request in scheduler.retire():
             steps.finish(request)
             run.cache.close(request.slot)
-            request.seen = request.counts = request.guard = None
+            request.seen = request.counts = request.guard = request.lookup = None
         return touched

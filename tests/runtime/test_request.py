@@ -4,7 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from decoding import random_prompts, randomise
+from tiny_models import build
 
+from retrofit.adapters.layout import DraftLayout
+from retrofit.runtime import engine
+from retrofit.runtime.asking import requests_for
 from retrofit.runtime.request import Request
 from retrofit.runtime.results import Stats
 from retrofit.runtime.scheduler import Scheduler
@@ -98,3 +103,16 @@ def test_places_are_given_in_order_and_given_again() -> None:
     assert list(scheduler.retire()) == requests[:1]
     assert [(r.slot, r is requests[2]) for r in scheduler.admit()] == [(0, True)]
     assert len(scheduler.running) == 2
+
+
+def test_what_a_text_proposes_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of occurrences is many times as large as the text, and a call may have many texts."""
+    made: list[Request] = []
+    monkeypatch.setattr(engine, "requests_for", lambda *given: made.extend(requests_for(*given)) or made)
+    opened = randomise(engine.Engine.from_model(build("llama"), layout=DraftLayout(block=4)))
+    looked = []
+    for event in opened.stream(random_prompts((5, 9, 7)), strategy="auto", max_new_tokens=6, batch_size=2):
+        looked.append(sum(request.lookup is not None for request in made))
+        assert event.result is None or made[event.index].lookup is None
+    assert max(looked) == 2
+    opened.close()

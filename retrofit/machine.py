@@ -42,9 +42,9 @@ def hardware() -> dict[str, Any]:
 def cache_folder() -> Path:
     """`RETROFIT_CACHE`, else `retrofit` in the user's cache folder.  Raises ResourceError for a user without a home."""
     given = os.environ.get("RETROFIT_CACHE")
-    if given:
-        return Path(given).expanduser()
     try:
+        if given:
+            return Path(given).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrofit"
     except RuntimeError as error:
         raise ResourceError("there is no home folder to keep responses in", "set RETROFIT_CACHE to a folder") from error

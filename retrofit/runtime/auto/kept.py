@@ -46,7 +46,7 @@ class Kept:
 
     def _read(self, file: Path) -> None:
         """Steps of which the policy knows nothing take what they took."""
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             if file.stat().st_size > MOST_BYTES:
                 return
             known = json.loads(file.read_text(encoding="utf-8"))

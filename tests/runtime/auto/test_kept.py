@@ -75,7 +75,20 @@ def test_what_is_measured_here_stands() -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    ["", "[]", "{", "null", '{"about": 1}', "ABOUT, 7", "ABOUT, [[1, 2]]", 'ABOUT, [[0, 1, 0, "x", 0]]', "\xff"],
+    [
+        "",
+        "[]",
+        "{",
+        "null",
+        '{"about": 1}',
+        "ABOUT, 7",
+        "ABOUT, [[1, 2]]",
+        'ABOUT, [[0, 1, 0, "x", 0]]',
+        "\xff",
+        "[" * 100_000,
+        "ABOUT, [[0, Infinity, 0, 1, 0]]",
+        f"ABOUT, [[0, 1, 0, 1{'0' * 400}, 0]]",
+    ],
 )
 def test_a_broken_file_is_done_without(broken: str) -> None:
     file = write(policy_that_knows())
@@ -95,6 +108,13 @@ def test_where_nothing_can_be_written_nothing_is(folder: Path) -> None:
     folder.write_text("a file stands here")
     write(policy_that_knows())
     assert folder.read_text() == "a file stands here"
+
+
+def test_a_folder_in_nobody_s_home_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETROFIT_CACHE", "~nobody-has-this-name/cache")
+    one = Kept(policy_that_knows(), ABOUT)
+    one.write()
+    assert one.file is None
 
 
 def test_it_is_not_written_at_every_request(folder: Path) -> None:

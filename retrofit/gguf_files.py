@@ -83,7 +83,7 @@ def check_readable(place: Path) -> Header:
         )
     header = read_header(place)
     parts = header.metadata.get("split.count", 1)
-    if parts > 1:
+    if isinstance(parts, int) and parts > 1:
         raise UnsupportedModelError(
             f"{place} is one of {parts} parts of a model", "join them with `llama-gguf-split --merge`"
         )
@@ -96,7 +96,7 @@ def read_header(place: Path) -> Header:
         with place.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as blob:
             header = _Reader(blob).header()
             missing = max((one.data.stop for one in header.tensors), default=0) - len(blob)
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, struct.error) as error:
         raise _broken(place, str(error)) from error
     if missing > 0:
         raise _broken(place, f"{missing:,} bytes are missing at its end")

@@ -1,6 +1,7 @@
 """A GGUF file as a base: the model that transformers makes of it, whole or refused by name."""
 
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,22 @@ def test_a_file_cut_short_is_named(keep: int, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{path}: no intact GGUF file") as caught:
         load(path)
     assert "again" in str(caught.value.hint)
+
+
+KEY = b"general.alignment"
+NUMBERED = struct.pack("<Q", len(KEY)) + KEY
+DAMAGED = {
+    "alignment of 0": NUMBERED + struct.pack("<II", 4, 0),
+    "alignment in words": NUMBERED + struct.pack("<IQ", 8, 1) + b"x",
+    "lists of lists": NUMBERED + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000,
+}
+
+
+@pytest.mark.parametrize("value", DAMAGED.values(), ids=DAMAGED)
+def test_a_header_of_nonsense_is_named(value: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + value)
+    with pytest.raises(UnsupportedModelError, match="no intact GGUF file"):
+        read_header(tmp_path / "model.gguf")
 
 
 def test_an_architecture_that_transformers_does_not_know(tmp_path: Path) -> None:

@@ -101,14 +101,14 @@ def _found(record: Mapping[str, Any], where: str) -> Content:
     # Rows of one table share their columns: what a record does not have stands there as null.
     there = {key for key, value in record.items() if value is not None}
     for key in ("messages", "conversations", "conversation"):
-        if key in record:
+        if key in there:
             return _with_system(conversation(record[key], where, key, record.get("tools")), record, where)
     answer = next((key for key in ("response", "completion", "output") if key in there), None)
     if "instruction" in there:
         return _alpaca(record, answer, where)
     if "prompt" in there and answer in ("response", "completion"):
         return _prompted(record, answer, where)
-    if "text" in record:
+    if "text" in there or ("text" in record and "prompt" not in there):
         return Text(text_of(record, "text", where))
     if isinstance(record.get("prompt"), list):
         return conversation(record["prompt"], where, "prompt", record.get("tools"))

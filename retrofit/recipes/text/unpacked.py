@@ -16,7 +16,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import Any, BinaryIO, overload
 
 from retrofit.errors import DataError, ResourceError
 from retrofit.recipes.text.lines import LONGEST_LINE, raw_lines
@@ -98,7 +98,15 @@ def _json(file: BinaryIO, path: Path) -> Iterator[bytes]:
     except (ValueError, RecursionError) as error:  # thousands of digits, thousands of brackets
         raise DataError(f"{path}: not valid JSON: {' '.join(str(error).split())}", "write it anew") from None
     for record in records:
-        yield json.dumps(record).encode() + b"\n"
+        yield _line(record)
+
+
+def _line(record: Any) -> bytes:
+    """A record as JSON, about as long as its text: how long a row may be does not go by the language it is in."""
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which whoever reads the row says
+        return json.dumps(record).encode() + b"\n"
 
 
 def _csv(file: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -113,9 +121,7 @@ def _csv(file: BinaryIO, path: Path) -> Iterator[bytes]:
                 problem = f"{path}:{reader.line_num}: a row of {len(row)} columns under a header of {len(header)}"
                 raise DataError(problem, "put text with commas between double quotes")
             if row:
-                yield (
-                    json.dumps({key: value for key, value in zip(header, row, strict=False) if value}).encode() + b"\n"
-                )
+                yield _line({key: value for key, value in zip(header, row, strict=False) if value})
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x})", "convert it") from None
     except csv.Error as error:

@@ -82,6 +82,19 @@ def test_bad_rows_are_named_by_their_number_or_left_out(tokenizer, tmp_path, nam
     assert list(skipped.rows) == [f"{path}:{number}" for number in (2, 4, 5)]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.csv"])
+def test_a_row_may_be_as_long_in_any_language(tokenizer, tmp_path, name):
+    """As JSON has it without escapes, which are twice as long as most letters beyond ASCII."""
+    path = packed(tmp_path / name, [{"text": "\u4e2d" * (LONGEST_LINE // 4)}])
+    assert len(read(path, tokenizer, part="all")) == 1
+
+
+def test_half_of_a_surrogate_pair_is_told_of_its_row(tokenizer, tmp_path):
+    (tmp_path / "a.json").write_bytes(rb'[{"text": "a"}, {"text": "\ud800"}]')
+    with pytest.raises(DataError, match=r"a\.json:2: `text` holds half of a surrogate pair"):
+        read(tmp_path / "a.json", tokenizer)
+
+
 def test_blank_lines_count_as_lines(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'\n{"text": "a"}\n\n{"text": "b"}\n'))

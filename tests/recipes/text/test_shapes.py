@@ -63,6 +63,8 @@ SHAPES = {
         {"messages": [{**message, "tool_calls": None, "reasoning_content": None} for message in TALK], "tools": None},
         TALK,
     ),
+    "null_messages": ({"messages": None, "conversations": None, "instruction": "a b", "output": "user"}, TALK),
+    "null_text": ({"text": None, "prompt": TALK}, TALK),
     "null_beside": ({"messages": TALK, "text": None, "prompt": "x"}, TALK),
     "arguments_as_text": (
         {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [

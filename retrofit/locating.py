@@ -40,20 +40,27 @@ def locate(
         return embedded_folder()
     if name in PACKAGED:
         return _packaged(name, PACKAGED[name], offline, weights)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _only_gguf(path) or path
-    if path.is_file():
-        if is_gguf(path):
-            return path
-        raise UsageError(f"{name} is a file and no GGUF; a model is a folder, a {SUFFIX} file or a Hub id")
+    try:
+        here = _here(name)
+    except OSError as error:  # a name too long for one, a folder that may not be read
+        raise UsageError(f"{name} cannot be looked at: {error.strerror}", EXAMPLES) from None
+    if here is not None:
+        return here
     file = hub_file(name)
-    if file is None and (is_path(name) or is_gguf(path)):
+    if file is None and (is_path(name) or is_gguf(Path(name))):
         raise UsageError(f"no folder or file {name}", EXAMPLES)
     if file is not None:
         return _gguf_of(*file, revision, offline)
     with _hub_errors(name, revision):
         return _snapshot(name, revision, offline, weights, code)
+
+
+def expanded(name: str) -> Path:
+    """The path with a home for `~`; as it stands where nobody has that home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def is_path(name: str) -> bool:
@@ -65,6 +72,16 @@ def hub_file(name: str) -> tuple[str, str] | None:
     """(Hub id, file in it) of a name such as owner/name/file.gguf that is no path of this machine; None for others."""
     found = ON_HUB.fullmatch(name)
     return None if found is None or Path(name).exists() else (found["id"], found["file"])
+
+
+def _here(name: str) -> Path | None:
+    """The folder or GGUF file of this machine that a name means.  Raises UsageError for another file, and OSError."""
+    path = expanded(name)
+    if path.is_dir():
+        return _only_gguf(path) or path
+    if path.is_file() and not is_gguf(path):
+        raise UsageError(f"{name} is a file and no GGUF; a model is a folder, a {SUFFIX} file or a Hub id")
+    return path if path.is_file() else None
 
 
 def _only_gguf(folder: Path) -> Path | None:

@@ -20,6 +20,7 @@ from retrofit.cli.tables import facts
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.gguf_files import SUFFIX
 from retrofit.launch import is_launched
+from retrofit.locating import expanded
 
 if TYPE_CHECKING:
     from retrofit.recipes.schema import Recipe
@@ -224,7 +225,7 @@ def _model_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _name(model: str) -> str:
     """The last part of a base's name, of a GGUF file without its suffix."""
-    name = Path(model).expanduser().resolve().name
+    name = expanded(model).resolve().name
     return name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name
 
 

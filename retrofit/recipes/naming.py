@@ -15,7 +15,7 @@ from retrofit.artifact.files import sha256
 from retrofit.artifact.folder import published_name
 from retrofit.gguf_files import is_gguf, read_header, stored_kind
 from retrofit.hub import Base
-from retrofit.locating import hub_file, is_path
+from retrofit.locating import expanded, hub_file, is_path
 from retrofit.named_bases import is_named
 from retrofit.recipes.schema import Recipe
 
@@ -25,7 +25,7 @@ CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
 
 def resolved_name(base: Base) -> str:
     """The base's name as it will be understood from any folder of this machine."""
-    place = Path(base.name).expanduser()
+    place = expanded(base.name)
     return base.name if is_named(base.name) or not place.exists() else str(place.resolve())
 
 
@@ -45,7 +45,7 @@ def _published(base: Base) -> dict[str, Any]:
         return {"model": file[0], "revision": base.revision, "local": False}
     if not (_is_place(base.name) or nameless):
         return {"model": base.name, "revision": base.revision, "local": False}
-    place = Path(base.name).expanduser().absolute()
+    place = expanded(base.name).absolute()
     snapshot = place.parent if is_gguf(place) else place
     known = CACHED.fullmatch(snapshot.parent.parent.name)
     if known and snapshot.parent.name == "snapshots":
@@ -81,7 +81,7 @@ def published_recipe(plan: Recipe, named: Mapping[str, Any]) -> Recipe:
 def local_places(plan: Recipe, base: Base, named: Mapping[str, Any]) -> dict[str, Any]:
     """What the published names leave out: `base`, the place of the base, and `data`, the places of the text."""
     sources = [plan.data.source] if isinstance(plan.data.source, str) else [one.source for one in plan.data.source]
-    places = [str(Path(one).expanduser().resolve()) for one in sources if _shown(one) != one]
+    places = [str(expanded(one).resolve()) for one in sources if _shown(one) != one]
     place = resolved_name(base)
     return {
         **({"base": place} if named["local"] and Path(place).exists() else {}),
@@ -90,7 +90,7 @@ def local_places(plan: Recipe, base: Base, named: Mapping[str, Any]) -> dict[str
 
 
 def _shown(source: str) -> str:
-    is_here = source != "stdlib" and (_is_place(source) or Path(source).expanduser().exists())
+    is_here = source != "stdlib" and (_is_place(source) or expanded(source).exists())
     return f"./{_last(source)}" if is_here else source
 
 

@@ -60,6 +60,19 @@ def test_a_name_wins_over_a_folder_of_that_name(package: Path, tmp_path: Path, m
     assert locate(f"./{NAME}") == Path(NAME)
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("~nobody-has-this-name/model", "no folder or file ~nobody"),
+        ("~nobody-has-this-name/m.gguf", "no folder or file ~nobody"),
+        ("a" * 300, "cannot be looked at: File name too long"),
+    ],
+)
+def test_a_name_that_can_be_no_path_here_is_refused(name: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        locate(name, offline=True)
+
+
 def test_without_the_package_it_is_a_hub_id(no_package: None, hub: list[Any], tmp_path: Path) -> None:
     assert locate(NAME) == tmp_path / "snapshot"
     assert {name for name, *_ in hub} == {PACKAGED[NAME].hub}

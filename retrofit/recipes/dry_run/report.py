@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from retrofit.errors import ResourceError, out_of_memory
 from retrofit.gguf_files import is_gguf, pretrained
 from retrofit.hub import check_device, load_config, refuse_quantised, resolved_device
+from retrofit.locating import expanded
 from retrofit.machine import cache_folder, free_memory, resident
 from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
@@ -113,7 +114,7 @@ def _text(
         tokenizer = AutoTokenizer.from_pretrained(**pretrained(place), trust_remote_code=trust_remote_code)
     for part in parts:
         name = str(part.source)
-        path = Path(name).expanduser()
+        path = expanded(name)
         is_hub = not (path.exists() or name.endswith(FILE_SUFFIXES) or name.startswith(PREFIX)) and HUB_ID.fullmatch(
             name
         )

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retrofit.errors import DataError, ResourceError, UsageError
+from retrofit.locating import expanded
 from retrofit.recipes.text.conversations import Chat
 from retrofit.recipes.text.faults import Skipped, read_or_skip
 from retrofit.recipes.text.formats import Asked, Content, Form, content, one_line
@@ -208,7 +209,7 @@ def _open(wanted: _Wanted, data: Data, skipped: Skipped | None, offline: bool) -
     if wanted.source.startswith(PREFIX):
         return prompts(wanted.source, data, wanted.held_out)
     form = Form(wanted.field, alone=data.responses == "regenerate")
-    path = Path(wanted.source).expanduser()
+    path = expanded(wanted.source)
     if path.exists():
         return local(path, form, wanted.held_out, _table, skipped)
     if path.name.endswith(FILE_SUFFIXES) or not HUB_ID.fullmatch(wanted.source):

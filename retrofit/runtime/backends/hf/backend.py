@@ -220,6 +220,7 @@ class HFBackend:
         self.cut.least, self.cut.most = (rows, most) if exact == "invariant" else (1, None)
         if exact == "invariant":
             install(self)
+        if exact != "off":
             elementwise.install(self)
 
     def made_by(self) -> Hashable:

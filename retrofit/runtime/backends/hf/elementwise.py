@@ -2,7 +2,8 @@
 
 Threads share the numbers of a tensor out evenly, wherever that cuts; the last few of each share fill no vector, and
 torch computes those by another function, whose last bit may differ (`silu` in fp32 on three threads: of 4,864 numbers a
-row, some in 18 rows are not those of one row alone).  One thread has one such end, behind the last row.
+row, some in 18 rows are not those of one row alone).  One thread has one such end, behind the last row.  So too where
+the rows are always as many, at `bucket`: there a row may stand at any place among them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _in_ours(backend: HFBackend, module: nn.Module) -> Callable[..., Any]:
     own, gate = module.forward, backend.gate
 
     def forward(x: Tensor, *rest: Any, **named: Any) -> Any:
-        ours = gate.base_rows is not None and backend.exact == "invariant" and not torch.is_grad_enabled()
+        ours = gate.base_rows is not None and backend.exact != "off" and not torch.is_grad_enabled()
         if rest or named or not ours:
             return own(x, *rest, **named)
         return by_one_thread(own, x)

@@ -55,6 +55,19 @@ def test_a_row_beside_others_is_the_row_alone(name: str) -> None:
     assert backend.trunk[0] is module
 
 
+def test_a_row_is_the_same_at_any_place_of_a_bucket() -> None:
+    with randomise(Engine.from_model(build("llama"), layout=DraftLayout(block=2), exact="off")) as engine:
+        backend, x = engine.backend, rows()[:32]
+        backend.hold("bucket", backend.form, len(x))
+        (module, *_) = activations(backend.trunk)
+        backend.gate.base_rows = len(x)
+        with torch.inference_mode():
+            here = module(x)
+            for places in (1, 5, 10, 16, 31):
+                assert torch.equal(module(x.roll(places, 0)), here.roll(places, 0)), places
+        backend.gate.base_rows = None
+
+
 def test_other_forwards_run_as_ever() -> None:
     module = nn.SiLU()
     backend = installed(module)

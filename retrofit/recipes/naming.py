@@ -102,5 +102,6 @@ def _is_place(name: str) -> bool:
 def _last(name: str) -> str:
     """The last part of a path, of another system's too; a home's name is its user's, so that is left out."""
     place = Path(name.replace("\\", "/"))
-    whole = Path.home() if place == Path("~") else place.resolve()
-    return "model" if whole == Path.home() or not whole.name else whole.name
+    home = expanded("~")
+    whole = home if place == Path("~") else place.resolve()
+    return "model" if whole == home or not whole.name else whole.name

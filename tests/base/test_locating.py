@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from retrofit import named_bases
 from retrofit.errors import ResourceError, UsageError
+from retrofit.hub import Base
 from retrofit.locating import hub_file, is_path, locate
 from retrofit.named_bases import PACKAGED, embedded_folder
+from retrofit.recipes.naming import published_base
 
 NAME = "smollm2-135m"
 
@@ -144,3 +147,16 @@ def test_another_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(UsageError, match="is a file and no GGUF"):
         locate(str(tmp_path / "config.json"))
+
+
+def test_a_user_without_a_home_can_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no entry; it would be found out after the training."""
+
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    base = Base(None, None, str(tmp_path / "mine"), None, tmp_path, {})
+    assert published_base(base) == {"model": "mine", "revision": None, "local": True}
+    assert published_base(replace(base, name="~"))["model"] == "model"

@@ -39,7 +39,8 @@ SHARE = 0.01
 FREE, SAVED = 3.0, 10.0
 """Steps of `ar` that may be lost besides; and that a good past can pay for at most."""
 STUMBLES = 1.5
-"""A step counts for so many times what steps like it took, at most: the machine may have stumbled over it."""
+"""A step counts for so many times what was expected of it, at most: the machine may have stumbled over it.  So what the
+first step of a kind takes beyond that is lost without being counted."""
 
 
 @dataclass(frozen=True)

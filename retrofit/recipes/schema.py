@@ -20,7 +20,7 @@ from retrofit.recipes import yaml_text
 from retrofit.recipes.overrides import apply
 from retrofit.recipes.problems import did_you_mean, explain, kind_of, listed, nothing_trained
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "named"
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 

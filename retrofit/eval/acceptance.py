@@ -1,28 +1,18 @@
-"""Acceptance and losslessness of an engine on given prompts: TPF, tau, acceptance by slot, equality.
+"""Acceptance and losslessness of an engine on given prompts.
 
-    tau   tokens emitted per verify cycle, bonus included; sum / sum (`tau`), mean over requests (`tau_macro`)
-    TPF   tokens emitted after prefill / forwards after prefill, sum / sum; read it beside rows per token
-    cond  P(slot k accepted | verified, and all before it accepted);  joint  the running product of cond
-
-A forward of kind `ar` is a cycle without drafts: so tau is 1 for mode `ar`, and a drafter that often has
-nothing to propose, as prompt lookup, is not judged by its good moments alone.
-
-A cycle that verified fewer than k drafts says nothing about slot k, so it is left out of that slot's
-denominator (the product-limit estimator of Kaplan and Meier, 1958).
-Not here: time (`speed.py`), proofs (`certify.py`).
+Not here: what the figures are (`trace.py`), time (`speed.py`), proofs (`certify.py`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
 
-from retrofit.runtime.results import CYCLES
+from retrofit.eval.trace import Trace, figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,63 +77,9 @@ def measure(
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:
-    """Sums over finished requests as a JSON-able dict.
-
-    `most_rows`: rows of one request in its widest forward after prefill.  `tau` is None for mode
-    `diffusion`, which has no verify cycles.
-    """
-    stats = [result.stats for result in results]
-    tokens, rows = sum(s.tokens for s in stats), sum(s.rows for s in stats)
-    forwards = sum(s.decode_forwards for s in stats)
-    kinds: Counter[str] = Counter()
-    for s in stats:
-        kinds.update(s.forwards)
-    cycles = [cycle for s in stats for cycle in zip(s.accepted, s.verified, strict=True)]
-    per_request = [s.tokens / count for s in stats if (count := _cycles(s.forwards))]
-    return {
-        "requests": len(results),
-        "tokens": tokens,
-        "forwards": forwards,
-        "forwards_by_kind": dict(kinds),
-        "tpf": ratio(tokens, forwards),
-        "tau": ratio(tokens, _cycles(kinds)),
-        "tau_macro": ratio(sum(per_request), len(per_request)),
-        "rows_per_token": ratio(rows, tokens),
-        "most_rows": max((s.widest for s in stats), default=0),
-        "accepted_histogram": dict(sorted(Counter(a for a, _ in cycles).items())),
-        **by_slot([a for a, _ in cycles], [v for _, v in cycles]),
-        "looping_share": looping_share([result.tokens for result in results]),
-    }
-
-
-def _cycles(forwards: Mapping[str, int]) -> int:
-    return sum(forwards.get(kind, 0) for kind in CYCLES)
-
-
-def ratio(numerator: float, denominator: float) -> float | None:
-    """Rounded to 4 places; None instead of a division by zero."""
-    return round(numerator / denominator, 4) if denominator else None
-
-
-def by_slot(accepted: Sequence[int], verified: Sequence[int]) -> dict[str, list[float] | list[int]]:
-    """Acceptance of slots 1, 2, ... over verify cycles: `accept_cond`, `accept_joint`, and counts `tried`.
-
-    Ends before the first slot that no cycle ever reached.
-    """
-    cond: list[float] = []
-    joint: list[float] = []
-    tried: list[int] = []
-    alive = 1.0
-    for slot in range(1, max(verified, default=0) + 1):
-        reached = [a for a, v in zip(accepted, verified, strict=True) if v >= slot and a >= slot - 1]
-        if not reached:
-            break
-        share = sum(a >= slot for a in reached) / len(reached)
-        alive *= share
-        tried.append(len(reached))
-        cond.append(round(share, 4))
-        joint.append(round(alive, 4))
-    return {"accept_cond": cond, "accept_joint": joint, "tried": tried}
+    """`figures` of finished requests, and the share of outputs that loop, as a JSON-able dict."""
+    looping = looping_share([result.tokens for result in results])
+    return {**figures(Trace.of(results)), "looping_share": looping}
 
 
 def looping_share(token_lists: Tokens, n: int = 8, times: int = 3, within: int = 96) -> float:

@@ -11,7 +11,6 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
 from retrofit.eval.acceptance import (
     Difference,
-    by_slot,
     compare,
     looping_share,
     lossless,
@@ -75,19 +74,6 @@ def test_a_lookup_that_finds_nothing_counts_as_a_cycle():
     forwards = {"prefill": 1, "ar": 3, "verify": 1}
     lookup = summary([result(list(range(8)), accepted=[3], verified=[4], rows=8, forwards=forwards)])
     assert lookup["tau"] == lookup["tpf"] == round(7 / 4, 4)
-
-
-def test_acceptance_by_slot_leaves_out_slots_that_were_not_verified():
-    # slot 1: 3 of 4.  slot 2: cycle 3 verified one only, so 2 of 2.  slot 3: 1 of 2.  slot 4: 0 of 1.
-    got = by_slot([2, 0, 1, 3], [4, 4, 1, 4])
-    assert got["tried"] == [4, 2, 2, 1]
-    assert got["accept_cond"] == [0.75, 1.0, 0.5, 0.0]
-    assert got["accept_joint"] == [0.75, 0.75, 0.375, 0.0]
-
-
-def test_slots_that_none_reached_are_left_out():
-    assert by_slot([0, 0], [4, 4]) == {"accept_cond": [0.0], "accept_joint": [0.0], "tried": [2]}
-    assert by_slot([], []) == {"accept_cond": [], "accept_joint": [], "tried": []}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Give an open-weight language model two more ways of decoding, and leave the first as it was, bit for bit.
 
 `convert` makes the artifact, `Engine` runs it in the modes `ar`, `diffusion` and `self_spec` with `SamplingParams`,
-`certify` proves it lossless.  Importing this package imports neither torch nor anything else that is slow: these names
-are looked up on first use.
+`certify` proves it lossless, `evaluate` measures it beside its original.  Importing this package imports neither torch
+nor anything else that is slow: these names are looked up on first use.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from retrofit.eval.certify import certify
     from retrofit.recipes.convert import convert
+    from retrofit.report.evaluate import Report, evaluate
     from retrofit.runtime.engine import Engine
     from retrofit.runtime.params import SamplingParams
     from retrofit.runtime.results import Event, Result
@@ -34,6 +35,7 @@ __all__ = [
     "Engine",
     "Event",
     "GateError",
+    "Report",
     "ResourceError",
     "Result",
     "RetrofitError",
@@ -44,6 +46,7 @@ __all__ = [
     "__version__",
     "certify",
     "convert",
+    "evaluate",
 ]
 
 _ERRORS = (
@@ -54,10 +57,12 @@ _HOMES = {
     **dict.fromkeys(_ERRORS, "retrofit.errors"),
     "Engine": "retrofit.runtime.engine",
     "Event": "retrofit.runtime.results",
+    "Report": "retrofit.report.evaluate",
     "Result": "retrofit.runtime.results",
     "SamplingParams": "retrofit.runtime.params",
     "certify": "retrofit.eval.certify",
     "convert": "retrofit.recipes.convert",
+    "evaluate": "retrofit.report.evaluate",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw this would let every misspelled attribute pass

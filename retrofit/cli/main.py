@@ -16,6 +16,7 @@ from retrofit.cli.convert import convert
 from retrofit.cli.data import data
 from retrofit.cli.doctor import doctor
 from retrofit.cli.errors import Cli
+from retrofit.cli.evaluate import evaluate, report
 from retrofit.cli.generate import generate
 from retrofit.cli.inspect import inspect
 from retrofit.cli.options import CONTEXT
@@ -50,7 +51,7 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-for command in (convert, generate, chat, certify, inspect, doctor, recipes, data):
+for command in (convert, generate, chat, certify, evaluate, report, inspect, doctor, recipes, data):
     main.add_command(command)
 
 

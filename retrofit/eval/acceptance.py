@@ -5,12 +5,13 @@ Not here: what the figures are (`trace.py`), time (`speed.py`), proofs (`certify
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from retrofit.eval.trace import Trace, figures
 
@@ -179,8 +180,13 @@ def reference_tokens(
     temperature: float = 0.0,
     batch_size: int = 1,
     eos: Sequence[int] = (),
+    lookup: int | None = None,
+    notify: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """What transformers' `generate` emits after each prompt, EOS included, processors and all else neutral.
+
+    lookup: most drafts of transformers' own prompt lookup, which takes one prompt at a time; None: it is off.
+    notify: told after each step how many new tokens each prompt of the batch has.
 
     Prompts of unequal length are padded on the left within a batch.  At a temperature it draws from torch's
     global generator.  A given GenerationConfig still inherits what it leaves at None from the model's own,
@@ -190,7 +196,8 @@ def reference_tokens(
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     config = GenerationConfig(
         do_sample=temperature > 0, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos) or None, pad_token_id=PAD, **drawn,
+        eos_token_id=list(eos) or None, pad_token_id=PAD,
+        prompt_lookup_num_tokens=lookup, **drawn,
     )  # fmt: skip
     outputs: list[list[int]] = []
     own = model.generation_config
@@ -201,11 +208,23 @@ def reference_tokens(
             width = max(map(len, batch))
             ids = torch.tensor([[PAD] * (width - len(p)) + p for p in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
-            out = model.generate(ids, attention_mask=mask, generation_config=config)
+            watched = StoppingCriteriaList([_Told(width, notify)] if notify is not None else [])
+            out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=watched)
             outputs += [_until_eos(row, eos) for row in out[:, width:].tolist()]
     finally:
         model.generation_config = own
     return outputs
+
+
+class _Told(StoppingCriteria):
+    """Stops nothing: what transformers asks after every step."""
+
+    def __init__(self, width: int, notify: Callable[[int], None]):
+        self.width, self.notify = width, notify
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        self.notify(input_ids.shape[1] - self.width)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _until_eos(tokens: list[int], eos: Sequence[int]) -> list[int]:

@@ -29,7 +29,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-import yaml
 
 from retrofit import __version__
 from retrofit.artifact import folder as artifacts
@@ -39,7 +38,7 @@ from retrofit.eval.audit import audit
 from retrofit.eval.bitwise import bitwise
 from retrofit.eval.distribution import distribution
 from retrofit.eval.exactness import Verdict
-from retrofit.eval.subject import Subject, token_prompts
+from retrofit.eval.subject import Subject, token_prompts, trained_on_stdlib
 from retrofit.hub import resolved_device
 from retrofit.locating import locate
 from retrofit.machine import cpu_name
@@ -191,7 +190,7 @@ def certify(
             engine = Engine.load(target, device, dtype, exact, backend, packed=packed, base=named, **options)
         subject = Subject(engine, _checkpoint(engine, base, offline), trust_remote_code, folder)
         room = max(1, engine.limits.context - size.tokens)
-        texts = token_prompts(engine, prompts, size.prompts, room, _from_stdlib(folder, engine))
+        texts = token_prompts(engine, prompts, size.prompts, room, trained_on_stdlib(folder, engine))
         for name, function in _checks(subject, texts, size).items():
             run(name, function)
     return Certificate(_subject(folder, engine), _environment_of(subject), level, checks, _now())
@@ -261,14 +260,6 @@ def _checkpoint(engine: Engine, base: str | Path | None, offline: bool) -> Path 
     if base is not None:
         return locate(str(base), offline=offline)
     return engine.base.place if engine.base is not None else None
-
-
-def _from_stdlib(folder: Path | None, engine: Engine) -> bool:
-    """Whether the model was trained on Python sources, so that held-out ones suit it."""
-    if folder is None:
-        return engine.base is not None and engine.base.name == "tiny"
-    recipe = yaml.safe_load((folder / artifacts.RECIPE).read_text(encoding="utf-8")) or {}
-    return isinstance(recipe, dict) and (recipe.get("data") or {}).get("source") == "stdlib"
 
 
 def _subject(folder: Path | None, engine: Engine | None) -> dict[str, Any]:

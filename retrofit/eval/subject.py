@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import GenerationConfig, PreTrainedModel
 
 from retrofit.adapters.attach import attach, count
@@ -155,6 +156,14 @@ class Subject:
                 f"the base in {name} needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} free",
                 "certify on a larger machine, or on the CPU with --device cpu",
             )
+
+
+def trained_on_stdlib(artifact: Path | None, engine: Engine) -> bool:
+    """Whether the model was trained on Python sources, so that held-out ones suit it."""
+    if artifact is None:
+        return engine.base is not None and engine.base.name == "tiny"
+    recipe = yaml.safe_load((artifact / artifacts.RECIPE).read_text(encoding="utf-8")) or {}
+    return isinstance(recipe, dict) and (recipe.get("data") or {}).get("source") == "stdlib"
 
 
 def token_prompts(

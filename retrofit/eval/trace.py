@@ -103,7 +103,7 @@ def figures(trace: Trace) -> dict[str, Any]:
     accepted_histogram: Counter[int] = Counter()
     for (_, accepted), count in trace.cycles.items():
         accepted_histogram[accepted] += count
-    verified, accepted = every_cycle(trace)
+    verified_of, accepted_of = every_cycle(trace)
     return {
         "requests": len(trace.requests),
         "tokens": tokens,
@@ -116,7 +116,7 @@ def figures(trace: Trace) -> dict[str, Any]:
         "rows_per_token": ratio(trace.rows, tokens),
         "most_rows": trace.widest,
         "accepted_histogram": dict(sorted(accepted_histogram.items())),
-        **by_slot(accepted, verified),
+        **by_slot(accepted_of, verified_of),
     }
 
 

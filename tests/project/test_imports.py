@@ -13,11 +13,11 @@ PACKAGE = Path(retrofit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import its own layer and those below.  Others (`__init__.py`, `cli/`) are the face, on top.
-LAYERS = {"errors": 0, "adapters": 2, "runtime": 3, "recipes": 4, "eval": 5}
+LAYERS = {"errors": 0, "adapters": 2, "runtime": 3, "recipes": 4, "eval": 5, "report": 6}
 LAYERS |= dict.fromkeys(
     ("artifact", "gguf_files", "hub", "launch", "locating", "machine", "named_bases", "progress", "weight_files"), 1
 )
-FACE = 6
+FACE = 7
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -152,7 +152,7 @@ def test_light_modules_import_no_torch(module):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["convert"], ["generate"], ["certify"], ["data"], ["data", "preview"]],
+    [[], ["convert"], ["generate"], ["certify"], ["eval"], ["data"], ["data", "preview"]],
     ids=lambda a: " ".join(a) or "retrofit",
 )
 def test_help_imports_no_torch(arguments):
@@ -171,7 +171,7 @@ def test_lazy_names_are_listed_and_others_refused():
         retrofit.engine_  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["Engine", "convert", "certify"])
+@pytest.mark.parametrize("name", ["Engine", "convert", "certify", "evaluate"])
 def test_lazy_names_lead_somewhere(name):
     assert getattr(retrofit, name).__module__.startswith("retrofit.")
 

@@ -1,0 +1,136 @@
+"""`retrofit eval` and `retrofit report`: measure an artifact beside its original, and show what came of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from retrofit.cli.options import (
+    CONTEXT,
+    MODES,
+    Loading,
+    artifact_argument,
+    base_option,
+    engine_options,
+    output_options,
+    seed_option,
+)
+from retrofit.cli.output import emit_json, is_quiet, quieten_libraries, say
+from retrofit.errors import UsageError
+
+
+class Listed(click.ParamType):
+    """`1,4,16` or `ar,self_spec`."""
+
+    name = "LIST"
+
+    def __init__(self, kind: type[int] | type[str]):
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [self.kind(part) for part in str(value).split(",") if part.strip()]
+        except ValueError:
+            self.fail(f"{value!r} is no list of whole numbers, such as 1,4,16", param, ctx)
+
+
+@click.command("eval", context_settings=CONTEXT)
+@artifact_argument
+@click.option("--suite", type=click.Choice(["quick", "standard", "full"]), default="quick", show_default=True,
+              help="How much to run.")  # fmt: skip
+@click.option("--modes", type=Listed(str), metavar="LIST", help=f"Of {','.join(MODES)}.  [default: all]")
+@click.option("--batch", type=Listed(int), metavar="LIST",
+              help="Requests that run together, such as 1,4,16.  [default: the suite's]")  # fmt: skip
+@click.option("--context", type=Listed(int), metavar="LIST",
+              help="Tokens before the output, such as 128,4096.  [default: the suite's]")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most prompts.  [default: the suite's]")
+@click.option("--prompts", type=click.Path(dir_okay=False), metavar="FILE",
+              help="Prompts of your own, JSONL with `turns`, `prompt`, `messages` or `tokens`.")  # fmt: skip
+@click.option("--price", type=float, metavar="USD", help="What an hour of this machine costs.")
+@click.option("--fail-under", multiple=True, metavar="NAME=V",
+              help="End with 3 where a figure is below V, such as speedup_batch_1=1.2; may be repeated.")  # fmt: skip
+@click.option("-o", "--out", metavar="FOLDER", help="Where the report is written.  [default: ARTIFACT/eval]")
+@click.option("--restart", is_flag=True, help="Measure again what an earlier run has finished.")
+@base_option
+@seed_option
+@engine_options
+@output_options
+def evaluate(
+    folder: str, out: str | None, fail_under: tuple[str, ...], loading: Loading, as_json: bool, **options: Any
+) -> None:
+    """Measure ARTIFACT beside its original: does it answer the same, is it faster, where does it stop paying.
+
+    Writes report.json and report.md, and exits with 3 when a gate of the verdict is not met. Sections that are
+    finished are written at once and not run again: after an interruption the same command goes on.
+
+    \b
+    Examples:
+      retrofit eval tiny-retrofit
+      retrofit eval tiny-retrofit --prompts mine.jsonl --batch 1,8 --price 2.5 --fail-under speedup_batch_1=1.2
+    """
+    least = dict(map(_bound, fail_under))
+    quieten_libraries()
+    from retrofit.report.evaluate import evaluate as run
+
+    report = run(
+        folder, out=out or folder, fail_under=least, progress=not is_quiet(), **options, **loading.keywords
+    )  # fmt: skip
+    if as_json:
+        emit_json(report.data, indent=1)
+    else:
+        _print(report.data)
+    from retrofit.report.document import place
+
+    say(f"wrote {place(out or folder)}")
+    report.require()
+
+
+def _bound(text: str) -> tuple[str, float]:
+    """`NAME=V`.  Raises UsageError."""
+    name, _, value = text.partition("=")
+    try:
+        bound = float(value)
+    except ValueError:
+        bound = math.nan
+    if not name or not math.isfinite(bound):
+        raise UsageError(f"--fail-under is {text}; it must be NAME=V, a figure and a number", "speedup_batch_1=1.2")
+    return name, bound
+
+
+def _print(data: dict[str, Any]) -> None:
+    from retrofit.cli.tables import print_table
+
+    for line in data["verdict"]["lines"]:
+        click.echo(line)
+    rows = [("passed" if gate["ok"] else "failed", gate["name"], gate["says"]) for gate in data["verdict"]["gates"]]
+    if rows:
+        print_table(rows)
+
+
+@click.group(context_settings=CONTEXT)
+def report() -> None:
+    """Show a report that `retrofit eval` wrote."""
+
+
+@report.command("show", context_settings=CONTEXT)
+@click.argument("place", metavar="ARTIFACT|FILE")
+@output_options
+def report_show(place: str, as_json: bool) -> None:
+    """Print the report of an artifact, or one from its file, as Markdown.
+
+    \b
+    Example:
+      retrofit report show tiny-retrofit
+    """
+    from retrofit.report import document
+    from retrofit.report.markdown import markdown
+
+    data = document.read(place)
+    if as_json:
+        emit_json(data, indent=1)
+    else:
+        click.echo(markdown(data), nl=False)

@@ -1,0 +1,1 @@
+"""How a converted model does beside its original: measured, judged, written down."""

@@ -1,0 +1,110 @@
+"""Speed: every way of decoding by batch size and length of context, transformers' own beside.
+
+All ways of a cell run in one process over the same prompts, in turn, so that a slow moment of the machine hits them
+alike; a ratio of two ways is the median of the ratios within a turn.  Seconds cover the whole call, prefill included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+from retrofit.errors import ResourceError
+from retrofit.eval.clocked import by_engine, by_transformers, forget_peak_memory, peak_memory, seconds_per_token
+from retrofit.eval.latency import Timeline, speed_figures, total_rate
+from retrofit.eval.speed import REFERENCE, WAYS, ratio_of
+from retrofit.report.setting import Data, Earlier, Setting, Skipped
+
+REFERENCE_LOOKUP = "transformers_prompt_lookup"
+LOOKUP_TOKENS = 10
+"""Drafts of transformers' prompt lookup, as its documentation has it."""
+Texts = list[list[int]]
+Way = Callable[[Texts], list[Timeline]]
+
+
+def speed(setting: Setting, earlier: Earlier) -> Data:
+    """Latencies and rates of every cell; `ratio_to_ar`, `ratio_to_transformers`: seconds per token over theirs."""
+    cells: list[Data] = []
+    skipped: list[Data] = []
+    for context, batch, texts in _places(setting, skipped):
+        for temperature in setting.suite.timed_at:
+            named = {"batch_size": batch, "context_tokens": context, "temperature": temperature}
+            try:
+                cells.append({**named, **_cell(setting, texts, temperature)})
+            except ResourceError as error:
+                skipped.append({**named, "reason": str(error)})
+    if not cells:
+        raise Skipped("; ".join(dict.fromkeys(cell["reason"] for cell in skipped)) or "no batch size, no context")
+    suite = setting.suite
+    return {"new_tokens": suite.speed_tokens, "repeats": suite.repeats, "cells": cells, "skipped_cells": skipped}
+
+
+def _places(setting: Setting, skipped: list[Data]) -> Iterator[tuple[int, int, Texts]]:
+    """(tokens before the output, batch size, prompts) of every cell; the user's own prompts as they are, first."""
+    new = setting.suite.speed_tokens
+    if setting.given:
+        ids = setting.ids(len(setting.prompts), new)
+        for batch in setting.suite.batches:
+            yield int(median(map(len, ids))), batch, [ids[n % len(ids)] for n in range(batch)]
+    for context in setting.suite.contexts:
+        for batch in setting.suite.batches:
+            try:
+                yield context, batch, setting.texts(context, batch, new)
+            except Skipped as reason:
+                skipped.append({"batch_size": batch, "context_tokens": context, "reason": str(reason)})
+
+
+def ways(setting: Setting, temperature: float) -> dict[str, Way]:
+    """Every way by name, `ar` first: those of the modes asked for, and the original's own."""
+    suite, engine = setting.suite, setting.engine
+    names = ["ar"]
+    if "self_spec" in setting.modes:
+        names += ["auto", setting.drafter["strategy"], "prompt_lookup"]
+    if "diffusion" in setting.modes:
+        names.append("diffusion")
+    common: dict[str, Any] = {
+        "clock": setting.clock, "max_new_tokens": suite.speed_tokens, "temperature": temperature,
+    }  # fmt: skip
+    made: dict[str, Way] = {
+        name: partial(by_engine, engine, way=WAYS[name], seed=setting.seed, **common) for name in names
+    }
+    base = setting.subject.base(setting.subject.dtype)
+    made[REFERENCE] = partial(by_transformers, base, **common)
+    made[REFERENCE_LOOKUP] = partial(by_transformers, base, lookup=LOOKUP_TOKENS, **common)
+    return made
+
+
+def _cell(setting: Setting, texts: Texts, temperature: float) -> Data:
+    made = ways(setting, temperature)
+    if len(texts) > 1:
+        del made[REFERENCE_LOOKUP]  # transformers takes one prompt at a time there
+    names, device = list(made), setting.engine.backend.device
+    peaks: dict[str, int | None] = {}
+    for name in names:
+        forget_peak_memory(device)
+        made[name](texts)
+        peaks[name] = peak_memory(device)
+    runs: dict[str, list[list[Timeline]]] = {name: [] for name in names}
+    for turn in range(setting.suite.repeats):
+        # Whoever follows a way that used all cores starts on a throttled machine: every way takes every place.
+        for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
+            runs[name].append(made[name](texts))
+    turns = [{name: seconds_per_token(runs[name][turn]) for name in names} for turn in range(setting.suite.repeats)]
+    return {
+        "ways": {name: {**_way(runs[name]), "peak_memory_bytes": peaks[name]} for name in names},
+        "ratio_to_ar": {name: round(ratio_of(turns, name, "ar"), 4) for name in names},
+        "ratio_to_transformers": {name: round(ratio_of(turns, name, REFERENCE), 4) for name in names},
+    }
+
+
+def _way(runs: Sequence[Sequence[Timeline]]) -> Data:
+    """Figures over all turns; of the rate of all requests together the median of the turns."""
+    rates = [rate for run in runs if (rate := total_rate(run)) is not None]
+    together = speed_figures([timeline for run in runs for timeline in run])
+    return {
+        **together,
+        "tokens_per_s_total": round(median(rates), 4) if rates else None,
+        "seconds_per_token": [round(seconds_per_token(run), 8) for run in runs],
+    }

@@ -1,0 +1,163 @@
+"""The verdict: gates that a converted model must pass, and three lines for whoever has to decide.
+
+    lossless_bugs       no token differs from the original's by more than rounding explains
+    lossless_near       few differ by so much that only a wide rounding explains it, or no more than in the original's
+                        own noise
+    lossless_texts      above level `off`, where every text is promised to be the original's: every one is
+    claimed_greedy, claimed_sampled    decoding accepts at least half of what the artifact says its drafts are worth
+    never_slower        `auto` takes hardly longer than `ar`, at any batch size and context; beyond what it promises,
+                        the steps it may try things out in and the noise between turns of this run are allowed
+
+What was not measured passes no gate and fails none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from retrofit.eval.differences import CLASSES
+from retrofit.report.headline import Sections, first_cells, headline
+from retrofit.runtime.auto.policy import FREE
+
+SLOWER = 1.02
+"""Seconds per token of `auto` over those of `ar` that are allowed anywhere."""
+SIGMAS = 2.5
+"""Standard deviations of its noise that a run cannot tell from nothing."""
+NEAR_SHARE = 0.001
+"""Of all positions, those that may be `near`."""
+KEPT = 0.5
+"""Of the drafts that an artifact claims are accepted, those that must be: other text is drafted less well."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition.  value, bound: what was measured, and the most or the least it may be.  says: a sentence."""
+
+    name: str
+    ok: bool
+    value: float | None
+    bound: float
+    better: Literal["lower", "higher"]
+    says: str
+
+
+def verdict(sections: Sections, fail_under: Mapping[str, float]) -> dict[str, Any]:
+    """`ok` (None: nothing was measured), `lines` and `gates` of what the finished sections found."""
+    gates = [*_lossless(sections), *_claims(sections), *_never_slower(sections), *_asked(sections, fail_under)]
+    ok = all(gate.ok for gate in gates) if gates else None
+    return {"ok": ok, "lines": lines(sections), "gates": [asdict(gate) for gate in gates]}
+
+
+def _lossless(sections: Sections) -> Iterator[Gate]:
+    if "losslessness" not in sections:
+        return
+    found = sections["losslessness"]
+    parts = [found["greedy"], found["sampled"]]
+    positions = sum(part[name] for part in parts for name in CLASSES)
+    bugs, near = (sum(part[name] for part in parts) for name in ("bug", "near"))
+    said = f"{bugs} of {positions} tokens differ from the original's by more than rounding explains"
+    yield Gate("lossless_bugs", bugs == 0, bugs, 0, "lower", f"{said}; none may" if bugs else said)
+    floors = [part["noise_floor"] for part in parts]
+    floor = sum(one["near"] for one in floors) / max(1, sum(one[name] for one in floors for name in CLASSES))
+    share, most = near / max(1, positions), max(NEAR_SHARE, floor)
+    said = f"{share:.3%} of tokens are near misses; {most:.3%} may be, the original's own noise is {floor:.3%}"
+    yield Gate("lossless_near", share <= most, round(share, 6), round(most, 6), "lower", said)
+    if found["exact"] != "off":
+        other = sum(part["texts"] - part["equal_texts"] for part in parts)
+        texts = sum(part["texts"] for part in parts)
+        said = f"{other} of {texts} texts differ from the original's; exact={found['exact']} promises that none does"
+        yield Gate("lossless_texts", other == 0, other, 0, "lower", said)
+
+
+def _claims(sections: Sections) -> Iterator[Gate]:
+    for name, claim in sections.get("acceptance", {}).get("claimed", {}).items():
+        share = claim["kept_share"]
+        if share is None:
+            continue
+        said = (
+            f"a cycle accepts {claim['measured_drafts_per_cycle']:.3f} drafts, {share:.0%} of the"
+            f" {claim['claimed_drafts_per_cycle']:.3f} that the artifact claims; {KEPT:.0%} must hold"
+        )
+        yield Gate(f"claimed_{name}", share >= KEPT, share, KEPT, "higher", said)
+
+
+def _never_slower(sections: Sections) -> Iterator[Gate]:
+    if "speed" not in sections:
+        return
+    speed = sections["speed"]
+    timed = [cell for cell in speed["cells"] if "auto" in cell["ratio_to_ar"]]
+    if timed:
+        worst = max(timed, key=lambda cell: cell["ratio_to_ar"]["auto"])
+        ratio = worst["ratio_to_ar"]["auto"]
+        tried = FREE / (speed["repeats"] * speed["new_tokens"])
+        most = round((SLOWER + tried) * math.exp(SIGMAS * turn_noise(timed) / math.sqrt(speed["repeats"])), 4)
+        where = f"at batch {worst['batch_size']} and {worst['context_tokens']} tokens of context"
+        said = f"{where} auto takes {ratio:.3f} times as long as ar; {SLOWER:g} is promised, this run can tell {most:g}"
+        yield Gate("never_slower", ratio <= most, ratio, most, "lower", said)
+
+
+def turn_noise(cells: Sequence[Mapping[str, Any]]) -> float:
+    """Standard deviation of log(time of `auto` / time of `ar`) between the turns of a cell, over all cells.
+
+    0 where every way was timed once, so that nobody knows.
+    """
+    squares, free = 0.0, 0
+    for cell in cells:
+        auto, ar = (cell["ways"][name]["seconds_per_token"] for name in ("auto", "ar"))
+        logs = [math.log(a / b) for a, b in zip(auto, ar, strict=True)]
+        squares += sum((value - sum(logs) / len(logs)) ** 2 for value in logs)
+        free += len(logs) - 1
+    return math.sqrt(squares / free) if free else 0.0
+
+
+def _asked(sections: Sections, fail_under: Mapping[str, float]) -> Iterator[Gate]:
+    found = headline(sections)
+    for name, bound in fail_under.items():
+        value = found.get(name)
+        ok = value is not None and value >= bound
+        said = f"{name} was not measured" if value is None else f"{name} is {value:g}; {bound:g} is the least"
+        yield Gate(f"asked_{name}", ok, value, bound, "higher", said)
+
+
+def lines(sections: Sections) -> list[str]:
+    """Does it answer the same, is it faster, where does it stop paying: three lines, whatever was measured."""
+    return [_same(sections), _faster(sections), _pays(sections)]
+
+
+def _same(sections: Sections) -> str:
+    if "losslessness" not in sections:
+        return "Whether it answers as the original does was not measured."
+    parts = [sections["losslessness"][name] for name in ("greedy", "sampled")]
+    texts, equal, bugs = (sum(part[name] for part in parts) for name in ("texts", "equal_texts", "bug"))
+    if bugs:
+        return f"It does NOT answer as the original does: {bugs} tokens differ by more than rounding explains."
+    if equal == texts:
+        return f"It answers as the original does: {equal} of {texts} texts are the same, token for token."
+    return f"It answers as the original does up to rounding: {equal} of {texts} texts are the same, token for token."
+
+
+def _faster(sections: Sections) -> str:
+    rates = [
+        f"{1 / cell['ratio_to_ar']['auto']:.2f} times as fast as plain decoding at batch {cell['batch_size']}"
+        f" ({1 / cell['ratio_to_transformers']['auto']:.2f} times transformers' generate)"
+        for cell in first_cells(sections)
+        if "auto" in cell["ratio_to_ar"]
+    ]
+    return f"On this machine it is {', '.join(rates)}." if rates else "Its speed was not measured."
+
+
+def _pays(sections: Sections) -> str:
+    contexts: Sequence[Mapping[str, Any]] = sections.get("break_even", {}).get("by_context", [])
+    ways = contexts[0]["ways"] if contexts else {}
+    speculating = {name: way for name, way in ways.items() if name in ("fused", "two_forward")}
+    if not speculating:
+        return "Up to which batch size speculation pays was not measured."
+    way = next(iter(speculating.values()))
+    if way["pays_up_to"] is None:
+        return "Speculation does not pay on this machine, so it decodes as the original does."
+    if way["stops_at"] is None:
+        return f"Speculation pays at every batch size that was measured, up to {way['pays_up_to']}."
+    return f"Speculation pays up to batch {way['pays_up_to']} and no longer at {way['stops_at']}."

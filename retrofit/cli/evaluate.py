@@ -62,9 +62,9 @@ class Listed(click.ParamType):
 def evaluate(
     folder: str, out: str | None, fail_under: tuple[str, ...], loading: Loading, as_json: bool, **options: Any
 ) -> None:
-    """Measure ARTIFACT beside its original: does it answer the same, is it faster, where does it stop paying.
+    """Measure ARTIFACT beside its original.
 
-    Writes report.json and report.md, and exits with 3 when a gate of the verdict is not met. Sections that are
+    Does it answer the same, is it faster, where does it stop paying, what does it cost. Writes report.json and report.md, and exits with 3 when a gate of the verdict is not met. Sections that are
     finished are written at once and not run again: after an interruption the same command goes on.
 
     \b
@@ -113,7 +113,12 @@ def _print(data: dict[str, Any]) -> None:
 
 @click.group(context_settings=CONTEXT)
 def report() -> None:
-    """Show a report that `retrofit eval` wrote."""
+    """Show a report that `retrofit eval` wrote.
+
+    \b
+    Example:
+      retrofit report show tiny-retrofit
+    """
 
 
 @report.command("show", context_settings=CONTEXT)

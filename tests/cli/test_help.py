@@ -57,7 +57,7 @@ def test_common_options_are_the_same_everywhere():
         options = {o.name: (o.opts, str(o.type), o.help) for o in command.params if isinstance(o, click.Option)}
         assert {"as_json", "quiet", "verbose"} <= set(options), path
         common = {"as_json", "quiet", "verbose", "device", "dtype", "offline", "trust_remote_code", "backend", "exact"}
-        assert ("backend" in options) == (path[0] in ("generate", "chat", "certify", "doctor"))
+        assert ("backend" in options) == (path[0] in ("generate", "chat", "certify", "doctor", "eval"))
         for name in common & set(options):
             assert seen.setdefault(name, options[name]) == options[name]
 

@@ -17,6 +17,7 @@ from retrofit.eval.certify import certify
 from retrofit.eval.doctor import diagnose
 from retrofit.recipes.convert import convert
 from retrofit.recipes.schema import load_recipe
+from retrofit.report.evaluate import evaluate
 from retrofit.runtime.engine import Engine
 
 PACKAGE = Path(retrofit.__file__).parent
@@ -211,7 +212,7 @@ def defaults(function):
 SETTINGS = pytest.mark.parametrize(
     ("command", "function"),
     [
-        ("convert", convert), ("certify", certify), ("doctor", diagnose),
+        ("convert", convert), ("certify", certify), ("doctor", diagnose), ("eval", evaluate),
         ("generate", Engine.generate), ("generate", Engine.load), ("chat", Engine.stream), ("chat", Engine.load),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__qualname__,
@@ -240,7 +241,7 @@ def test_the_device_is_auto_everywhere(command, function):
 
 def test_the_python_functions_have_the_same_defaults():
     of_loading = defaults(Engine.load)
-    for function in (certify, diagnose, convert):
+    for function in (certify, diagnose, convert, evaluate):
         shared = {name: value for name, value in defaults(function).items() if name in of_loading}
         assert shared == {name: of_loading[name] for name in shared}, function.__name__
     of_stream, of_generate = defaults(Engine.stream), defaults(Engine.generate)

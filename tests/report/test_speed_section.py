@@ -58,7 +58,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], **chang
 
     monkeypatch.setattr(section, "by_transformers", by_transformers)
     engine = KnownEngine(clock, seconds)
-    suite = replace(SMALL, speed_tokens=7, batches=(1, 4), contexts=(), **changes)
+    suite = replace(SMALL, **{"speed_tokens": 7, "batches": (1, 4), "contexts": (), "repeats": 2, **changes})
     subject = SimpleNamespace(run=engine, dtype=None, base=lambda dtype: None)
     setting = SimpleNamespace(
         engine=engine, subject=subject, suite=suite, given=True, prompts=[0, 1], clock=clock, seed=0,

@@ -1,0 +1,110 @@
+"""`retrofit eval` and `retrofit report`: what they write and print, and how they end."""
+
+import json
+
+import pytest
+from commands import done, run
+from reporting import only, small_suite
+from saved import save_artifact
+
+from retrofit.artifact import folder as artifact
+from retrofit.report import document
+from retrofit.report.evaluate import SECTIONS
+
+LYING = {"conditional": {"greedy": [0.9] * 4}}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    small_suite(monkeypatch)
+    only(monkeypatch, "losslessness")
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"turns": ["def area"]}\n{"turns": ["for item in Ünï"]}\n')
+    return path
+
+
+@pytest.mark.usefixtures("quick")
+def test_eval_writes_the_report_and_prints_the_verdict(own, mine):
+    result = run("eval", own, "--prompts", mine, "--exact", "bucket", "-q")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("It answers as the original does: 16 of 16 texts are the same")
+    assert lines[1:3] == ["Its speed was not measured.", "Up to which batch size speculation pays was not measured."]
+    assert [line.split()[:2] for line in lines[3:]] == [
+        ["passed", name] for name in ("lossless_bugs", "lossless_near", "lossless_texts")
+    ]
+    artifact.check(own)  # its hash stands beside it
+    data = document.read(own)
+    assert data["command"] == "retrofit eval own --suite quick --prompts mine.jsonl --device cpu --exact bucket"
+    page = done("report", "show", own)
+    assert page == (own / "eval" / "report.md").read_text()
+    assert json.loads(done("report", "show", own / "eval" / "report.json", "--json")) == data
+
+
+@pytest.mark.usefixtures("quick")
+def test_eval_ends_with_3_and_says_which_gate_and_by_how_much(own, mine, tmp_path):
+    place = tmp_path / "elsewhere"
+    result = run("eval", own, "--prompts", mine, "--fail-under", "equal_texts_share=1.5", "-o", place, "--json", "-q")
+    assert result.exit_code == 3
+    assert result.stderr == "Error: asked_equal_texts_share: equal_texts_share is 1; 1.5 is the least\n"
+    assert json.loads(result.stdout) == document.read(place)
+    assert not (own / "eval").exists()
+
+
+def test_a_lying_artifact_ends_with_3(tmp_path, base, mine, monkeypatch):
+    small_suite(monkeypatch)
+    only(monkeypatch, "acceptance")
+    lying = save_artifact(tmp_path / "lying", base, acceptance=LYING)
+    result = run("eval", lying, "--prompts", mine, "-q")
+    assert result.exit_code == 3
+    assert result.stderr.startswith("Error: claimed_greedy: a cycle accepts 0.")
+    assert result.stderr.endswith("of the 3.095 that the artifact claims; 50% must hold\n")
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_interruption_says_where_to_go_on(own, mine, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(SECTIONS, "diffusion", interrupted)
+    result = run("eval", own, "--prompts", mine, "-q")
+    assert result.exit_code == 130
+    path = own / "eval" / "report.json"
+    assert result.stderr.splitlines() == [
+        "interrupted", f"{path} holds the sections that were finished; the same command goes on from there",
+    ]  # fmt: skip
+    assert document.read(own)["status"] == "partial"
+    assert "This report is partial" in done("report", "show", own)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "1,x"], "'1,x' is no list of whole numbers"),
+        (["--batch", ","], "--batch is empty; it must be whole numbers from 1"),
+        (["--modes", "ar,fast"], "mode 'fast' does not exist"),
+        (["--fail-under", "tau"], "--fail-under is tau; it must be NAME=V"),
+        (["--fail-under", "tau=nan"], "--fail-under is tau=nan; it must be NAME=V"),
+        (["--fail-under", "tua=1"], "fail-under tua: no such figure; did you mean `tau`?"),
+        (["--price", "-1"], "price is -1.0; it must be above 0"),
+        (["--prompts", "gone.jsonl"], "gone.jsonl: cannot be read: No such file or directory"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_one_clear_error(own, options, message):
+    result = run("eval", own, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_report_show_without_a_report(own):
+    result = run("report", "show", own)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        f"Error: {own / 'eval' / 'report.json'}: cannot be read: No such file or directory",
+        "hint: make one with `retrofit eval ARTIFACT`",
+    ]

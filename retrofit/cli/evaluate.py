@@ -64,8 +64,9 @@ def evaluate(
 ) -> None:
     """Measure ARTIFACT beside its original.
 
-    Does it answer the same, is it faster, where does it stop paying, what does it cost. Writes report.json and report.md, and exits with 3 when a gate of the verdict is not met. Sections that are
-    finished are written at once and not run again: after an interruption the same command goes on.
+    Does it answer the same, is it faster, where does it stop paying, what does it cost. Writes
+    report.json and report.md, and exits with 3 when a gate of the verdict is not met. Sections that are finished
+    are written at once and not run again: after an interruption the same command goes on.
 
     \b
     Examples:

@@ -89,7 +89,7 @@ def _compared(found: Data) -> Iterator[str]:
         "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         "commit, date": f"{machine['commit'] or '-'}, {machine['date']}",
         "prompts": f"{prompts['count']}{' of the user' if prompts['given'] else ''}, sha256 {prompts['sha256'][:12]}",
-        "chat template": "as in training" if template["trained"] == template["now"] else "other than in training",
+        "chat template": "; ".join(template["differences"]) or ("as in training" if template["trained"] else "none"),
         "seed": str(found["seed"]),
     }
     yield from table(["", ""], [[name, text(value)] for name, value in rows.items()])

@@ -12,7 +12,7 @@ from retrofit.artifact.files import sha256
 from retrofit.machine import hardware
 from retrofit.report.prompts import digest
 from retrofit.report.setting import Data, Earlier, Setting
-from retrofit.runtime.chat_template import identity
+from retrofit.runtime.chat_template import differences, identity
 from retrofit.weight_files import dtype_name
 
 
@@ -20,6 +20,7 @@ def compared(setting: Setting, earlier: Earlier) -> Data:
     """Hashes of artifact, base, prompts and template; how the engine runs; hardware, versions, seed, sizes."""
     engine, backend = setting.engine, setting.engine.backend
     prompts = setting.prompts
+    trained = engine.config.get("template")
     now = None if engine.tokenizer is None else identity(engine.tokenizer, {})
     return {
         "artifact": identity_of(setting.subject.artifact),
@@ -40,7 +41,7 @@ def compared(setting: Setting, earlier: Earlier) -> Data:
             "turns_left_out": sum(prompt.left_out for prompt in prompts),
             "categories": dict(Counter(prompt.category for prompt in prompts)),
         },
-        "template": {"trained": engine.config.get("template"), "now": now},
+        "template": {"trained": trained, "now": now, "differences": differences(trained, engine.tokenizer)},
         "seed": setting.seed,
         "modes": list(setting.modes),
         "suite": asdict(setting.suite),

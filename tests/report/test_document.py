@@ -33,6 +33,8 @@ def test_the_schema_is_one_and_the_report_keeps_to_it(data):
     [
         (("format",), 2),
         (("verdict", "lines"), ["one"]),
+        (("sections", "compared", "data", "template"), {"trained": None, "now": None}),
+        (("sections", "compared", "data", "hardware"), {}),
         (("sections", "speed", "data", "cells"), []),
         (("sections", "speed", "data", "cells", 0, "ways", "ar", "ttft_p50_ms"), "fast"),
         (("sections", "losslessness", "data", "greedy", "bug"), -1),

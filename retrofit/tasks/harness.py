@@ -6,12 +6,14 @@ left out and said so.  What comes back has the shape that `suite.run` gives.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from retrofit.errors import ResourceError, UsageError
+from retrofit.recipes.problems import did_you_mean
 from retrofit.tasks.against import Scored, by_category
 from retrofit.tasks.items import FOLDER, LONGEST
 
@@ -103,7 +105,7 @@ def run(
     models: as `original_model` and `engine_model` make them.  tasks: names of OURS and of the harness, its groups too.
     limit: documents of a task, from its beginning.  allow_code: run the code of tasks that say they run some; the
     harness does that in this process's rights.  include: a folder of further tasks.
-    Raises UsageError without an original, ResourceError without the extra.
+    Raises UsageError without an original and for a task that nobody knows, ResourceError without the extra.
     """
     if original not in models:
         raise UsageError(f"nothing is named `{original}` among {', '.join(models) or 'no models'}")
@@ -171,9 +173,13 @@ def _loaded(tasks: Sequence[str], include: str | None, allow_code: bool) -> tupl
     manager = TaskManager(include_path=include, include_defaults=any(name not in OURS for name in tasks))
     loaded: dict[str, Any] = {}
     skipped = []
+    unknown = next((name for name in tasks if name not in OURS and name not in manager.all_tasks), None)
+    if unknown is not None:
+        close = did_you_mean(unknown, [*OURS, *manager.all_tasks])
+        raise UsageError(f"no task `{unknown}`{close}", "`lm-eval ls tasks` lists those of the harness")
     for name in tasks:
         try:
-            found = manager.load(OURS.get(name, name))["tasks"]
+            found = manager.load(copy.deepcopy(OURS.get(name, name)))["tasks"]
         except Exception as error:  # a data set that is not at hand fails in as many ways as there are loaders
             reason = str(error).strip().splitlines() or [""]
             skipped.append({"what": name, "why": f"does not load: {type(error).__name__}: {reason[0]}"[:300]})

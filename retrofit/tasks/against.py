@@ -36,10 +36,10 @@ def by_category(
     for category in dict.fromkeys(categories.values()):
         ids = [id for id, own in categories.items() if own == category]
         for metric in _metrics(ids, results[original]):
-            models = _models(ids, results, original, lambda scores, metric=metric: scores.get(metric))
+            models = _models(ids, results, original, (metric,))
             lower = lower_is_better(category, metric)
             found.setdefault(category, {})[metric] = {"lower_is_better": lower, "models": models}
-    models = _models(list(categories), results, original, lambda scores: _first(scores, right_or_wrong))
+    models = _models(list(categories), results, original, right_or_wrong)
     if models:
         found[ALL] = {"accuracy": {"lower_is_better": False, "models": models}}
     return found
@@ -53,9 +53,8 @@ def _first(scores: Mapping[str, float], metrics: Sequence[str]) -> float | None:
     return next((scores[metric] for metric in metrics if metric in scores), None)
 
 
-def _models(
-    ids: Sequence[str], results: Results, original: str, score: Callable[[Mapping[str, float]], float | None]
-) -> dict[str, Any]:
+def _models(ids: Sequence[str], results: Results, original: str, metrics: Sequence[str]) -> dict[str, Any]:
+    """Model -> statistics, by the first of the metrics that an item has."""
     found: dict[str, Any] = {}
     for name, own in results.items():
         mine: list[float] = []
@@ -66,7 +65,7 @@ def _models(
             if id not in own or id not in results[original]:
                 continue
             here, there = own[id], results[original][id]
-            value, other = score(here["scores"]), score(there["scores"])
+            value, other = _first(here["scores"], metrics), _first(there["scores"], metrics)
             if value is None or other is None:
                 continue
             mine.append(value)

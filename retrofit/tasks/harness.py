@@ -109,21 +109,21 @@ def run(
     """
     if original not in models:
         raise UsageError(f"nothing is named `{original}` among {', '.join(models) or 'no models'}")
-    loaded, skipped = _loaded(tasks, include, allow_code)
+    loaded, skipped, manager = _loaded(tasks, include, allow_code)
     results: dict[str, dict[str, Scored]] = {name: {} for name in models}
     categories: dict[str, str] = {}
     lower: set[tuple[str, str]] = set()
-    for task in loaded.values():
-        for name, model in models.items():
-            told = _evaluated(model, task, limit, allow_code)
-            if isinstance(told, str):
-                skipped.append({"what": f"{task.task_name} in {name}", "why": told})
-                continue
-            rows = told["samples"][task.task_name]
-            results[name] |= scored(task.task_name, rows)
-            better = told["higher_is_better"][task.task_name]
-            lower |= {(task.task_name, metric) for metric in better if not better[metric]}
-            categories |= {f"{task.task_name}:{row['doc_id']}": task.task_name for row in rows}
+    for name, model in models.items():
+        some = {own: task for own, task in loaded.items() if _why_not(model, task) is None}
+        skipped += [
+            {"what": f"{own} in {name}", "why": str(_why_not(model, loaded[own]))} for own in loaded if own not in some
+        ]
+        told = _evaluated(model, list(some.values()), manager, limit, allow_code) if some else {"samples": {}}
+        for task, rows in told["samples"].items():
+            results[name] |= scored(task, rows)
+            categories |= {f"{task}:{row['doc_id']}": task for row in rows}
+            better = told["higher_is_better"][task]
+            lower |= {(task, metric) for metric in better if not better[metric]}
     return {
         "lm_eval": version("lm-eval"),
         "original": original,
@@ -165,8 +165,10 @@ def scored(task: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Scored]:
     return found
 
 
-def _loaded(tasks: Sequence[str], include: str | None, allow_code: bool) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Name -> task, and what could not be loaded or may not be run."""
+def _loaded(
+    tasks: Sequence[str], include: str | None, allow_code: bool
+) -> tuple[dict[str, Any], list[dict[str, str]], Any]:
+    """Name -> task, what could not be loaded or may not be run, and the harness's own manager of tasks."""
     _harness()
     from lm_eval.tasks import TaskManager
 
@@ -188,26 +190,28 @@ def _loaded(tasks: Sequence[str], include: str | None, allow_code: bool) -> tupl
         if unsafe and not allow_code:
             skipped += [{"what": own, "why": "runs code, which is not allowed unless asked for"} for own in unsafe]
         loaded |= {own: task for own, task in found.items() if allow_code or own not in unsafe}
-    return loaded, skipped
+    return loaded, skipped, manager
 
 
-def _evaluated(model: Any, task: Any, limit: int | None, allow_code: bool) -> Any:
-    """What the harness says of a task; a text where the model cannot be asked it: why not."""
+def _why_not(model: Any, task: Any) -> str | None:
+    """Why a model is not asked a task; None where it is."""
+    answers = getattr(model, "answers", None)
+    return None if answers is None or task.OUTPUT_TYPE == "generate_until" else answers.why_no_likelihood
+
+
+def _evaluated(model: Any, tasks: Sequence[Any], manager: Any, limit: int | None, allow_code: bool) -> Any:
+    """What the harness says of a model, every document's results among it."""
     from lm_eval.evaluator import simple_evaluate
 
-    from retrofit.tasks.harness_model import NoLikelihoodError
-
-    try:
-        return simple_evaluate(
-            model=model,
-            tasks=[task],
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            confirm_run_unsafe_code=allow_code,
-        )
-    except NoLikelihoodError as error:
-        return str(error)
+    return simple_evaluate(
+        model=model,
+        tasks=tasks,
+        task_manager=manager,  # the harness would read all of its tasks' files again
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        confirm_run_unsafe_code=allow_code,
+    )
 
 
 def _harness() -> None:

@@ -28,16 +28,12 @@ TAKEN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Options of a task's generation that are fields of `SamplingParams`."""
 
 
-class NoLikelihoodError(UsageError):
-    """A task asks for log-probabilities of a mode that has none of its own."""
-
-
 class EngineLM(TemplateLM):
     """An engine in one mode.  options: of `Engine.generate`, such as strategy, threshold or batch_size.
 
     max_length: tokens that a text may have before the last; None: as many as the engine scores at once, two fewer
     than the model's context.  seed: of the first request that is sampled; the others follow.
-    Raises UsageError without a tokenizer, or for a max_length that is longer than that.
+    Raises UsageError without a tokenizer or its BOS and EOS, and for a max_length that is longer than that.
     """
 
     def __init__(
@@ -47,6 +43,10 @@ class EngineLM(TemplateLM):
         self.answers = EngineAnswers(engine, mode, **options)
         self.engine, self.mode, self.seed, self.options = engine, mode, seed, options
         self.tokenizer = self.answers.tokenizer
+        prefix = prefix_of(self.tokenizer)
+        if prefix is None:
+            raise UsageError("the harness begins texts with BOS or EOS; this model's tokenizer has neither")
+        self.prefix = prefix
         most = self.answers.context - 1
         if max_length is not None and not 1 <= max_length <= most:
             raise UsageError(f"max_length is {max_length}; the engine scores texts of up to {most} tokens")
@@ -58,7 +58,7 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return prefix_of(self.tokenizer)
+        return self.prefix
 
     @property
     def max_gen_toks(self) -> int:
@@ -85,7 +85,7 @@ class EngineLM(TemplateLM):
         """Token ids; a text that begins with BOS gets no second one."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
-        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        special: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer.encode(string, **special))
 
     def _loglikelihood_tokens(
@@ -99,9 +99,9 @@ class EngineLM(TemplateLM):
         room = self.max_length + 1
         pairs = [(context[-(room - len(continuation)) :], continuation) for _, context, continuation in requests]
         found = [(one.total, one.greedy) for one in self.answers.likelihoods(pairs)]
-        for (key, _, _), answer in zip(requests, found, strict=True):
-            if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, answer)
+        for request, answer in zip(requests, found, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -148,4 +148,4 @@ class EngineLM(TemplateLM):
 
     def _need_likelihoods(self) -> None:
         if self.answers.why_no_likelihood is not None:
-            raise NoLikelihoodError(self.answers.why_no_likelihood)
+            raise UsageError(self.answers.why_no_likelihood)

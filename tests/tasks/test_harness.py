@@ -119,6 +119,8 @@ def test_what_an_engine_has_not_is_refused(models):
         models["ar"].generate_until(asked(("a", {"max_gen_toks": 5000})))
     with pytest.raises(UsageError, match="max_length is 9999"):
         harness.engine_model(models["ar"].engine, max_length=9999)
+    with pytest.raises(UsageError, match="the likelihoods are those of ar"):
+        models["self_spec"].loglikelihood(asked(("a", "b")))
     with pytest.raises(UsageError, match="`original`"):
         harness.run({"ar": models["ar"]}, ["retrofit_cloze"])
 
@@ -141,7 +143,7 @@ def test_a_task_whose_data_is_not_at_hand_and_one_that_runs_code_are_left_out(mo
         whole = lm_eval.tasks.TaskManager
         patch.setattr(lm_eval.tasks, "TaskManager", lambda **own: whole(**own | {"include_defaults": False}))
         found = harness.run(models, ["gone", "unsafe"], include=str(tmp_path))
-        with pytest.raises(UsageError, match="no task `unsaf`: did you mean"):
+        with pytest.raises(UsageError, match="no task `unsaf`; did you mean"):
             harness.run(models, ["unsaf"], include=str(tmp_path))
     assert found["items"] == [] and found["categories"] == {}
     assert [one["what"] for one in found["skipped"]] == ["gone", "unsafe"]

@@ -46,7 +46,7 @@ def test_rules_tell_a_good_answer_from_a_bad_one(item):
 
 def test_solutions_of_code_pass_their_tests_and_empty_ones_do_not():
     for item in of("code"):
-        for body, passes in ((item.fields["solution"], True), ("    pass\n", False)):
+        for body, passes in ((item.fields["solution"], True), ("\n    pass\n", False)):
             program = scoring.program_of(item.fields["prompt"], body)
             assert scoring.parses(program)
             names: dict[str, object] = {}

@@ -27,11 +27,10 @@ MEMORY = 1 << 30
 
 
 class Outcome(NamedTuple):
-    """passed: all tests ran and none failed.  error: in one line, what ended it.  network: `none` or `no sockets`."""
+    """passed: all tests ran and none failed.  error: in one line, what ended it; None where it passed."""
 
     passed: bool
     error: str | None
-    network: str | None
 
 
 def run(program: str, tests: str, seconds: int = SECONDS, memory: int = MEMORY) -> Outcome:
@@ -61,11 +60,11 @@ def _run(folder: Path, source: str, seconds: int, memory: int) -> Outcome:
         process.wait()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        return Outcome(False, f"ran longer than {seconds * PATIENCE} s", _told(verdict).get("network"))
+        return Outcome(False, f"ran longer than {seconds * PATIENCE} s")
     told = _told(verdict)
     if told.get("word") == word:
-        return Outcome(True, None, told["network"])
-    return Outcome(False, told.get("error") or _ended(process.returncode, seconds), told.get("network"))
+        return Outcome(True, None)
+    return Outcome(False, told.get("error") or _ended(process.returncode, seconds))
 
 
 def _told(verdict: Path) -> dict[str, Any]:

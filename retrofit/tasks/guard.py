@@ -3,9 +3,8 @@
     python -I guard.py PROGRAM VERDICT SECONDS BYTES        a word that says "passed" is read from standard input
 
 A model wrote the program, so nothing of it is trusted, and it is not thought hostile either: limits of processor time,
-memory and file size, no sockets, no other processes, no file written or removed.  Where the system allows it, the
-process has no network at all (a network namespace of its own).  VERDICT gets a line of
-JSON before the program runs and one after it.
+memory and file size, no sockets, no other processes, no file written or removed.  VERDICT gets a line of JSON before
+the program runs and one after it.
 """
 
 import json
@@ -23,7 +22,6 @@ FORBIDDEN = (
 )
 """Beginnings of audit events that end the program."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 def limit(seconds: int, memory: int) -> None:
@@ -43,16 +41,6 @@ def limit(seconds: int, memory: int) -> None:
             continue
 
 
-def alone() -> bool:
-    """Whether this process could be cut off from every network."""
-    try:
-        import ctypes
-
-        return ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
-    except (OSError, AttributeError, ImportError):
-        return False
-
-
 def forbid(event: str, arguments: tuple[object, ...]) -> None:
     """An audit hook: there is no way to take one off."""
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
@@ -63,7 +51,7 @@ def forbid(event: str, arguments: tuple[object, ...]) -> None:
 def main() -> None:
     source, word = Path(sys.argv[1]).read_text(encoding="utf-8"), sys.stdin.readline().strip()
     verdict = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT)
-    told: dict[str, object] = {"network": "none" if alone() else "no sockets", "error": None, "word": None}
+    told: dict[str, object] = {"error": None, "word": None}
     limit(int(sys.argv[3]), int(sys.argv[4]))
     os.write(verdict, json.dumps(told).encode() + b"\n")
     sys.addaudithook(forbid)

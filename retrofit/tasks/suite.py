@@ -135,7 +135,7 @@ def score(item: Item, text: str, allow_code: bool) -> Scored:
     if allow_code:
         outcome = execution.run(program, fields["tests"]) if scores["parses"] else None
         scores["passes"] = float(outcome is not None and outcome.passed)
-        found |= {"error": outcome.error or "", "network": outcome.network or ""} if outcome else {}
+        found |= {"error": outcome.error} if outcome is not None and outcome.error is not None else {}
     return {"scores": scores, **found}
 
 

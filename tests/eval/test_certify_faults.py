@@ -18,6 +18,7 @@ from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
 from retrofit.runtime.host import steps as host_steps
 from retrofit.runtime.request import Request
+from retrofit.runtime.rules.lookup import Lookup
 from retrofit.runtime.rules.processors import Guard
 from retrofit.runtime.rules.tree import accepted_path
 from retrofit.runtime.scheduler import Scheduler
@@ -115,14 +116,15 @@ def verifies_other_drafts(patch):
 def looks_up_elsewhere(patch):
     """The earliest occurrence in place of the latest."""
 
-    def mutant(tokens, count, longest=3):
-        for n in range(min(longest, len(tokens) - 1), 0, -1):
+    def mutant(lookup):
+        tokens = lookup.tokens
+        for n in range(min(3, len(tokens) - 1), 0, -1):
             for i in range(len(tokens) - n):
                 if tokens[i : i + n] == tokens[-n:]:
-                    return list(tokens[i + n : i + n + count])
+                    return list(tokens[i + n : i + n + lookup.count])
         return []
 
-    patch.setattr(host_steps, "looked_up", mutant)
+    patch.setattr(Lookup, "proposal", mutant)
 
 
 def penalises_the_committed_prefix_only(patch):

@@ -15,6 +15,7 @@ from retrofit.eval.replay import Asked, Auditor, Sampling, cut, looked_up, paths
 from retrofit.runtime import plan
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
+from retrofit.runtime.rules.lookup import Lookup
 from retrofit.runtime.rules.tree import accepted_path, grow
 
 V = 16
@@ -26,7 +27,7 @@ def test_prompt_lookup_is_the_engines():
     drawn = random.Random(0)
     for length in range(1, 40):
         tokens = [drawn.randrange(4) for _ in range(length)]
-        assert looked_up(tokens, 5) == plan.looked_up(tokens, 5), tokens
+        assert looked_up(tokens, 5) == Lookup(tokens, 5).proposal(), tokens
 
 
 def test_cut_is_the_engines():

@@ -138,7 +138,8 @@ def test_statistics_of_ar() -> None:
 
 
 def test_prompts_are_prefilled_in_pieces_of_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four prompts of 32 tokens in all, eight rows a forward; then a row of each."""
+    """Four prompts of 32 tokens in all, at most eight rows a forward; one that does not fit whole waits; then a row of
+    each."""
     engine, rows = random_engine(), []
     monkeypatch.setattr(engine.backend, "prefill_rows", 8)
     plan = engine.backend.row_plan
@@ -149,7 +150,7 @@ def test_prompts_are_prefilled_in_pieces_of_so_many_rows(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(engine.backend, "row_plan", recorded)
     assert tokens_of(engine, prompts(), "ar", max_new_tokens=2, batch_size=4) == [t[:2] for t in free_run()]
-    assert rows == [8, 8, 8, 8, 4]
+    assert max(rows) == 8 and sum(rows[:-1]) == 32 and rows[-1] == 4
 
 
 def test_a_sequence_run_again_at_a_longrope_boundary_counts_as_decoding() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
     from retrofit.runtime.params import SamplingParams
     from retrofit.runtime.results import Event, Result
+    from retrofit.sharing.pushing import push
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "certify",
     "convert",
     "evaluate",
+    "push",
 ]
 
 _ERRORS = (
@@ -63,6 +65,7 @@ _HOMES = {
     "certify": "retrofit.eval.certify",
     "convert": "retrofit.recipes.convert",
     "evaluate": "retrofit.report.evaluate",
+    "push": "retrofit.sharing.pushing",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw this would let every misspelled attribute pass

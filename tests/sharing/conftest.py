@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from artifact_folders import write
+from artifact_folders import certify, write
 from huggingface_hub import close_session, constants
 from loopback_hub import TOKEN, Hub
-
-from retrofit.artifact import folder as artifact
-from retrofit.artifact.files import sha256
 
 
 @pytest.fixture
@@ -41,12 +36,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> I
         close_session()
         yield served
         close_session()
-
-
-def certify(folder: Path, ok: bool = True, **more: Any) -> None:
-    """Put a certificate for what is in the folder there."""
-    content = {"ok": ok, "level": "quick", "manifest_sha256": sha256(folder / artifact.MANIFEST), **more}
-    artifact.add(folder, "certificate.json", json.dumps(content))
 
 
 @pytest.fixture

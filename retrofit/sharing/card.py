@@ -1,0 +1,121 @@
+"""The card of an artifact as it stands on the Hub: what the Hub reads of it, and a part that `retrofit push` writes.
+
+The rest is the card of the folder, which people may have edited.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from retrofit.artifact.folder import CARD, published_name
+from retrofit.errors import UsageError
+from retrofit.sharing.names import REPOSITORY
+
+BEGIN, END = "<!-- push:begin -->", "<!-- push:end -->"
+HEADER = re.compile(r"\A---\r?\n(.*?)^---\r?\n", re.DOTALL | re.MULTILINE)
+TAGS = ("retrofit", "lora", "speculative-decoding", "self-speculation", "diffusion")
+FOLDER = "PATH-OF-THIS-FOLDER"
+"""What the card of a folder has for the name that the repository has."""
+NOT_CERTIFIED = (
+    "**Not certified**: nothing here shows that this adapter decodes as its base does. "
+    "`retrofit certify` on a pulled copy does, in minutes."
+)
+
+
+def published_card(text: str, repository: str, config: Mapping[str, Any], certificate: Mapping[str, Any] | None) -> str:
+    """The card's text.  config: `retrofit.json`; certificate: None where there is no valid one.
+
+    Equal for equal content.  Raises UsageError for a header that is no YAML.
+    """
+    found = HEADER.match(text)
+    header, body = _header(found[1] if found else ""), text[found.end() :] if found else text
+    header |= {"library_name": "retrofit", "pipeline_tag": "text-generation", **_base(config["base"])}
+    if "base_model_relation" not in header:
+        header.pop("base_model", None)  # a name that is none on the Hub leads to another model there, or nowhere
+    header["tags"] = sorted({*TAGS, *_listed(header.get("tags"))})
+    if measured := _measured(repository, config):
+        header["model-index"] = measured
+    body = re.sub(rf"{BEGIN}.*?{END}\n*", "", body, flags=re.DOTALL).replace(FOLDER, repository)
+    title = re.search(r"^# .*\n+", body, re.MULTILINE)
+    at = title.end() if title else 0
+    part = f"{BEGIN}\n{_part(repository, config, certificate)}\n{END}\n\n"
+    dumped = yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=120)
+    return f"---\n{dumped}---\n{body[:at]}{part}{body[at:]}"
+
+
+def _header(text: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text) if text.strip() else {}
+    except yaml.YAMLError as error:
+        problem = str(error).splitlines()[0]
+        raise UsageError(f"{CARD}: its header is no YAML: {problem}", "mend what stands between the two ---") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{CARD}: its header must be keys and values", "mend what stands between the two ---")
+    return content
+
+
+def _base(named: Mapping[str, Any]) -> dict[str, Any]:
+    """How the Hub knows the base; nothing for one that it does not have."""
+    if named.get("local") is True or REPOSITORY.fullmatch(named["model"]) is None:
+        return {}
+    return {"base_model": named["model"], "base_model_relation": "adapter"}
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else [] if value is None else [str(value)]
+
+
+def _measured(repository: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`model-index`: tokens per verify cycle by length of context, where they were measured."""
+    by_context = config["acceptance"].get("by_context", ())
+    metrics = [
+        {
+            "type": "tau",
+            "name": f"tokens per verify cycle, contexts up to {one['up_to']:,} tokens",
+            "value": round(one["tau"], 4),
+        }
+        for one in by_context
+    ]
+    if not metrics:
+        return []
+    result = {
+        "task": {"type": "text-generation"},
+        "dataset": {"type": "held-out", "name": "held-out text of the training, teacher-forced"},
+        "metrics": metrics,
+    }
+    return [{"name": repository.partition("/")[2], "results": [result]}]
+
+
+def _part(repository: str, config: Mapping[str, Any], certificate: Mapping[str, Any] | None) -> str:
+    named = config["base"]
+    revision = f" at revision `{named['revision']}`" if named.get("revision") else ""
+    return f"""{_verdict(certificate)}
+
+Its base is `{published_name(named)}`{revision}; any other is refused when it is loaded.
+
+```sh
+retrofit generate {repository} "Once upon a time"
+```"""
+
+
+def _verdict(certificate: Mapping[str, Any] | None) -> str:
+    if certificate is None:
+        return NOT_CERTIFIED
+    where = ", ".join(
+        f"{name} {certificate[name]}"
+        for name in ("backend", "exact", "dtype", "device")
+        if certificate.get(name) is not None
+    )
+    checks = certificate.get("checks")
+    count = f"{len(checks)} checks passed" if isinstance(checks, list) and checks else "every check passed"
+    level = f", level {certificate['level']}" if certificate.get("level") else ""
+    date = f", {certificate['date']}" if certificate.get("date") else ""
+    ran = f" What was certified: {where}." if where else ""
+    return (
+        f"**Certified** by `retrofit certify`{level}{date}: {count}, among them that `self_spec` gives the output of "
+        f"`ar`.{ran} `certificate.json` has the figures."
+    )

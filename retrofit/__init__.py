@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
     from retrofit.runtime.params import SamplingParams
     from retrofit.runtime.results import Event, Result
+    from retrofit.sharing.pulling import pull
     from retrofit.sharing.pushing import push
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "certify",
     "convert",
     "evaluate",
+    "pull",
     "push",
 ]
 
@@ -65,6 +67,7 @@ _HOMES = {
     "certify": "retrofit.eval.certify",
     "convert": "retrofit.recipes.convert",
     "evaluate": "retrofit.report.evaluate",
+    "pull": "retrofit.sharing.pulling",
     "push": "retrofit.sharing.pushing",
 }
 

@@ -102,7 +102,7 @@ def write(
     size = sum(t.numel() * t.element_size() for tensors in weights.values() for t in tensors.values())
     with disk(folder, size + sum(map(len, contents.values()))):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        new = _beside(folder)
+        new = beside(folder)
         try:
             (new / ADAPTER).parent.mkdir(parents=True)
             written = {name: write_file(new / name, data) for name, data in contents.items()}
@@ -111,7 +111,7 @@ def write(
             write_file(new / MANIFEST, json_bytes(manifest))
             for inside in (new / "adapter", new):
                 sync_folder(inside)
-            _put(new, folder)
+            put(new, folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)  # gone already when all went well
     return folder
@@ -127,7 +127,7 @@ def check(folder: str | Path) -> None:
     _exists(root)
     names = names_in(root)
     read_config(root)
-    expected = _recorded(root)
+    expected = recorded(root)
     for name in LOAD_BEARING:
         path = root / name
         if name not in names:
@@ -222,12 +222,12 @@ def add(folder: str | Path, name: str, data: bytes | str) -> Path:
     data = data.encode() if isinstance(data, str) else data
     with disk(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.sha256")
+        hashed = path.with_name(f"{path.name}.sha256")
         # without a hash in between, never with a wrong one
-        beside.unlink(missing_ok=True)
+        hashed.unlink(missing_ok=True)
         _replace(path, data)
         if name != CARD:
-            _replace(beside, _beside_hash(path.name, data))
+            _replace(hashed, _beside_hash(path.name, data))
     return path
 
 
@@ -262,13 +262,14 @@ def _beside_hash(name: str, data: bytes) -> bytes:
     return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
 
 
-def _beside(folder: Path) -> Path:
+def beside(folder: Path) -> Path:
+    """A new folder beside a place, for what `put` is to bring there whole."""
     path = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     path.mkdir()
     return path
 
 
-def _put(new: Path, folder: Path) -> None:
+def put(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`; what stands there is moved aside first and back again should that fail."""
     old = new.with_suffix(".old")
     try:
@@ -309,8 +310,8 @@ def _exists(root: Path) -> None:
         raise ArtifactError(f"{root / CONFIG}: missing, so this is no artifact", AGAIN)
 
 
-def _recorded(root: Path) -> dict[str, tuple[int, str]]:
-    """(size, sha256) of every load-bearing file, as the manifest has them."""
+def recorded(root: Path) -> dict[str, tuple[int, str]]:
+    """(size, sha256) of every load-bearing file, as the manifest has them.  Raises ArtifactError."""
     path = root / MANIFEST
     content = load_json(path)
     files = content.get("files")

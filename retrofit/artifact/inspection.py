@@ -5,13 +5,12 @@ Every file is checked against its hash; of the tensors only names, types and sha
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from retrofit.artifact import folder as artifact
-from retrofit.errors import ArtifactError
+from retrofit.artifact.safety import load_json
 
 CERTIFICATE = "certificate.json"
 
@@ -47,10 +46,4 @@ def certificate(root: Path) -> dict[str, Any] | None:
     path = root / CERTIFICATE
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path}: not valid JSON: {error}", "run `retrofit certify` again") from None
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path}: no certificate", "run `retrofit certify` again")
-    return content
+    return load_json(path)

@@ -20,6 +20,11 @@ PICKLE_SUFFIXES = (
     *(".pt", ".pt2", ".pth", ".ptl", ".th", ".torch"),
 )
 
+LARGEST_JSON = 1 << 26
+"""Bytes; of a JSON file that is longer nothing is read."""
+LARGEST_HEADER = 1 << 24
+"""Bytes; a hundred thousand tensors.  The library's own limit lets a header take gigabytes of memory."""
+
 
 def names_in(root: Path) -> list[str]:
     """Files of the folder, sorted, as POSIX paths.  Nothing is opened.
@@ -56,6 +61,9 @@ def reading(path: Path) -> Iterator[None]:
 def load_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.  Raises ArtifactError."""
     with reading(path):
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise ArtifactError(f"{path}: {size:,} bytes, more than any JSON file of an artifact has", AGAIN)
         data = path.read_bytes()
     try:
         content = json.loads(data.decode(), parse_constant=_no_number)
@@ -78,6 +86,10 @@ def check_safetensors(path: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
+    with reading(path), path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > LARGEST_HEADER:
+        raise ArtifactError(f"{path}: no intact safetensors file: its header would have {header:,} bytes", AGAIN)
     try:
         with safe_open(path, framework="np"):
             pass

@@ -12,12 +12,6 @@ from retrofit.errors import ArtifactError
 FORMAT = 1
 
 
-def check_adapter_config(content: Mapping[str, Any], path: Path) -> None:
-    """Raises ArtifactError for an adapter that is no LoRA."""
-    if content.get("peft_type") != "LORA":
-        raise ArtifactError(f"{path}: `peft_type` must be LORA, not {content.get('peft_type')!r}", AGAIN)
-
-
 def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
@@ -52,6 +46,34 @@ def _positive(value: Any) -> bool:
 def _one_of(*choices: Any) -> Callable[[Any], bool]:
     return lambda value: any(type(value) is type(choice) and value == choice for choice in choices)
 
+
+def _tokens(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(type(one) is int for one in value))
+
+
+ADAPTER_CONFIG: dict[str, Callable[[Any], bool]] = {
+    "peft_type": lambda value: value == "LORA",  # before it is written, a member of PEFT's enumeration
+    "task_type": _one_of("CAUSAL_LM", None),
+    "r": lambda value: _count(value) and value >= 1,
+    "lora_alpha": _positive,
+    "lora_dropout": lambda value: type(value) in (int, float) and 0 <= value < 1,
+    "target_modules": _texts,
+    "target_parameters": lambda value: value is None or _texts(value),
+    "init_lora_weights": _one_of(True, False),
+    "inference_mode": _one_of(True, False),
+    "fan_in_fan_out": _one_of(True, False),
+    "bias": _one_of("none"),
+    "base_model_name_or_path": _text_or_none,
+    "revision": _text_or_none,
+    "peft_version": _text_or_none,
+    "alora_invocation_tokens": _tokens,
+    "megatron_core": _one_of("megatron.core", None),
+    "qalora_group_size": _count,
+}
+"""What the keys of a LoRA's configuration may say; any other has to say nothing: null, false or empty.
+
+PEFT imports modules, runs code and opens files by the word of some of its keys, and every version has more of them.
+"""
 
 # key -> (test, what it wants)
 SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -94,6 +116,21 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Keys that artifacts may lack: those written before there was such a key, or without a reason for it."""
 
 
+def check_adapter_config(content: Mapping[str, Any], path: Path) -> None:
+    """Raises ArtifactError for an adapter that is no LoRA, and for a key that ADAPTER_CONFIG does not allow."""
+    if content.get("peft_type") != "LORA":
+        raise ArtifactError(f"{path}: `peft_type` must be LORA, not {content.get('peft_type')!r}", AGAIN)
+    for key, value in content.items():
+        test = ADAPTER_CONFIG.get(key)
+        if not (test(value) if test else value is None or value is False or value in ([], {}, "")):
+            raise ArtifactError(f"{path}: {key!r} is not to be {_shown(value)} in an artifact", "do not use it")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def check_config(content: Mapping[str, Any], path: Path) -> None:
     """Refuse a `retrofit.json` of another format, or without a key of SCHEMA; it may have OPTIONAL ones and more."""
     version = content.get("format")
@@ -112,4 +149,4 @@ def check_config(content: Mapping[str, Any], path: Path) -> None:
         if not there and key in SCHEMA:
             raise ArtifactError(f"{path}: `{key}` is missing", AGAIN)
         if there and not test(value):
-            raise ArtifactError(f"{path}: `{key}` must be {wanted}, not {value!r}", AGAIN)
+            raise ArtifactError(f"{path}: `{key}` must be {wanted}, not {_shown(value)}", AGAIN)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrofit.cli.options import CONTEXT, artifact_argument, output_options
-from retrofit.cli.output import VERBOSE, emit_json, say
+from retrofit.cli.output import emit_json, quieten_hub, say
 from retrofit.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def push(folder: str, repository: str, as_json: bool, **options: Any) -> None:
       retrofit push qwen-retrofit me/qwen-retrofit --dry-run
       retrofit push qwen-retrofit me/qwen-retrofit --public
     """
-    _quieten()
+    quieten_hub()
     from retrofit import push as run
 
     pushed = run(folder, repository, **options)
@@ -53,6 +53,32 @@ def push(folder: str, repository: str, as_json: bool, **options: Any) -> None:
         click.echo(pushed.pull_request or pushed.url)
 
 
+@click.command(context_settings=CONTEXT)
+@click.argument("repository", metavar="REPO")
+@click.option("-o", "--out", metavar="FOLDER", help="Put it there; else it stays in the cache.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--offline", is_flag=True, help="Use no network, only what is on this machine.")
+@output_options
+def pull(repository: str, out: str | None, overwrite: bool, offline: bool, as_json: bool) -> None:
+    """Fetch the artifact in REPO on the Hub and print its folder.
+
+    REPO is OWNER/NAME or OWNER/NAME@REVISION.  The artifact is there whole and checked, or not at all.  Only safetensors, JSON, YAML, Markdown, HTML and SVG are fetched.
+    `retrofit generate`, `chat` and `inspect` take REPO too, and pull it by themselves.
+
+    \b
+    Example:
+      retrofit pull me/qwen-retrofit -o qwen-retrofit
+    """
+    quieten_hub()
+    from retrofit import pull as run
+
+    folder = run(repository, out, overwrite=overwrite, offline=offline)
+    if as_json:
+        emit_json({"repository": repository, "folder": str(folder)})
+    else:
+        click.echo(folder)
+
+
 def _outcome(pushed: Pushed, dry_run: bool) -> str:
     who = "private" if pushed.private else "public"
     if dry_run:
@@ -60,12 +86,3 @@ def _outcome(pushed: Pushed, dry_run: bool) -> str:
     if pushed.commit is None:
         return f"nothing to send: {pushed.repository} holds every file as it is here"
     return f"sent {pushed.bytes:,} bytes to {pushed.repository} ({who}); {pushed.verified} sha256 compared, all equal"
-
-
-def _quieten() -> None:
-    """The Hub's library warns of each try and draws its own bars; what matters of that is said here.  Unless -v."""
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    if not click.get_current_context().meta.get(VERBOSE):
-        logging.set_verbosity_error()
-    disable_progress_bars()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from retrofit.cli.options import CONTEXT, artifact_argument, output_options
-from retrofit.cli.output import emit_json
+from retrofit.cli.output import emit_json, quieten_hub
 from retrofit.cli.tables import facts, print_table
 
 
 @click.command(context_settings=CONTEXT)
 @artifact_argument
+@click.option("--offline", is_flag=True, help="Use no network, only what is on this machine.")
 @output_options
-def inspect(folder: str, as_json: bool) -> None:
+def inspect(folder: str, offline: bool, as_json: bool) -> None:
     """Show what ARTIFACT holds, without loading any model.
 
+    ARTIFACT is a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, which is pulled.
     Base and fingerprint, layout, sizes, measured acceptance, certificate, files.  Hashes are checked.
 
     \b
@@ -24,8 +27,14 @@ def inspect(folder: str, as_json: bool) -> None:
       retrofit inspect tiny-retrofit --json
     """
     from retrofit.artifact.inspection import describe
+    from retrofit.sharing.pulling import local_folder, source
 
-    described = describe(folder)
+    if not Path(folder).is_dir():
+        quieten_hub()
+    place = local_folder(folder, offline)
+    described = describe(place)
+    if (hub := source(place)) is not None:
+        described["hub"] = hub
     if as_json:
         emit_json(described, indent=2)
     else:
@@ -49,8 +58,9 @@ def facts_of(described: dict[str, Any]) -> dict[str, str]:
     heads += ["confidence"] if adapter["confidence"] else []
     revision = f" @ {base['revision']}" if base["revision"] else ""
     modules = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapter["modules"]}))
-    return {
+    told = {
         "artifact": described["artifact"],
+        **({"from": "{repository} @ {commit}".format(**described["hub"])} if "hub" in described else {}),
         "written by": f"retrofit {described['retrofit']}, format {described['format']}",
         "base": f"{base['model']}{revision} ({base['architecture']})",
         **({"file": _file(base["gguf"])} if "gguf" in base else {}),
@@ -66,6 +76,12 @@ def facts_of(described: dict[str, Any]) -> dict[str, str]:
         "training": facts(training) or "not recorded",
         "certificate": _verdict(described["certificate"]),
     }
+    return {name: _printable(text) for name, text in told.items()}
+
+
+def _printable(text: str) -> str:
+    """What strangers wrote cannot move the cursor of a terminal, nor pass for other lines."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _file(gguf: dict[str, str]) -> str:

@@ -18,7 +18,7 @@ from retrofit.cli.doctor import doctor
 from retrofit.cli.errors import Cli
 from retrofit.cli.evaluate import evaluate, report
 from retrofit.cli.generate import generate
-from retrofit.cli.hub import push
+from retrofit.cli.hub import pull, push
 from retrofit.cli.inspect import inspect
 from retrofit.cli.options import CONTEXT
 from retrofit.cli.recipes import recipes
@@ -52,7 +52,7 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-for command in (convert, generate, chat, certify, evaluate, report, inspect, push, doctor, recipes, data):
+for command in (convert, generate, chat, certify, evaluate, report, inspect, pull, push, doctor, recipes, data):
     main.add_command(command)
 
 

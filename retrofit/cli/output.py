@@ -43,8 +43,18 @@ def emit_json(content: Any, indent: int | None = None) -> None:
     click.echo(json.dumps(content, indent=indent))
 
 
+def quieten_hub() -> None:
+    """Keep the bars of the Hub's library off stderr, and its warnings of each try too unless -v."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    disable_progress_bars()
+    if not click.get_current_context().meta.get(VERBOSE):
+        logging.set_verbosity_error()
+
+
 def quieten_libraries() -> None:
-    """Keep warnings of transformers and of Python off stderr, unless -v.  Imports transformers."""
+    """Keep warnings of transformers, the Hub's library and Python off stderr, unless -v.  Imports transformers."""
+    quieten_hub()
     if click.get_current_context().meta.get(VERBOSE):
         return
     import warnings

@@ -41,6 +41,7 @@ from retrofit.runtime.rules.sampling import Processing
 from retrofit.runtime.rules.tree import ROWS, fixed_tree
 from retrofit.runtime.run import Run
 from retrofit.runtime.scheduler import Scheduler
+from retrofit.sharing.pulling import local_folder
 
 
 class Engine:
@@ -95,10 +96,10 @@ class Engine:
         trust_remote_code: bool = False,
         prefix_cache: int | str = "auto",
     ) -> Engine:
-        """Load an artifact folder and the base it belongs to.
+        """Load an artifact and the base it belongs to.
 
-        base: folder, GGUF file or Hub id to use in place of the one the artifact names.  device auto: a GPU where there
-        is one.  dtype auto: what it was trained against.
+        path: its folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.  base: folder, GGUF file or Hub id in place
+        of the one it names.  device auto: a GPU where there is one.  dtype auto: what it was trained against.
         backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused on a GPU in half precision,
         where it knows the model).  exact: how far rows are guaranteed not to depend on the rows beside them: off,
         bucket (every decoding forward has `rows` rows), invariant (any number of rows).  auto is bucket on the fused
@@ -115,11 +116,13 @@ class Engine:
         check_loading(backend, exact, dtype, packed)
         budget = check_budget(prefix_cache)
         device = resolved_device(device)
-        artifact = artifacts.read(Path(path))
+        artifact = artifacts.read(local_folder(path, offline))
         named = artifact.config["base"]
-        name, revision = base or artifacts.base_of(path, artifact.config), None if base else named.get("revision")
-        if dtype == "auto":
-            dtype = named.get("dtype", "auto")
+        name, revision = (
+            base or artifacts.base_of(artifact.folder, artifact.config),
+            None if base else named.get("revision"),
+        )
+        dtype = named.get("dtype", "auto") if dtype == "auto" else dtype
         if backend == "auto":
             backend = "fused" if fits_fused(name, revision, device, dtype, offline) else "hf"
             check_loading(backend, exact, dtype, packed)

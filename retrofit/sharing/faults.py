@@ -17,6 +17,10 @@ LOG_IN = "`hf auth login`, or set HF_TOKEN, with a token that may do this"
 LATER = "run it again later; what has arrived is not sent again"
 
 
+class UnreachableError(ResourceError):
+    """The Hub did not answer, or had no time; what is kept of it here may do instead."""
+
+
 def redacted(text: str) -> str:
     """The text without access tokens."""
     return TOKEN.sub("hf_...", text)
@@ -65,7 +69,7 @@ def refused(error: BaseException, name: str, doing: str) -> RetrofitError:
     if status is not None:
         return _answered(status, error, name, doing)
     if _is_connection(error):
-        return ResourceError(f"{name}: the Hub cannot be reached: {_first_line(error)}", LATER)
+        return UnreachableError(f"{name}: the Hub cannot be reached: {_first_line(error)}", LATER)
     return ResourceError(f"{name}: the Hub's library failed: {_first_line(error)}", LATER)
 
 
@@ -79,9 +83,9 @@ def _answered(status: int, error: BaseException, name: str, doing: str) -> Retro
     if status in (409, 412):
         return ResourceError(f"{name}: somebody else changed it at the same time", "look at it, then run it again")
     if status == 429:
-        return ResourceError(f"{name}: the Hub has had too many requests from here", LATER)
+        return UnreachableError(f"{name}: the Hub has had too many requests from here", LATER)
     if status >= 500:
-        return ResourceError(f"{name}: the Hub is in trouble (status {status})", LATER)
+        return UnreachableError(f"{name}: the Hub is in trouble (status {status})", LATER)
     return ResourceError(f"{name}: the Hub refused this (status {status}): {_first_line(error)}", None)
 
 

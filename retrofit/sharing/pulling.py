@@ -21,6 +21,7 @@ from retrofit.artifact import folder as artifact
 from retrofit.artifact.files import check_room, disk, replace_file
 from retrofit.errors import ArtifactError, ResourceError, UsageError
 from retrofit.locating import is_offline
+from retrofit.named_bases import shipped_artifact
 from retrofit.sharing.faults import UnreachableError
 from retrofit.sharing.fetching import download
 from retrofit.sharing.names import Repository, is_shared, on_hub
@@ -64,10 +65,13 @@ def pull(repository: str, out: str | Path | None = None, *, overwrite: bool = Fa
 
 
 def local_folder(name: str | Path, offline: bool = False) -> Path:
-    """The folder of an artifact that is named by its folder or by its repository on the Hub, fetched if need be.
+    """The folder of an artifact named by its folder, by a base whose artifact ships with retrofit, or by its repository
+    on the Hub, from where it is fetched if need be.
 
     What it holds is not checked, as whoever reads it does.  Raises what `pull` raises.
     """
+    if (shipped := shipped_artifact(name)) is not None:
+        return shipped
     artifact.restore(Path(name))
     found = on_hub(name)
     return Path(name) if found is None else _kept(found, offline, whole=False)

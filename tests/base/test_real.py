@@ -14,7 +14,7 @@ from retrofit.named_bases import PACKAGED
 NAME = "smollm2-135m"
 SHORT = [
     *("train.steps=20", "train.warmup=2", "train.batch_size=1", "train.anchors=4"),
-    *("data.max_length=64", "data.held_out=2"),
+    *("data.source=stdlib", "data.responses=keep", "data.max_length=64", "data.held_out=2"),
 ]
 
 

@@ -53,6 +53,10 @@ class Listed(click.ParamType):
 @click.option("--price", type=float, metavar="USD", help="What an hour of this machine costs.")
 @click.option("--fail-under", multiple=True, metavar="NAME=V",
               help="End with 3 where a figure is below V, such as speedup_batch_1=1.2; may be repeated.")  # fmt: skip
+@click.option("--tasks", type=Listed(str), metavar="LIST",
+              help="Of quality: arithmetic, cloze, code, format, text, gsm8k, humaneval, or of lm-evaluation-harness."
+              "  [default: the first five]")  # fmt: skip
+@click.option("--allow-code", is_flag=True, help="Run code that a model wrote for a task, under limits.")
 @click.option("-o", "--out", metavar="FOLDER", help="Where the report is written.  [default: ARTIFACT/eval]")
 @click.option("--restart", is_flag=True, help="Measure again what an earlier run has finished.")
 @base_option

@@ -12,6 +12,7 @@ Data = Mapping[str, Any]
 TITLES = {
     "compared": "What was compared",
     "losslessness": "Does it answer the same",
+    "quality": "Is it as good",
     "acceptance": "What the drafts are worth",
     "speed": "Speed",
     "break_even": "Where it stops paying",
@@ -116,6 +117,43 @@ def _losslessness(found: Data) -> Iterator[str]:
         yield from table(header, cells)
 
 
+def _quality(found: Data) -> Iterator[str]:
+    rows = [
+        [text(one["task"]), text(one["metric"]), mode, number(stat["n"]), number(stat["value"]),
+         number(stat["original"]), number(stat["delta"]), _interval(stat["ci95"]), _split(stat)]
+        for one in found["tasks"] for mode, stat in one["modes"].items()
+    ]  # fmt: skip
+    header = ["task", "metric", "mode", "items", "this", "the original", "delta", "95 % interval", "right alone, p"]
+    yield from table(header, rows)
+    for mode, same in found["answers"].items():
+        yield ""
+        yield (
+            f"Of {same['items']} answers of {mode} {same['equal']} are the original's, {same['by_rounding']} differ by"
+            f" rounding, {same['other']} otherwise."
+        )
+    if found["differing"]:
+        yield ""
+        cells = [
+            [one["mode"], text(one["task"]), text(one["item"]), text(one["original"]), text(one["answer"])]
+            for one in found["differing"]
+        ]
+        yield from table(["mode", "task", "item", "the original", "this"], cells)
+    for one in found["skipped"]:
+        yield ""
+        yield f"Left out: {text(one['what'])}: {text(one['why'])}."
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "-" if bounds is None else f"{number(bounds[0])} to {number(bounds[1])}"
+
+
+def _split(stat: Data) -> str:
+    """Items that only the one, and only the original, has right, and McNemar's p."""
+    if stat["mcnemar_p"] is None:
+        return "-"
+    return f"{stat['only_here']} : {stat['only_original']}, {number(stat['mcnemar_p'])}"
+
+
 def _acceptance(found: Data) -> Iterator[str]:
     header = ["", "TPF", "tau", "tau, mean of requests", "rows per token", "looping", "acceptance by slot"]
     rows = []
@@ -208,6 +246,7 @@ def _training(found: Data) -> Iterator[str]:
 RENDERED: dict[str, Callable[[Data], Iterator[str]]] = {
     "compared": _compared,
     "losslessness": _losslessness,
+    "quality": _quality,
     "acceptance": _acceptance,
     "speed": _speed,
     "break_even": _break_even,

@@ -116,8 +116,7 @@ def test_every_section_is_shown_or_listed(data):
     page = markdown(data)
     for title in ("What was compared", "Does it answer the same", "Speed", "Where it stops paying", "Cost"):
         assert f"\n## {title}\n" in page
-    assert "- quality: this version measures no tasks" in page
-    assert page.count(f"`{data['command']}` makes these figures again.") == 8
+    assert page.count(f"`{data['command']}` makes these figures again.") == len(data["sections"])
     partial = copy.deepcopy(data)
     partial["status"], partial["sections"]["speed"] = "partial", {"status": "pending", "reason": "not run yet"}
     partial["skipped"].append({"section": "speed", "reason": "not run yet"})

@@ -57,6 +57,8 @@ class Listed(click.ParamType):
               help="Of quality: arithmetic, cloze, code, format, text, gsm8k, humaneval, or of lm-evaluation-harness."
               "  [default: the first five]")  # fmt: skip
 @click.option("--allow-code", is_flag=True, help="Run code that a model wrote for a task, under limits.")
+@click.option("--against", multiple=True, metavar="WHAT",
+              help="Beside transformers' lookup, assisted=MODEL, or another ARTIFACT; may be repeated.")  # fmt: skip
 @click.option("-o", "--out", metavar="FOLDER", help="Where the report is written.  [default: ARTIFACT/eval]")
 @click.option("--restart", is_flag=True, help="Measure again what an earlier run has finished.")
 @base_option

@@ -13,6 +13,7 @@ from typing import Any
 from retrofit.errors import ResourceError, UsageError
 from retrofit.recipes.problems import did_you_mean
 from retrofit.report.headline import names
+from retrofit.report.rivals import Rival, rivals
 from retrofit.report.suites import MODES, SUITES, Suite
 from retrofit.tasks import harness, packaged
 from retrofit.tasks.items import CATEGORIES, fewest
@@ -30,6 +31,7 @@ class Asked:
     price: float | None = None
     tasks: tuple[str, ...] = CATEGORIES
     allow_code: bool = False
+    against: tuple[Rival, ...] = ()
 
     def command(self, folder: Path | None, prompts: Any, loading: Mapping[str, Any]) -> str:
         """The command that does the same; folders by their names alone, FILE for prompts that came from none.
@@ -42,6 +44,7 @@ class Asked:
         more = {f"--{name}": str(value) for name, value in loading.items() if value not in ("auto", 0)}
         options = [part for option, value in {**self.given, **file, **more}.items() for part in (option, value)]
         options += ["--allow-code"] if self.allow_code else []
+        options += [part for rival in self.against for part in ("--against", rival.name)]
         gates = [part for name, bound in self.fail_under.items() for part in ("--fail-under", f"{name}={bound:g}")]
         return shlex.join(["retrofit", "eval", artifact, "--suite", self.name, *options, *gates])
 
@@ -58,6 +61,8 @@ def check(
     given: bool,
     tasks: Sequence[str] | None = None,
     allow_code: bool = False,
+    against: Sequence[str] | None = None,
+    offline: bool = False,
 ) -> Asked:
     """given: whether the prompts are the user's own, which then stand for the contexts of the suite.
 
@@ -93,7 +98,10 @@ def check(
             raise UsageError(f"fail-under {name}: no such figure{did_you_mean(name, known)}", _are(known))
     if tasks is not None:
         said["--tasks"] = ",".join(_tasks(tasks))
-    return Asked(suite, size, tuple(modes or MODES), least, said, price, tuple(tasks or CATEGORIES), allow_code)
+    return Asked(
+        suite, size, tuple(modes or MODES), least, said, price, tuple(tasks or CATEGORIES), allow_code,
+        rivals(against or (), offline),
+    )  # fmt: skip
 
 
 def _tasks(names: Sequence[str]) -> Sequence[str]:

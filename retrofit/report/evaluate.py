@@ -27,6 +27,7 @@ from retrofit.report.headline import headline
 from retrofit.report.markdown import markdown
 from retrofit.report.prompts import Prompt, Row, code_prompts, own_rows, read_rows, tokenized
 from retrofit.report.sections.acceptance import acceptance
+from retrofit.report.sections.against import against
 from retrofit.report.sections.compared import compared
 from retrofit.report.sections.diffusion import diffusion
 from retrofit.report.sections.losslessness import losslessness
@@ -48,6 +49,7 @@ SECTIONS: dict[str, Section] = {
     "speed": speed,
     "break_even": break_even,
     "cost": cost,
+    "against": against,
     "diffusion": diffusion,
     "training": training,
 }
@@ -57,7 +59,6 @@ DERIVED = ("compared", "break_even", "cost", "training")
 NOT_MEASURED = {
     "speed_of_light": "this version has no oracle acceptance and no memory roofline",
     "other_hardware": "this version projects nothing onto other machines",
-    "against": "this version sets no other artifact beside this one",
 }
 """What a report should hold besides."""
 
@@ -110,6 +111,7 @@ def evaluate(
     fail_under: Mapping[str, float] | None = None,
     tasks: Sequence[str] | None = None,
     allow_code: bool = False,
+    against: Sequence[str] | None = None,
     out: str | Path | None = None,
     restart: bool = False,
     seed: int = 0,
@@ -132,6 +134,7 @@ def evaluate(
     this machine costs.  fail_under: least values of figures by name, gates of the report's verdict.
     tasks: of quality, names of `tasks.items.CATEGORIES`, of `tasks.packaged.TASKS` and of lm-evaluation-harness; None:
     the first.  allow_code: run code that a model wrote for one, under limits; else it is only parsed.
+    against: other ways to decode the original, as `rivals.py` has them.
     out: an artifact or another folder, where every finished section is written; of an artifact folder they are not run
     again by the same call, unless restart.  The options of loading are those of `Engine.load`.  clock: seconds.
 
@@ -140,7 +143,7 @@ def evaluate(
     where the finished sections are.
     """
     asked = check(suite, modes, batch, context, limit, price, fail_under, given=prompts is not None,
-                  tasks=tasks, allow_code=allow_code)  # fmt: skip
+                  tasks=tasks, allow_code=allow_code, against=against, offline=offline)  # fmt: skip
     rows = None if prompts is None else _rows(prompts)
     loading = {"seed": seed, "device": device, "dtype": dtype, "backend": backend, "exact": exact}
     folder = None if isinstance(target, Engine) else Path(target)
@@ -174,7 +177,7 @@ def _setting(
     """Raises as `_prompts` does."""
     return Setting(
         subject, _prompts(rows, subject, asked), asked.suite, rows is not None, asked.modes, asked.price, seed, clock,
-        command, asked.tasks, asked.allow_code,
+        command, asked.tasks, asked.allow_code, asked.against,
     )  # fmt: skip
 
 

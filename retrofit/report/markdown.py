@@ -17,6 +17,7 @@ TITLES = {
     "speed": "Speed",
     "break_even": "Where it stops paying",
     "cost": "Cost",
+    "against": "Beside other ways to decode the original",
     "diffusion": "Diffusion: speed against agreement",
     "training": "What the conversion cost",
 }
@@ -138,7 +139,11 @@ def _quality(found: Data) -> Iterator[str]:
             for one in found["differing"]
         ]
         yield from table(["mode", "task", "item", "the original", "this"], cells)
-    for one in found["skipped"]:
+    yield from _reasons(found["skipped"])
+
+
+def _reasons(skipped: Sequence[Data]) -> Iterator[str]:
+    for one in skipped:
         yield ""
         yield f"Left out: {text(one['what'])}: {text(one['why'])}."
 
@@ -228,6 +233,26 @@ def _cost(found: Data) -> Iterator[str]:
     yield from table(["batch", "tokens before", "T", "way", "USD for a million tokens", "of ar's"], rows)
 
 
+def _against(found: Data) -> Iterator[str]:
+    header = [
+        "way",
+        "tokens/s",
+        "time of transformers'",
+        "tokens per forward",
+        "forwards of a small model",
+        "texts equal",
+    ]
+    keys = ("tokens_per_s", "ratio_to_transformers", "tokens_per_forward", "small_forwards_per_token")
+    rows = [
+        [text(row["way"]), *(number(row[key]) for key in keys), f"{row['equal_texts']} of {found['prompts']}"]
+        for row in found["rows"]
+    ]
+    yield from table(header, rows)
+    yield ""
+    yield f"Greedy, one prompt at a time; of the original's texts {number(found['looping_share'])} loop."
+    yield from _reasons(found["skipped"])
+
+
 def _diffusion(found: Data) -> Iterator[str]:
     rows = [
         ["ar" if point["threshold"] is None else number(point["threshold"]), number(point["tpf"]),
@@ -251,6 +276,7 @@ RENDERED: dict[str, Callable[[Data], Iterator[str]]] = {
     "speed": _speed,
     "break_even": _break_even,
     "cost": _cost,
+    "against": _against,
     "diffusion": _diffusion,
     "training": _training,
 }

@@ -14,6 +14,7 @@ from retrofit.errors import DataError
 from retrofit.eval.subject import Subject
 from retrofit.recipes.text.library import held_out_prompts
 from retrofit.report.prompts import Prompt
+from retrofit.report.rivals import Rival
 from retrofit.report.suites import MODES, Suite
 from retrofit.runtime.engine import Engine
 from retrofit.tasks.items import CATEGORIES
@@ -45,6 +46,7 @@ class Setting:
     """Names of tasks of quality."""
     allow_code: bool = False
     """Whether code that a model wrote may be run."""
+    against: tuple[Rival, ...] = ()
     _texts: dict[int, list[list[int]]] = field(default_factory=dict)
 
     @property
@@ -58,7 +60,9 @@ class Setting:
 
     def asked(self, section: str) -> Data:
         """What a section was asked for that no other goes by."""
-        return {"tasks": list(self.tasks), "allow_code": self.allow_code} if section == "quality" else {}
+        if section == "quality":
+            return {"tasks": list(self.tasks), "allow_code": self.allow_code}
+        return {"against": [rival.identity for rival in self.against]} if section == "against" else {}
 
     def need(self, mode: str) -> None:
         """Raises Skipped where the mode was not asked for."""

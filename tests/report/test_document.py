@@ -18,7 +18,7 @@ NASTY = "<script>alert('x')</script> | `a` *b* [c](d)\n# e \u202e \x1b[31m"
 @pytest.fixture(scope="module")
 def data(made):
     with pytest.MonkeyPatch.context() as patch:
-        return small(patch, made, price=2.0).data
+        return small(patch, made, price=2.0, against=["lookup"]).data
 
 
 def test_the_schema_is_one_and_the_report_keeps_to_it(data):

@@ -132,9 +132,8 @@ def evaluate(
     prompts) stand over it.  prompts: a JSONL file (`retrofit.report.prompts`), or a list of texts, messages or token
     ids; None: some of our own, or held-out code for a model that was trained on such.  price: US dollars an hour of
     this machine costs.  fail_under: least values of figures by name, gates of the report's verdict.
-    tasks: of quality, names of `tasks.items.CATEGORIES`, of `tasks.packaged.TASKS` and of lm-evaluation-harness; None:
-    the first.  allow_code: run code that a model wrote for one, under limits; else it is only parsed.
-    against: other ways to decode the original, as `rivals.py` has them.
+    tasks: names of `tasks.items.CATEGORIES`, `tasks.packaged.TASKS` and of lm-evaluation-harness; None: the first.
+    allow_code: run code that a model wrote for one, under limits.  against: other ways to decode, as in `rivals.py`.
     out: an artifact or another folder, where every finished section is written; of an artifact folder they are not run
     again by the same call, unless restart.  The options of loading are those of `Engine.load`.  clock: seconds.
 
@@ -152,8 +151,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     try:
-        place = None if loaded.base is None else loaded.base.place
-        subject = Subject(loaded, place, trust_remote_code, folder)
+        subject = Subject(loaded, loaded.base.place if loaded.base else None, trust_remote_code, folder)
         setting = _setting(subject, asked, rows, seed, clock, asked.command(folder, prompts, loading))
         kept = {} if restart or out is None or folder is None else _finished(out, setting)
         return _run(setting, asked, kept, out, progress)

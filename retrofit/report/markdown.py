@@ -19,6 +19,8 @@ TITLES = {
     "cost": "Cost",
     "against": "Beside other ways to decode the original",
     "diffusion": "Diffusion: speed against agreement",
+    "speed_of_light": "How far from the best that could be",
+    "other_hardware": "On other hardware: a projection",
     "training": "What the conversion cost",
 }
 SPECIAL = {
@@ -264,6 +266,53 @@ def _diffusion(found: Data) -> Iterator[str]:
     yield f"Area under the points: {number(found['area_under_points'])}."
 
 
+def _speed_of_light(found: Data) -> Iterator[str]:
+    if found["oracle"]:
+        header = ["an oracle over", "tokens per cycle", "acceptance by slot", "decoding, tau"]
+        rows = [
+            [f"T = {number(one['temperature'])}, {held['candidates']} of each slot", number(held["tokens_per_cycle"]),
+             " ".join(map(number, held["accept_cond"])), number(one["realised_tau"])]
+            for one in found["oracle"] for held in one["by_candidates"]
+        ]  # fmt: skip
+        yield from table(header, rows)
+        yield ""
+    machine = found["machine"]
+    yield (
+        f"This machine reads {number(machine['read_gb_per_s'])} GB/s of a buffer as large as the weights"
+        f" ({machine['weight_bytes'] / 1e6:,.1f} MB), and multiplies {number(machine['multiply_gflop_per_s'])} GFLOP/s."
+    )
+    yield ""
+    keys = ("rows", "measured_ms", "least_ms", "share_of_best")
+    steps = [[text(one["way"]), *(number(one[key]) for key in keys), one["bound_by"]] for one in found["steps"]]
+    yield from table(["step", "rows", "takes, ms", "at best, ms", "share of the best", "bound by"], steps)
+    if found["speedup"] is not None:
+        gain = found["speedup"]
+        yield ""
+        yield (
+            f"At {number(gain['tokens_per_forward'])} tokens per forward, drafts would be worth"
+            f" {number(gain['predicted'])} times `ar` with both steps at best; they are worth"
+            f" {number(gain['measured'])} times."
+        )
+    yield from _reasons(found["skipped"])
+
+
+def _other_hardware(found: Data) -> Iterator[str]:
+    parts, check = found["parts"], found["check"]
+    yield (
+        f"Nothing here was measured there. A step is taken to be {number(parts['overhead_ms'])} ms of overhead,"
+        f" reading ({number(parts['reading_ms'])} ms here) and {number(parts['row_ms'])} ms a row, the latter two"
+        f" scaled by published figures, in {found['dtype']}, one request at a time. Held in the same way against a"
+        f" setting that was measured here ({text(check['setting'])}), it is off by"
+        f" {number(check['median_error_percent'])} % in the middle and by {number(check['worst_error_percent'])} % at"
+        " worst."
+    )
+    yield ""
+    keys = ("read_gb_per_s", "multiply_gflop_per_s", "ar_tokens_per_s", "drafter_tokens_per_s", "speedup")
+    rows = [[text(one["device"]), *(number(one[key]) for key in keys), text(one["source"])] for one in found["devices"]]
+    header = ["device", "GB/s", "GFLOP/s", "ar, tokens/s", "drafter, tokens/s", "times ar's", "published in"]
+    yield from table(header, rows)
+
+
 def _training(found: Data) -> Iterator[str]:
     yield from table(["", ""], [[name.replace("_", " "), number(value)] for name, value in found.items()])
 
@@ -278,5 +327,7 @@ RENDERED: dict[str, Callable[[Data], Iterator[str]]] = {
     "cost": _cost,
     "against": _against,
     "diffusion": _diffusion,
+    "speed_of_light": _speed_of_light,
+    "other_hardware": _other_hardware,
     "training": _training,
 }

@@ -30,6 +30,8 @@ class Suite:
     """Temperatures that speed is measured at."""
     quality_items: int | None = 30
     """Of each task, evenly over it; None: all."""
+    step_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Requests that run together where steps are timed by their rows."""
 
 
 SUITES = {

@@ -1,0 +1,102 @@
+"""Rooflines, costs by rows and projections, worked by hand and on a known clock."""
+
+import pytest
+import torch
+from tiny_models import build
+
+from retrofit.errors import ResourceError
+from retrofit.eval.bounds import rowcost
+from retrofit.eval.bounds.projection import DEVICES, Parts, errors, fitted, projected
+from retrofit.eval.bounds.roofline import Need, Speeds, least_seconds, multiply_speed, needed, read_speed
+from retrofit.eval.bounds.rowcost import Cost, drafting, row_costs
+from retrofit.eval.latency import Timeline
+from retrofit.runtime.engine import Engine
+
+NEED = Need(numbers=1000, bytes=4000)
+HERE = Speeds(read=4000.0, multiply=20_000.0)  # a second to read, a tenth of one for each row
+
+
+def test_a_step_is_bound_by_the_longer_of_two_times():
+    assert least_seconds(NEED, HERE, 1) == 1.0
+    assert least_seconds(NEED, HERE, 10) == 1.0
+    assert least_seconds(NEED, HERE, 30) == 3.0
+
+
+def test_a_fit_finds_the_parts_that_costs_are_made_of():
+    costs = [Cost(rows, 0.5 + 1.0 + 0.25 * rows) for rows in (1, 2, 8, 32)]
+    parts = fitted(costs, NEED, HERE)
+    assert (parts.overhead, parts.row) == (pytest.approx(0.5), pytest.approx(0.25))
+    # Twice the bandwidth, four times the products: 0.5 + 0.5 + 8 / 16.
+    assert projected(parts, HERE, Speeds(8000.0, 80_000.0), NEED.bytes, 8) == pytest.approx(1.5)
+    # Half the bytes: a quarter of a second to read them.
+    assert projected(parts, HERE, Speeds(8000.0, 80_000.0), 2000, 8) == pytest.approx(1.25)
+    # Projected onto where it was measured, it is what was measured.
+    assert [projected(parts, HERE, HERE, NEED.bytes, cost.rows) for cost in costs] == pytest.approx(
+        [cost.seconds for cost in costs]
+    )
+
+
+def test_no_part_is_below_0():
+    assert fitted([Cost(1, 0.2), Cost(2, 0.2)], NEED, HERE) == Parts(0.0, pytest.approx(0.0, abs=1e-12))
+    falling = fitted([Cost(1, 3.0), Cost(2, 2.0)], NEED, HERE)
+    assert falling.row == 0.0 and falling.overhead == pytest.approx(2.4 - 1.0)
+    with pytest.raises(ValueError, match="two different numbers of rows"):
+        fitted([Cost(1, 0.2)], NEED, HERE)
+
+
+def test_errors_are_of_what_was_measured():
+    assert errors([1.0, 3.0, 2.0], [2.0, 2.0, 2.0]) == (50.0, 50.0)
+    assert errors([1.0, 2.0, 2.0], [2.0, 2.0, 2.0]) == (0.0, 50.0)
+
+
+def test_published_figures_are_of_dense_products():
+    assert len({device.name for device in DEVICES}) == len(DEVICES)
+    for device in DEVICES:
+        # Below 100 rows every one of them is bound by reading: all have more than 100 operations a byte.
+        assert 100 < device.speeds.multiply / device.speeds.read < 500 and device.source
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_counted_once(tied):
+    model = build("llama")
+    table = model.get_input_embeddings().weight.numel()
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if tied != is_tied:
+        model.get_output_embeddings().weight = (
+            model.get_input_embeddings().weight if tied else torch.nn.Parameter(torch.zeros(table).view(-1, 32))
+        )
+    own = sum(p.numel() for p in model.parameters())
+    with Engine.from_model(model, exact="off") as engine:
+        need = needed(engine)
+    assert need.numbers == own - (0 if tied else table)
+    assert (need.bytes, need.flop(3)) == (4 * need.numbers, 6 * need.numbers)
+
+
+def test_a_machine_has_speeds():
+    assert read_speed(1 << 16, torch.device("cpu")) > 0 and multiply_speed(torch.float32, torch.device("cpu")) > 0
+
+
+def test_costs_are_medians_of_the_gaps_as_far_as_memory_reaches(monkeypatch):
+    asked = []
+
+    def by_engine(engine, prompts, way, **options):
+        asked.append((len(prompts), way["mode"]))
+        if len(prompts) == 8:
+            raise ResourceError("no room")
+        slow = 9.0 if asked.count(asked[-1]) == 1 else 0.5 * len(prompts)  # the first run is none that counts
+        return [Timeline(0.0, 1, [(slow * at, 1) for at in range(4)]) for _ in prompts]
+
+    monkeypatch.setattr(rowcost, "by_engine", by_engine)
+    assert row_costs(None, [1], None, (1, 2, 8, 16)) == [(1, 0.5), (2, 1.0)]
+    assert asked[0] == (1, "ar") and asked[-1] == (8, "ar")
+
+
+def test_steps_of_a_drafter_by_its_rows():
+    with Engine.from_model(build("llama"), exact="off") as engine:
+        found = drafting(engine, [[1, 2, 3], [4, 5]], {"strategy": "two_forward"}, 0.0, 9)
+        assert found is not None
+        # A forward of the seed and a block, then one of the seed and as many drafts: of those that the limit leaves.
+        block, drafts = engine.layout.block, engine.layout.drafts
+        assert 1 < found.step.rows <= 1 + max(block, drafts) and found.step.seconds > 0
+        assert found.tokens_per_forward >= 1.0
+        assert drafting(engine, [[1, 2, 3]], {"strategy": "two_forward"}, 0.0, 1) is None

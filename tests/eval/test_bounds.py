@@ -6,7 +6,7 @@ from tiny_models import build
 
 from retrofit.errors import ResourceError
 from retrofit.eval.bounds import rowcost
-from retrofit.eval.bounds.projection import DEVICES, Parts, errors, fitted, projected
+from retrofit.eval.bounds.projection import DEVICES, Line, Place, errors, fitted, kept, scaled
 from retrofit.eval.bounds.roofline import Need, Speeds, least_seconds, multiply_speed, needed, read_speed
 from retrofit.eval.bounds.rowcost import Cost, drafting, row_costs
 from retrofit.eval.latency import Timeline
@@ -22,26 +22,29 @@ def test_a_step_is_bound_by_the_longer_of_two_times():
     assert least_seconds(NEED, HERE, 30) == 3.0
 
 
-def test_a_fit_finds_the_parts_that_costs_are_made_of():
-    costs = [Cost(rows, 0.5 + 1.0 + 0.25 * rows) for rows in (1, 2, 8, 32)]
-    parts = fitted(costs, NEED, HERE)
-    assert (parts.overhead, parts.row) == (pytest.approx(0.5), pytest.approx(0.25))
-    # Twice the bandwidth, four times the products: 0.5 + 0.5 + 8 / 16.
-    assert projected(parts, HERE, Speeds(8000.0, 80_000.0), NEED.bytes, 8) == pytest.approx(1.5)
-    # Half the bytes: a quarter of a second to read them.
-    assert projected(parts, HERE, Speeds(8000.0, 80_000.0), 2000, 8) == pytest.approx(1.25)
+def test_a_line_is_found_and_goes_elsewhere_in_two_ways():
+    costs = [Cost(rows, 1.5 + 0.25 * rows) for rows in (1, 2, 8, 32)]
+    line, here = fitted(costs), Place.of(NEED, HERE)
+    assert (line.fixed, line.row) == (pytest.approx(1.5), pytest.approx(0.25))
+    assert here == (1.0, 0.1)  # so 0.5 of a step and 0.15 of a row are not explained
+    # Twice the bandwidth, four times the products.
+    there = Place.of(NEED, Speeds(8000.0, 80_000.0))
+    assert kept(line, here, there, 8) == pytest.approx(0.5 + 0.5 + 8 * (0.15 + 0.025))
+    assert scaled(line, here, there, 8) == pytest.approx(1.5 / 2 + 8 * 0.25 / 4)
+    # Half the bytes are read in half the time.
+    assert Place.of(Need(1000, 2000), HERE) == (0.5, 0.1)
     # Projected onto where it was measured, it is what was measured.
-    assert [projected(parts, HERE, HERE, NEED.bytes, cost.rows) for cost in costs] == pytest.approx(
-        [cost.seconds for cost in costs]
-    )
+    for way in (kept, scaled):
+        assert [way(line, here, here, cost.rows) for cost in costs] == pytest.approx([cost.seconds for cost in costs])
 
 
 def test_no_part_is_below_0():
-    assert fitted([Cost(1, 0.2), Cost(2, 0.2)], NEED, HERE) == Parts(0.0, pytest.approx(0.0, abs=1e-12))
-    falling = fitted([Cost(1, 3.0), Cost(2, 2.0)], NEED, HERE)
-    assert falling.row == 0.0 and falling.overhead == pytest.approx(2.4 - 1.0)
+    assert fitted([Cost(1, 3.0), Cost(2, 2.0)]) == Line(pytest.approx((1 / 3 + 1 / 2) / (1 / 9 + 1 / 4)), 0.0)
+    assert fitted([Cost(1, 1.0), Cost(2, 4.0)]) == Line(0.0, pytest.approx((1 + 1 / 2) / (1 + 1 / 4)))
+    fast = Line(0.5, 0.05)  # faster than the speeds that were measured: all of it is explained
+    assert kept(fast, Place(1.0, 0.1), Place(0.5, 0.025), 8) == pytest.approx(0.5 + 8 * 0.025)
     with pytest.raises(ValueError, match="two different numbers of rows"):
-        fitted([Cost(1, 0.2)], NEED, HERE)
+        fitted([Cost(1, 0.2)])
 
 
 def test_errors_are_of_what_was_measured():

@@ -46,8 +46,10 @@ def test_both_sections_of_a_report(own, monkeypatch):
     assert [(s["rows"], s["measured_ms"]) for s in found["steps"][:-1]] == [(n, 1000.0 * n) for n in (1, 2)]
     other = report.section("other_hardware")
     assert [one["device"] for one in other["devices"]] == [device.name for device in DEVICES]
-    assert other["kind"] == "projection" and len(other["check"]["steps"]) == 2
-    assert all(one["drafter_tokens_per_s"] > 0 for one in other["devices"])
+    assert other["kind"] == "projection"
+    for name in ("kept", "scaled"):
+        assert [step["rows"] for step in other["check"][name]["steps"]] == [1, 2]
+        assert all(one[name]["drafter_tokens_per_s"] > 0 for one in other["devices"])
     page = markdown(report.data)
     assert "## On other hardware: a projection" in page and "Nothing here was measured there." in page
 
@@ -68,7 +70,7 @@ def test_the_second_setting(own, monkeypatch, threads, name):
     monkeypatch.setattr(elsewhere, "most_threads", lambda: threads)
     check = small(monkeypatch, own, modes=["ar"]).section("other_hardware")["check"]
     assert check["setting"] == name
-    assert all(step["projected_ms"] > 0 for step in check["steps"])
+    assert all(step["projected_ms"] > 0 for name in ("kept", "scaled") for step in check[name]["steps"])
 
 
 def test_it_needs_the_steps(own, monkeypatch):

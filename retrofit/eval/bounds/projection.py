@@ -1,10 +1,13 @@
 """Step times of another machine, from those measured here and what is published of its memory and its products.
 
-    here     seconds(rows) = overhead + bytes / read + rows x row         row and the sum of the first two: fitted
-    there    overhead + bytes there / read there + rows x row x multiply here / multiply there
+A step takes `fixed + rows x row` seconds: the line that fits those measured here.  At the speeds of this machine
+reading the weights explains a part of `fixed`, and multiplying a part of `row`.  There, reading and multiplying take
+what is published; of the rest nobody knows, so it is taken in two ways:
 
-Overhead (Python, launches) is kept as it is here, and so is the share of the machine's products that steps make use of:
-no such thing is published.  A projection is as good as its check against a second setting that was measured.
+    kept      as many seconds as here: right for what is Python and launches
+    scaled    in proportion to what it stands beside: right for reading and multiplying below full speed
+
+A projection is as good as its check against a second setting that was measured.
 """
 
 from __future__ import annotations
@@ -41,15 +44,26 @@ ITEMSIZE = 2
 """Bytes of a weight there: bfloat16, which the products are published for."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Seconds of a step besides reading.  overhead: of any.  row: of a row more."""
+class Place(NamedTuple):
+    """Seconds that a step's reading, and a row's multiplying, take somewhere at full speed."""
 
-    overhead: float
+    reading: float
+    multiplying: float
+
+    @classmethod
+    def of(cls, need: Need, speeds: Speeds) -> Place:
+        return cls(need.bytes / speeds.read, need.flop(1) / speeds.multiply)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of a step here.  fixed: of any.  row: of a row more."""
+
+    fixed: float
     row: float
 
 
-def fitted(costs: Sequence[Cost], need: Need, here: Speeds) -> Parts:
+def fitted(costs: Sequence[Cost]) -> Line:
     """The line through the steps whose relative errors are smallest, no part of it below 0.
 
     Raises ValueError for fewer than two different numbers of rows.
@@ -58,14 +72,23 @@ def fitted(costs: Sequence[Cost], need: Need, here: Speeds) -> Parts:
     if len(set(rows.tolist())) < 2:
         raise ValueError("a line needs steps of two different numbers of rows")
     (fixed, row), *_ = np.linalg.lstsq(np.stack([1 / times, rows / times], axis=1), np.ones(len(rows)), rcond=None)
-    if row < 0:
-        fixed, row = 1 / float(np.mean(1 / times)), 0.0
-    return Parts(max(0.0, float(fixed) - need.bytes / here.read), float(row))
+    if row < 0:  # the best constant
+        return Line(float(np.sum(1 / times) / np.sum(1 / times**2)), 0.0)
+    if fixed < 0:  # the best line through nothing
+        return Line(0.0, float(np.sum(rows / times) / np.sum((rows / times) ** 2)))
+    return Line(float(fixed), float(row))
 
 
-def projected(parts: Parts, here: Speeds, there: Speeds, bytes_there: int, rows: float) -> float:
-    """Seconds of a step of so many rows there."""
-    return parts.overhead + bytes_there / there.read + rows * parts.row * here.multiply / there.multiply
+def kept(line: Line, here: Place, there: Place, rows: float) -> float:
+    """Seconds of a step there, what is not explained being as long as here."""
+    fixed = max(0.0, line.fixed - here.reading) + there.reading
+    return fixed + rows * (max(0.0, line.row - here.multiplying) + there.multiplying)
+
+
+def scaled(line: Line, here: Place, there: Place, rows: float) -> float:
+    """Seconds of a step there, what is not explained growing and shrinking with what is."""
+    fixed = line.fixed * there.reading / here.reading
+    return fixed + rows * line.row * there.multiplying / here.multiplying
 
 
 def errors(expected: Sequence[float], found: Sequence[float]) -> tuple[float, float]:

@@ -6,14 +6,15 @@ type of weights, for which the artifact is loaded again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from retrofit.errors import RetrofitError
-from retrofit.eval.bounds.projection import DEVICES, ITEMSIZE, Device, Parts, errors, fitted, projected
+from retrofit.eval.bounds.projection import DEVICES, ITEMSIZE, Line, Place, errors, fitted, kept, scaled
 from retrofit.eval.bounds.roofline import Need, Speeds, measured, needed
 from retrofit.eval.bounds.rowcost import Cost, row_costs
 from retrofit.report.sections.speed_of_light import PROMPT_TOKENS
@@ -23,6 +24,8 @@ from retrofit.runtime.engine import Engine
 from retrofit.weight_files import dtype_name
 
 PLAIN = "ar"
+Projection = Callable[[Line, Place, Place, float], float]
+PROJECTIONS: dict[str, Projection] = {"kept": kept, "scaled": scaled}
 OTHER = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 """Type of weights -> the type of the check."""
 
@@ -42,34 +45,47 @@ def other_hardware(setting: Setting, earlier: Earlier) -> Data:
         raise Skipped("steps by rows were not measured")
     found = earlier["speed_of_light"]
     costs = [Cost(step["rows"], step["measured_ms"] / 1000) for step in found["steps"] if step["way"] == PLAIN]
-    need = Need(found["machine"]["weight_numbers"], found["machine"]["weight_bytes"])
-    here = Speeds(1e9 * found["machine"]["read_gb_per_s"], 1e9 * found["machine"]["multiply_gflop_per_s"])
     if len(costs) < 2:
         raise Skipped("steps of one number of rows only fit into memory")
-    parts = fitted(costs, need, here)
+    need = Need(found["machine"]["weight_numbers"], found["machine"]["weight_bytes"])
+    speeds = Speeds(1e9 * found["machine"]["read_gb_per_s"], 1e9 * found["machine"]["multiply_gflop_per_s"])
+    line, here, there = fitted(costs), Place.of(need, speeds), Need(need.numbers, need.numbers * ITEMSIZE)
     second = _second(setting)
-    drafter = next((step for step in found["steps"] if step["way"] != PLAIN), None)
-    per_forward = None if found["speedup"] is None else found["speedup"]["tokens_per_forward"]
-    rows = None if drafter is None else drafter["rows"]
+    drafter = next((step["rows"] for step in found["steps"] if step["way"] != PLAIN), None)
+    gain = None if drafter is None else (drafter, found["speedup"]["tokens_per_forward"])
     return {
         "kind": "projection",
         "dtype": "bfloat16",
-        "parts": {
-            "overhead_ms": round(1000 * parts.overhead, 4),
-            "reading_ms": round(1000 * need.bytes / here.read, 4),
-            "row_ms": round(1000 * parts.row, 6),
+        "fixed_ms": round(1000 * line.fixed, 4),
+        "fixed_explained_ms": round(1000 * min(here.reading, line.fixed), 4),
+        "row_ms": round(1000 * line.row, 6),
+        "row_explained_ms": round(1000 * min(here.multiplying, line.row), 6),
+        "check": {
+            "setting": second.name,
+            **{name: _check(project, line, here, second) for name, project in PROJECTIONS.items()},
         },
-        "check": _check(parts, here, second),
-        "devices": [_device(device, parts, here, need, rows, per_forward) for device in DEVICES],
+        "devices": [
+            {
+                "device": device.name,
+                "source": device.source,
+                "read_gb_per_s": device.speeds.read / 1e9,
+                "multiply_gflop_per_s": device.speeds.multiply / 1e9,
+                **{
+                    name: _rates(partial(project, line, here, Place.of(there, device.speeds)), gain)
+                    for name, project in PROJECTIONS.items()
+                },
+            }
+            for device in DEVICES
+        ],
     }
 
 
-def _check(parts: Parts, here: Speeds, second: Second) -> Data:
+def _check(project: Projection, line: Line, here: Place, second: Second) -> Data:
     """Steps of the second setting as they are projected from the first, and as they were."""
-    expected = [projected(parts, here, second.speeds, second.need.bytes, cost.rows) for cost in second.costs]
+    there = Place.of(second.need, second.speeds)
+    expected = [project(line, here, there, cost.rows) for cost in second.costs]
     middle, worst = errors(expected, [cost.seconds for cost in second.costs])
     return {
-        "setting": second.name,
         "steps": [
             {"rows": cost.rows, "projected_ms": round(1000 * told, 4), "measured_ms": round(1000 * cost.seconds, 4)}
             for told, cost in zip(expected, second.costs, strict=True)
@@ -79,21 +95,13 @@ def _check(parts: Parts, here: Speeds, second: Second) -> Data:
     }
 
 
-def _device(
-    device: Device, parts: Parts, here: Speeds, need: Need, rows: float | None, per_forward: float | None
-) -> Data:
-    plain = projected(parts, here, device.speeds, need.numbers * ITEMSIZE, 1)
-    drafted = None if rows is None else projected(parts, here, device.speeds, need.numbers * ITEMSIZE, rows)
-    rate = None if drafted is None or per_forward is None else per_forward / drafted
+def _rates(seconds: Callable[[float], float], gain: tuple[float, float] | None) -> Data:
+    """seconds: of a step by its rows.  gain: rows of a drafter's step, and tokens that it emits."""
+    rate = None if gain is None else gain[1] / seconds(gain[0])
     return {
-        "device": device.name,
-        "source": device.source,
-        "read_gb_per_s": device.speeds.read / 1e9,
-        "multiply_gflop_per_s": device.speeds.multiply / 1e9,
-        "ar_step_ms": round(1000 * plain, 4),
-        "ar_tokens_per_s": round(1 / plain, 2),
+        "ar_tokens_per_s": round(1 / seconds(1), 2),
         "drafter_tokens_per_s": None if rate is None else round(rate, 2),
-        "speedup": None if rate is None else round(rate * plain, 4),
+        "speedup": None if rate is None else round(rate * seconds(1), 4),
     }
 
 

@@ -120,11 +120,12 @@ def _print(data: dict[str, Any]) -> None:
 
 @click.group(context_settings=CONTEXT)
 def report() -> None:
-    """Show a report that `retrofit eval` wrote.
+    """Show a report that `retrofit eval` wrote, or several side by side.
 
     \b
-    Example:
+    Examples:
       retrofit report show tiny-retrofit
+      retrofit report compare tiny-retrofit other-retrofit
     """
 
 
@@ -146,3 +147,32 @@ def report_show(place: str, as_json: bool) -> None:
         emit_json(data, indent=1)
     else:
         click.echo(markdown(data), nl=False)
+
+
+@report.command("compare", context_settings=CONTEXT)
+@click.argument("places", metavar="ARTIFACT|FILE...", nargs=-1, required=True)
+@click.option("--markdown", is_flag=True, help="Print Markdown.")
+@output_options
+def report_compare(places: tuple[str, ...], markdown: bool, as_json: bool) -> None:
+    """Print reports side by side, each held against the first.
+
+    Where two were not measured alike (another base, other prompts, other hardware), that stands in place of a
+    difference.
+
+    \b
+    Example:
+      retrofit report compare tiny-retrofit other-retrofit --markdown
+    """
+    from retrofit.cli.tables import print_table
+    from retrofit.report import compare, document
+
+    found = compare.compared([(place, document.read(place)) for place in places])
+    if as_json:
+        emit_json(found, indent=1)
+    elif markdown:
+        click.echo(compare.page(found), nl=False)
+    else:
+        for line in compare.legend(found):
+            click.echo(line)
+        header, rows = compare.rows(found)
+        print_table([tuple(row) for row in rows], tuple(header))

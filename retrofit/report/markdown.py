@@ -268,7 +268,7 @@ def _diffusion(found: Data) -> Iterator[str]:
 
 def _speed_of_light(found: Data) -> Iterator[str]:
     if found["oracle"]:
-        header = ["an oracle over", "tokens per cycle", "acceptance by slot", "decoding, tau, drafts branching"]
+        header = ["an oracle over", "tokens per cycle", "acceptance by slot", "tau of decoding, whose drafts branch"]
         rows = [
             [f"T = {number(one['temperature'])}, {held['candidates']} of each slot", number(held["tokens_per_cycle"]),
              " ".join(map(number, held["accept_cond"])), number(one["realised_tau"])]

@@ -14,6 +14,7 @@ from retrofit.report.headline import headline
 from retrofit.report.markdown import markdown
 from retrofit.report.sections.quality import _close_call
 from retrofit.report.verdict import verdict
+from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
 from retrofit.tasks import harness, packaged
 from retrofit.tasks.items import CATEGORIES
@@ -149,3 +150,20 @@ def test_tasks_are_checked_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(harness, "check", unknown)
     with pytest.raises(UsageError, match="no task `gsm9k`"):
         small(monkeypatch, "no-such-folder", tasks=[*CATEGORIES, "gsm9k"])
+
+
+def test_tasks_of_the_harness_stand_beside_ours(own, monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    only(monkeypatch, "quality")
+    tasks = ["format", "retrofit_cloze", "retrofit_arithmetic"]
+    with Engine.load(own) as engine:
+        engine.tokenizer.eos_token = "?"  # the harness begins texts with one
+        found = small(monkeypatch, engine, limit=2, tasks=tasks, modes=["ar", "self_spec"]).section("quality")
+    named = {one["task"]: one["modes"] for one in found["tasks"]}
+    assert set(named) == {"format", "all", "retrofit_cloze", "retrofit_arithmetic"}
+    assert set(named["retrofit_cloze"]) == {"ar"} and set(named["retrofit_arithmetic"]) == {"ar", "self_spec"}
+    assert named["retrofit_arithmetic"]["self_spec"]["same_text"] == named["retrofit_arithmetic"]["self_spec"]["n"] == 1
+    assert "retrofit_cloze in self_spec" in {one["what"] for one in found["skipped"]}
+    with pytest.raises(UsageError, match="no task `retrofit_clozer`; did you mean `retrofit_cloze`"):
+        small(monkeypatch, "no-such-folder", tasks=["retrofit_clozer"])

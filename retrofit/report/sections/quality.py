@@ -118,11 +118,20 @@ def _flat(categories: Mapping[str, Mapping[str, Data]]) -> list[Data]:
             "task": task,
             "metric": metric,
             "lower_is_better": found["lower_is_better"],
-            "modes": {name: model for name, model in found["models"].items() if name != ORIGINAL},
+            "modes": {name: _rounded(model) for name, model in found["models"].items() if name != ORIGINAL},
         }
         for task, metrics in categories.items()
         for metric, found in metrics.items()
     ]
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six places: two forwards differ by less."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 6) + 0.0 if isinstance(value, float) else value
 
 
 def _by_harness(setting: Setting, base: PreTrainedModel, names: Sequence[str], skipped: Skips) -> list[Data]:

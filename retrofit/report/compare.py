@@ -156,6 +156,8 @@ def _shown(values: Data) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(str(one)[:SHORT] for one in value.values())
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
     return str(value)[:SHORT] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
@@ -164,7 +166,7 @@ def rows(found: Data) -> tuple[list[str], list[list[str]]]:
     letters = [one["letter"] for one in found["reports"]]
     header = ["", *letters, *(f"{letter} - A" for letter in letters[1:])]
     lines = [
-        [one["name"], *map(number, one["values"]), *map(_delta, one["deltas"][1:], one["unlike"][1:])]
+        [one["name"], *map(number, one["values"]), *(_delta(one, n) for n in range(1, len(letters)))]
         for one in found["figures"]
     ]
     said = {True: "passed", False: "failed", None: "-"}
@@ -173,10 +175,14 @@ def rows(found: Data) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
-def _delta(delta: float | None, unlike: Sequence[str]) -> str:
-    if unlike:
-        return f"other {', '.join(unlike)}"
-    return "-" if delta is None else f"{'+' if delta > 0 else ''}{number(delta)}"
+def _delta(figure: Data, at: int) -> str:
+    """Of a report to the first, or why there is none."""
+    if None in (figure["values"][0], figure["values"][at]):
+        return "-"
+    if figure["unlike"][at]:
+        return f"other {', '.join(figure['unlike'][at])}"
+    delta = figure["deltas"][at]
+    return f"{'+' if delta > 0 else ''}{number(delta)}"
 
 
 def page(found: Data) -> str:

@@ -241,7 +241,7 @@ def _against(found: Data) -> Iterator[str]:
         "tokens/s",
         "time of transformers'",
         "tokens per forward",
-        "forwards of a small model",
+        "small forwards per token",
         "texts equal",
     ]
     keys = ("tokens_per_s", "ratio_to_transformers", "tokens_per_forward", "small_forwards_per_token")

@@ -1,7 +1,11 @@
 """Rooflines, costs by rows and projections, worked by hand and on a known clock."""
 
+import time
+
+import fused_models
 import pytest
 import torch
+from fused_models import pair, plain_decoder, plain_sampling
 from tiny_models import build
 
 from retrofit.errors import ResourceError
@@ -103,3 +107,17 @@ def test_steps_of_a_drafter_by_its_rows():
         assert 1 < found.step.rows <= 1 + max(block, drafts) and found.step.seconds > 0
         assert found.tokens_per_forward >= 1.0
         assert drafting(engine, [[1, 2, 3]], {"strategy": "two_forward"}, 0.0, 1) is None
+
+
+def test_the_fused_backend_needs_what_its_forward_reads(monkeypatch):
+    plain_decoder(monkeypatch)
+    plain_sampling(monkeypatch)
+    model = fused_models.small("llama")
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    mine, hf = pair(model)
+    assert needed(mine).bytes == mine.backend.weights.nbytes
+    # Matrices only, and with them those of the adapter that lie beside the base's.
+    assert needed(mine).numbers > needed(hf).numbers - norms
+    costs = row_costs(mine, [1, 2, 3], time.perf_counter, (1, 2))
+    assert [cost.rows for cost in costs] == [1, 2] and all(cost.seconds > 0 for cost in costs)
+    assert drafting(mine, [[1, 2, 3]], {"strategy": "fused"}, 0.0, 6) is not None

@@ -6,7 +6,8 @@ A step of n rows takes at least the longer of two times (the roofline of William
     multiplying   n rows x 2 x numbers of the weights / operations a second
 
 Weights are counted as they lie in memory, once each; of a table of embeddings that is no vocabulary projection as well
-only a row is read.  Of experts all are counted, of K/V nothing: contexts are short where steps are timed.
+only a row is read.  Of experts all are counted, of K/V nothing: contexts are short where steps are timed.  On the fused
+backend what of the adapter lies beside the base's weights is read with them.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from retrofit.eval.certify import certify
+    from retrofit.exporting.export import export
     from retrofit.recipes.convert import convert
     from retrofit.report.evaluate import Report, evaluate
     from retrofit.runtime.engine import Engine
@@ -49,6 +50,7 @@ __all__ = [
     "certify",
     "convert",
     "evaluate",
+    "export",
     "pull",
     "push",
 ]
@@ -67,6 +69,7 @@ _HOMES = {
     "certify": "retrofit.eval.certify",
     "convert": "retrofit.recipes.convert",
     "evaluate": "retrofit.report.evaluate",
+    "export": "retrofit.exporting.export",
     "pull": "retrofit.sharing.pulling",
     "push": "retrofit.sharing.pushing",
 }

@@ -17,6 +17,7 @@ from retrofit.cli.data import data
 from retrofit.cli.doctor import doctor
 from retrofit.cli.errors import Cli
 from retrofit.cli.evaluate import evaluate, report
+from retrofit.cli.export import export
 from retrofit.cli.generate import generate
 from retrofit.cli.hub import pull, push
 from retrofit.cli.inspect import inspect
@@ -52,7 +53,7 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-for command in (convert, generate, chat, certify, evaluate, report, inspect, pull, push, doctor, recipes, data):
+for command in (convert, generate, chat, certify, evaluate, report, inspect, pull, push, export, doctor, recipes, data):
     main.add_command(command)
 
 

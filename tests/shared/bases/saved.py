@@ -16,6 +16,7 @@ from retrofit.hub import file_fingerprint
 TEXT = "def area(radius): return radius * radius\nclass Stack: pass\nfor item in range(3): print(item)\n"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 ADAPTER = {"rank": 2, "alpha": 2.0, "targets": ["q", "v"], "markov_rank": 2, "confidence": True}
+BLOCKS_OF_4 = DraftLayout(block=4)
 
 
 def save_tokenizer(folder: Path, template: str | None = None) -> None:
@@ -34,18 +35,20 @@ def save_base(folder: Path, seed: int = 0, template: str | None = None) -> Path:
     return folder
 
 
-def save_artifact(folder: Path, base: Path, **more: Any) -> Path:
+def save_artifact(
+    folder: Path, base: Path, layout: DraftLayout = BLOCKS_OF_4, adapter: dict[str, Any] = ADAPTER, **more: Any
+) -> Path:
     """An artifact for `base` with a random adapter, as `convert` would write it but in no time.
 
     more: what else its configuration holds.
     """
     model = build("llama")
-    attached = attach(model, DraftLayout(block=4), **ADAPTER)
+    attached = attach(model, layout, **adapter)
     with torch.no_grad():
         for parameter in attached.parameters():
             parameter.normal_(std=0.05)
     fingerprint = file_fingerprint(base, model.config.to_dict())
-    return write_artifact(folder, str(base), fingerprint, model, attached, ADAPTER, **more)
+    return write_artifact(folder, str(base), fingerprint, model, attached, adapter, **more)
 
 
 def texts(folder: Path) -> Path:

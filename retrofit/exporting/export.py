@@ -1,0 +1,121 @@
+"""`retrofit export`: an artifact as a folder that other programs read.
+
+    peft            a plain PEFT folder
+    uno             one that SGLang's `--uno-lora-path` loads, with the command that starts it
+    transformers    `model.generate(custom_generate=FOLDER, ...)`, where retrofit is not installed
+
+A folder is written beside its place, read back by what is to read it, compared with the artifact, and then renamed:
+what stands there is whole and was seen to work.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from retrofit.artifact import folder as artifacts
+from retrofit.artifact.files import disk, sync_folder, write_file
+from retrofit.artifact.tensors import pieces
+from retrofit.errors import UsageError
+from retrofit.exporting import peft_folder, transformers_folder, uno
+from retrofit.hub import Base, load_base, resolved_device
+from retrofit.runtime.loading import check_same_base
+from retrofit.sharing.pulling import local_folder
+
+if TYPE_CHECKING:
+    from retrofit.artifact.folder import Artifact
+
+
+class Format(NamedTuple):
+    """What is in a folder, which artifacts it is not for, and how it is tried out."""
+
+    files: Callable[[Artifact, str], Mapping[str, peft_folder.Content]]
+    compare: Callable[[Path, Base, Artifact], str]
+    refuse_unfit: Callable[[Artifact], None] | None = None
+
+
+FORMATS = {
+    "peft": Format(peft_folder.files, peft_folder.compare),
+    "uno": Format(uno.files, peft_folder.compare, uno.refuse_unfit),
+    "transformers": Format(transformers_folder.files, transformers_folder.compare),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A folder that was written.  compared: what was found when it was read back."""
+
+    folder: Path
+    format: str
+    compared: str
+
+
+def export(
+    artifact: str | Path,
+    format: str,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Write an artifact as a folder of another format, a key of FORMATS, and try it out.
+
+    artifact: its folder, or OWNER/NAME on the Hub.  base: in place of the one it names.  device, dtype: where and in
+    which type the base is held while the folder is tried out.
+    Raises UsageError for a folder that is not empty and, naming all that is to be changed, for an artifact that the
+    format cannot express; GateError where what was written does not do what the artifact does; and what `Engine.load`
+    raises.  None of them leaves anything behind.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"format {format!r} does not exist", f"it is one of {', '.join(FORMATS)}")
+    files, compare, refuse_unfit = FORMATS[format]
+    out = Path(out)
+    artifacts.check_writable(out, overwrite=False)
+    read = artifacts.read(local_folder(artifact, offline))
+    if refuse_unfit is not None:
+        refuse_unfit(read)
+    named = read.config["base"]
+    name = base or artifacts.base_of(read.folder, read.config)
+    loaded = load_base(
+        name,
+        None if base else named["revision"],
+        dtype=dtype,
+        device=resolved_device(device),
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+        need_tokenizer=False,
+    )
+    check_same_base(loaded, read)
+    return Exported(out, format, _written(out, files(read, artifacts.published_name(named)), compare, loaded, read))
+
+
+def _written(
+    out: Path,
+    files: Mapping[str, peft_folder.Content],
+    compare: Callable[[Path, Base, Artifact], str],
+    base: Base,
+    artifact: Artifact,
+) -> str:
+    """Bring a folder into its place, whole and compared, or not at all.  Returns what the comparison found."""
+    size = sum(len(one) if isinstance(one, bytes) else sum(t.nbytes for t in one.values()) for one in files.values())
+    with disk(out, size):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = artifacts.beside(out)
+    try:
+        with disk(out, size):
+            for name, content in files.items():
+                (new / name).parent.mkdir(exist_ok=True)
+                write_file(new / name, content if isinstance(content, bytes) else pieces(content))
+            sync_folder(new)
+        found = compare(new, base, artifact)
+        with disk(out, size):
+            artifacts.put(new, out)
+        return found
+    finally:
+        shutil.rmtree(new, ignore_errors=True)  # gone already when all went well

@@ -76,7 +76,8 @@ def export(
         raise UsageError(f"format {format!r} does not exist", f"it is one of {', '.join(FORMATS)}")
     files, compare, refuse_unfit = FORMATS[format]
     out = Path(out)
-    artifacts.check_writable(out, overwrite=False)
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UsageError(f"{out}: is there already", "choose another name")
     read = artifacts.read(local_folder(artifact, offline))
     if refuse_unfit is not None:
         refuse_unfit(read)

@@ -9,8 +9,10 @@ plain LoRA would not.  Not here: mask vector and heads, of which PEFT knows noth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from retrofit.runtime.loading import attach_artifact
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""What may stand in a command that people copy: an artifact may be a stranger's."""
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far logits may be apart, in parts of the largest: PEFT rounds in another order."""
 PROBE = 32
@@ -62,20 +66,27 @@ Draft rows read {rows}; mask vector and heads are not in this folder.
 
 def files(artifact: Artifact, model: str, readme: str = README) -> dict[str, Content]:
     """Name -> content of the files of the folder.  model: what the base is called; readme: a text with fields."""
-    config, adapter, draft = artifact.config, artifact.config["adapter"], artifact.config["draft"]
-    on_hub = config["base"].get("local") is not True and "/" in model
-    text = readme.format(
-        model=model,
-        known=f"base_model: {model}\nbase_model_relation: adapter\n" if on_hub else "",
-        version=config["retrofit"],
-        rank=adapter["rank"],
-        alpha=adapter["alpha"],
-        rows="random token ids" if draft["input"] == "noise" else "a learned mask vector",
-        width=draft["block"] + 1,
-        revision=f" --revision {config['base']['revision']}" if config["base"]["revision"] else "",
-    )
+    text = readme.format(**fields(artifact, model))
     plain = {**artifact.adapter_config, "alora_invocation_tokens": list(NEVER)}
     return {CONFIG: json_bytes(plain), WEIGHTS: artifact.adapter_state, "README.md": text.encode()}
+
+
+def fields(artifact: Artifact, model: str) -> dict[str, Any]:
+    """What the README.md of an export may say: known is what its header says of the base, place how that is loaded."""
+    config, adapter, draft = artifact.config, artifact.config["adapter"], artifact.config["draft"]
+    named = config["base"]
+    on_hub = named.get("local") is not True and HUB_ID.fullmatch(model) is not None
+    return {
+        "model": model if model.isprintable() else "a base without a name",
+        "known": f"base_model: {model}\nbase_model_relation: adapter\n" if on_hub else "",
+        "place": model if on_hub else "PATH-OF-THE-BASE",
+        "revision": f" --revision {quote(named['revision'])}" if named["revision"] else "",
+        "version": config["retrofit"],
+        "rank": adapter["rank"],
+        "alpha": adapter["alpha"],
+        "rows": "random token ids" if draft["input"] == "noise" else "a learned mask vector",
+        "width": draft["block"] + 1,
+    }
 
 
 def compare(folder: Path, base: Base, artifact: Artifact) -> str:
@@ -95,7 +106,8 @@ def compare(folder: Path, base: Base, artifact: Artifact) -> str:
     apart = float((acting - ours).abs().max() / ours.abs().max())
     if not apart <= CLOSE[model.dtype]:
         raise GateError(f"{folder.name}: PEFT's logits are {apart:.1e} of the largest away from retrofit's draft rows")
-    return f"PEFT reads it: the base's logits bit for bit, those of draft rows within {apart:.0e} of the largest"
+    draft_rows = f"within {apart:.0e} of the largest" if apart else "too"
+    return f"PEFT reads it: the base's logits bit for bit, those of draft rows {draft_rows}"
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from retrofit.artifact import folder as artifacts
 from retrofit.artifact.files import json_bytes
 from retrofit.artifact.folder import Artifact
-from retrofit.errors import GateError
+from retrofit.errors import GateError, UnsupportedModelError
 from retrofit.exporting import custom_generate
-from retrofit.exporting.peft_folder import Content
+from retrofit.exporting.peft_folder import Content, fields
 from retrofit.hub import Base
 from retrofit.runtime.engine import Engine
 
@@ -42,7 +42,7 @@ library_name: transformers
 Made with retrofit {version}, which need not be installed: with this folder transformers decodes `{model}` by drafts.
 
 ```python
-model = AutoModelForCausalLM.from_pretrained("{model}")
+model = AutoModelForCausalLM.from_pretrained("{place}")
 folder = "PATH-OF-THIS-FOLDER"
 ids = model.generate(**inputs, custom_generate=folder, trust_remote_code=True, adapter=folder, max_new_tokens=64)
 ```
@@ -56,26 +56,20 @@ Attention has to be `sdpa` or `eager`.  It is the plain loop of two forwards a c
 
 def files(artifact: Artifact, model: str) -> dict[str, Content]:
     """Name -> content of the files of the folder.  model: what the base is called."""
-    named = artifact.config["base"]
-    on_hub = named.get("local") is not True and "/" in model
-    text = README.format(
-        model=model,
-        known=f"base_model: {model}\nbase_model_relation: adapter\n" if on_hub else "",
-        version=artifact.config["retrofit"],
-    )
     return {
         CODE: inspect.getsource(custom_generate).encode(),
         artifacts.CONFIG: json_bytes(artifact.config),
         artifacts.ADAPTER: artifact.adapter_state,
         artifacts.HEADS: artifact.heads,
-        artifacts.CARD: text.encode(),
+        artifacts.CARD: README.format(**fields(artifact, model)).encode(),
     }
 
 
 def compare(folder: Path, base: Base, artifact: Artifact) -> str:
     """Decode with the folder's code and files, and with ours in mode `ar`, and compare tokens, greedy and sampled.
 
-    Returns what was found.  Raises GateError where they differ, and what `Engine.from_model` raises.
+    Returns what was found.  Raises GateError where they differ, UnsupportedModelError for a base that the code refuses,
+    and what `Engine.from_model` raises.
     """
     model = base.model
     vocab = int(model.get_input_embeddings().weight.shape[0])
@@ -101,6 +95,10 @@ def _decoded(folder: Path, model: PreTrainedModel, prompt: list[int], temperatur
     kept, model.generation_config = model.generation_config, settings
     try:
         found = _loaded(folder / CODE).generate(model, ids, generation_config=settings, **options)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be decoded by transformers alone: {error}"
+        ) from error
     finally:
         model.generation_config = kept
     return found[0, PROBE:].tolist()

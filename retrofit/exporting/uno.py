@@ -36,7 +36,7 @@ library_name: peft
 A LoRA of rank {rank}, alpha {alpha:g}, made with retrofit {version}, for SGLang's speculative algorithm UNO:
 
 ```sh
-python -m sglang.launch_server --model-path {model}{revision} --attention-backend fa3 \\
+python -m sglang.launch_server --model-path {place}{revision} --attention-backend fa3 \\
   --speculative-algorithm UNO --uno-lora-path PATH-OF-THIS-FOLDER --speculative-num-draft-tokens {width}
 ```
 

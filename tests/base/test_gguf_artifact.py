@@ -196,3 +196,9 @@ def test_fp8_is_refused_by_name(block: list[int] | None, tmp_path: Path) -> None
         message = refused(run("convert", base, "--offline", *dry), 1)
         assert ("fp8 in blocks of 128 x 128" if block else "quantised (fp8)") in message
         assert "original weights" in message
+
+
+def test_it_is_exported_on_its_dequantised_base(of_file: Path, tmp_path: Path) -> None:
+    for format in ("peft", "transformers"):
+        done("export", of_file, "--format", format, "-o", tmp_path / format)
+    assert "base.model is a GGUF file" in refused(run("export", of_file, "--format", "uno", "-o", tmp_path / "uno"), 2)

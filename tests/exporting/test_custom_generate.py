@@ -14,10 +14,13 @@ from tiny_models import build
 from transformers import AutoModelForCausalLM
 
 import retrofit
+from benchmarks.cpu.subjects import write_artifact
+from retrofit.adapters.attach import attach
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.exporting import custom_generate
 from retrofit.exporting.custom_generate import Drafter, bits, generate, gumbel
+from retrofit.hub import live_fingerprint
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.rules.sampling import gumbel_noise, hash_bits_plain
 
@@ -31,6 +34,7 @@ WAYS = [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.3, "seed": 2**40 
 PROMPTS = [[5, 9, 2, 33, 7, 1, 60, 12], [4, 5]]
 LONGEST = max(map(len, PROMPTS))
 NEW = 40
+ALL_MODELS = {"rank": 2, "alpha": 2.0, "targets": ["q", "k", "v", "o"], "markov_rank": 2, "confidence": False}
 
 
 @pytest.fixture
@@ -72,6 +76,22 @@ def test_tokens_and_forwards_are_ours(layout, base, model, tmp_path):
         assert forwards == sum(sum(result.stats.forwards.values()) for result in ours)
         accepted += sum(sum(result.stats.accepted) for result in ours)
     assert accepted > 5
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe", "phi3_window", "deepseek_v3_no_q_lora"])
+def test_other_models_say_what_they_say(name, tmp_path):
+    model = build(name)
+    attached = attach(model, DraftLayout(4), **ALL_MODELS)
+    torch.nn.init.normal_(attached.heads.markov_w2)
+    folder = write_artifact(tmp_path / "made", name, live_fingerprint(model), model, attached, ALL_MODELS)
+    attached.detach()
+    with Engine.from_model(model, adapter=folder) as engine:
+        [ours] = engine.generate(PROMPTS[:1], strategy="two_forward", max_new_tokens=NEW)
+    ids = torch.tensor(PROMPTS[:1])
+    found, forwards = counted(model, lambda: generate(model, ids, adapter=str(folder), max_new_tokens=NEW))
+    assert found[0, LONGEST:].tolist() == ours.tokens
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    assert window or forwards == sum(ours.stats.forwards.values())
 
 
 def test_the_noise_is_ours():

@@ -7,16 +7,19 @@ import torch
 from artifact_folders import FULL, contents, failing
 from commands import done, refused, run
 from peft import PeftConfig, PeftModel
-from saved import save_artifact
+from saved import ADAPTER, BLOCKS_OF_4, save_artifact
 from tiny_models import build
 from transformers import AutoModelForCausalLM
 
+from benchmarks.cpu.subjects import write_artifact
+from retrofit.adapters.attach import attach
 from retrofit.artifact import folder as artifacts
 from retrofit.cli.export import FORMATS as OFFERED
-from retrofit.errors import GateError, ResourceError, UsageError
+from retrofit.errors import GateError, ResourceError, UnsupportedModelError, UsageError
 from retrofit.exporting import export as exporting
 from retrofit.exporting import peft_folder, transformers_folder
 from retrofit.exporting.export import FORMATS, export
+from retrofit.hub import file_fingerprint
 from retrofit.runtime.loading import attach_artifact
 
 IDS = torch.arange(20)[None] * 3 % 64
@@ -106,7 +109,7 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch, after):
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
-        (["--format", "peft", "-o", "."], 2, "holds files that are no artifact"),
+        (["--format", "peft", "-o", "."], 2, "is there already"),
         (["--format", "peft", "-o", "out", "--base", "./nowhere"], 2, "no folder or file ./nowhere"),
     ],
     ids=lambda value: str(value)[:30],
@@ -122,6 +125,17 @@ def test_a_format_that_there_is_not(made, tmp_path):
     with pytest.raises(UsageError, match="'nemotron' does not exist") as error:
         export(made, "nemotron", tmp_path / "out")
     assert error.value.hint == "it is one of peft, uno, transformers"
+
+
+def test_keys_that_turn_by_the_length_of_the_text_are_refused(tmp_path):
+    model = build("llama_rope_dynamic")
+    model.save_pretrained(tmp_path / "base")
+    attached = attach(model, BLOCKS_OF_4, **ADAPTER)
+    fingerprint = file_fingerprint(tmp_path / "base", model.config.to_dict())
+    made = write_artifact(tmp_path / "made", str(tmp_path / "base"), fingerprint, model, attached, ADAPTER)
+    with pytest.raises(UnsupportedModelError, match="rope_type dynamic"):
+        export(made, "transformers", tmp_path / "out")
+    assert left(tmp_path) == ["base", "made"]
 
 
 def test_another_base_is_refused(base, made, tmp_path):

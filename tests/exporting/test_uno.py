@@ -137,6 +137,13 @@ def test_what_does_not_qualify_is_told_at_once(made, base, tmp_path):
         export(one, "uno", tmp_path / "out")
 
 
+def test_a_strangers_words_are_no_commands(fit, tmp_path):
+    artifact = artifacts.read(fit)
+    artifact.config["base"]["revision"] = "$(touch x)"
+    text = files(artifact, "a/b; touch x\n")["README.md"].decode()
+    assert "--model-path PATH-OF-THE-BASE --revision '$(touch x)' " in text and "touch x\n" not in text
+
+
 def test_the_recipe_qualifies():
     keys = by_key(load_recipe("uno"))
     assert {key: keys[key] for key in WANTED} == WANTED

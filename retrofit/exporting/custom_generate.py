@@ -209,7 +209,7 @@ class Decoder:
         path = [text.tokens[-1]]
         for row in logits[int(anchored) + (draft["shift"] == 0) :]:
             path.append(text.chosen(self.drafter.biased(row, path[-1]), path[1:]))
-        return path[1:]
+        return path[1 : self.end - len(text.tokens) + 1]  # the last of them is verified before the end
 
     def draft_rows(self, embeds_NH: Tensor, start: int, first: int, seen_DD: Tensor) -> Tensor:
         """Logits [N, V] of rows from `start` on; from row `first` on they are draft rows.

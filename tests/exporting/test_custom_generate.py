@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from saved import ADAPTER, save_artifact
-from tiny_models import build
+from tiny_models import CONTEXT, build
 from transformers import AutoModelForCausalLM
 
 import retrofit
@@ -92,6 +92,20 @@ def test_other_models_say_what_they_say(name, tmp_path):
     assert found[0, LONGEST:].tolist() == ours.tokens
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     assert window or forwards == sum(ours.stats.forwards.values())
+
+
+def test_nothing_stands_beyond_the_context(made, model):
+    """Models with a table of positions have no row there."""
+    at = []
+
+    def positions(module, inputs, given):
+        at.append(int(given["position_ids"].max()))
+
+    hook = model.register_forward_pre_hook(positions, with_kwargs=True)
+    found = generate(model, torch.tensor(PROMPTS[:1]), adapter=str(made), max_new_tokens=CONTEXT - LONGEST)
+    hook.remove()
+    plain = model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=CONTEXT - LONGEST)
+    assert torch.equal(found, plain) and max(at) < CONTEXT
 
 
 def test_the_noise_is_ours():

@@ -15,6 +15,7 @@ from retrofit.report.html.colours import WAYS, colour
 from retrofit.report.html.generic import named
 from retrofit.report.html.words import (
     NONE,
+    exactly,
     figure,
     figures,
     megabytes,
@@ -80,11 +81,10 @@ def losslessness(found: Data) -> str:
         part = found[kind]
         for way, counts in {**part["by_way"], "the original against itself": part["noise_floor"]}.items():
             texts = f"{number(counts['equal_texts'])} of {number(counts['texts'])}"
-            classes = [number(counts[name]) for name in ("match", "tie", "near")]
-            bug = number(counts["bug"])
-            rows.append([_way(way), kind, texts, *classes, f'<span class="bad">{bug}</span>' if counts["bug"] else bug])
+            bug = exactly(counts["bug"], short(counts["bug"]), "bad" if counts["bug"] else "")
+            rows.append([_way(way), kind, texts, bug, *(number(counts[name]) for name in ("near", "tie", "match"))])
         worst += [(kind, first) for first in part["worst"]]
-    shown = table(["way", "", "texts equal", "match", "tie", "near", "bug"], rows)
+    shown = table(["way", "", "texts equal", "bug", "near", "tie", "match"], rows)
     if not worst:
         return shown
     cells = [
@@ -169,20 +169,21 @@ def _over(title: str, said: str, measured: Sequence[Data], key: str, below: str)
 
 def speed(found: Data) -> str:
     header = [
-        *("way", "batch", "tokens before", "T", "time of ar's", "of transformers'", "first token, ms"),
-        *("between p50, ms", "p99, ms", "tokens/s a user", "tokens/s in all", "peak memory, MB"),
+        *("way", "batch", "tokens/s a user", "time of ar's", "of transformers'", "tokens/s in all", "first token, ms"),
+        *("between p50, ms", "p99, ms", "peak memory, MB", "tokens before", "T"),
     ]
-    keys = ("ttft_p50_ms", "itl_p50_ms", "itl_p99_ms", "tokens_per_s_user", "tokens_per_s_total")
+    keys = ("tokens_per_s_total", "ttft_p50_ms", "itl_p50_ms", "itl_p99_ms")
     rows = [
-        [_way(way), *_where(cell), number(cell["ratio_to_ar"][way]), number(cell["ratio_to_transformers"][way]),
-         *(number(timed[key]) for key in keys), megabytes(timed["peak_memory_bytes"])]
+        [_way(way), number(cell["batch_size"]), number(timed["tokens_per_s_user"]), number(cell["ratio_to_ar"][way]),
+         number(cell["ratio_to_transformers"][way]), *(number(timed[key]) for key in keys),
+         megabytes(timed["peak_memory_bytes"]), *_where(cell)]
         for cell in found["cells"] for way, timed in cell["ways"].items()
     ]  # fmt: skip
     return _drawn_speed(found) + table(header, rows) + _left_out(found["skipped_cells"])
 
 
 def _where(cell: Data) -> list[str]:
-    return [number(cell[key]) for key in ("batch_size", "context_tokens", "temperature")]
+    return [number(cell[key]) for key in ("context_tokens", "temperature")]
 
 
 def _place(cell: Data) -> str:
@@ -226,21 +227,21 @@ def _over_batches(title: str, said: str, cells: Sequence[Data]) -> str:
 
 def break_even(found: Data) -> str:
     rows = [
-        [_way(way), number(one["context_tokens"]), number(one["temperature"]),
-         *(number(at[key]) for key in ("pays_up_to", "stops_at", "batch_size"))]
+        [_way(way), *(number(at[key]) for key in ("pays_up_to", "stops_at", "batch_size")), *_where(one)]
         for one in found["by_context"] for way, at in one["ways"].items()
     ]  # fmt: skip
-    return table(["way", "tokens before", "T", "pays up to batch", "no longer at", "even at about"], rows)
+    return table(["way", "pays up to batch", "no longer at", "even at about", "tokens before", "T"], rows)
 
 
 def cost(found: Data) -> str:
     price = found["price_usd_per_hour"]
     said = "No price was given." if price is None else f"At {number(price)} US dollars an hour."
     rows = [
-        [_way(way), *_where(cell), number(one["usd_per_million_tokens"]), number(one["relative_to_ar"])]
+        [_way(way), number(cell["batch_size"]), number(one["usd_per_million_tokens"]), number(one["relative_to_ar"]),
+         *_where(cell)]
         for cell in found["cells"] for way, one in cell["ways"].items()
     ]  # fmt: skip
-    header = ["way", "batch", "tokens before", "T", "USD for a million tokens", "of ar's"]
+    header = ["way", "batch", "USD for a million tokens", "of ar's", "tokens before", "T"]
     return paragraph(said) + ("" if price is None else _drawn_cost(found)) + table(header, rows)
 
 

@@ -51,9 +51,10 @@ def megabytes(value: int | None) -> str:
     return NONE if value is None else exactly(value, f"{value / 1e6:,.0f}")
 
 
-def exactly(value: float, shown: str) -> str:
-    """A figure as `report.json` has it, shown as something shorter."""
-    return f'<data value="{value!r}">{escape(shown)}</data>'
+def exactly(value: float, shown: str, kind: str = "") -> str:
+    """A figure as `report.json` has it, shown as something shorter.  kind: its class."""
+    named = f' class="{kind}"' if kind else ""
+    return f'<data value="{value!r}"{named}>{escape(shown)}</data>'
 
 
 def numbers(values: Iterable[float | None]) -> str:

@@ -106,6 +106,7 @@ def test_every_colour_can_be_read(name, dark):
 
 def test_a_mode_has_one_colour():
     assert colour("fused, batch 8") == colour("auto") == colour("two_forward") == "self-spec"
+    assert colour("other-artifact, fused") == "self-spec" and colour("transformers assisted=small") == "original"
     assert colour("who knows") == "ink"
     assert {MODES[way] for way in WAYS} == set(COLOURS) - {"ink", "faint", "rule", "paper", "card", "bad"}
     assert len({pair[0] for pair in COLOURS.values()}) == len(COLOURS)

@@ -96,12 +96,13 @@ def _rows(marks: Sequence[Mark], title: str, room: float, draw: Callable[[Axes, 
     if missing() or not marks:
         return ""
     height = ROW * len(marks)
-    with canvas(height, (1, 0, room, 0)) as (figure, axes):
-        most = max(float(value) for mark in marks for value in mark.values if value is not None)
-        axes.set_xlim(0, most or 1)
+    with canvas(height, (6, 0, room, 0)) as (figure, axes):
+        known = [float(value) for mark in marks for value in mark.values if value is not None]
+        low, high = min(0.0, *known), max(0.0, *known)
+        axes.set_xlim(low, high if high > low else low + 1)
         axes.set_ylim(height, 0)
         for number, mark in enumerate(marks):
-            _write(axes, mark.name, (0, number * ROW + 14), colour="ink", weight="normal" if mark.faint else "bold")
+            _write(axes, mark.name, (low, number * ROW + 14), weight="normal" if mark.faint else "bold")
             draw(axes, number * ROW + 27, mark)
         return inline(figure, title)
 
@@ -130,6 +131,20 @@ def spans(marks: Sequence[Mark], title: str) -> str:
         _write(axes, f"{short(low)} to {short(high)}{mark.unit}", (high, y), (7, -4))
 
     return _rows(marks, title, RANGE, draw)
+
+
+def intervals(marks: Sequence[Mark], title: str) -> str:
+    """(low, value, high) of each, on both sides of a line at 0."""
+
+    def draw(axes: Axes, y: float, mark: Mark) -> None:
+        low, value, high = mark.values
+        assert low is not None and value is not None and high is not None
+        axes.plot([0, 0], [y - 9, y + 9], color=paper("faint"), linewidth=1, clip_on=False)
+        axes.plot([low, high], [y, y], color=paper(mark.colour), linewidth=4, alpha=0.45, clip_on=False)
+        axes.plot([value], [y], "o", color=paper(mark.colour), markersize=9, clip_on=False)
+        _write(axes, short(value), (max(high, 0), y), (10, -4))
+
+    return _rows(marks, title, VALUE, draw)
 
 
 def lines(marks: Sequence[Mark], places: Sequence[str], title: str, *, even: str = "", below: str = "") -> str:

@@ -28,6 +28,7 @@ MODES = {
     "self_spec": "self-spec",
     "prompt_lookup": "lookup",
     "transformers_prompt_lookup": "lookup",
+    "transformers lookup": "lookup",
     "diffusion": "diffusion",
     "transformers": "original",
     "original": "original",
@@ -43,13 +44,21 @@ WAYS = {
     "diffusion": "diffusion",
     "transformers": "the original, by transformers",
     "transformers_prompt_lookup": "prompt lookup, by transformers",
+    "transformers lookup": "prompt lookup, by transformers",
 }
 """What a way is called beside its bar or its line."""
 
 
 def colour(way: str) -> str:
-    """The colour's name; of `fused, batch 8` that of `fused`, of a way that nobody knows `ink`."""
-    return MODES.get(way, MODES.get(way.split(",")[0].strip(), "ink"))
+    """The colour's name; of `fused, batch 8` and of `another artifact, fused` that of `fused`.
+
+    A model that drafts for the original (`transformers assisted=...`) has that of the original; a way that nobody
+    knows has `ink`.
+    """
+    for name in (way, *way.split(", "), way.partition(" ")[0]):
+        if name in MODES:
+            return MODES[name]
+    return "ink"
 
 
 def paper(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from retrofit.report.html.words import cell, pairs, table, text
+from retrofit.report.html.words import cell, named, pairs, table, text
 
 UNSHOWN = ("trace",)
 """Raw counts that figures are computed from."""
@@ -22,10 +22,6 @@ def generic(data: Any, level: int = 3) -> str:
     if _is_rows(data):
         return _rows(data, level)
     return table([""], [[_short(value)] for value in data]) if isinstance(data, list) else f"<p>{cell(data)}</p>"
-
-
-def named(key: str) -> str:
-    return key.replace("_", " ")
 
 
 def _object(data: Mapping[str, Any], level: int) -> str:

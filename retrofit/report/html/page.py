@@ -12,10 +12,10 @@ from typing import Any
 
 from retrofit.report.html import charts
 from retrofit.report.html.colours import variables
-from retrofit.report.html.generic import generic, named
+from retrofit.report.html.generic import generic
 from retrofit.report.html.picture import hero
 from retrofit.report.html.sections import SECTIONS
-from retrofit.report.html.words import SENTENCE, exactly, number, pairs, paragraph, percent, text
+from retrofit.report.html.words import SENTENCE, exactly, named, number, pairs, paragraph, percent, text
 from retrofit.report.markdown import TITLES
 
 Data = Mapping[str, Any]
@@ -26,9 +26,12 @@ READ = {
     "losslessness": "Tokens by how far they fall short of the base's likeliest: <b>match</b>; <b>tie</b> and"
     " <b>near</b>, which rounding explains; <b>bug</b>, which it does not. The original against itself is the noise"
     " that everything else has to be held against.",
+    "quality": "Every item was answered by both, so that differences are within items; McNemar's p is the chance that"
+    " answers this different come from models as good.",
     "acceptance": "TPF is tokens per forward after the prompt, all kinds of forwards counted; tau is tokens per cycle"
     " of drafting and verifying. On text that loops any drafter looks brilliant, prompt lookup most of all.",
     "speed": "All ways took turns over the same prompts; times against others are medians within turns.",
+    "against": "The same prompts, decoded by others; forwards are those of the original's size.",
     "break_even": "Up to which batch size a way is no slower than <code>ar</code> of the same engine.",
     "diffusion": "Agreement is the share of tokens that are the base's own first choice. It is not quality.",
 }

@@ -5,18 +5,22 @@ A number stands in `<data value=...>` with what `report.json` holds, and is show
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from retrofit.report.html.colours import colour
 from retrofit.report.markdown import number as short_or_text
 
+Data = Mapping[str, Any]
 MOST_LETTERS = 160
 """Of one text: prompts have names as long as they like."""
 SENTENCE = 1000
 """Of one of our own sentences, in which such a text may stand."""
-MOST_ROWS = 300
-"""Of one table."""
+MOST_ROWS, MOST_REASONS = 300, 20
+"""Of one table, and of what a section left out."""
+LONG_NAME = 14
+"""Letters from which a name may be broken."""
 BREAK, NONE = "⏎", "\N{EN DASH}"
 """The end of a line within a text, and a figure that has no value."""
 
@@ -101,6 +105,34 @@ def paragraph(content: str, kind: str = "") -> str:
     return f'<p class="{kind}">{content}</p>' if kind else f"<p>{content}</p>"
 
 
+def tinted(name: str) -> str:
+    """With the colour of its mode; a long name may go on in the next line."""
+    broken = text(name).replace("_", "_<wbr>") if len(name) > LONG_NAME else text(name)
+    return f'<span class="way" style="--way: var(--{colour(name)})">{broken}</span>'
+
+
+def where(cell: Data) -> list[str]:
+    """Tokens before the output, and temperature."""
+    return [number(cell[key]) for key in ("context_tokens", "temperature")]
+
+
+def left_out(skipped: Sequence[Data]) -> str:
+    """What a section had to leave out, each with its reason."""
+    said = [f"{_what(one)}: {text(one.get('reason', one.get('why')))}" for one in skipped[:MOST_REASONS]]
+    return paragraph(f"Left out: {'; '.join(said)}.", "faint") if said else ""
+
+
+def _what(one: Data) -> str:
+    if "what" in one:
+        return text(one["what"])
+    return ", ".join(f"{text(named(key))} {cell(value)}" for key, value in one.items() if key != "reason")
+
+
+def named(key: str) -> str:
+    """A key of `report.json` as a word."""
+    return key.replace("_", " ")
+
+
 def figure(title: str, said: str, picture: str) -> str:
     """A picture under its title and a sentence; nothing where there is no picture.  title, said: plain text."""
     if not picture:
@@ -112,3 +144,8 @@ def figures(*drawn: str) -> str:
     """Pictures beside each other where there is room."""
     some = "".join(drawn)
     return f'<div class="figures">{some}</div>' if some else ""
+
+
+def drawing(title: str, said: str, draw: Callable[..., str], *drawn: Any, **options: Any) -> str:
+    """The figure that `draw` makes, to which title and sentence are what it is called where it is not seen."""
+    return figure(title, said, draw(*drawn, f"{title}. {said}", **options))

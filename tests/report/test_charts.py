@@ -7,10 +7,12 @@ from xml.etree import ElementTree
 import pytest
 from reporting import small
 
+from retrofit.report import document
 from retrofit.report.html import charts
 from retrofit.report.html.charts import Mark, Point
 from retrofit.report.html.colours import COLOURS, MODES, WAYS, colour
 from retrofit.report.html.picture import picture
+from scripts import draw_docs
 
 NASTY = "<b> & $\\frac{$ 日本 \x00"
 
@@ -112,7 +114,7 @@ def test_a_mode_has_one_colour():
     assert len({pair[0] for pair in COLOURS.values()}) == len(COLOURS)
 
 
-def test_the_picture_of_a_report(made, monkeypatch):
+def test_the_picture_of_a_report(made, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     with pytest.MonkeyPatch.context() as patch:
         data = small(patch, made).data
@@ -124,6 +126,9 @@ def test_the_picture_of_a_report(made, monkeypatch):
     assert charts.short(cell["ways"]["auto"]["tokens_per_s_user"]) in texts
     assert "prefers-color-scheme: dark" in drawn and "<script" not in drawn
     assert re.findall(r'https?:[^"]*', drawn) == ["http://www.w3.org/2000/svg"]
+    document.write(tmp_path, data, {})
+    assert list(draw_docs.report_picture(tmp_path).values()) == [drawn]
+    assert draw_docs.report_picture(tmp_path / "elsewhere") == {}
     nothing = {name: {"status": "pending", "reason": "x"} for name in data["sections"]}
     assert "Neither speed nor drafts were measured yet." in said(picture({**data, "sections": nothing}))
     monkeypatch.setattr(charts, "find_spec", lambda name: None)

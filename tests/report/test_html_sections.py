@@ -38,9 +38,41 @@ AGAINST = {
     ],
     "skipped": [{"what": "big", "why": "its vocabulary has 7 tokens"}],
 }  # fmt: skip
+SPEED_OF_LIGHT = {
+    "slots": 4, "skipped": [{"what": "steps of many rows", "why": NASTY}],
+    "oracle": [
+        {"temperature": 0.8, "realised_tau": 1.75, "by_candidates": [
+            {"candidates": 16, "cycles": 9, "tokens_per_cycle": 2.375, "accept_cond": [0.625, 0.375]},
+        ]},
+    ],
+    "machine": {"read_gb_per_s": 28.4, "multiply_gflop_per_s": 158.25, "weight_bytes": 13509632, "weight_numbers": 5},
+    "steps": [
+        {"way": way, "rows": rows, "measured_ms": 16.5 * rows, "least_ms": 0.5, "bound_by": "reading",
+         "share_of_best": 0.03125}
+        for way, rows in (*(("ar", 2**power) for power in range(7)), ("fused", 80.25))
+    ],
+    "speedup": {"tokens_per_forward": 1.6875, "predicted": 0.4375, "measured": 0.3125},
+}  # fmt: skip
+RATES = {"ar_tokens_per_s": 65.125, "drafter_tokens_per_s": 110.5, "speedup": 1.6875}
+OTHER_HARDWARE = {
+    "kind": "projection", "dtype": "bfloat16", "fixed_ms": 15.5, "fixed_explained_ms": 0.5, "row_ms": 1.25,
+    "row_explained_ms": 0.0625,
+    "check": {
+        "setting": NASTY, "kept": {"steps": [], "median_error_percent": 61.5, "worst_error_percent": 218.5},
+        "scaled": {"steps": [], "median_error_percent": 41.5, "worst_error_percent": 98.25},
+    },
+    "devices": [
+        {"device": name, "source": "a data sheet", "read_gb_per_s": 4800.0, "multiply_gflop_per_s": 989000.0,
+         "kept": RATES, "scaled": {**RATES, "speedup": gain}}
+        for name, gain in (("One", 0.875), (NASTY, 2.125), ("None", None))
+    ],
+}  # fmt: skip
+FOUND = {
+    "quality": QUALITY, "against": AGAINST, "speed_of_light": SPEED_OF_LIGHT, "other_hardware": OTHER_HARDWARE,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "found"), [("quality", QUALITY), ("against", AGAINST)], ids=["quality", "against"])
+@pytest.mark.parametrize(("name", "found"), FOUND.items(), ids=FOUND)
 def test_every_figure_is_found_and_texts_are_texts(name, found):
     page = Page(SECTIONS[name](found))
     assert untraceable(page, found, short) == []
@@ -50,7 +82,7 @@ def test_every_figure_is_found_and_texts_are_texts(name, found):
     }
     said = " ".join(page.said)
     assert "<img src=x onerror=alert(1)> & 日本" in " ".join(said.split()) and "\x00" not in said
-    assert "Left out: " in said
+    assert ("Left out: " in said) is bool(found.get("skipped"))
 
 
 def test_a_difference_that_chance_explains_reaches_the_line():
@@ -63,6 +95,19 @@ def test_a_difference_that_chance_explains_reaches_the_line():
     zero = float(line.split('d="M ')[1].split()[0])
     left, right = (float(part.split()[0]) for part in interval.split('d="M ')[1].split('"')[0].split(" L "))
     assert right == pytest.approx(zero, abs=0.01) and left < right
+
+
+def test_what_was_not_measured_is_not_drawn_nor_said():
+    plain = {**SPEED_OF_LIGHT, "oracle": [], "speedup": None, "steps": SPEED_OF_LIGHT["steps"][:1]}
+    page = SECTIONS["speed_of_light"](plain)
+    assert "<figure" not in page and "drafts would be worth" not in page and "GB/s" in page
+
+
+def test_a_projection_says_that_it_is_one():
+    page = SECTIONS["other_hardware"](OTHER_HARDWARE)
+    assert "Nothing here was measured there." in page
+    if not charts.missing():
+        assert "Projected, not measured" in page and ">0.875 to 1.688</text>" in page and ">1.688 to 2.125<" in page
 
 
 def test_nothing_is_drawn_of_what_was_not_counted():

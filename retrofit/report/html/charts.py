@@ -7,8 +7,9 @@ installed there is none, and the functions return an empty text.  It is imported
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,12 +33,14 @@ VALUE, RANGE = 74, 140
 """Room for the number behind a bar, and for the two behind a span."""
 NAME = 128
 """Room for the names behind the ends of lines."""
+TICKS = 5
+"""Places below lines that have room for a name; of more of them every second is named, or third."""
 APART = 14
 """Between two lines of text."""
 PLOT = 210
 """Height of lines and curves."""
-MOST = 44
-"""Letters of a name."""
+MOST, AT_END = 44, 18
+"""Letters of a name above a bar, and at the end of a line."""
 SETTINGS = {
     "svg.fonttype": "none", "svg.hashsalt": "retrofit", "text.parse_math": False, "font.family": "DejaVu Sans",
     "font.size": 13, "text.color": paper("ink"), "lines.solid_capstyle": "round",
@@ -166,22 +169,26 @@ def lines(marks: Sequence[Mark], places: Sequence[str], title: str, *, even: str
         else:
             axes.set_ylim(0, max(values) * 1.05 or 1)
             axes.axhline(0, color=paper("rule"), linewidth=1, clip_on=False)
+        named = range(len(places) - 1, -1, -math.ceil(len(places) / TICKS))
         for mark in marks:
-            _line(axes, mark)
+            _line(axes, mark, named)
         _names_at_ends(axes, marks, even)
-        for number, place in enumerate(places):
-            _write(axes, place, (number, 0), (0, -18), colour="faint", across="center", floor=True)
+        for number in named:
+            _write(axes, places[number], (number, 0), (0, -18), colour="faint", across="center", floor=True)
         _write(axes, below, (0, 0), (-8, -36), colour="faint", floor=True)
         return inline(figure, title)
 
 
-def _line(axes: Axes, mark: Mark) -> None:
+def _line(axes: Axes, mark: Mark, named: Container[int]) -> None:
+    """named: places whose values are written where the line is not faint; that of its end stands beside its name."""
     known = _known(mark)
     axes.plot(
         *zip(*known, strict=True), "-o", color=paper(mark.colour), linewidth=1.5 if mark.faint else 2.5,
         markersize=3 if mark.faint else 6, alpha=0.6 if mark.faint else 1, clip_on=False,
     )  # fmt: skip
-    for (x, value), (_, then) in [] if mark.faint else pairwise(known):
+    for (x, value), (_, then) in pairwise(known):
+        if mark.faint or x not in named:
+            continue
         falls = then < value
         _write(axes, short(value), (x, value), (5, 5) if falls else (0, 9), across="left" if falls else "center")
 
@@ -199,7 +206,7 @@ def _names_at_ends(axes: Axes, marks: Sequence[Mark], even: str) -> None:
     box = axes.get_window_extent()
     moved = apart(heights, APART, box.y0, box.y1 + APART)
     for (mark, _, value), before, after in zip(ends, heights, moved, strict=True):
-        name = mark.name if mark.faint else f"{mark.name} {short(value)}"
+        name = clean(mark.name, AT_END) if mark.faint else f"{clean(mark.name, AT_END)} {short(value)}"
         weight = "normal" if mark.faint else "bold"
         _write(axes, name, (right, value), (12, after - before - 4), colour=mark.colour, weight=weight)
 

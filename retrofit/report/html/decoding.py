@@ -164,14 +164,17 @@ def break_even(found: Data) -> str:
 
 def cost(found: Data) -> str:
     price = found["price_usd_per_hour"]
-    said = "No price was given." if price is None else f"At {number(price)} US dollars an hour."
     rows = [
-        [tinted(way), number(cell["batch_size"]), number(one["usd_per_million_tokens"]), number(one["relative_to_ar"]),
-         *where(cell)]
+        [tinted(way), number(cell["batch_size"]), *([] if price is None else [number(one["usd_per_million_tokens"])]),
+         number(one["relative_to_ar"]), *where(cell)]
         for cell in found["cells"] for way, one in cell["ways"].items()
     ]  # fmt: skip
-    header = ["way", "batch", "USD for a million tokens", "of ar's", "tokens before", "T"]
-    return paragraph(said) + ("" if price is None else _drawn_cost(found)) + table(header, rows)
+    if price is None:
+        said, drawn, dollars = "No price was given, so this is relative.", "", []
+    else:
+        said, drawn = f"At {number(price)} US dollars an hour.", _drawn_cost(found)
+        dollars = ["USD for a million tokens"]
+    return paragraph(said) + drawn + table(["way", "batch", *dollars, "of ar's", "tokens before", "T"], rows)
 
 
 def _drawn_cost(found: Data) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from retrofit.report.html.answers import compared, losslessness, quality
-from retrofit.report.html.bounds import against
+from retrofit.report.html.bounds import against, other_hardware, speed_of_light
 from retrofit.report.html.decoding import acceptance, break_even, cost, diffusion, speed, training
 
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -23,5 +23,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "cost": cost,
     "against": against,
     "diffusion": diffusion,
+    "speed_of_light": speed_of_light,
+    "other_hardware": other_hardware,
     "training": training,
 }

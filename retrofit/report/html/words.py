@@ -19,7 +19,7 @@ SENTENCE = 1000
 """Of one of our own sentences, in which such a text may stand."""
 MOST_ROWS, MOST_REASONS = 300, 20
 """Of one table, and of what a section left out."""
-LONG_NAME = 14
+LONG_NAME = 12
 """Letters from which a name may be broken."""
 BREAK, NONE = "⏎", "\N{EN DASH}"
 """The end of a line within a text, and a figure that has no value."""

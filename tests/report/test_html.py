@@ -66,11 +66,12 @@ def test_every_figure_is_one_of_the_report(data):
 def test_sections_stand_in_the_order_of_the_report_and_what_is_missing_has_its_reason(data):
     page = html(data)
     titles = re.findall(r"<h2>(.*?)</h2>", page)
-    assert titles[1:-2] == [TITLES[name] for name in data["sections"]] and len(titles) > 9
+    done = [name for name, section in data["sections"].items() if section["status"] == "done"]
+    assert titles[1:-2] == [TITLES[name] for name in done] and len(done) >= 8
     assert titles[-2:] == ["Not measured", "Figures by name"]
     for one in data["skipped"]:
         assert one["reason"] in page
-    assert page.count("makes these figures again.") == len(data["sections"])
+    assert page.count("makes these figures again.") == len(done)
     for line in data["verdict"]["lines"]:
         assert line.replace("'", "&#x27;") in page
     assert [gate["name"] for gate in data["verdict"]["gates"] if f"<code>{gate['name']}</code>" not in page] == []

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def files(folder: Path) -> Iterator[str]:
 
 
 VOID = {"meta", "link", "br", "wbr", "rect", "path", "use"}
-NUMBER = re.compile(r"(?<![\w.,-])-?\d+(?:,\d{3})*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\w.,-])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]\d+)?")
 
 
 class Page(HTMLParser):
@@ -117,13 +118,14 @@ def untraceable(page: Page, report: Any, short: Any) -> list[str]:
 
 def _is_of(value: float, text: str, numbers: set[float]) -> bool:
     """value: one of the report's.  text: that value in fewer digits, perhaps in percent or in millions."""
-    digits = NUMBER.search(text)
-    if value not in numbers or digits is None:
+    found = NUMBER.search(text)
+    if value not in numbers or found is None:
         return False
-    places = len(digits[0].partition(".")[2])
-    scale = 0.01 if text.endswith("%") else 1e6 if value >= 1e6 and float(digits[0].replace(",", "")) < 1e6 else 1
-    coarse = 10.0 ** (len(digits[0].replace(",", "")) - 4) if value >= 1000 and not places else 1
-    return abs(float(digits[0].replace(",", "")) * scale - value) <= 0.5000001 * 10**-places * scale * max(1, coarse)
+    shown = Decimal(found[0].replace(",", ""))
+    last = Decimal(1).scaleb(int(shown.as_tuple().exponent))
+    bytes_in_mb = value >= 10_000 and value == int(value) and shown * 1000 < value
+    scale = Decimal("0.01") if text.endswith("%") else 10**6 if bytes_in_mb else 1
+    return abs(shown * scale - Decimal(value)) <= Decimal("0.5000001") * last * scale
 
 
 def _leaves(value: Any, kind: Any) -> Any:

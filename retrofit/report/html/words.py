@@ -52,7 +52,7 @@ def percent(value: float | None) -> str:
 
 
 def megabytes(value: int | None) -> str:
-    return NONE if value is None else exactly(value, f"{value / 1e6:,.0f}")
+    return NONE if value is None else exactly(value, short(value / 1e6))
 
 
 def exactly(value: float, shown: str, kind: str = "") -> str:

@@ -1,6 +1,7 @@
 """Pictures of a report: they show what they were given, in colours that can be told from what they stand on."""
 
 import re
+import sys
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -68,6 +69,23 @@ def test_lines_that_end_together_have_names_apart():
     assert min(b - a for a, b in pairwise(heights)) >= charts.APART - 0.01
 
 
+def test_settings_of_the_machine_change_no_picture():
+    matplotlib = pytest.importorskip("matplotlib")
+    mark = Mark("ar", "ar", [1.0])
+    plain = charts.bars([mark], "t")
+    with matplotlib.rc_context({"savefig.bbox": "tight", "font.size": 30, "svg.fonttype": "path"}):
+        assert charts.bars([mark], "t") == plain
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_a_matplotlib_that_cannot_be_imported_is_none(monkeypatch):
+    charts.missing.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert charts.missing() and charts.bars([Mark("ar", "ar", [1.0])], "t") == ""
+    charts.missing.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("heights", "moved"),
     [
@@ -131,5 +149,5 @@ def test_the_picture_of_a_report(made, tmp_path, monkeypatch):
     assert draw_docs.report_picture(tmp_path / "elsewhere") == {}
     nothing = {name: {"status": "pending", "reason": "x"} for name in data["sections"]}
     assert "Neither speed nor drafts were measured yet." in said(picture({**data, "sections": nothing}))
-    monkeypatch.setattr(charts, "find_spec", lambda name: None)
+    monkeypatch.setattr(charts, "missing", lambda: True)
     assert any("pip install 'retrofit-lm[report]'" in text for text in said(picture(data)))

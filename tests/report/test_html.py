@@ -88,7 +88,7 @@ def test_a_page_asks_for_nothing(data):
 @pytest.mark.parametrize("with_pictures", [True, False], ids=["drawn", "without matplotlib"])
 def test_what_models_and_prompts_say_is_text(changed, with_pictures, monkeypatch):
     if not with_pictures:
-        monkeypatch.setattr(charts, "find_spec", lambda name: None)
+        monkeypatch.setattr(charts, "missing", lambda: True)
     first = {"way": NASTY, "prompt": NASTY, "token": 3, "class": "bug", "ulp": None, "before": NASTY,
              "expected": NASTY, "got": NASTY}  # fmt: skip
     found(changed, "losslessness")["greedy"] |= {"worst": [first], "bug": 1}
@@ -202,7 +202,7 @@ def test_a_section_that_nobody_knows_is_shown_as_tables(changed):
 
 
 def test_without_matplotlib_the_page_says_how_to_get_pictures(data, monkeypatch):
-    monkeypatch.setattr(charts, "find_spec", lambda name: None)
+    monkeypatch.setattr(charts, "missing", lambda: True)
     page = html(data)
     assert "pip install 'retrofit-lm[report]'" in page
     assert "<svg" not in page and "<figure" not in page

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -69,9 +69,15 @@ class Point:
     colour: str
 
 
+@cache
 def missing() -> bool:
-    """Whether there is nothing to draw with."""
-    return find_spec("matplotlib") is None
+    """Whether there is nothing to draw with: matplotlib is not there, or not fit for what else is installed."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where it keeps what it knows of fonts
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return True
+    return False
 
 
 @contextmanager
@@ -82,9 +88,10 @@ def canvas(
     import matplotlib
     import matplotlib.figure
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says when it reads the machine's fonts
     left, top, right, bottom = box
-    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # people have settings of their own
+        matplotlib.rcParams.update(SETTINGS)
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # whoever shows the page brings the letters
         figure = matplotlib.figure.Figure(figsize=(width / PER_INCH, height / PER_INCH), dpi=PER_INCH)
         place = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)

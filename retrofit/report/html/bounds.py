@@ -7,7 +7,7 @@ from typing import Any
 
 from retrofit.report.html import charts
 from retrofit.report.html.charts import Mark
-from retrofit.report.html.colours import WAYS, colour
+from retrofit.report.html.colours import MAIN, WAYS, colour
 from retrofit.report.html.words import (
     drawing,
     figures,
@@ -24,8 +24,6 @@ from retrofit.report.html.words import (
 )
 
 Data = Mapping[str, Any]
-MAIN = ("auto", "transformers")
-"""Ways that the picture is about; the others stand beside them."""
 PROJECTIONS = ("kept", "scaled")
 """What is made of the time that neither reading nor multiplying explains."""
 

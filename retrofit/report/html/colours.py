@@ -47,6 +47,8 @@ WAYS = {
     "transformers lookup": "prompt lookup, by transformers",
 }
 """What a way is called beside its bar or its line."""
+MAIN = ("auto", "transformers")
+"""Ways that a picture is about; the others stand beside them."""
 
 
 def colour(way: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from retrofit.report.headline import first_cells
 from retrofit.report.html import charts
 from retrofit.report.html.charts import Mark, Point
-from retrofit.report.html.colours import WAYS, colour
+from retrofit.report.html.colours import MAIN, WAYS, colour
 from retrofit.report.html.words import (
     drawing,
     figures,
@@ -29,8 +29,8 @@ from retrofit.report.html.words import (
 
 Data = Mapping[str, Any]
 TOGETHER = "requests that run together"
-MAIN = ("auto", "transformers")
-"""Ways that a picture is about; the others stand beside them."""
+CATEGORIES = 12
+"""Those that a picture has room for; the table has them all."""
 
 
 def acceptance(found: Data) -> str:
@@ -85,7 +85,7 @@ def _drawn_acceptance(found: Data) -> str:
 
 
 def _of(measured: Iterable[Data], key: str) -> list[Mark]:
-    return [Mark(one[key], "self-spec", [one["tpf"]]) for one in list(measured)[:12]]
+    return [Mark(one[key], "self-spec", [one["tpf"]]) for one in list(measured)[:CATEGORIES]]
 
 
 def _by(title: str, said: str, draw: Callable[..., str], marks: Sequence[Mark]) -> str:
@@ -122,14 +122,14 @@ def _place(cell: Data) -> str:
 def _drawn_speed(found: Data) -> str:
     cells = first_cells({"speed": found})
     first = min(cells, key=lambda cell: cell["batch_size"])
-    where = f"Batch {short(first['batch_size'])}, {_place(first)}"
+    said = f"Batch {short(first['batch_size'])}, {_place(first)}"
     return figures(
         drawing(
-            "Tokens per second, for one user", where, charts.bars,
+            "Tokens per second, for one user", said, charts.bars,
             [_mark(way, [timed["tokens_per_s_user"]]) for way, timed in first["ways"].items()],
         ),
         drawing(
-            "Waiting for the next chunk", f"The median and the slowest in a hundred. {where}", charts.spans,
+            "Waiting for the next chunk", f"The median and the slowest in a hundred. {said}", charts.spans,
             [_mark(way, [timed["itl_p50_ms"], timed["itl_p99_ms"]], " ms") for way, timed in first["ways"].items()],
         ),
         _over_batches("Time per token, against ar", f"Below the dashed line is faster. {_place(first)}", cells),

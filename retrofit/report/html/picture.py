@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape, quoteattr
 from retrofit.report.headline import first_cells
 from retrofit.report.html import charts
 from retrofit.report.html.charts import ROW, Mark
-from retrofit.report.html.colours import colour, variables
+from retrofit.report.html.colours import MAIN, colour, variables
 from retrofit.report.html.words import clean, figure, figures, short
 
 Data = Mapping[str, Any]
@@ -96,7 +96,7 @@ def halves(data: Data) -> Iterator[Half]:
             f" T = {short(cell['temperature'])}"
         )
         marks = [
-            Mark(name, colour(way), [cell["ways"][way]["tokens_per_s_user"]], way not in ("auto", "transformers"))
+            Mark(name, colour(way), [cell["ways"][way]["tokens_per_s_user"]], way not in MAIN)
             for name, way in FASTEST if way in cell["ways"] and cell["ways"][way]["tokens_per_s_user"] is not None
         ]  # fmt: skip
         yield Half("Tokens per second, for one user", said, marks)

@@ -13,7 +13,8 @@ from retrofit.named_bases import embedded_folder
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "tiny-retrofit"
 base = embedded_folder()  # the model that ships inside; with a model of your own, its folder or Hub id
-model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)  # in 16 bits two programs round differently
+tokenizer = AutoTokenizer.from_pretrained(base)
 prompt = tokenizer("def area(radius):", return_tensors="pt")
 
 

@@ -59,17 +59,22 @@ class Base:
         return self.live
 
 
-def _model_place(name: str, revision: str | None, offline: bool, *, weights: bool = True, code: bool) -> Path:
-    """`locate` of what holds a model's configuration.  Raises what that and `check_readable` raise, and UsageError."""
+def _model_place(
+    name: str, revision: str | None, offline: bool, *, weights: bool = True, code: bool
+) -> tuple[Path, Header | None]:
+    """`locate` of what holds a model's configuration, and the header where that is a GGUF file.
+
+    Raises what `locate` and `check_readable` raise, and UsageError.
+    """
     place = locate(name, revision, offline, weights=weights, code=code)
     if is_gguf(place):
-        check_readable(place)
-    elif not (place / "config.json").is_file():
+        return place, check_readable(place)
+    if not (place / "config.json").is_file():
         raise UsageError(
             f"{name} holds no config.json, so it is no transformers model",
             f"of a folder or Hub id of GGUF files name one: {name}/FILE.gguf",
         )
-    return place
+    return place, None
 
 
 def load_base(
@@ -88,15 +93,16 @@ def load_base(
     with_model False: files, configuration and tokenizer only, for a backend that reads the weights itself.
     """
     check_device(device)
-    place = _model_place(name, revision, offline, code=trust_remote_code)
-    with read_once() if is_gguf(place) else nullcontext():
-        return _opened(name, revision, place, dtype, device, trust_remote_code, need_tokenizer, with_model)
+    place, header = _model_place(name, revision, offline, code=trust_remote_code)
+    with nullcontext() if header is None else read_once():
+        return _opened(name, revision, place, header, dtype, device, trust_remote_code, need_tokenizer, with_model)
 
 
 def _opened(
     name: str,
     revision: str | None,
     place: Path,
+    header: Header | None,
     dtype: str,
     device: str,
     trust_remote_code: bool,
@@ -110,7 +116,6 @@ def _opened(
     except Exception as error:
         raise _not_loaded(name, device, error) from error
     refuse_quantised(name, config)
-    header = check_readable(place) if is_gguf(place) else None
     described = config.to_dict()
     fingerprint = gguf_fingerprint(place, header, described) if header else file_fingerprint(place, described)
     model = _load_model(name, place, header, config, dtype, device, trust_remote_code) if with_model else None
@@ -249,7 +254,7 @@ def load_tokenizer(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    place = _model_place(name, revision, offline, weights=False, code=trust_remote_code)
+    place, _ = _model_place(name, revision, offline, weights=False, code=trust_remote_code)
     try:
         options = {**pretrained(place), "trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(**options).get_text_config()
@@ -268,7 +273,7 @@ def load_config(
     """
     from transformers import AutoConfig
 
-    place = _model_place(name, revision, offline, weights=False, code=trust_remote_code)
+    place, _ = _model_place(name, revision, offline, weights=False, code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(**pretrained(place), trust_remote_code=trust_remote_code), place
     except Exception as error:

@@ -111,7 +111,7 @@ def _gguf_of(hub_id: str, file: str, revision: str | None, offline: bool) -> Pat
     with _hub_errors(f"{hub_id}/{file}", revision):
         place = _download(hub_id, revision, offline, [file]) / file
     if not place.is_file():
-        where = "in the local cache" if _is_offline(offline) else "on the Hub"
+        where = "in the local cache" if is_offline(offline) else "on the Hub"
         raise UsageError(f"{hub_id} holds no file {file} {where}", "check the spelling of the file's name")
     return place
 
@@ -140,7 +140,7 @@ def _download(
             snapshot_download(
                 name,
                 revision=revision,
-                local_files_only=_is_offline(offline),
+                local_files_only=is_offline(offline),
                 tqdm_class=bar,
                 allow_patterns=wanted,
                 ignore_patterns=other,
@@ -148,7 +148,8 @@ def _download(
         )
 
 
-def _is_offline(asked: bool) -> bool:
+def is_offline(asked: bool) -> bool:
+    """Whether the Hub is not to be asked: by a caller, or by the environment as the Hub's library reads it."""
     return asked or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
 
 

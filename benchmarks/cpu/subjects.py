@@ -6,6 +6,7 @@ An option that this version's `Engine.load` does not have is left out, so that t
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import retrofit
-from retrofit.adapters.attach import attach
+from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES
 from retrofit.artifact import folder as artifacts
@@ -86,27 +87,43 @@ def untrained_artifact(model: Path, folder: Path) -> Path:
     """An artifact whose adapter has learned nothing: it costs what a trained one costs."""
     base = load_base(str(model), offline=True, need_tokenizer=False)
     attached = attach(base.model, DraftLayout(), **ADAPTER)
-    count = sum(p.numel() for p in attached.lora_parameters())
+    return write_artifact(folder, str(model), base.fingerprint, base.model, attached, ADAPTER)
+
+
+def write_artifact(
+    folder: Path,
+    name: str,
+    fingerprint: Mapping[str, Any],
+    model: PreTrainedModel,
+    attached: Attached,
+    adapter: Mapping[str, Any],
+    **more: Any,
+) -> Path:
+    """An artifact of what is attached to a model, as `convert` would write it, without any training.
+
+    name, fingerprint: of the base; adapter: what `attach` was given; more: other keys of its configuration.
+    """
     config = {
         "format": artifacts.FORMAT,
         "retrofit": retrofit.__version__,
         "base": {
-            "model": str(model),
+            "model": name,
             "revision": None,
-            "dtype": str(base.model.dtype).removeprefix("torch."),
-            "fingerprint": base.fingerprint,
-            "architecture": type(base.model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "fingerprint": fingerprint,
+            "architecture": type(model).__name__,
         },
         "profile": "frozen",
         "draft": attached.layout.to_dict(),
-        "adapter": {**ADAPTER, "modules": sorted(attached.adapter_config()["target_modules"])},
+        "adapter": {**adapter, "modules": sorted(attached.adapter_config()["target_modules"])},
         "parameters": {
-            "adapter": count,
+            "adapter": sum(p.numel() for p in attached.lora_parameters()),
             "heads": sum(p.numel() for p in attached.heads.parameters()),
             "base": sum(p.numel() for p in attached.base_parameters()),
         },
         "acceptance": {"conditional": {kind: [0.5] * attached.layout.drafts for kind in ("greedy", "sampled")}},
         "training": {"steps": 0},
+        **more,
     }
     return artifacts.write(
         folder,
@@ -115,5 +132,5 @@ def untrained_artifact(model: Path, folder: Path) -> Path:
         heads=attached.heads_state(),
         config=config,
         recipe_yaml="profile: frozen\n",
-        card="# Untrained, to be timed\n",
+        card="# Untrained\n",
     )

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
-from retrofit.adapters.heads import Heads, load_heads
+from retrofit.adapters.heads import MARKOV, Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.live import refuse_adapters, remove_adapter
 from retrofit.adapters.roles import is_target, resolve_targets
@@ -62,11 +62,17 @@ class Attached:
         """How many parameters are trained, to how many the base has."""
         return count(self.parameters()) / count(self.base_parameters())
 
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Tensors of `adapter_model.safetensors`, as PEFT names them."""
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round LoRA and Markov head, in place, to numbers of `dtype`: saved in that they are the same."""
+        with torch.no_grad():
+            for tensor in [*self.lora_parameters(), *self.heads.markov_parameters()]:
+                tensor.copy_(tensor.to(dtype))
+
+    def adapter_state(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Tensors of `adapter_model.safetensors`, as PEFT names them.  dtype: to save them in; None: as they are."""
         own = {name: p for name, p in self.peft_model.named_parameters() if "lora_" in name}
         state = get_peft_model_state_dict(self.peft_model, own, save_embedding_layers=False)
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        return {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
 
     def adapter_config(self, base: str | None = None) -> dict[str, Any]:
         """`adapter_config.json` of a plain PEFT folder.  base: what it calls the base; PEFT would name a path.
@@ -82,9 +88,12 @@ class Attached:
         plain |= {"base_model_name_or_path": base, "alora_invocation_tokens": list(NEVER)}
         return {key: _jsonable(value) for key, value in plain.items()}
 
-    def heads_state(self) -> dict[str, Tensor]:
-        """Tensors of `heads.safetensors`."""
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.heads.state_dict().items()}
+    def heads_state(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Tensors of `heads.safetensors`.  dtype: to save the Markov head in, which all but is their size."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.heads.state_dict().items()}
+        return {
+            name: tensor.to(dtype) if dtype and name.startswith(MARKOV) else tensor for name, tensor in state.items()
+        }
 
     def load(self, adapter: dict[str, Tensor], heads: dict[str, Tensor]) -> None:
         """Raises ArtifactError when names or shapes do not fit this model."""

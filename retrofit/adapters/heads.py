@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from retrofit.errors import ArtifactError
 
+MARKOV = "markov_"
+"""How the names of the Markov head's tensors begin."""
+
 
 class Heads(nn.Module):
     """Mask vector, Markov head (`bias = W2 W1[previous token]`, DSpark), confidence head on `[h ; W1[previous]]`.
@@ -41,6 +44,10 @@ class Heads(nn.Module):
     def unknown(self) -> int:
         """The Markov head's index for a previous token that is still masked."""
         return self.vocab
+
+    def markov_parameters(self) -> list[nn.Parameter]:
+        """None without a Markov head."""
+        return [p for name, p in self.named_parameters() if name.startswith(MARKOV)]
 
     def markov_bias(self, previous_N: Tensor, ids_NM: Tensor | None = None) -> Tensor | None:
         """[N] previous token ids -> [N, V] bias on the draft logits; None without a Markov head.

@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,21 @@ def write_file(path: Path, content: bytes | Iterable[memoryview]) -> dict[str, A
     finally:
         os.close(handle)
     return {"sha256": digest.hexdigest(), "size": size}
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, and the folders it is to be in: who reads it meets the old one or the new one, whole.
+
+    Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        write_file(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def _open_new(path: Path, direct: bool) -> int:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from retrofit.artifact.files import disk, json_bytes, sha256, sync_folder, write_file
+from retrofit.artifact.files import disk, json_bytes, replace_file, sha256, sync_folder, write_file
 from retrofit.artifact.safety import AGAIN, check_safetensors, load_json, names_in, reading, stays_inside
 from retrofit.artifact.schema import FORMAT, check_adapter_config, check_config
 from retrofit.errors import ArtifactError, UsageError
@@ -221,13 +221,12 @@ def add(folder: str | Path, name: str, data: bytes | str) -> Path:
     stays_inside(path, root)
     data = data.encode() if isinstance(data, str) else data
     with disk(path, len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
         hashed = path.with_name(f"{path.name}.sha256")
         # without a hash in between, never with a wrong one
         hashed.unlink(missing_ok=True)
-        _replace(path, data)
+        replace_file(path, data)
         if name != CARD:
-            _replace(hashed, _beside_hash(path.name, data))
+            replace_file(hashed, _beside_hash(path.name, data))
     return path
 
 
@@ -290,16 +289,6 @@ def put(new: Path, folder: Path) -> None:
     with suppress(OSError):  # a leftover harms nobody under a name that `restore` does not know
         old = old.rename(old.with_suffix(".part"))
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        write_file(temporary, data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def _exists(root: Path) -> None:

@@ -42,7 +42,9 @@ def certify(
     """
     quieten_libraries()
     from retrofit import certify as run
+    from retrofit.sharing.pulling import local_folder
 
+    folder = str(local_folder(folder, loading.offline))
     certificate = run(folder, level=level, base=base, progress=not is_quiet(), **loading.keywords)
     path = certificate.save(folder)
     if as_json:

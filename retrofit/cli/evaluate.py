@@ -53,6 +53,12 @@ class Listed(click.ParamType):
 @click.option("--price", type=float, metavar="USD", help="What an hour of this machine costs.")
 @click.option("--fail-under", multiple=True, metavar="NAME=V",
               help="End with 3 where a figure is below V, such as speedup_batch_1=1.2; may be repeated.")  # fmt: skip
+@click.option("--tasks", type=Listed(str), metavar="LIST",
+              help="Of quality: arithmetic, cloze, code, format, text, gsm8k, humaneval, or of lm-evaluation-harness."
+              "  [default: the first five]")  # fmt: skip
+@click.option("--allow-code", is_flag=True, help="Run code that a model wrote for a task, under limits.")
+@click.option("--against", multiple=True, metavar="WHAT",
+              help="Beside transformers' lookup, assisted=MODEL, or another ARTIFACT; may be repeated.")  # fmt: skip
 @click.option("-o", "--out", metavar="FOLDER", help="Where the report is written.  [default: ARTIFACT/eval]")
 @click.option("--restart", is_flag=True, help="Measure again what an earlier run has finished.")
 @base_option
@@ -115,11 +121,12 @@ def _print(data: dict[str, Any]) -> None:
 
 @click.group(context_settings=CONTEXT)
 def report() -> None:
-    """Show a report that `retrofit eval` wrote.
+    """Show a report that `retrofit eval` wrote, or several side by side.
 
     \b
-    Example:
+    Examples:
       retrofit report show tiny-retrofit
+      retrofit report compare tiny-retrofit other-retrofit
     """
 
 
@@ -146,3 +153,32 @@ def report_show(place: str, as_html: bool, as_json: bool) -> None:
         emit_json(data, indent=1)
     else:
         click.echo(html(data) if as_html else markdown(data), nl=False)
+
+
+@report.command("compare", context_settings=CONTEXT)
+@click.argument("places", metavar="ARTIFACT|FILE...", nargs=-1, required=True)
+@click.option("--markdown", is_flag=True, help="Print Markdown.")
+@output_options
+def report_compare(places: tuple[str, ...], markdown: bool, as_json: bool) -> None:
+    """Print reports side by side, each held against the first.
+
+    Where two were not measured alike (another base, other prompts, other hardware), that stands in place of a
+    difference.
+
+    \b
+    Example:
+      retrofit report compare tiny-retrofit other-retrofit --markdown
+    """
+    from retrofit.cli.tables import print_table
+    from retrofit.report import compare, document
+
+    found = compare.compared([(place, document.read(place)) for place in places])
+    if as_json:
+        emit_json(found, indent=1)
+    elif markdown:
+        click.echo(compare.page(found), nl=False)
+    else:
+        for line in compare.legend(found):
+            click.echo(line)
+        header, rows = compare.rows(found)
+        print_table([tuple(row) for row in rows], tuple(header))

@@ -181,11 +181,13 @@ def reference_tokens(
     batch_size: int = 1,
     eos: Sequence[int] = (),
     lookup: int | None = None,
+    assistant: PreTrainedModel | None = None,
     notify: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """What transformers' `generate` emits after each prompt, EOS included, processors and all else neutral.
 
     lookup: most drafts of transformers' own prompt lookup, which takes one prompt at a time; None: it is off.
+    assistant: a smaller model that drafts, of the same vocabulary; one prompt at a time too.
     notify: told after each step how many new tokens each prompt of the batch has.
 
     Prompts of unequal length are padded on the left within a batch.  At a temperature it draws from torch's
@@ -209,7 +211,9 @@ def reference_tokens(
             ids = torch.tensor([[PAD] * (width - len(p)) + p for p in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
             watched = StoppingCriteriaList([_Told(width, notify)] if notify is not None else [])
-            out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=watched)
+            out = model.generate(
+                ids, attention_mask=mask, generation_config=config, stopping_criteria=watched, assistant_model=assistant
+            )
             outputs += [_until_eos(row, eos) for row in out[:, width:].tolist()]
     finally:
         model.generation_config = own

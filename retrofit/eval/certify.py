@@ -44,6 +44,7 @@ from retrofit.locating import locate
 from retrofit.machine import cpu_name
 from retrofit.progress import progress as shown
 from retrofit.runtime.engine import Engine
+from retrofit.sharing.pulling import local_folder
 from retrofit.weight_files import dtype_name
 
 CERTIFICATE = "certificate.json"
@@ -151,7 +152,9 @@ def certify(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Certificate:
-    """Check an artifact folder, or a live engine, against its base.  Writes nothing; see `Certificate.save`.
+    """Check an artifact, named as `Engine.load` takes it, or a live engine, against its base.
+
+    Writes nothing; see `Certificate.save`.
 
     level: quick = 8 prompts of 64 new tokens, full = 64 of 128.  device, dtype: where and in what type a
     folder is loaded (an engine stays as it is).  backend, exact, packed: as `Engine.load`, which the folder is loaded
@@ -165,7 +168,7 @@ def certify(
     if level not in LEVELS:
         raise UsageError(f"level {level!r} does not exist", f"levels are {', '.join(LEVELS)}")
     size, device = LEVELS[level], resolved_device(device)
-    folder = None if isinstance(target, Engine) else Path(target)
+    folder = None if isinstance(target, Engine) else local_folder(target, offline)
     if folder is not None:
         artifacts.check(folder)
     checks: list[Check] = []

@@ -24,6 +24,7 @@ from retrofit.gguf_files import is_gguf
 from retrofit.hub import check_device, load_base, resolved_device
 from retrofit.named_bases import EMBEDDED
 from retrofit.progress import progress as shown
+from retrofit.sharing.pulling import local_folder
 
 if TYPE_CHECKING:
     from retrofit.runtime.backends.fused.backend import FusedGQA
@@ -137,7 +138,7 @@ def diagnose(
     machine lacks is part of the result.  Raises ArtifactError, UsageError, ResourceError or UnsupportedModelError for
     an artifact, a base or the name of a device that is no good.
     """
-    artifact, device = artifacts.read(Path(folder)) if folder else None, resolved_device(device)
+    artifact, device = artifacts.read(local_folder(folder, offline)) if folder else None, resolved_device(device)
     try:
         check_device(device)
     except ResourceError as error:

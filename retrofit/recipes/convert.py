@@ -54,7 +54,7 @@ from retrofit.runtime.engine import Engine
 
 PROBES = ("train.probe_every", "train.probe_prompts", "train.probe_tokens")
 """Keys of a recipe that change no weights, unless probes decide when to stop or what to publish."""
-NOT_TRAINING = ("train.save_every", "train.checkpointing", *PROBES)
+NOT_TRAINING = ("adapter.dtype", "train.save_every", "train.checkpointing", *PROBES)
 """Keys of a recipe that may change between two runs of one conversion."""
 
 Resume = Literal["auto", "force", "never"]
@@ -270,6 +270,7 @@ def _train(job: _Job, session: Session, tracker: tracking.Tracker, interrupts: I
     job.wait_for_all("trained")  # the main process has saved what the others read now
     with interrupts.held():
         session.take_published()
+        job.attached.round_to(getattr(torch, job.plan.adapter.dtype))  # what is measured is what is published
     if "probe" in session.published:
         say(f"publishing step {session.published['step']}; probe: {probed(session.published)}")
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retrofit import __version__
 from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
@@ -26,7 +28,7 @@ def publish(
     out: Path, plan: Recipe, base: Base, attached: Attached, session: Session, measured: HeldOut, overwrite: bool
 ) -> None:
     """Write the artifact, whole.  Raises what `artifact.write` raises."""
-    conditional = measured.conditional()
+    conditional, held = measured.conditional(), getattr(torch, plan.adapter.dtype)
     acceptance: dict[str, Any] = {"conditional": session.published["accept"]}
     if len(measured.eligible):
         acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
@@ -47,8 +49,8 @@ def publish(
     artifact.write(
         out,
         adapter_config=attached.adapter_config(None if named["local"] else named["model"]),
-        adapter_state=attached.adapter_state(),
-        heads=attached.heads_state(),
+        adapter_state=attached.adapter_state(held),
+        heads=attached.heads_state(held),
         config=_config(plan, base, named, attached, acceptance, session),
         recipe_yaml=dump_recipe(published_recipe(plan, named)),
         card=text,

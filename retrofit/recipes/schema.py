@@ -57,6 +57,8 @@ class Adapter(Section):
     """Rank of the Markov head, which tells a draft row the token drafted to its left; 0 leaves it out."""
     confidence: bool = True
     """Train the confidence head, which decides how many drafts are worth verifying."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the artifact holds LoRA and Markov head in; bfloat16 halves it. They are trained in float32 all the same."""
 
     @model_validator(mode="after")
     def _roles_once(self) -> Self:

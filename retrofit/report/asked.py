@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from retrofit.errors import UsageError
+from retrofit.errors import ResourceError, UsageError
 from retrofit.recipes.problems import did_you_mean
 from retrofit.report.headline import names
+from retrofit.report.rivals import Rival, rivals
 from retrofit.report.suites import MODES, SUITES, Suite
+from retrofit.tasks import harness, packaged
+from retrofit.tasks.items import CATEGORIES, fewest
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,10 @@ class Asked:
     modes: tuple[str, ...]
     fail_under: Mapping[str, float]
     given: Mapping[str, str]
+    price: float | None = None
+    tasks: tuple[str, ...] = CATEGORIES
+    allow_code: bool = False
+    against: tuple[Rival, ...] = ()
 
     def command(self, folder: Path | None, prompts: Any, loading: Mapping[str, Any]) -> str:
         """The command that does the same; folders by their names alone, FILE for prompts that came from none.
@@ -35,6 +43,8 @@ class Asked:
         file = {} if prompts is None else {"--prompts": name}
         more = {f"--{name}": str(value) for name, value in loading.items() if value not in ("auto", 0)}
         options = [part for option, value in {**self.given, **file, **more}.items() for part in (option, value)]
+        options += ["--allow-code"] if self.allow_code else []
+        options += [part for rival in self.against for part in ("--against", rival.name)]
         gates = [part for name, bound in self.fail_under.items() for part in ("--fail-under", f"{name}={bound:g}")]
         return shlex.join(["retrofit", "eval", artifact, "--suite", self.name, *options, *gates])
 
@@ -49,6 +59,10 @@ def check(
     fail_under: Mapping[str, float] | None,
     *,
     given: bool,
+    tasks: Sequence[str] | None = None,
+    allow_code: bool = False,
+    against: Sequence[str] | None = None,
+    offline: bool = False,
 ) -> Asked:
     """given: whether the prompts are the user's own, which then stand for the contexts of the suite.
 
@@ -71,6 +85,7 @@ def check(
     if limit is not None:
         (limit,) = _counts("--limit", [limit])
         size = replace(size, prompts=min(size.prompts, limit), lossless_prompts=min(size.lossless_prompts, limit))
+        size = replace(size, quality_items=fewest(size.quality_items, limit))
         said["--limit"] = str(limit)
     if price is not None:
         if not 0 < price < math.inf:
@@ -81,7 +96,24 @@ def check(
         if name not in names(size):
             known = names(size)
             raise UsageError(f"fail-under {name}: no such figure{did_you_mean(name, known)}", _are(known))
-    return Asked(suite, size, tuple(modes or MODES), least, said)
+    if tasks is not None:
+        said["--tasks"] = ",".join(_tasks(tasks))
+    return Asked(
+        suite, size, tuple(modes or MODES), least, said, price, tuple(tasks or CATEGORIES), allow_code,
+        rivals(against or (), offline),
+    )  # fmt: skip
+
+
+def _tasks(names: Sequence[str]) -> Sequence[str]:
+    """Raises UsageError for none, and for one that the harness, where it is installed, does not know either."""
+    known = [*CATEGORIES, *packaged.TASKS]
+    if not names:
+        raise UsageError("--tasks is empty; it must be names of tasks", f"such as {','.join(known)}")
+    others = [name for name in names if name not in known]
+    with suppress(ResourceError):  # without the harness the section says what it lacks
+        if others:
+            harness.check(others)
+    return names
 
 
 def _counts(option: str, values: Sequence[int]) -> tuple[int, ...]:

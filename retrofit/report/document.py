@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from retrofit.artifact import folder as artifacts
-from retrofit.artifact.files import disk, write_file
+from retrofit.artifact.files import disk, replace_file
 from retrofit.errors import ArtifactError, UsageError
 
 REPORT = "report.json"
@@ -68,19 +67,10 @@ def write(folder: str | Path, data: dict[str, Any], others: dict[str, str]) -> P
         if path.parent != root:
             artifacts.add(root, f"{FOLDER}/{name}", content)
         else:
-            _replace(path.with_name(name), content)
+            beside = path.with_name(name)
+            with disk(beside, len(content)):
+                replace_file(beside, content)
     return path
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    with disk(path, len(content)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_file(temporary, content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> dict[str, Any]:

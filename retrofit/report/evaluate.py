@@ -29,11 +29,15 @@ from retrofit.report.html.picture import picture
 from retrofit.report.markdown import markdown
 from retrofit.report.prompts import Prompt, Row, code_prompts, own_rows, read_rows, tokenized
 from retrofit.report.sections.acceptance import acceptance
+from retrofit.report.sections.against import against
 from retrofit.report.sections.compared import compared
 from retrofit.report.sections.diffusion import diffusion
 from retrofit.report.sections.losslessness import losslessness
+from retrofit.report.sections.other_hardware import other_hardware
 from retrofit.report.sections.payoff import break_even, cost
+from retrofit.report.sections.quality import quality
 from retrofit.report.sections.speed import speed
+from retrofit.report.sections.speed_of_light import speed_of_light
 from retrofit.report.sections.training import training
 from retrofit.report.setting import Data, Earlier, Setting, Skipped
 from retrofit.report.verdict import verdict
@@ -44,23 +48,20 @@ Section = Callable[[Setting, Earlier], Data]
 SECTIONS: dict[str, Section] = {
     "compared": compared,
     "losslessness": losslessness,
+    "quality": quality,
     "acceptance": acceptance,
     "speed": speed,
     "break_even": break_even,
     "cost": cost,
+    "against": against,
     "diffusion": diffusion,
+    "speed_of_light": speed_of_light,
+    "other_hardware": other_hardware,
     "training": training,
 }
 """In the order they run and stand."""
 DERIVED = ("compared", "break_even", "cost", "training")
 """Made of others or in no time, so always anew: a new price does not measure again."""
-NOT_MEASURED = {
-    "quality": "this version measures no tasks",
-    "speed_of_light": "this version has no oracle acceptance and no memory roofline",
-    "other_hardware": "this version projects nothing onto other machines",
-    "against": "this version sets no other artifact beside this one",
-}
-"""What a report should hold besides."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ def evaluate(
     prompts: str | Path | Sequence[Any] | None = None,
     price: float | None = None,
     fail_under: Mapping[str, float] | None = None,
+    tasks: Sequence[str] | None = None,
+    allow_code: bool = False,
+    against: Sequence[str] | None = None,
     out: str | Path | None = None,
     restart: bool = False,
     seed: int = 0,
@@ -135,6 +139,8 @@ def evaluate(
     prompts) stand over it.  prompts: a JSONL file (`retrofit.report.prompts`), or a list of texts, messages or token
     ids; None: some of our own, or held-out code for a model that was trained on such.  price: US dollars an hour of
     this machine costs.  fail_under: least values of figures by name, gates of the report's verdict.
+    tasks: names of `tasks.items.CATEGORIES`, `tasks.packaged.TASKS` and of lm-evaluation-harness; None: the first.
+    allow_code: run code that a model wrote for one, under limits.  against: other ways to decode, as in `rivals.py`.
     out: an artifact or another folder, where every finished section is written; of an artifact folder they are not run
     again by the same call, unless restart.  The options of loading are those of `Engine.load`.  clock: seconds.
 
@@ -142,7 +148,8 @@ def evaluate(
     figure, DataError for prompts that are none, and what loading raises.  What stops it in the middle says in a note
     where the finished sections are.
     """
-    asked = check(suite, modes, batch, context, limit, price, fail_under, given=prompts is not None)
+    asked = check(suite, modes, batch, context, limit, price, fail_under, given=prompts is not None,
+                  tasks=tasks, allow_code=allow_code, against=against, offline=offline)  # fmt: skip
     rows = None if prompts is None else _rows(prompts)
     loading = {"seed": seed, "device": device, "dtype": dtype, "backend": backend, "exact": exact}
     folder = None if isinstance(target, Engine) else Path(target)
@@ -151,12 +158,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     try:
-        place = None if loaded.base is None else loaded.base.place
-        subject = Subject(loaded, place, trust_remote_code, folder)
-        setting = Setting(
-            subject, _prompts(rows, subject, asked), asked.suite, rows is not None, asked.modes, price, seed, clock,
-            command=asked.command(folder, prompts, loading),
-        )  # fmt: skip
+        subject = Subject(loaded, loaded.base.place if loaded.base else None, trust_remote_code, folder)
+        setting = _setting(subject, asked, rows, seed, clock, asked.command(folder, prompts, loading))
         kept = {} if restart or out is None or folder is None else _finished(out, setting)
         return _run(setting, asked, kept, out, progress)
     finally:
@@ -171,6 +174,16 @@ def _rows(prompts: str | Path | Sequence[Any]) -> list[Row]:
     if not prompts:
         raise UsageError("prompts is empty", "give texts, messages or token ids, or leave it out")
     return [Row(str(number), "uncategorised", asked, raw=True) for number, asked in enumerate(prompts, 1)]
+
+
+def _setting(
+    subject: Subject, asked: Asked, rows: Sequence[Row] | None, seed: int, clock: Callable[[], float], command: str
+) -> Setting:
+    """Raises as `_prompts` does."""
+    return Setting(
+        subject, _prompts(rows, subject, asked), asked.suite, rows is not None, asked.modes, asked.price, seed, clock,
+        command, asked.tasks, asked.allow_code, asked.against,
+    )  # fmt: skip
 
 
 def _prompts(rows: Sequence[Row] | None, subject: Subject, asked: Asked) -> list[Prompt]:
@@ -203,8 +216,8 @@ def _finished(out: str | Path, setting: Setting) -> dict[str, Data]:
         return {}
     if before["key"] != _key(setting):
         return {}
-    sections = before["sections"].items()
-    return {name: found for name, found in sections if found["status"] == "done" and name not in DERIVED}
+    sections = {n: found for n, found in before["sections"].items() if found["status"] == "done" and n not in DERIVED}
+    return {name: found for name, found in sections.items() if found["data"].get("asked", {}) == setting.asked(name)}
 
 
 def _run(setting: Setting, asked: Asked, kept: Mapping[str, Data], out: str | Path | None, progress: bool) -> Report:
@@ -223,7 +236,7 @@ def _run(setting: Setting, asked: Asked, kept: Mapping[str, Data], out: str | Pa
             "command": setting.command,
             "key": key,
             "sections": dict(sections),
-            "skipped": [{"section": n, "reason": reason} for n, reason in {**skipped, **NOT_MEASURED}.items()],
+            "skipped": [{"section": n, "reason": reason} for n, reason in skipped.items()],
             "figures": headline(done),
             "verdict": document.finite(verdict(done, asked.fail_under)),
         })  # fmt: skip

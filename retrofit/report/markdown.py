@@ -12,11 +12,15 @@ Data = Mapping[str, Any]
 TITLES = {
     "compared": "What was compared",
     "losslessness": "Does it answer the same",
+    "quality": "Is it as good",
     "acceptance": "What the drafts are worth",
     "speed": "Speed",
     "break_even": "Where it stops paying",
     "cost": "Cost",
+    "against": "Beside other ways to decode the original",
     "diffusion": "Diffusion: speed against agreement",
+    "speed_of_light": "How far from the best that could be",
+    "other_hardware": "On other hardware: a projection",
     "training": "What the conversion cost",
 }
 SPECIAL = {
@@ -116,6 +120,47 @@ def _losslessness(found: Data) -> Iterator[str]:
         yield from table(header, cells)
 
 
+def _quality(found: Data) -> Iterator[str]:
+    rows = [
+        [text(one["task"]), text(one["metric"]), mode, number(stat["n"]), number(stat["value"]),
+         number(stat["original"]), number(stat["delta"]), _interval(stat["ci95"]), _split(stat)]
+        for one in found["tasks"] for mode, stat in one["modes"].items()
+    ]  # fmt: skip
+    header = ["task", "metric", "mode", "items", "this", "the original", "delta", "95 % interval", "right alone, p"]
+    yield from table(header, rows)
+    for mode, same in found["answers"].items():
+        yield ""
+        yield (
+            f"Of {same['items']} answers of {mode} {same['equal']} are the original's, {same['by_rounding']} differ by"
+            f" rounding, {same['other']} otherwise."
+        )
+    if found["differing"]:
+        yield ""
+        cells = [
+            [one["mode"], text(one["task"]), text(one["item"]), text(one["original"]), text(one["answer"])]
+            for one in found["differing"]
+        ]
+        yield from table(["mode", "task", "item", "the original", "this"], cells)
+    yield from _reasons(found["skipped"])
+
+
+def _reasons(skipped: Sequence[Data]) -> Iterator[str]:
+    for one in skipped:
+        yield ""
+        yield f"Left out: {text(one['what'])}: {text(one['why'])}."
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "-" if bounds is None else f"{number(bounds[0])} to {number(bounds[1])}"
+
+
+def _split(stat: Data) -> str:
+    """Items that only the one, and only the original, has right, and McNemar's p."""
+    if stat["mcnemar_p"] is None:
+        return "-"
+    return f"{stat['only_here']} : {stat['only_original']}, {number(stat['mcnemar_p'])}"
+
+
 def _acceptance(found: Data) -> Iterator[str]:
     header = ["", "TPF", "tau", "tau, mean of requests", "rows per token", "looping", "acceptance by slot"]
     rows = []
@@ -190,6 +235,26 @@ def _cost(found: Data) -> Iterator[str]:
     yield from table(["batch", "tokens before", "T", "way", "USD for a million tokens", "of ar's"], rows)
 
 
+def _against(found: Data) -> Iterator[str]:
+    header = [
+        "way",
+        "tokens/s",
+        "time of transformers'",
+        "tokens per forward",
+        "small forwards per token",
+        "texts equal",
+    ]
+    keys = ("tokens_per_s", "ratio_to_transformers", "tokens_per_forward", "small_forwards_per_token")
+    rows = [
+        [text(row["way"]), *(number(row[key]) for key in keys), f"{row['equal_texts']} of {found['prompts']}"]
+        for row in found["rows"]
+    ]
+    yield from table(header, rows)
+    yield ""
+    yield f"Greedy, one prompt at a time; of the original's texts {number(found['looping_share'])} loop."
+    yield from _reasons(found["skipped"])
+
+
 def _diffusion(found: Data) -> Iterator[str]:
     rows = [
         ["ar" if point["threshold"] is None else number(point["threshold"]), number(point["tpf"]),
@@ -201,6 +266,66 @@ def _diffusion(found: Data) -> Iterator[str]:
     yield f"Area under the points: {number(found['area_under_points'])}."
 
 
+def _speed_of_light(found: Data) -> Iterator[str]:
+    if found["oracle"]:
+        header = ["an oracle over", "tokens per cycle", "acceptance by slot", "tau of decoding, whose drafts branch"]
+        rows = [
+            [f"T = {number(one['temperature'])}, {held['candidates']} of each slot", number(held["tokens_per_cycle"]),
+             " ".join(map(number, held["accept_cond"])), number(one["realised_tau"])]
+            for one in found["oracle"] for held in one["by_candidates"]
+        ]  # fmt: skip
+        yield from table(header, rows)
+        yield ""
+    machine = found["machine"]
+    yield (
+        f"This machine reads {number(machine['read_gb_per_s'])} GB/s of a buffer as large as the weights"
+        f" ({machine['weight_bytes'] / 1e6:,.1f} MB), and multiplies {number(machine['multiply_gflop_per_s'])} GFLOP/s."
+    )
+    yield ""
+    keys = ("rows", "measured_ms", "least_ms", "share_of_best")
+    steps = [[text(one["way"]), *(number(one[key]) for key in keys), one["bound_by"]] for one in found["steps"]]
+    yield from table(["step", "rows", "takes, ms", "at best, ms", "share of the best", "bound by"], steps)
+    if found["speedup"] is not None:
+        gain = found["speedup"]
+        yield ""
+        yield (
+            f"At {number(gain['tokens_per_forward'])} tokens per forward, drafts would be worth"
+            f" {number(gain['predicted'])} times `ar` with both steps at best; they are worth"
+            f" {number(gain['measured'])} times."
+        )
+    yield from _reasons(found["skipped"])
+
+
+def _other_hardware(found: Data) -> Iterator[str]:
+    check = found["check"]
+    off = {
+        name: f"{number(check[name]['median_error_percent'])} % in the middle,"
+        f" {number(check[name]['worst_error_percent'])} % at worst"
+        for name in ("kept", "scaled")
+    }
+    yield (
+        f"**Nothing here was measured there.** A step takes {number(found['fixed_ms'])} ms and"
+        f" {number(found['row_ms'])} ms a row here, of which reading and multiplying at full speed explain"
+        f" {number(found['fixed_explained_ms'])} and {number(found['row_explained_ms'])}. There, these two take what is"
+        f" published, in {found['dtype']}, one request at a time. The rest stays as long as here (first figures) or"
+        " shrinks with them (second figures)."
+    )
+    yield ""
+    yield (
+        f"Held in the same ways against a setting that was measured here, {text(check['setting'])}: the first is off by"
+        f" {off['kept']}, the second by {off['scaled']}."
+    )
+    yield ""
+    keys = ("ar_tokens_per_s", "drafter_tokens_per_s", "speedup")
+    rows = [
+        [text(one["device"]), number(one["read_gb_per_s"]), number(one["multiply_gflop_per_s"]),
+         *(f"{number(one['kept'][key])} or {number(one['scaled'][key])}" for key in keys), text(one["source"])]
+        for one in found["devices"]
+    ]  # fmt: skip
+    header = ["device", "GB/s", "GFLOP/s", "ar, tokens/s", "drafter, tokens/s", "times ar's", "published in"]
+    yield from table(header, rows)
+
+
 def _training(found: Data) -> Iterator[str]:
     yield from table(["", ""], [[name.replace("_", " "), number(value)] for name, value in found.items()])
 
@@ -208,10 +333,14 @@ def _training(found: Data) -> Iterator[str]:
 RENDERED: dict[str, Callable[[Data], Iterator[str]]] = {
     "compared": _compared,
     "losslessness": _losslessness,
+    "quality": _quality,
     "acceptance": _acceptance,
     "speed": _speed,
     "break_even": _break_even,
     "cost": _cost,
+    "against": _against,
     "diffusion": _diffusion,
+    "speed_of_light": _speed_of_light,
+    "other_hardware": _other_hardware,
     "training": _training,
 }

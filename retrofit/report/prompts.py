@@ -15,10 +15,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.errors import DataError, UsageError
+from retrofit.errors import DataError
 from retrofit.recipes.text.library import held_out_prompts
 from retrofit.runtime.chat_template import source
 from retrofit.runtime.prompts import encode
+from retrofit.tasks.prompt_files import numbered_rows
 
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 OWN = Path(__file__).with_name("prompts.jsonl")
 CODE_TOKENS = 48
 """Of a prompt cut from held-out source code."""
+HOW = 'one a line, such as {"turns": ["Why is the sky blue?"]}'
 KINDS = ("turns", "prompt", "messages", "tokens")
 
 
@@ -53,28 +55,15 @@ class Prompt:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a file.  Raises DataError, naming the line, for what is no prompt, and for a file without any."""
+    """The rows of a file.  Raises DataError for a row that is no prompt, and what `numbered_rows` raises."""
     path = Path(path).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason})", "convert it to UTF-8") from None
-    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise DataError(f"{path}: holds no prompt", 'one a line, such as {"turns": ["Why is the sky blue?"]}')
-    return rows
+    return [_row(held, f"{path}:{number}") for number, held in numbered_rows(path, HOW)]
 
 
-def _row(line: str, where: str) -> Row:
-    try:
-        held = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from None
+def _row(held: Any, where: str) -> Row:
     kinds = [kind for kind in KINDS if isinstance(held, dict) and kind in held]
     if len(kinds) != 1:
-        raise DataError(f"{where}: must hold one of {', '.join(KINDS)}", '{"turns": ["Why is the sky blue?"]}')
+        raise DataError(f"{where}: must hold one of {', '.join(KINDS)}", HOW)
     kind, asked = kinds[0], held[kinds[0]]
     wanted: Any = str if kind == "prompt" else list
     if not isinstance(asked, wanted) or not asked or (kind == "turns" and not all(isinstance(t, str) for t in asked)):

@@ -14,8 +14,10 @@ from retrofit.errors import DataError
 from retrofit.eval.subject import Subject
 from retrofit.recipes.text.library import held_out_prompts
 from retrofit.report.prompts import Prompt
+from retrofit.report.rivals import Rival
 from retrofit.report.suites import MODES, Suite
 from retrofit.runtime.engine import Engine
+from retrofit.tasks.items import CATEGORIES
 
 Data = dict[str, Any]
 Earlier = Mapping[str, Data]
@@ -40,6 +42,11 @@ class Setting:
     seed: int = 0
     clock: Callable[[], float] = time.perf_counter
     command: str = "retrofit eval ARTIFACT"
+    tasks: tuple[str, ...] = CATEGORIES
+    """Names of tasks of quality."""
+    allow_code: bool = False
+    """Whether code that a model wrote may be run."""
+    against: tuple[Rival, ...] = ()
     _texts: dict[int, list[list[int]]] = field(default_factory=dict)
 
     @property
@@ -50,6 +57,12 @@ class Setting:
     def drafter(self) -> dict[str, Any]:
         """Options of the strategy whose drafts are measured: one forward drafts and verifies where the layout can."""
         return {"strategy": "fused" if self.engine.layout.anchored else "two_forward"}
+
+    def asked(self, section: str) -> Data:
+        """What a section was asked for that no other goes by."""
+        if section == "quality":
+            return {"tasks": list(self.tasks), "allow_code": self.allow_code}
+        return {"against": [rival.identity for rival in self.against]} if section == "against" else {}
 
     def need(self, mode: str) -> None:
         """Raises Skipped where the mode was not asked for."""

@@ -28,12 +28,16 @@ class Suite:
     thresholds: tuple[float, ...] = (0.5, 0.7, 0.9, 0.99)
     timed_at: tuple[float, ...] = (0.8, 0.0)
     """Temperatures that speed is measured at."""
+    quality_items: int | None = 30
+    """Of each task, evenly over it; None: all."""
+    step_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Requests that run together where steps are timed by their rows."""
 
 
 SUITES = {
     "quick": Suite(
         prompts=8, tokens=32, lossless_prompts=6, lossless_tokens=32, speed_tokens=48, repeats=2,
-        timed_at=(0.8,),
+        timed_at=(0.8,), quality_items=6,
     ),
     "standard": Suite(
         prompts=35, tokens=96, lossless_prompts=16, lossless_tokens=96, speed_tokens=96, repeats=5,
@@ -42,6 +46,6 @@ SUITES = {
     "full": Suite(
         prompts=80, tokens=256, lossless_prompts=64, lossless_tokens=128, speed_tokens=128, repeats=9,
         batches=(1, 2, 4, 8, 16, 32, 64, 128), contexts=(128, 1024, 4096, 16384, 32768, 65536, 131072),
-        thresholds=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
+        thresholds=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99), quality_items=None,
     ),
 }  # fmt: skip

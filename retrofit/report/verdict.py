@@ -4,6 +4,10 @@
     lossless_near       few differ by so much that only a wide rounding explains it, or no more than in the original's
                         own noise
     lossless_texts      above level `off`, where every text is promised to be the original's: every one is
+    quality_answers     no answer of `ar` or `self_spec` to a task differs from the original's by more than rounding
+                        explains
+    quality_not_worse   in no task is one of them worse than the original, the whole interval of the difference being
+                        on that side; what `diffusion` costs is reported, and judged by a bound of `--fail-under`
     claimed_greedy, claimed_sampled    decoding accepts at least half of what the artifact says its drafts are worth
     never_slower        `auto` takes hardly longer than `ar`, at any batch size and context; beyond what it promises,
                         the steps it may try things out in and the noise between turns of this run are allowed
@@ -19,7 +23,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from retrofit.eval.differences import CLASSES
-from retrofit.report.headline import Sections, first_cells, headline
+from retrofit.report.headline import Sections, first_cells, headline, overall
+from retrofit.report.sections.quality import LOSSLESS
 from retrofit.runtime.auto.policy import FREE
 
 SLOWER = 1.02
@@ -30,6 +35,10 @@ NEAR_SHARE = 0.001
 """Of all positions, those that may be `near`."""
 KEPT = 0.5
 """Of the drafts that an artifact claims are accepted, those that must be: other text is drafted less well."""
+
+
+ROUNDING = 1e-3
+"""Of a figure: in half precision losses of two forwards over the same tokens differ by about as much."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,13 @@ class Gate:
 
 def verdict(sections: Sections, fail_under: Mapping[str, float]) -> dict[str, Any]:
     """`ok` (None: nothing was measured), `lines` and `gates` of what the finished sections found."""
-    gates = [*_lossless(sections), *_claims(sections), *_never_slower(sections), *_asked(sections, fail_under)]
+    gates = [
+        *_lossless(sections),
+        *_quality(sections),
+        *_claims(sections),
+        *_never_slower(sections),
+        *_asked(sections, fail_under),
+    ]
     ok = all(gate.ok for gate in gates) if gates else None
     return {"ok": ok, "lines": lines(sections), "gates": [asdict(gate) for gate in gates]}
 
@@ -70,6 +85,34 @@ def _lossless(sections: Sections) -> Iterator[Gate]:
         texts = sum(part["texts"] for part in parts)
         said = f"{other} of {texts} texts differ from the original's; exact={found['exact']} promises that none does"
         yield Gate("lossless_texts", other == 0, other, 0, "lower", said)
+
+
+def _quality(sections: Sections) -> Iterator[Gate]:
+    if "quality" not in sections:
+        return
+    found = sections["quality"]
+    if found["answers"]:
+        asked, other = (sum(one[name] for one in found["answers"].values()) for name in ("items", "other"))
+        modes = " and ".join(found["answers"])
+        said = f"{other} of {asked} answers of {modes} differ from the original's by more than rounding explains"
+        yield Gate("quality_answers", other == 0, other, 0, "lower", f"{said}; none may" if other else said)
+    held = [(one, mode, one["modes"][mode]) for one in found["tasks"] for mode in LOSSLESS if mode in one["modes"]]
+    if held:
+        worse = [(one["task"], mode, stat) for one, mode, stat in held if _worse(stat, one["lower_is_better"])]
+        said = f"{len(worse)} of {len(held)} results of tasks are worse than the original's, beyond the interval"
+        named = "".join(
+            f"; {task} in {mode}: {stat['value']:.4g} for {stat['original']:.4g}" for task, mode, stat in worse
+        )
+        yield Gate("quality_not_worse", not worse, len(worse), 0, "lower", said + named)
+
+
+def _worse(stat: Mapping[str, Any], lower_is_better: bool) -> bool:
+    """Whether the whole interval of the difference lies on the worse side, and by more than rounding."""
+    if stat["ci95"] is None:
+        return False
+    low, high = stat["ci95"]
+    nearest = -low if lower_is_better else high
+    return bool(nearest < -ROUNDING * max(1.0, abs(stat["original"])))
 
 
 def _claims(sections: Sections) -> Iterator[Gate]:
@@ -129,14 +172,24 @@ def lines(sections: Sections) -> list[str]:
 
 def _same(sections: Sections) -> str:
     if "losslessness" not in sections:
-        return "Whether it answers as the original does was not measured."
+        return f"Whether it answers as the original does was not measured.{_solved(sections)}"
     parts = [sections["losslessness"][name] for name in ("greedy", "sampled")]
     texts, equal, bugs = (sum(part[name] for part in parts) for name in ("texts", "equal_texts", "bug"))
     if bugs:
         return f"It does NOT answer as the original does: {bugs} tokens differ by more than rounding explains."
-    if equal == texts:
-        return f"It answers as the original does: {equal} of {texts} texts are the same, token for token."
-    return f"It answers as the original does up to rounding: {equal} of {texts} texts are the same, token for token."
+    how = "" if equal == texts else " up to rounding"
+    said = f"It answers as the original does{how}: {equal} of {texts} texts are the same, token for token."
+    return said + _solved(sections)
+
+
+def _solved(sections: Sections) -> str:
+    """How many tasks it solves, and the original: by the mode that writes what the original writes."""
+    modes = overall(sections)
+    stat = next((modes[mode] for mode in ("self_spec", "ar") if mode in modes), None)
+    if stat is None:
+        return ""
+    own, theirs = (round(stat[name] * stat["n"]) for name in ("value", "original"))
+    return f" It solves {own} of {stat['n']} tasks, the original {theirs}."
 
 
 def _faster(sections: Sections) -> str:

@@ -164,32 +164,36 @@ def with_adapter(base: Base, artifact: Artifact, alone: bool = False) -> tuple[A
     Raises ArtifactError (another base), UnsupportedModelError, UsageError.
     """
     check_same_base(base, artifact)
-    config, adapter = artifact.config, artifact.config["adapter"]
-
-    def build() -> Attached:
-        attached = attach(
-            base.model,
-            DraftLayout(**config["draft"]),
-            rank=adapter["rank"],
-            alpha=adapter["alpha"],
-            targets=adapter["targets"],
-            markov_rank=adapter["markov_rank"],
-            confidence=adapter["confidence"],
-            modules=adapter["modules"],
-        )
-        try:
-            attached.load(artifact.adapter_state, artifact.heads)
-        except BaseException:
-            attached.detach()
-            raise
-        for parameter in attached.parameters():
-            parameter.requires_grad_(False)
-        return attached
-
-    attached, backend = wrap(base.model, build)
+    attached, backend = wrap(base.model, lambda: attach_artifact(base.model, artifact))
     if alone:
         attached.trainable.clear()  # it would keep the whole weights alive
     return attached, backend
+
+
+def attach_artifact(model: PreTrainedModel, artifact: Artifact) -> Attached:
+    """An artifact's adapter and heads on a model, to be run and not trained.
+
+    Raises ArtifactError where they do not fit, and what `attach` raises; the model is then as it was.
+    """
+    adapter = artifact.config["adapter"]
+    attached = attach(
+        model,
+        DraftLayout(**artifact.config["draft"]),
+        rank=adapter["rank"],
+        alpha=adapter["alpha"],
+        targets=adapter["targets"],
+        markov_rank=adapter["markov_rank"],
+        confidence=adapter["confidence"],
+        modules=adapter["modules"],
+    )
+    try:
+        attached.load(artifact.adapter_state, artifact.heads)
+    except BaseException:
+        attached.detach()
+        raise
+    for parameter in attached.parameters():
+        parameter.requires_grad_(False)
+    return attached
 
 
 def prepare(backend: HFBackend, exact: str, drafts: int, rows: int | None, packed: bool | str, alone: bool) -> Settled:

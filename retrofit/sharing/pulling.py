@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -19,8 +18,10 @@ from urllib.parse import quote
 
 from retrofit import __version__
 from retrofit.artifact import folder as artifact
-from retrofit.artifact.files import check_room, disk
+from retrofit.artifact.files import check_room, disk, replace_file
 from retrofit.errors import ArtifactError, ResourceError, UsageError
+from retrofit.locating import is_offline
+from retrofit.named_bases import shipped_artifact
 from retrofit.sharing.faults import UnreachableError
 from retrofit.sharing.fetching import download
 from retrofit.sharing.names import Repository, is_shared, on_hub
@@ -64,10 +65,13 @@ def pull(repository: str, out: str | Path | None = None, *, overwrite: bool = Fa
 
 
 def local_folder(name: str | Path, offline: bool = False) -> Path:
-    """The folder of an artifact that is named by its folder or by its repository on the Hub, fetched if need be.
+    """The folder of an artifact named by its folder, by a base whose artifact ships with retrofit, or by its repository
+    on the Hub, from where it is fetched if need be.
 
     What it holds is not checked, as whoever reads it does.  Raises what `pull` raises.
     """
+    if (shipped := shipped_artifact(name)) is not None:
+        return shipped
     artifact.restore(Path(name))
     found = on_hub(name)
     return Path(name) if found is None else _kept(found, offline, whole=False)
@@ -89,7 +93,7 @@ def _cache() -> Path:
 def _kept(asked: Repository, offline: bool, whole: bool) -> Path:
     """whole: whether what is kept is to be checked, and fetched again where it is damaged."""
     home = _cache() / asked.id.replace("/", "--", 1)
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
+    offline = is_offline(offline)
     commit = _resolved(asked, home, offline)
     kept = home / commit
     if _is_there(kept, whole):
@@ -139,19 +143,9 @@ def _resolved(asked: Repository, home: Path, offline: bool) -> str:
     if COMMIT.fullmatch(commit) is None:
         raise ResourceError(f"{asked}: the Hub named no commit", "run it again later")
     if commit != known:
-        _write(ref, commit)
+        with disk(ref, len(commit)):
+            replace_file(ref, commit.encode())
     return commit
-
-
-def _write(ref: Path, commit: str) -> None:
-    with disk(ref, len(commit)):
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        temporary = ref.with_name(f".{ref.name}.{secrets.token_hex(4)}.part")
-        try:
-            temporary.write_text(commit, encoding="utf-8")
-            temporary.replace(ref)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _fetch(asked: Repository, commit: str, kept: Path) -> None:

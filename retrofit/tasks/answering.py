@@ -70,16 +70,20 @@ class EngineAnswers:
             [context + continuation for context, continuation in pairs],
             SamplingParams(max_new_tokens=1, prompt_logprobs=1),
             mode="ar",
-            original_settings=False,
-            **self.options,
+            **{**self.options, "original_settings": False},
         )
         told = [result.prompt_logprobs or [] for result in results]
         return [_likelihood(rows[len(pair[0]) :], pair[1]) for rows, pair in zip(told, pairs, strict=True)]
 
     def texts(self, asked: Sequence[Asked]) -> list[str]:
+        written = zip(self.tokens(asked), asked, strict=True)
+        return [readable(self.tokenizer, tokens, one.stop) for tokens, one in written]
+
+    def tokens(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """What is written, token by token, up to where it stops."""
         params = [SamplingParams(max_new_tokens=one.max_new_tokens, stop=one.stop) for one in asked]
         results = self.engine.generate([one.prompt for one in asked], params, mode=self.mode, **self.options)
-        return [readable(self.tokenizer, result.tokens, one.stop) for result, one in zip(results, asked, strict=True)]
+        return [result.tokens for result in results]
 
 
 class OriginalAnswers:
@@ -101,11 +105,16 @@ class OriginalAnswers:
         own = torch.log_softmax(logits_CV, dim=-1).gather(1, target[:, None])
         return Likelihood(float(own.sum()), bool((logits_CV.argmax(dim=-1) == target).all()))
 
-    @torch.inference_mode()
     def texts(self, asked: Sequence[Asked]) -> list[str]:
-        return [self._text(one) for one in asked]
+        written = zip(self.tokens(asked), asked, strict=True)
+        return [readable(self.tokenizer, tokens, one.stop) for tokens, one in written]
 
-    def _text(self, asked: Asked) -> str:
+    @torch.inference_mode()
+    def tokens(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """What is written, token by token, up to where it stops."""
+        return [self._written(one) for one in asked]
+
+    def _written(self, asked: Asked) -> list[int]:
         row, length = torch.tensor([asked.prompt], device=self.model.device), len(asked.prompt)
 
         def stopped(ids_1T: Tensor, scores: object, **_: object) -> Tensor:
@@ -120,7 +129,8 @@ class OriginalAnswers:
             max_new_tokens=asked.max_new_tokens,
             stopping_criteria=[stopped],
         )
-        return readable(self.tokenizer, written[0, length:].tolist(), asked.stop)
+        found: list[int] = written[0, length:].tolist()
+        return found
 
 
 def _likelihood(rows: Sequence[Any], continuation: Sequence[int]) -> Likelihood:

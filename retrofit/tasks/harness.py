@@ -175,10 +175,7 @@ def _loaded(
     manager = TaskManager(include_path=include, include_defaults=any(name not in OURS for name in tasks))
     loaded: dict[str, Any] = {}
     skipped = []
-    unknown = next((name for name in tasks if name not in OURS and name not in manager.all_tasks), None)
-    if unknown is not None:
-        close = did_you_mean(unknown, [*OURS, *manager.all_tasks])
-        raise UsageError(f"no task `{unknown}`{close}", "`lm-eval ls tasks` lists those of the harness")
+    _check(tasks, manager)
     for name in tasks:
         try:
             found = manager.load(copy.deepcopy(OURS.get(name, name)))["tasks"]
@@ -191,6 +188,21 @@ def _loaded(
             skipped += [{"what": own, "why": "runs code, which is not allowed unless asked for"} for own in unsafe]
         loaded |= {own: task for own, task in found.items() if allow_code or own not in unsafe}
     return loaded, skipped, manager
+
+
+def check(tasks: Sequence[str]) -> None:
+    """Raises UsageError for a task that neither this project nor the harness has, ResourceError without the extra."""
+    _harness()
+    from lm_eval.tasks import TaskManager
+
+    _check(tasks, TaskManager(include_defaults=any(name not in OURS for name in tasks)))
+
+
+def _check(tasks: Sequence[str], manager: Any) -> None:
+    unknown = next((name for name in tasks if name not in OURS and name not in manager.all_tasks), None)
+    if unknown is not None:
+        close = did_you_mean(unknown, [*OURS, *manager.all_tasks])
+        raise UsageError(f"no task `{unknown}`{close}", "`lm-eval ls tasks` lists those of the harness")
 
 
 def _why_not(model: Any, task: Any) -> str | None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from retrofit.errors import DataError, ResourceError, UsageError
+from retrofit.named_bases import packaged_file
 from retrofit.recipes.problems import did_you_mean
 from retrofit.tasks.items import Item, fewest, spread
 from retrofit.tasks.prompt_files import BenchPrompt
@@ -74,10 +74,8 @@ def mt_bench() -> list[BenchPrompt]:
 def found(name: str, carried: Sequence[Carried]) -> Path:
     """The file of the first of some packages that is installed and has it.  Raises ResourceError."""
     for one in carried:
-        spec = find_spec(one.package)
-        for folder in spec.submodule_search_locations or () if spec is not None else ():
-            if (path := Path(folder) / one.file).is_file():
-                return path
+        if (path := packaged_file(one.package, one.file)) is not None:
+            return path
     names = " or ".join(one.distribution for one in carried)
     raise ResourceError(
         f"{name} is read from the package {names}, which is not installed", f"pip install {carried[0].distribution}"

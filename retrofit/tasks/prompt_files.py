@@ -10,7 +10,7 @@ Turns are what the user says, one text a turn.  Nothing of those benchmarks is s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,30 +47,40 @@ def read(path: str | Path) -> list[BenchPrompt]:
     Raises UsageError for a file that cannot be read, DataError (file:line) for a row that is no prompt or has an id
     that another has, and for a file without any.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}", "name a JSONL file of prompts") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})", "convert the file to UTF-8") from None
-    rows = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not rows:
-        raise DataError(f"{path}: no prompts", HOW)
     found: dict[str, BenchPrompt] = {}
-    for number, line in rows:
-        prompt = prompt_of(line, f"{path}:{number}", number)
+    for number, row in numbered_rows(path, HOW):
+        prompt = _prompt(row, f"{path}:{number}", number)
         if prompt.id in found:
             raise DataError(f"{path}:{number}: another row has the id {prompt.id}", "give each row an id of its own")
         found[prompt.id] = prompt
     return list(found.values())
 
 
-def prompt_of(line: str, where: str, number: int) -> BenchPrompt:
-    """The prompt in a line.  number: its id where it names none.  Raises DataError."""
+def numbered_rows(path: str | Path, how: str) -> Iterator[tuple[int, Any]]:
+    """(line, what it holds) of a JSONL file of prompts; empty lines are left out.
+
+    how: the hint that says what a line should hold.  Raises UsageError for a file that cannot be read, DataError, with
+    file:line, for what is not JSON, and for a file without any.
+    """
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {getattr(error, 'msg', error)}", HOW) from None
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}", "name a JSONL file of prompts") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})", "convert the file to UTF-8") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"{path}: holds no prompts", how)
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not valid JSON: {getattr(error, 'msg', error)}", how) from None
+        yield number, row
+
+
+def _prompt(row: Any, where: str, number: int) -> BenchPrompt:
+    """The prompt in a row.  number: its id where it names none.  Raises DataError."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: not a JSON object", HOW)
     category, sub_category = (_text_or_none(row.get(name), name, where) for name in ("category", "sub_category"))

@@ -114,12 +114,13 @@ def answered(
 
 def written(model: Answers, items: Sequence[Item], allow_code: bool) -> dict[str, Scored]:
     """Items whose answer is a text."""
-    asked = [
-        Asked(list(model.tokenizer(item.fields["prompt"])["input_ids"]), item.max_new_tokens, item.stop)
-        for item in items
-    ]
-    texts = model.texts(asked)
+    texts = model.texts([asked_of(model.tokenizer, item) for item in items])
     return {item.id: score(item, text, allow_code) for item, text in zip(items, texts, strict=True)}
+
+
+def asked_of(tokenizer: Any, item: Item) -> Asked:
+    """What a model is asked to continue, of an item whose answer is a text."""
+    return Asked(list(tokenizer(item.fields["prompt"])["input_ids"]), item.max_new_tokens, item.stop)
 
 
 def score(item: Item, text: str, allow_code: bool) -> Scored:

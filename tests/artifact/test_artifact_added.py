@@ -6,6 +6,7 @@ import os
 import pytest
 from artifact_folders import FULL, contents, failing, write
 
+from retrofit.artifact import files
 from retrofit.artifact import folder as artifact
 from retrofit.errors import ArtifactError, ResourceError, RetrofitError, UsageError
 
@@ -65,7 +66,7 @@ def test_add_does_not_follow_a_link_outside(folder, tmp_path):
 def test_a_failed_add_leaves_no_wrong_hash_and_no_temporary_file(folder, monkeypatch, after):
     artifact.add(folder, "certificate.json", "old")
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "write_file", failing(artifact.write_file, after, FULL))
+        patch.setattr(files, "write_file", failing(files.write_file, after, FULL))
         with pytest.raises(ResourceError, match=r"certificate\.json: cannot write 3 bytes"):
             artifact.add(folder, "certificate.json", "new")
     artifact.check(folder)

@@ -14,14 +14,14 @@ from retrofit.named_bases import PACKAGED
 NAME = "smollm2-135m"
 SHORT = [
     *("train.steps=20", "train.warmup=2", "train.batch_size=1", "train.anchors=4"),
-    *("data.max_length=64", "data.held_out=2"),
+    *("data.source=stdlib", "data.responses=keep", "data.max_length=64", "data.held_out=2"),
 ]
 
 
 def told(*arguments: str, stdin: str | None = None) -> str:
     """stdout of a command that succeeds, in a process of its own; with `pytest -s` it is seen as it runs."""
     print("$ retrofit", *arguments, flush=True)
-    command = [sys.executable, "-m", "retrofit", *arguments, "--device", "cpu"]
+    command = [sys.executable, "-m", "retrofit", *arguments]
     done = subprocess.run(command, input=stdin, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout, flush=True)
     assert done.returncode == 0
@@ -34,6 +34,7 @@ def test_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if known.place is None:
         pytest.skip(f"the package {known.distribution} is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("RETROFIT_DEVICE", "cpu")
     out = str(tmp_path / "real-retrofit")
     told("convert", "--recipe", NAME, "-o", out, "--offline", *SHORT)
     prompt = "def read_lines(path):"

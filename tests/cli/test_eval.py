@@ -120,3 +120,28 @@ def test_report_show_without_a_report(own):
         f"Error: {own / 'eval' / 'report.json'}: cannot be read: No such file or directory",
         "hint: make one with `retrofit eval ARTIFACT`",
     ]
+
+
+@pytest.mark.usefixtures("quick")
+def test_report_compare_sets_two_side_by_side(own, mine, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    done("eval", own, "--prompts", mine, "-o", first, "-q")
+    done("eval", own, "--prompts", mine, "--limit", "1", "-o", second, "-q")
+    shown = done("report", "compare", first, second)
+    assert shown.startswith(
+        f"A: own of {document.read(first)['sections']['compared']['data']['base']['model']}, quick, "
+    )
+    assert "Not the same prompts: A count 2" in shown
+    assert any(line.split()[-2:] == ["prompts,", "sizes"] for line in shown.splitlines())
+    found = json.loads(done("report", "compare", first, second, "--json"))
+    assert [one["what"] for one in found["unlike"]] == ["prompts", "sizes"]
+    assert done("report", "compare", first, second, "--markdown").startswith("# Reports side by side\n")
+
+
+def test_report_compare_with_wrong_input(own, tmp_path):
+    for arguments, message in (
+        ([], "Missing argument 'ARTIFACT|FILE...'"),
+        ([tmp_path], "report.json: cannot be read"),
+    ):
+        result = run("report", "compare", *arguments)
+        assert (result.exit_code, message in result.stderr) == (2, True), result.stderr

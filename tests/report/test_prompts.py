@@ -37,6 +37,7 @@ def test_the_layout_of_speed_bench_and_spec_bench(tmp_path):
     ("line", "problem"),
     [
         ("{", "mine.jsonl:2: not valid JSON"),
+        ("[" * 100_000, "mine.jsonl:2: not valid JSON"),
         ("[1]", "mine.jsonl:2: must hold one of turns, prompt, messages, tokens"),
         ('{"turns": ["a"], "prompt": "b"}', "mine.jsonl:2: must hold one of"),
         ('{"turns": []}', "mine.jsonl:2: `turns` must be a list that is not empty"),

@@ -17,6 +17,7 @@ from retrofit.report.suites import SUITES, Suite
 SMALL = Suite(
     prompts=2, tokens=8, lossless_prompts=2, lossless_tokens=8, speed_tokens=3, repeats=1, temperatures=(0.8, 0.0),
     batches=(1, 2), contexts=(24,), thresholds=(0.9,), timed_at=(0.8,),
+    quality_items=1, step_rows=(1, 2),
 )  # fmt: skip
 PROMPTS = ["def area", "for item in range", "class Stack"]
 

@@ -12,7 +12,7 @@ from commands import done, refused, run
 from loopback_hub import HANG, LARGE, RESET, SHORT, Hub
 from saved import save_artifact
 
-from retrofit import Engine, pull, push
+from retrofit import Engine, named_bases, pull, push
 from retrofit.artifact import folder as artifact
 from retrofit.errors import ArtifactError, ResourceError, UsageError
 from retrofit.sharing import waiting
@@ -180,3 +180,13 @@ def test_a_folder_of_that_name_is_meant_first(
     monkeypatch.chdir(tmp_path)
     assert local_folder(NAME) == Path(NAME) and hub.log == []
     assert done("pull", NAME).strip().endswith(pushed)
+
+
+def test_a_base_whose_artifact_ships_with_retrofit_names_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "smollm2-135m"
+    shipped.mkdir()
+    monkeypatch.setattr(named_bases, "SHIPPED", tmp_path)
+    assert local_folder("smollm2-135m") == shipped
+    monkeypatch.chdir(tmp_path)  # a folder of that name is ./NAME
+    assert local_folder("./smollm2-135m") == Path("./smollm2-135m")
+    assert local_folder("tiny") == Path("tiny")

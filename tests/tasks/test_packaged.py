@@ -62,7 +62,7 @@ def test_prompts_of_mt_bench(install):
 
 @pytest.mark.parametrize("name", ["gsm8k", "humaneval"])
 def test_a_package_that_is_not_there_is_named(name, monkeypatch):
-    monkeypatch.setattr("retrofit.tasks.packaged.find_spec", lambda package: None)
+    monkeypatch.setattr("retrofit.named_bases.find_spec", lambda package: None)
     with pytest.raises(ResourceError, match=f"{name} is read from the package") as error:
         items(name)
     assert error.value.hint.startswith("pip install ")

@@ -32,8 +32,8 @@ def test_every_layout(tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "not a JSON object"),
         ({"category": "a"}, "no turns"),
         ({"turns": []}, "no turns"),

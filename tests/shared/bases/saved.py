@@ -8,10 +8,9 @@ from tiny_models import VOCABULARY, build
 from tokenizers import Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerFast
 
-import retrofit
+from benchmarks.cpu.subjects import write_artifact
 from retrofit.adapters.attach import attach
 from retrofit.adapters.layout import DraftLayout
-from retrofit.artifact import folder as artifact
 from retrofit.hub import file_fingerprint
 
 TEXT = "def area(radius): return radius * radius\nclass Stack: pass\nfor item in range(3): print(item)\n"
@@ -45,37 +44,8 @@ def save_artifact(folder: Path, base: Path, **more: Any) -> Path:
     with torch.no_grad():
         for parameter in attached.parameters():
             parameter.normal_(std=0.05)
-    count = sum(p.numel() for n, p in attached.peft_model.named_parameters() if "lora_" in n)
-    config = {
-        "format": artifact.FORMAT,
-        "retrofit": retrofit.__version__,
-        "base": {
-            "model": str(base),
-            "revision": None,
-            "fingerprint": file_fingerprint(base, model.config.to_dict()),
-            "architecture": type(model).__name__,
-        },
-        "profile": "frozen",
-        "draft": attached.layout.to_dict(),
-        "adapter": {**ADAPTER, "modules": ["q_proj", "v_proj"]},
-        "parameters": {
-            "adapter": count,
-            "heads": sum(p.numel() for p in attached.heads.parameters()),
-            "base": sum(p.numel() for p in model.parameters()) - count,
-        },
-        "acceptance": {"conditional": {"greedy": [0.5] * 4, "sampled": [0.5] * 4}},
-        "training": {"steps": 2},
-        **more,
-    }
-    return artifact.write(
-        folder,
-        adapter_config=attached.adapter_config(),
-        adapter_state=attached.adapter_state(),
-        heads=attached.heads_state(),
-        config=config,
-        recipe_yaml="profile: frozen\n",
-        card="# card\n",
-    )
+    fingerprint = file_fingerprint(base, model.config.to_dict())
+    return write_artifact(folder, str(base), fingerprint, model, attached, ADAPTER, **more)
 
 
 def texts(folder: Path) -> Path:

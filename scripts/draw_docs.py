@@ -6,6 +6,7 @@
     docs/numbers.md, docs/index.md, README.md
                                the figures of results/ (benchmarks/readme_numbers.py)
     docs/run.svg               the recorded run of results/run-cpu.json (scripts/draw_run.py)
+    docs/report.svg            the report in results/report/, where there is one and matplotlib is installed
 
 With --check nothing is written; exits 1 naming what is out of date.
 """
@@ -28,6 +29,9 @@ from benchmarks.readme_numbers import ROOT
 from retrofit.artifact.schema import OPTIONAL, SCHEMA
 from retrofit.cli.main import main as retrofit
 from retrofit.recipes import schema
+from retrofit.report import document
+from retrofit.report.html import charts
+from retrofit.report.html.picture import picture
 from scripts import draw_run
 
 DOCS = ROOT / "docs"
@@ -57,9 +61,17 @@ def drawn() -> dict[Path, str]:
     }
     for path in numbers.PAGES:
         pages[path] = numbers.redrawn(path.read_text(encoding="utf-8"), numbers.RESULTS, path.name)
+    pages |= report_picture(numbers.RESULTS / "report")
     page = DOCS / "artifact-format.md"
     pages[page] = numbers.filled(page.read_text(encoding="utf-8"), {"schema": schema_table()}, page.name)
     return pages
+
+
+def report_picture(folder: Path) -> dict[Path, str]:
+    """The one picture of a report; none where the folder holds no report, or where nothing can be drawn."""
+    if not (folder / document.REPORT).is_file() or charts.missing():
+        return {}
+    return {DOCS / "report.svg": picture(document.read(folder))}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

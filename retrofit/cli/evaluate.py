@@ -71,8 +71,9 @@ def evaluate(
     """Measure ARTIFACT beside its original.
 
     Does it answer the same, is it faster, where does it stop paying, what does it cost. Writes
-    report.json and report.md, and exits with 3 when a gate of the verdict is not met. Sections that are finished
-    are written at once and not run again: after an interruption the same command goes on.
+    report.json, and from it report.md, report.html and report.svg, and exits with 3 when a gate of the verdict is
+    not met. Sections that are finished are written at once and not run again: after an interruption the same command
+    goes on.
 
     \b
     Examples:
@@ -131,22 +132,27 @@ def report() -> None:
 
 @report.command("show", context_settings=CONTEXT)
 @click.argument("place", metavar="ARTIFACT|FILE")
+@click.option("--html", "as_html", is_flag=True, help="As a page for a browser, which holds its pictures.")
 @output_options
-def report_show(place: str, as_json: bool) -> None:
+def report_show(place: str, as_html: bool, as_json: bool) -> None:
     """Print the report of an artifact, or one from its file, as Markdown.
 
     \b
-    Example:
+    Examples:
       retrofit report show tiny-retrofit
+      retrofit report show tiny-retrofit --html > report.html
     """
     from retrofit.report import document
+    from retrofit.report.html.page import html
     from retrofit.report.markdown import markdown
 
+    if as_html and as_json:
+        raise UsageError("--html and --json are two forms of one report", "give one of them")
     data = document.read(place)
     if as_json:
         emit_json(data, indent=1)
     else:
-        click.echo(markdown(data), nl=False)
+        click.echo(html(data) if as_html else markdown(data), nl=False)
 
 
 @report.command("compare", context_settings=CONTEXT)

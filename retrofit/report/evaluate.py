@@ -24,6 +24,8 @@ from retrofit.progress import progress as shown
 from retrofit.report import document
 from retrofit.report.asked import Asked, check
 from retrofit.report.headline import headline
+from retrofit.report.html.page import html
+from retrofit.report.html.picture import picture
 from retrofit.report.markdown import markdown
 from retrofit.report.prompts import Prompt, Row, code_prompts, own_rows, read_rows, tokenized
 from retrofit.report.sections.acceptance import acceptance
@@ -41,7 +43,7 @@ from retrofit.report.setting import Data, Earlier, Setting, Skipped
 from retrofit.report.verdict import verdict
 from retrofit.runtime.engine import Engine
 
-MARKDOWN = "report.md"
+MARKDOWN, HTML, PICTURE = "report.md", "report.html", "report.svg"
 Section = Callable[[Setting, Earlier], Data]
 SECTIONS: dict[str, Section] = {
     "compared": compared,
@@ -78,17 +80,23 @@ class Report:
         """For people."""
         return markdown(self.data)
 
+    @property
+    def html(self) -> str:
+        """One page that holds all it shows, with pictures where matplotlib is installed."""
+        return html(self.data)
+
     def section(self, name: str) -> dict[str, Any]:
         """What a finished section found.  Raises KeyError for one that was skipped."""
         found: dict[str, Any] = self.data["sections"][name]["data"]
         return found
 
     def save(self, folder: str | Path) -> Path:
-        """Write report.json and report.md: into an artifact's `eval`, or into another folder.
+        """Write report.json, report.md, report.html and report.svg: into an artifact's `eval`, or another folder.
 
         Raises ResourceError where there is no room for them or the folder cannot be written to.
         """
-        return document.write(folder, self.data, {MARKDOWN: self.markdown})
+        drawn = {MARKDOWN: self.markdown, HTML: self.html, PICTURE: picture(self.data)}
+        return document.write(folder, self.data, drawn)
 
     def require(self) -> None:
         """Raises GateError saying which gates were not met, and by how much."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -26,8 +26,21 @@ NOT_CERTIFIED = (
 )
 
 
-def published_card(text: str, repository: str, config: Mapping[str, Any], certificate: Mapping[str, Any] | None) -> str:
-    """The card's text.  config: `retrofit.json`; certificate: None where there is no valid one.
+class Reported(NamedTuple):
+    """What `retrofit eval` found: the lines of its verdict, and the command that finds it again."""
+
+    lines: tuple[str, ...]
+    command: str
+
+
+def published_card(
+    text: str,
+    repository: str,
+    config: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None,
+    report: Reported | None = None,
+) -> str:
+    """The card's text.  config: `retrofit.json`; certificate, report: None where there is no valid one.
 
     Equal for equal content.  Raises UsageError for a header that is no YAML.
     """
@@ -42,7 +55,7 @@ def published_card(text: str, repository: str, config: Mapping[str, Any], certif
     body = re.sub(rf"{BEGIN}.*?{END}\n*", "", body, flags=re.DOTALL).replace(FOLDER, repository)
     title = re.search(r"^# .*\n+", body, re.MULTILINE)
     at = title.end() if title else 0
-    part = f"{BEGIN}\n{_part(repository, config, certificate)}\n{END}\n\n"
+    part = f"{BEGIN}\n{_part(repository, config, certificate, report)}\n{END}\n\n"
     dumped = yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=120)
     return f"---\n{dumped}---\n{body[:at]}{part}{body[at:]}"
 
@@ -90,7 +103,12 @@ def _measured(repository: str, config: Mapping[str, Any]) -> list[dict[str, Any]
     return [{"name": repository.partition("/")[2], "results": [result]}]
 
 
-def _part(repository: str, config: Mapping[str, Any], certificate: Mapping[str, Any] | None) -> str:
+def _part(
+    repository: str,
+    config: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None,
+    report: Reported | None,
+) -> str:
     named = config["base"]
     revision = f" at revision `{named['revision']}`" if named.get("revision") else ""
     return f"""{_verdict(certificate)}
@@ -99,7 +117,21 @@ Its base is `{published_name(named)}`{revision}; any other is refused when it is
 
 ```sh
 retrofit generate {repository} "Once upon a time"
-```"""
+```{_reported(report)}"""
+
+
+def _reported(report: Reported | None) -> str:
+    """The verdict of a report beside its picture."""
+    if report is None:
+        return ""
+    lines = "\n".join(f"- {line}" for line in report.lines)
+    return f"""
+
+{lines}
+
+![Tokens per second and tokens per forward, by mode](eval/report.svg)
+
+Measured by `{report.command}`; [the whole report](eval/report.md), and as a page `eval/report.html`."""
 
 
 def _verdict(certificate: Mapping[str, Any] | None) -> str:

@@ -46,6 +46,18 @@ def test_eval_writes_the_report_and_prints_the_verdict(own, mine):
 
 
 @pytest.mark.usefixtures("quick")
+def test_eval_writes_a_page_and_a_picture_and_show_draws_the_page_again(own, mine):
+    done("eval", own, "--prompts", mine, "--exact", "bucket", "-q")
+    drawn = {path.name for path in (own / "eval").iterdir() if path.suffix != ".sha256"}
+    assert drawn == {"report.json", "report.md", "report.html", "report.svg"}
+    artifact.check(own)
+    assert done("report", "show", own, "--html") == (own / "eval" / "report.html").read_text()
+    both = run("report", "show", own, "--html", "--json")
+    assert (both.exit_code, both.stdout) == (2, "")
+    assert both.stderr.startswith("Error: --html and --json are two forms of one report\n")
+
+
+@pytest.mark.usefixtures("quick")
 def test_eval_ends_with_3_and_says_which_gate_and_by_how_much(own, mine, tmp_path):
     place = tmp_path / "elsewhere"
     result = run("eval", own, "--prompts", mine, "--fail-under", "equal_texts_share=1.5", "-o", place, "--json", "-q")

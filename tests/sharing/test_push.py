@@ -14,6 +14,7 @@ from loopback_hub import TOKEN, Hub
 
 from retrofit import push
 from retrofit.artifact import folder as artifact
+from retrofit.artifact.files import sha256
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.sharing.card import NOT_CERTIFIED, published_card
 
@@ -166,6 +167,35 @@ def test_the_card_says_what_the_hub_reads() -> None:
     assert "2 checks passed" in card and "level full" in card and "float32" in card and "revision `abc`" in card
     assert f"load('{NAME}')" in card
     assert published_card(card, NAME, config, None).count("push:begin") == 1
+
+
+REPORT = {
+    "status": "complete", "command": "retrofit eval mine", "verdict": {"lines": ["The same.", "Faster.", "Pays."]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [({}, True), ({"status": "partial"}, False), ({"verdict": None}, False), ({"sections": {}}, False)],
+    ids=["whole", "partial", "broken", "of nothing"],
+)
+def test_the_card_quotes_a_report_of_what_the_folder_holds(hub: Hub, folder: Path, changes: dict, shown: bool) -> None:
+    measured = {"artifact": {"manifest_sha256": sha256(folder / artifact.MANIFEST)}}
+    report = {**REPORT, "sections": {"compared": {"data": measured}}, **changes}
+    artifact.add(folder, "eval/report.json", json.dumps(report))
+    assert "report.svg" not in push(folder, NAME, dry_run=True).card  # there is no picture yet
+    artifact.add(folder, "eval/report.svg", "<svg/>")
+    pushed = push(folder, NAME)
+    assert ("- The same.\n- Faster.\n- Pays.\n" in pushed.card) is shown
+    assert ("](eval/report.svg)" in pushed.card and "`retrofit eval mine`" in pushed.card) is shown
+    assert "eval/report.svg" in hub.repositories[NAME].files
+
+
+def test_the_card_does_not_quote_the_report_of_other_weights(hub: Hub, folder: Path) -> None:
+    report = {**REPORT, "sections": {"compared": {"data": {"artifact": {"manifest_sha256": "0" * 64}}}}}
+    artifact.add(folder, "eval/report.json", json.dumps(report))
+    artifact.add(folder, "eval/report.svg", "<svg/>")
+    assert "report.svg" not in push(folder, NAME).card
 
 
 @pytest.mark.parametrize("named", [{"model": "tiny"}, {"model": "owner/base", "local": True}])

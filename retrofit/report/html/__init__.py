@@ -1,0 +1,1 @@
+"""`report.html`: one page that holds everything it shows, drawn from `report.json` alone."""

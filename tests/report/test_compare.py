@@ -58,6 +58,7 @@ def test_the_difference_is_to_the_first(data):
         (("prompts", "sha256"), "0" * 64, "prompts", "tau", "quality_delta_points_ar"),
         (("suite", "tokens"), 99, "sizes", "tau", "quality_delta_points_ar"),
         (("hardware", "cpu"), "another", "hardware", "speedup_batch_1", "tau"),
+        (("engine", "device"), "cuda:0", "hardware", "speedup_batch_1", "tau"),  # a machine with a GPU has a CPU too
         (("engine", "exact"), "bucket", "engine", None, "speedup_batch_1"),
         (("seed",), 5, "seed", None, "tau"),
     ],

@@ -10,7 +10,8 @@
                         on that side; what `diffusion` costs is reported, and judged by a bound of `--fail-under`
     claimed_greedy, claimed_sampled    decoding accepts at least half of what the artifact says its drafts are worth
     never_slower        `auto` takes hardly longer than `ar`, at any batch size and context; beyond what it promises,
-                        the steps it may try things out in and the noise between turns of this run are allowed
+                        the steps it may try things out in and the noise between turns of this run are allowed, but
+                        no more of that than NOISIEST
 
 What was not measured passes no gate and fails none, but for a figure that was asked for: that fails.
 """
@@ -31,6 +32,8 @@ SLOWER = 1.02
 """Seconds per token of `auto` over those of `ar` that are allowed anywhere."""
 SIGMAS = 2.5
 """Standard deviations of its noise that a run cannot tell from nothing."""
+NOISIEST = 1.25
+"""How many times longer noise may excuse at most: a run that can tell nothing lets nothing pass."""
 NEAR_SHARE = 0.001
 """Of all positions, those that may be `near`."""
 KEPT = 0.5
@@ -95,7 +98,8 @@ def _quality(sections: Sections) -> Iterator[Gate]:
         asked, other = (sum(one[name] for one in found["answers"].values()) for name in ("items", "other"))
         modes = " and ".join(found["answers"])
         said = f"{other} of {asked} answers of {modes} differ from the original's by more than rounding explains"
-        yield Gate("quality_answers", other == 0, other, 0, "lower", f"{said}; none may" if other else said)
+        if asked:
+            yield Gate("quality_answers", other == 0, other, 0, "lower", f"{said}; none may" if other else said)
     held = [(one, mode, one["modes"][mode]) for one in found["tasks"] for mode in LOSSLESS if mode in one["modes"]]
     if held:
         worse = [(one["task"], mode, stat) for one, mode, stat in held if _worse(stat, one["lower_is_better"])]
@@ -136,9 +140,12 @@ def _never_slower(sections: Sections) -> Iterator[Gate]:
         worst = max(timed, key=lambda cell: cell["ratio_to_ar"]["auto"])
         ratio = worst["ratio_to_ar"]["auto"]
         tried = FREE / (speed["repeats"] * speed["new_tokens"])
-        most = round((SLOWER + tried) * math.exp(SIGMAS * turn_noise(timed) / math.sqrt(speed["repeats"])), 4)
+        noise = math.exp(SIGMAS * turn_noise(timed) / math.sqrt(speed["repeats"]))
+        most = round((SLOWER + tried) * min(noise, NOISIEST), 4)
         where = f"at batch {worst['batch_size']} and {worst['context_tokens']} tokens of context"
         said = f"{where} auto takes {ratio:.3f} times as long as ar; {SLOWER:g} is promised, this run can tell {most:g}"
+        if noise > NOISIEST:
+            said += "; its turns differ by more than that: measure on a machine that does nothing else"
         yield Gate("never_slower", ratio <= most, ratio, most, "lower", said)
 
 
@@ -171,6 +178,11 @@ def lines(sections: Sections) -> list[str]:
 
 
 def _same(sections: Sections) -> str:
+    answers = sections.get("quality", {}).get("answers", {})
+    other = sum(one["other"] for one in answers.values())
+    if other:
+        differ = "answer to tasks differs" if other == 1 else "answers to tasks differ"
+        return f"It does NOT answer as the original does: {other} {differ} by more than rounding explains."
     if "losslessness" not in sections:
         return f"Whether it answers as the original does was not measured.{_solved(sections)}"
     parts = [sections["losslessness"][name] for name in ("greedy", "sampled")]
@@ -210,6 +222,8 @@ def _pays(sections: Sections) -> str:
         return "Up to which batch size speculation pays was not measured."
     way = next(iter(speculating.values()))
     if way["pays_up_to"] is None:
+        if way["stops_at"] is not None and way["stops_at"] > 1:
+            return f"Speculation does not pay at batch {way['stops_at']}, the smallest that was measured."
         return "Speculation does not pay on this machine, so it decodes as the original does."
     if way["stops_at"] is None:
         return f"Speculation pays at every batch size that was measured, up to {way['pays_up_to']}."

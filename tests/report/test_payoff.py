@@ -6,6 +6,7 @@ import pytest
 
 from retrofit.report.sections.diffusion import area_under
 from retrofit.report.sections.payoff import break_even_batch, usd_per_million
+from retrofit.report.verdict import verdict
 
 
 def test_break_even_lies_between_the_last_that_pays_and_the_first_that_does_not():
@@ -39,3 +40,12 @@ def test_the_area_under_points_by_hand():
     assert area_under([(2.0, 76.0), (1.0, 80.0), (3.0, 74.9)]) == round(80 + 0.5 * (80 + second), 4)
     assert area_under([]) is None
     assert area_under([(1.0, 0.0)]) == 0.0
+
+
+def test_nothing_is_said_of_batches_smaller_than_those_that_were_measured():
+    def said(curve):
+        by_context = [{"context_tokens": 1, "temperature": 0.8, "ways": {"fused": break_even_batch(curve)}}]
+        return verdict({"break_even": {"by_context": by_context}}, {})["lines"][2]
+
+    assert said([(16, 1.5), (64, 2.0)]) == "Speculation does not pay at batch 16, the smallest that was measured."
+    assert said([(1, 1.5)]).startswith("Speculation does not pay on this machine")

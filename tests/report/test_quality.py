@@ -16,7 +16,7 @@ from retrofit.report.sections.quality import _close_call
 from retrofit.report.verdict import verdict
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
-from retrofit.tasks import harness, packaged
+from retrofit.tasks import harness
 from retrofit.tasks.items import CATEGORIES
 
 HONEST = {"conditional": {"sampled": [0.1, 0.05]}}
@@ -117,7 +117,7 @@ def test_a_close_call_between_options_is_rounding():
 
 def test_what_is_not_at_hand_is_left_out_with_its_reason(own, monkeypatch):
     only(monkeypatch, "quality")
-    monkeypatch.setattr(packaged, "find_spec", lambda name: None)
+    monkeypatch.setattr("retrofit.named_bases.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     report = small(monkeypatch, own, limit=1, tasks=["format", "gsm8k", "arithmatic"], modes=["ar"])
     skipped = {one["what"]: one["why"] for one in report.section("quality")["skipped"]}
@@ -167,3 +167,17 @@ def test_tasks_of_the_harness_stand_beside_ours(own, monkeypatch, tmp_path):
     assert "retrofit_cloze in self_spec" in {one["what"] for one in found["skipped"]}
     with pytest.raises(UsageError, match="no task `retrofit_clozer`; did you mean `retrofit_cloze`"):
         small(monkeypatch, "no-such-folder", tasks=["retrofit_clozer"])
+
+
+def test_no_answer_is_no_gate():
+    found = sections()
+    found["quality"]["answers"] = {"ar": {"items": 0, "equal": 0, "by_rounding": 0, "other": 0}}
+    assert [one["name"] for one in verdict(found, {})["gates"]] == ["quality_not_worse"]
+
+
+def test_the_first_line_says_what_the_gate_of_answers_says():
+    kind = {"texts": 2, "equal_texts": 2, "match": 8, "tie": 0, "near": 0, "bug": 0}
+    lossless = {"exact": "off", **{name: {**kind, "noise_floor": kind} for name in ("greedy", "sampled")}}
+    said = verdict({"losslessness": lossless, **sections(other=1)}, {})
+    assert [one["name"] for one in said["gates"] if not one["ok"]] == ["quality_answers"]
+    assert said["lines"][0].startswith("It does NOT answer as the original does: 1 answer to tasks differs")

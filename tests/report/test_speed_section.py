@@ -111,6 +111,25 @@ def test_noise_is_what_the_turns_of_a_cell_differ_by():
     assert turn_noise([cell(3.0)]) == 0.0
 
 
+def test_a_noisy_run_does_not_let_a_slow_engine_pass():
+    def found(*ratios: float) -> dict[str, Any]:
+        ways = {
+            "ar": {"seconds_per_token": [1.0] * 2},
+            "auto": {"seconds_per_token": list(ratios), "tokens_per_s_user": 1.0},
+        }
+        ways["auto"] |= {"tokens_per_s_total": 1.0}
+        ratio = {"auto": sum(ratios) / 2}
+        cell = {"batch_size": 4, "context_tokens": 1, "temperature": 0.8, "ways": ways, "ratio_to_ar": ratio}
+        cell |= {"ratio_to_transformers": ratio}
+        (gate,) = verdict({"speed": {"cells": [cell], "repeats": 2, "new_tokens": 300}}, {})["gates"]
+        return gate
+
+    slow = found(1.2, 2.6)
+    assert not slow["ok"] and slow["bound"] == round((1.02 + 3 / 600) * 1.25, 4)
+    assert slow["says"].endswith("its turns differ by more than that: measure on a machine that does nothing else")
+    assert found(0.6, 1.8)["ok"]
+
+
 def test_a_ticking_clock_counts_reads():
     clock = Ticking()
     assert (clock(), clock()) == (1.0, 2.0)

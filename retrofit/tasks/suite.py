@@ -25,8 +25,8 @@ METRICS = {
 }
 """What an item is scored by, by its kind."""
 LOWER_IS_BETTER = ("nats_per_token",)
-RIGHT_OR_WRONG = ("accuracy", "passes", "parses")
-"""Metrics that say whether an item is right; of an item with several the first counts."""
+RIGHT_OR_WRONG = ("accuracy", "passes")
+"""Metrics that say whether an item is right: code that was only parsed may still do anything."""
 BY_LIKELIHOOD = ("choice", "text")
 NO_CODE = "the tests of code are not run unless that is allowed"
 

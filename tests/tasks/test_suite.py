@@ -96,6 +96,9 @@ def test_what_was_left_out_is_said():
     ]
     assert set(found["categories"]["cloze"]["accuracy"]["models"]) == {"original"}
     assert set(found["categories"]["code"]) == {"parses"}
+    assert (
+        found["categories"]["all"]["accuracy"]["models"]["original"]["n"] == 5
+    )  # code that was not run solves nothing
     assert found["items_sha256"] == digest([*ITEMS[:6], long]) != digest(ITEMS[:6])
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from retrofit.eval.certify import certify
     from retrofit.exporting.export import export
+    from retrofit.importing.import_adapter import import_adapter
     from retrofit.recipes.convert import convert
     from retrofit.report.evaluate import Report, evaluate
     from retrofit.runtime.engine import Engine
@@ -51,6 +52,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export",
+    "import_adapter",
     "pull",
     "push",
 ]
@@ -70,6 +72,7 @@ _HOMES = {
     "convert": "retrofit.recipes.convert",
     "evaluate": "retrofit.report.evaluate",
     "export": "retrofit.exporting.export",
+    "import_adapter": "retrofit.importing.import_adapter",
     "pull": "retrofit.sharing.pulling",
     "push": "retrofit.sharing.pushing",
 }

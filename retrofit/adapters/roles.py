@@ -86,8 +86,7 @@ def ending_of(name: str) -> str | None:
 
 def text_projections(model: nn.Module) -> list[str]:
     """Names of the linear layers within the text decoder's layers; of all of them where those cannot be told."""
-    trunk = trunk_of(model)
-    prefix = next(name for name, module in model.named_modules() if module is trunk)
+    trunk, prefix = trunk_of(model), trunk_name(model)
     head = output_embeddings(model)
     names = [
         f"{prefix}.{name}".removeprefix(".")
@@ -97,6 +96,12 @@ def text_projections(model: nn.Module) -> list[str]:
     layers = f"{prefix}.{layer_list(model, trunk)}.".removeprefix(".")
     inside = [name for name in names if name.startswith(layers)]
     return inside or names
+
+
+def trunk_name(model: nn.Module) -> str:
+    """Name within the model of what `trunk_of` finds, such as `model`; empty where that is the model itself."""
+    trunk = trunk_of(model)
+    return next(name for name, module in model.named_modules() if module is trunk)
 
 
 def trunk_of(model: nn.Module) -> nn.Module:

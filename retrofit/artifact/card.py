@@ -13,7 +13,7 @@ library_name: retrofit
 ---
 # {model}, retrofitted
 
-Adapter for self-speculative decoding of `{model}`, made with retrofit {version} (`pip install retrofit-lm`).
+Adapter for self-speculative decoding of `{model}`, made with retrofit {version} (`pip install retrofit-lm`).{origin}
 The base weights are untouched: mode `ar` is the original model, mode `self_spec` gives its output with fewer forwards.
 
 ```python
@@ -45,19 +45,21 @@ def card(
     block: int,
     added: int,
     share: float,
+    imported: Mapping[str, Any] | None = None,
 ) -> str:
     """The card's text.
 
     model: the base's published name; local: whether it is a folder, which whoever loads the artifact has to name;
     on_hub: whether the name is a Hub id.  greedy, sampled: acceptance by slot, None where not measured; by_context:
     the same by length of context, as `retrofit.json` has it.  added: parameters of adapter and heads; share: of the
-    base's.
+    base's.  imported: as `retrofit.json` has it, where the adapter was not trained here.
     """
     return CARD.format(
         model=model,
         known=f"base_model: {model}\nbase_model_relation: adapter\n" if on_hub else "",
         base=', base="PATH-OF-THE-BASE"' if local else "",
         version=__version__,
+        origin="" if imported is None else _origin(imported),
         greedy="not measured" if greedy is None else greedy,
         sampled="not measured" if sampled is None else sampled,
         contexts=f"Tokens per verify cycle that makes, {contexts(by_context)}.\n\n" if by_context else "",
@@ -65,6 +67,12 @@ def card(
         added=added,
         share=share,
     )
+
+
+def _origin(imported: Mapping[str, Any]) -> str:
+    found = imported["repository"]
+    place = f"`{found}` on the Hub, commit {imported['commit']}," if found else "a folder"
+    return f"\nIt was not trained with retrofit: it was imported from {place} and drafts as `{imported['style']}` does."
 
 
 def contexts(by_context: Sequence[Mapping[str, Any]]) -> str:

@@ -111,6 +111,10 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base.gguf.file": (_text, "the name of a file"),
     "base.gguf.sha256": (_text, "a sha256"),
     "base.gguf.kind": (_text, "the type most of its weights are stored in"),
+    "imported.style": (_text, "the recipe that says how another program drafts with it"),
+    "imported.repository": (_text_or_none, "the repository it was imported from, or null for a folder"),
+    "imported.commit": (_text_or_none, "its commit, or null for a folder"),
+    "imported.sha256": (_text, "the sha256 of its adapter_model.safetensors there"),
     "acceptance.by_context": (_contexts, "a list of objects with `up_to`, `blocks`, `tau`, `greedy` and `sampled`"),
 }
 """Keys that artifacts may lack: those written before there was such a key, or without a reason for it."""
@@ -120,10 +124,18 @@ def check_adapter_config(content: Mapping[str, Any], path: Path) -> None:
     """Raises ArtifactError for an adapter that is no LoRA, and for a key that ADAPTER_CONFIG does not allow."""
     if content.get("peft_type") != "LORA":
         raise ArtifactError(f"{path}: `peft_type` must be LORA, not {content.get('peft_type')!r}", AGAIN)
+    for key, value in not_allowed(content, ADAPTER_CONFIG).items():
+        raise ArtifactError(f"{path}: {key!r} is not to be {value} in an artifact", "do not use it")
+
+
+def not_allowed(content: Mapping[str, Any], tests: Mapping[str, Callable[[Any], bool]]) -> dict[str, str]:
+    """Keys whose values, as they are shown, do not pass their tests; one without a test has to say nothing."""
+    wrong = {}
     for key, value in content.items():
-        test = ADAPTER_CONFIG.get(key)
+        test = tests.get(key)
         if not (test(value) if test else value is None or value is False or value in ([], {}, "")):
-            raise ArtifactError(f"{path}: {key!r} is not to be {_shown(value)} in an artifact", "do not use it")
+            wrong[key] = _shown(value)
+    return wrong
 
 
 def _shown(value: Any) -> str:

@@ -62,6 +62,7 @@ def facts_of(described: dict[str, Any]) -> dict[str, str]:
         "artifact": described["artifact"],
         **({"from": "{repository} @ {commit}".format(**described["hub"])} if "hub" in described else {}),
         "written by": f"retrofit {described['retrofit']}, format {described['format']}",
+        **({"imported": _origin(described["imported"])} if "imported" in described else {}),
         "base": f"{base['model']}{revision} ({base['architecture']})",
         **({"file": _file(base["gguf"])} if "gguf" in base else {}),
         "parameters": f"{parameters['base']:,} in the base",
@@ -86,6 +87,12 @@ def _printable(text: str) -> str:
 
 def _file(gguf: dict[str, str]) -> str:
     return f"{gguf['file']}, mostly {gguf['kind']}, sha256 {gguf['sha256'][:12]}"
+
+
+def _origin(imported: dict[str, str | None]) -> str:
+    found = imported["repository"]
+    place = f"{found} @ {imported['commit']}" if found else "a folder"
+    return f"from {place}, as {imported['style']}"
 
 
 def _verdict(content: dict[str, Any] | None) -> str:

@@ -17,7 +17,7 @@ from retrofit.cli.data import data
 from retrofit.cli.doctor import doctor
 from retrofit.cli.errors import Cli
 from retrofit.cli.evaluate import evaluate, report
-from retrofit.cli.export import export
+from retrofit.cli.exchange import export, import_adapter
 from retrofit.cli.generate import generate
 from retrofit.cli.hub import pull, push
 from retrofit.cli.inspect import inspect
@@ -53,7 +53,10 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-for command in (convert, generate, chat, certify, evaluate, report, inspect, pull, push, export, doctor, recipes, data):
+for command in (
+    convert, generate, chat, certify, evaluate, report, inspect, pull, push, export, import_adapter,
+    doctor, recipes, data,
+):  # fmt: skip
     main.add_command(command)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +27,13 @@ from retrofit.hub import Base, resolved_device
 from retrofit.progress import progress as shown
 from retrofit.recipes.naming import resolved_name
 from retrofit.recipes.processes import Processes, joined
-from retrofit.recipes.publish import publish
+from retrofit.recipes.publish import publish, recorded
 from retrofit.recipes.schema import Recipe, by_key
 from retrofit.recipes.text.documents import Document, documents
 from retrofit.recipes.text.faults import Skipped
 from retrofit.recipes.text.regenerate import ResponseCache, check_cache, regenerate, weights_key
 from retrofit.recipes.text.sources import Part
-from retrofit.recipes.text.windows import windows
+from retrofit.recipes.text.windows import first_windows, windows
 from retrofit.recipes.training import tracking
 from retrofit.recipes.training.checkpoint import Checkpoints
 from retrofit.recipes.training.clean.forward import clean_forward
@@ -204,7 +203,10 @@ def _run(job: _Job, interrupts: Interrupts) -> None:
         measured = _measured(job, held_out)
         with interrupts.held():
             if job.is_main:
-                publish(job.out, job.plan, job.base, job.attached, session, measured, job.overwrite)
+                publish(
+                    job.out, job.plan, job.base, job.attached, measured, recorded(session),
+                    estimated=session.published["accept"], metrics=session.metrics(), overwrite=job.overwrite,
+                )  # fmt: skip
             written = True
             if job.keep:
                 session.save()
@@ -357,9 +359,8 @@ def _held_out(job: _Job, rewritten: Rewriter) -> list[Document]:
     training."""
     if job.plan.data.held_out == 0:
         return []
-    cut = (next(windows([document], job.plan.data.max_length), None) for document in _read(job, "held_out"))
     wanted = max(MEASURED, job.plan.train.probe_prompts if job.plan.train.probe_every else 0)
-    return list(rewritten(islice((window for window in cut if window is not None), wanted)))
+    return list(rewritten(first_windows(_read(job, "held_out"), job.plan.data.max_length, wanted)))
 
 
 def _check_parent(out: Path) -> None:

@@ -1,12 +1,13 @@
-"""The artifact of a finished conversion: what it says of itself.
+"""The artifact of a finished conversion, or of an adapter that was imported: what it says of itself.
 
 Not here: training and measuring (`convert.py`), the folder and its card (`retrofit.artifact`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,18 +20,36 @@ from retrofit.named_bases import is_named
 from retrofit.recipes.naming import local_places, published_base, published_recipe
 from retrofit.recipes.schema import Recipe, dump_recipe
 from retrofit.recipes.training.measure import HeldOut
-from retrofit.recipes.training.session import Session
 from retrofit.runtime.chat_template import identity
 from retrofit.weight_files import dtype_name
 
+if TYPE_CHECKING:
+    from retrofit.recipes.training.session import Session
+
 
 def publish(
-    out: Path, plan: Recipe, base: Base, attached: Attached, session: Session, measured: HeldOut, overwrite: bool
+    out: Path,
+    plan: Recipe,
+    base: Base,
+    attached: Attached,
+    measured: HeldOut | None,
+    training: Mapping[str, Any],
+    *,
+    estimated: Mapping[str, Any] | None = None,
+    metrics: bytes | None = None,
+    imported: Mapping[str, Any] | None = None,
+    overwrite: bool,
 ) -> None:
-    """Write the artifact, whole.  Raises what `artifact.write` raises."""
-    conditional, held = measured.conditional(), getattr(torch, plan.adapter.dtype)
-    acceptance: dict[str, Any] = {"conditional": session.published["accept"]}
-    if len(measured.eligible):
+    """Write the artifact, whole.  Raises what `artifact.write` raises.
+
+    measured: None, or of no block, where there was no text; estimated: acceptance by slot for that case.  training,
+    imported: as `retrofit.json` has them.  metrics: what metrics.jsonl holds, if it is to be there.
+    """
+    held = getattr(torch, plan.adapter.dtype)
+    acceptance: dict[str, Any] = {} if estimated is None else {"conditional": estimated}
+    conditional: dict[str, Any] = {}
+    if measured is not None and len(measured.eligible):
+        conditional = measured.conditional()
         acceptance = {"conditional": conditional, "ranks": measured.rank_chances()}
         if by_context := measured.by_context():
             acceptance["by_context"] = by_context
@@ -39,38 +58,50 @@ def publish(
         named["model"],
         local=named["local"],
         on_hub=not (named["local"] or is_named(base.name)),
-        greedy=conditional["greedy"] if len(measured.eligible) else None,
-        sampled=conditional["sampled"] if len(measured.eligible) else None,
+        greedy=conditional.get("greedy"),
+        sampled=conditional.get("sampled"),
         by_context=acceptance.get("by_context", ()),
         block=attached.layout.block,
-        added=count(session.trainer.trained),
+        added=count(attached.parameters()),
         share=attached.share,
+        imported=imported,
     )
+    parts = {"acceptance": acceptance, "training": dict(training)}
     artifact.write(
         out,
         adapter_config=attached.adapter_config(None if named["local"] else named["model"]),
         adapter_state=attached.adapter_state(held),
         heads=attached.heads_state(held),
-        config=_config(plan, base, named, attached, acceptance, session),
+        config={**_config(plan, base, named, attached, imported), **parts},
         recipe_yaml=dump_recipe(published_recipe(plan, named)),
         card=text,
-        added={"metrics.jsonl": session.metrics()},
+        added=None if metrics is None else {"metrics.jsonl": metrics},
         local=local_places(plan, base, named),
         overwrite=overwrite,
     )
 
 
-def _config(
-    plan: Recipe,
-    base: Base,
-    named: dict[str, Any],
-    attached: Attached,
-    acceptance: dict[str, Any],
-    session: Session,
-) -> dict[str, Any]:
+def recorded(session: Session) -> dict[str, Any]:
+    """What an artifact says of its training."""
     history, published = session.history, session.published
-    template = identity(base.tokenizer, plan.data.template)
-    lora = count(attached.lora_parameters())
+    return {
+        "steps": len(history),
+        "published_step": published["step"],
+        "stopped_early": session.stopped_early,
+        "seconds": round(session.seconds, 1),
+        "clean_rows": sum(r["rows"]["clean"] for r in history),
+        "draft_rows": sum(r["rows"]["draft"] for r in history),
+        "loss": published["loss"],
+        **({"probe": published["probe"]} if "probe" in published else {}),
+        **({} if session.skipped is None else {"skipped": session.skipped.counts()}),
+    }
+
+
+def _config(
+    plan: Recipe, base: Base, named: dict[str, Any], attached: Attached, imported: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What `retrofit.json` says of base, adapter and layout.  With which template others trained is not known."""
+    template = identity(base.tokenizer, plan.data.template) if imported is None else None
     return {
         "format": artifact.FORMAT,
         "retrofit": __version__,
@@ -81,6 +112,7 @@ def _config(
             "architecture": type(attached.model).__name__,
         },
         **({} if template is None else {"template": template}),
+        **({} if imported is None else {"imported": dict(imported)}),
         "profile": plan.profile,
         "draft": attached.layout.to_dict(),
         "adapter": {
@@ -92,20 +124,8 @@ def _config(
             "confidence": plan.adapter.confidence,
         },
         "parameters": {
-            "adapter": lora,
+            "adapter": count(attached.lora_parameters()),
             "heads": count(attached.heads.parameters()),
             "base": count(attached.base_parameters()),
-        },
-        "acceptance": acceptance,
-        "training": {
-            "steps": len(history),
-            "published_step": published["step"],
-            "stopped_early": session.stopped_early,
-            "seconds": round(session.seconds, 1),
-            "clean_rows": sum(r["rows"]["clean"] for r in history),
-            "draft_rows": sum(r["rows"]["draft"] for r in history),
-            "loss": published["loss"],
-            **({"probe": published["probe"]} if "probe" in published else {}),
-            **({} if session.skipped is None else {"skipped": session.skipped.counts()}),
         },
     }

@@ -94,12 +94,12 @@ def _kept(asked: Repository, offline: bool, whole: bool) -> Path:
     """whole: whether what is kept is to be checked, and fetched again where it is damaged."""
     home = _cache() / asked.id.replace("/", "--", 1)
     offline = is_offline(offline)
-    commit = _resolved(asked, home, offline)
+    commit = resolved(asked, home, offline)
     kept = home / commit
     if _is_there(kept, whole):
         return kept
     if offline:
-        raise _not_kept(asked)
+        raise not_kept(asked)
     _fetch(asked, commit, kept)
     return kept
 
@@ -114,13 +114,17 @@ def _is_there(kept: Path, whole: bool) -> bool:
     return not whole
 
 
-def _not_kept(asked: Repository) -> ResourceError:
+def not_kept(asked: Repository) -> ResourceError:
+    """What to say of a repository that there is no network for."""
     problem = f"{asked}: not a folder here, and nothing of that name from the Hub is kept"
     return ResourceError(problem, "check the spelling, or go online once")
 
 
-def _resolved(asked: Repository, home: Path, offline: bool) -> str:
-    """The commit that a name means; where the Hub cannot be asked, the one that it meant last."""
+def resolved(asked: Repository, home: Path, offline: bool) -> str:
+    """The commit that a name means; where the Hub cannot be asked, the one that it meant last.
+
+    home: the folder of the cache where it is kept what that was.  Raises ResourceError.
+    """
     from huggingface_hub import HfApi
 
     if asked.revision is not None and COMMIT.fullmatch(asked.revision):
@@ -130,7 +134,7 @@ def _resolved(asked: Repository, home: Path, offline: bool) -> str:
     known = known if COMMIT.fullmatch(known) else ""
     if offline:
         if not known:
-            raise _not_kept(asked)
+            raise not_kept(asked)
         return known
     api = HfApi(library_name="retrofit", library_version=__version__)
     try:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.cpu.subjects import write_artifact
 from retrofit.adapters.attach import attach
 from retrofit.artifact import folder as artifacts
-from retrofit.cli.export import FORMATS as OFFERED
+from retrofit.cli.exchange import FORMATS as OFFERED
 from retrofit.errors import GateError, ResourceError, UnsupportedModelError, UsageError
 from retrofit.exporting import export as exporting
 from retrofit.exporting import peft_folder, transformers_folder

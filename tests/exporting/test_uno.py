@@ -1,16 +1,11 @@
 """UNO folders, replayed by a small model of the engine they are for: its tokens and accepted drafts are ours.
 
-The replay is written from that engine's contract (`exporting/uno.py`) and shares no code with ours: a Llama decoder in
-plain torch that knows adapter_config.json and whatever safetensors lie beside it.
+The replay is `replay.py`.
 """
 
-import json
-
 import pytest
-import torch
-import torch.nn.functional as F
 from commands import done, refused, run
-from safetensors.torch import load_file
+from replay import Replay
 from saved import save_artifact
 
 from retrofit.adapters.layout import DraftLayout
@@ -30,78 +25,6 @@ NEW = 60
 VOCABULARY = 64
 
 
-class Replay:
-    """Greedy decoding of a request, two forwards a cycle, nothing cached."""
-
-    def __init__(self, base, folder):
-        self.config = json.loads((base / "config.json").read_text())
-        self.weights = load_file(base / "model.safetensors")
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        assert settings["peft_type"] == "LORA" and not settings.get("use_dora")
-        self.scale = settings["lora_alpha"] / settings["r"]
-        self.lora = {}
-        for path in folder.glob("*.safetensors"):
-            self.lora |= load_file(path)
-
-    def linear(self, x_TH, name, first):
-        """first: the row from which the adapter acts."""
-        out = x_TH @ self.weights[f"{name}.weight"].T
-        down = self.lora.get(f"base_model.model.{name}.lora_A.weight")
-        if down is not None:
-            up = self.lora[f"base_model.model.{name}.lora_B.weight"]
-            out[first:] += self.scale * (x_TH[first:] @ down.T @ up.T)
-        return out
-
-    def norm(self, x_TH, name):
-        scale = torch.rsqrt(x_TH.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
-        return x_TH * scale * self.weights[f"{name}.weight"]
-
-    def attention(self, x_TH, name, first):
-        T, heads, groups = len(x_TH), self.config["num_attention_heads"], self.config["num_key_value_heads"]
-        query, key, value = (
-            self.linear(x_TH, f"{name}.{one}_proj", first).view(T, -1, self.config["hidden_size"] // heads)
-            for one in "qkv"
-        )
-        D = query.shape[-1]
-        angle_TD = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, D, 2) / D)
-        cos, sin = (f(torch.cat([angle_TD, angle_TD], -1))[:, None] for f in (torch.cos, torch.sin))
-        query, key = (
-            one * cos + torch.cat([-one[..., D // 2 :], one[..., : D // 2]], -1) * sin for one in (query, key)
-        )
-        key, value = (one.repeat_interleave(heads // groups, 1) for one in (key, value))
-        scores_HTT = torch.einsum("thd,shd->hts", query, key) * D**-0.5
-        later = torch.ones(T, T, dtype=torch.bool).triu(1)
-        shares = scores_HTT.masked_fill(later, -torch.inf).softmax(-1)
-        return self.linear(torch.einsum("hts,shd->thd", shares, value).reshape(T, -1), f"{name}.o_proj", first)
-
-    def best(self, tokens, first):
-        """The likeliest token after each row, causally; from row `first` on with the adapter."""
-        x_TH = self.weights["model.embed_tokens.weight"][tokens]
-        for n in range(self.config["num_hidden_layers"]):
-            name = f"model.layers.{n}"
-            x_TH = x_TH + self.attention(self.norm(x_TH, f"{name}.input_layernorm"), f"{name}.self_attn", first)
-            y_TH = self.norm(x_TH, f"{name}.post_attention_layernorm")
-            gate, up = (self.linear(y_TH, f"{name}.mlp.{one}_proj", first) for one in ("gate", "up"))
-            x_TH = x_TH + self.linear(F.silu(gate) * up, f"{name}.mlp.down_proj", first)
-        logits = self.norm(x_TH, "model.norm") @ self.weights["lm_head.weight"].T
-        return logits.argmax(-1).tolist()
-
-    def decode(self, prompt, count, width, noise):
-        """(tokens, accepted drafts of each cycle); width: `--speculative-num-draft-tokens`; noise: position -> id."""
-        tokens, accepted = [*prompt, self.best(prompt, len(prompt))[-1]], []
-        while len(tokens) < len(prompt) + count:
-            end = len(tokens)
-            read = [noise(end + n) for n in range(width - 1)]
-            root, *drafts = self.best(tokens + read, end)[end - 1 :]
-            verified = self.best([*tokens, root, *drafts], end + width)[end:]
-            kept = 0
-            while kept < len(drafts) and drafts[kept] == verified[kept]:
-                kept += 1
-            tokens += [root, *drafts[:kept], verified[kept]]
-            accepted.append(kept)
-        return tokens[len(prompt) :][:count], accepted
-
-
 @pytest.fixture
 def fit(base, tmp_path):
     return save_artifact(tmp_path / "fit", base, LAYOUT, ALONE)
@@ -117,11 +40,11 @@ def test_the_engine_it_is_for_says_what_we_say(fit, base, tmp_path):
         ours = engine.generate(PROMPTS, strategy="two_forward", max_new_tokens=NEW)
     kept, told_apart = 0, False
     for n, (prompt, result) in enumerate(zip(PROMPTS, ours, strict=True)):
-        tokens, accepted = replay.decode(prompt, NEW, width, lambda place: noise_token(n, place, VOCABULARY))  # noqa: B023
+        tokens, accepted = replay.uno(prompt, NEW, width, lambda place: noise_token(n, place, VOCABULARY))  # noqa: B023
         assert tokens == result.tokens
         assert accepted[:-2] == result.stats.accepted[: len(accepted) - 2]  # the last drafts are cut to the budget
         kept += sum(accepted[:-2])
-        other, others = wrong.decode(prompt, NEW, width, lambda place: noise_token(n, place, VOCABULARY))  # noqa: B023
+        other, others = wrong.uno(prompt, NEW, width, lambda place: noise_token(n, place, VOCABULARY))  # noqa: B023
         assert other == tokens  # a wrong scale costs drafts, never a token
         told_apart |= accepted != others
     assert kept > 5 and told_apart

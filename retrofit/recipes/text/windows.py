@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.sources import document_rng
@@ -30,6 +31,12 @@ def windows(
             yield replace(document, id=f"{document.id}#0")
         else:
             yield from (window for window in cut(document, max_length, lengths, seed, epoch) if any(window.response))
+
+
+def first_windows(documents: Iterable[Document], max_length: int, count: int) -> Iterator[Document]:
+    """The first window of each document that has one, `count` at most: what is measured on."""
+    firsts = (next(windows([document], max_length), None) for document in documents)
+    return islice((window for window in firsts if window is not None), count)
 
 
 def cut(

@@ -1,0 +1,1 @@
+"""Adapters that other programs draft with, as artifacts."""

@@ -72,7 +72,7 @@ def fit(model: PreTrainedModel, config: Mapping[str, Any], tensors: Mapping[str,
     config: adapter_config.json; tensors: adapter_model.safetensors, A [rank, in] and B [out, rank] of each module.
     """
     wrong = not_allowed(config, SAYS)
-    problems = [f"{_shown(key)} is {value}" for key, value in wrong.items()]
+    problems = [f"{shown(key)} is {value}" for key, value in wrong.items()]
     rank, alpha = (None if key in wrong else config.get(key) for key in ("r", "lora_alpha"))
     problems += [f"{key} is missing" for key in ("peft_type", "r", "lora_alpha") if key not in config]
     projections = set(text_projections(model))
@@ -138,7 +138,7 @@ def _wrong(model: nn.Module, found: Mapping[tuple[str, str], Tensor], rank: int 
     shapes, types, broken = [], [], []
     for (module, factor), tensor in found.items():
         rows, columns = _sizes(named[module])
-        own = rank or tensor.shape[0 if factor == "A" else -1]
+        own = rank or (tensor.shape[factor == "B"] if tensor.dim() == 2 else 0)
         want = (own, columns) if factor == "A" else (rows, own)
         name = f"{module}.lora_{factor}"
         if tuple(tensor.shape) != want:
@@ -151,7 +151,7 @@ def _wrong(model: nn.Module, found: Mapping[tuple[str, str], Tensor], rank: int 
     problems = [f"{_counted(which, 'tensor')} {what}" for which, what in told if which]
     if broken:
         problems.append(f"{_counted(broken, 'tensor')} not finite")
-    if found and not any(tensor.any() for (_, factor), tensor in found.items() if factor == "B"):
+    if found and not types and not any(tensor.any() for (_, factor), tensor in found.items() if factor == "B"):
         problems.append("it changes nothing: every lora_B is zero")
     return problems
 
@@ -164,11 +164,11 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 def _counted(names: list[str], what: str) -> str:
     """`3 tensors (the first, ...)`."""
-    first, more = _shown(min(names)), ", ..." if len(names) > 1 else ""
+    first, more = shown(min(names)), ", ..." if len(names) > 1 else ""
     return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({first}{more})"
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """What a stranger called something, short, in letters that are but letters."""
     short = name if len(name) <= 80 else f"{name[:77]}..."
     return short if short.isprintable() else ascii(short)

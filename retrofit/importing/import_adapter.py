@@ -10,7 +10,6 @@ Not here: whether the adapter fits (`fit.py`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from retrofit.artifact.files import sha256
 from retrofit.artifact.safety import load_json
 from retrofit.errors import ArtifactError, DataError, UsageError
 from retrofit.hub import Base, load_base, resolved_device
-from retrofit.importing.fit import Fitted, fit
+from retrofit.importing.fit import Fitted, fit, shown
 from retrofit.recipes.publish import publish
 from retrofit.recipes.schema import Recipe, load_recipe
 from retrofit.recipes.text.documents import documents
@@ -37,9 +36,12 @@ from retrofit.sharing.adapters import CONFIG, WEIGHTS, Adapter, adapter_folder
 
 STYLES = ("uno", "nemotron")
 SOURCE = "data.source"
-MEASURING = ("data.split", "data.field", "data.template", "data.max_length", "data.held_out", "train.anchors")
+MEASURING = (
+    *("data.split", "data.field", "data.template", "data.max_length", "data.held_out"),
+    *("train.anchors", "train.seed"),
+)
 """Keys of a recipe that say how acceptance is measured on `data.source`."""
-FREE = ("base.revision", "train.seed", SOURCE, *MEASURING)
+FREE = ("base.revision", SOURCE, *MEASURING)
 """Keys that may be set beside those of `draft`; what the others say is in the adapter, or of training."""
 
 
@@ -138,7 +140,7 @@ def _fitted(plan: Recipe, style: str, name: str, read: _Read, base: Base, model:
         problems += [line.strip() for line in str(error).splitlines() if "adapter." in line]
     if problems:
         made_for = read.config.get("base_model_name_or_path")
-        hint = f"it says that it is for {json.dumps(made_for)}" if made_for else "is it for another base?"
+        hint = f"it says that it is for {shown(str(made_for))}" if made_for else "is it for another base?"
         raise ArtifactError(f"{name} cannot be imported for {model}: {'; '.join(problems)}", hint)
     data = plan.data
     if data.max_length == load_recipe(style).data.max_length:  # nobody asked for windows of that length

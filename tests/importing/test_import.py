@@ -209,6 +209,12 @@ WRONG = {
     "shape": ({}, first_changed(lambda tensor: tensor[:, :-1].contiguous()), r"1 tensor .* \[4, 31\] for \[4, 32\]"),
     "dimensions": ({}, first_changed(lambda tensor: tensor[None]), "1 tensor .* of another shape"),
     "type": ({}, first_changed(lambda tensor: tensor.long()), "1 tensor .* of a type that is none of a LoRA's"),
+    "narrow type": (
+        {},
+        lambda state: {n: t.to(torch.float8_e4m3fn) for n, t in state.items()},
+        "4 tensors .* of a type",
+    ),
+    "scalar": ({"r": "4"}, first_changed(lambda tensor: tensor.sum()), "r is '4'; 1 tensor .* of another shape"),
     "not finite": ({}, first_changed(lambda tensor: tensor.fill_(torch.nan)), "1 tensor .* not finite"),
     "nothing": ({}, lambda state: {n: t * ("lora_A" in n) for n, t in state.items()}, "it changes nothing"),
 }
@@ -227,7 +233,7 @@ def test_all_that_stands_in_the_way_is_told_at_once(base, tmp_path):
     found = peft_folder(tmp_path / "in", config=many, change=renamed("layers.1.", "layers.9."))
     common = ("import", found, "--base", base, "--style", "nemotron", "-o", tmp_path / "out")
     refusal = refused(run(*common, "--mask-token", MASK), 1)
-    for word in ("use_dora", "rank_pattern", "adapter.alpha: 9000", "without a place", "not adapted", '"a/b"'):
+    for word in ("use_dora", "rank_pattern", "adapter.alpha: 9000", "without a place", "not adapted", "for a/b"):
         assert word in refusal
     assert left(tmp_path) == ["in"]
 

@@ -1,6 +1,7 @@
 """Whether somebody has changed the weights of a live model: K/V that they made are then of no use any more.
 
-What goes through torch is seen: another tensor, another type, writing in place; not what is written by `.data`.
+What goes through torch is seen: another tensor, another type, writing in place; not what is written by `.data`, in
+inference mode to a tensor made in it, or by an optimizer with fused=True, which counts no write.
 """
 
 from __future__ import annotations

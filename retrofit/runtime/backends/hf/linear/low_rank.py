@@ -45,7 +45,8 @@ class LowRank:
         of = (dtype, *((state(down), state(up), scaling) for down, up, scaling in factors))
         if self._made is None or self._made[0] != of:
             downs, ups, scalings = zip(*factors, strict=True)
-            scaled = [up.detach().T * scaling for up, scaling in zip(ups, scalings, strict=True)]
-            down = torch.cat([down.detach() for down in downs]).T.contiguous()
-            self._made = of, down.to(dtype), torch.block_diag(*scaled).to(dtype)
+            # In that type before they are scaled: 16 bits would round once more.
+            scaled = [up.detach().to(dtype).T * scaling for up, scaling in zip(ups, scalings, strict=True)]
+            down = torch.cat([down.detach().to(dtype) for down in downs]).T.contiguous()
+            self._made = of, down, torch.block_diag(*scaled)
         return self._made[1:]

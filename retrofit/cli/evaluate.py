@@ -80,10 +80,12 @@ def evaluate(
       retrofit eval tiny-retrofit
       retrofit eval tiny-retrofit --prompts mine.jsonl --batch 1,8 --price 2.5 --fail-under speedup_batch_1=1.2
     """
-    least = dict(map(_bound, fail_under))
+    least = _bounds(fail_under)
     quieten_libraries()
     from retrofit.report.evaluate import evaluate as run
+    from retrofit.sharing.pulling import local_folder
 
+    folder = str(local_folder(folder, loading.offline))
     report = run(
         folder, out=out or folder, fail_under=least, progress=not is_quiet(), **options, **loading.keywords
     )  # fmt: skip
@@ -95,6 +97,15 @@ def evaluate(
 
     say(f"wrote {place(out or folder)}")
     report.require()
+
+
+def _bounds(texts: tuple[str, ...]) -> dict[str, float]:
+    """Raises UsageError for what is no NAME=V, and for a name with two bounds."""
+    found: dict[str, float] = {}
+    for name, bound in map(_bound, texts):
+        if found.setdefault(name, bound) != bound:
+            raise UsageError(f"--fail-under gives {name} two bounds, {found[name]:g} and {bound:g}", "leave one out")
+    return found
 
 
 def _bound(text: str) -> tuple[str, float]:

@@ -15,6 +15,7 @@ from retrofit.recipes.problems import did_you_mean
 from retrofit.report.headline import names
 from retrofit.report.rivals import Rival, rivals
 from retrofit.report.suites import MODES, SUITES, Suite
+from retrofit.sharing.pulling import source
 from retrofit.tasks import harness, packaged
 from retrofit.tasks.items import CATEGORIES, fewest
 
@@ -36,17 +37,30 @@ class Asked:
     def command(self, folder: Path | None, prompts: Any, loading: Mapping[str, Any]) -> str:
         """The command that does the same; folders by their names alone, FILE for prompts that came from none.
 
-        loading: options by name; those that have their default, `auto` or 0, are left out.
+        loading: options by name, as `evaluate` takes them; those that have their default are left out.
         """
-        artifact = "ARTIFACT" if folder is None else folder.resolve().name
+        artifact = "ARTIFACT" if folder is None else called(folder)
         name = Path(prompts).name if isinstance(prompts, str | Path) else "FILE"
         file = {} if prompts is None else {"--prompts": name}
-        more = {f"--{name}": str(value) for name, value in loading.items() if value not in ("auto", 0)}
+        base = None if loading["base"] is None else Path(loading["base"])
+        said: dict[str, Any] = {
+            **loading,
+            "base": base.name if base is not None and base.exists() else loading["base"],
+            "packed": {True: "on", False: "off"}.get(loading["packed"], "auto"),
+        }
+        trusted = ["--trust-remote-code"] if said.pop("trust_remote_code") else []
+        more = {f"--{name}": str(value) for name, value in said.items() if value not in ("auto", 0, None)}
         options = [part for option, value in {**self.given, **file, **more}.items() for part in (option, value)]
-        options += ["--allow-code"] if self.allow_code else []
+        options += [*trusted, *(["--allow-code"] if self.allow_code else [])]
         options += [part for rival in self.against for part in ("--against", rival.name)]
         gates = [part for name, bound in self.fail_under.items() for part in ("--fail-under", f"{name}={bound:g}")]
         return shlex.join(["retrofit", "eval", artifact, "--suite", self.name, *options, *gates])
+
+
+def called(folder: Path) -> str:
+    """What a command calls an artifact: one of the Hub by its repository and commit, any other by its folder's name."""
+    held = source(folder)
+    return folder.resolve().name if held is None else f"{held['repository']}@{held['commit']}"
 
 
 def check(

@@ -14,6 +14,7 @@ from typing import Any
 from retrofit.artifact import folder as artifacts
 from retrofit.artifact.files import disk, replace_file
 from retrofit.errors import ArtifactError, UsageError
+from retrofit.sharing.pulling import local_folder
 
 REPORT = "report.json"
 FOLDER = "eval"
@@ -74,11 +75,11 @@ def write(folder: str | Path, data: dict[str, Any], others: dict[str, str]) -> P
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A report from its file, or from the artifact or folder that holds it.
+    """A report from its file, or from the folder that holds it, or the artifact, named as for `Engine.load`.
 
     Raises UsageError where there is none, ArtifactError for what is no report of this format.
     """
-    path = Path(path).expanduser()
+    path = local_folder(path, offline=True).expanduser()
     path = place(path) if path.is_dir() else path
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from retrofit import __version__
+from retrofit.artifact import folder as artifacts
 from retrofit.errors import GateError, ResourceError, RetrofitError, UsageError, out_of_memory
 from retrofit.eval.subject import Subject, trained_on_stdlib
 from retrofit.progress import progress as shown
@@ -42,6 +43,7 @@ from retrofit.report.sections.training import training
 from retrofit.report.setting import Data, Earlier, Setting, Skipped
 from retrofit.report.verdict import verdict
 from retrofit.runtime.engine import Engine
+from retrofit.sharing.pulling import local_folder
 
 MARKDOWN, HTML, PICTURE = "report.md", "report.html", "report.svg"
 Section = Callable[[Setting, Earlier], Data]
@@ -133,7 +135,7 @@ def evaluate(
     clock: Callable[[], float] = time.perf_counter,
     progress: bool = True,
 ) -> Report:
-    """Measure an artifact folder, or a live engine, beside its original.
+    """Measure an artifact, named as for `Engine.load`, or a live engine, beside its original.
 
     suite: quick, standard or full, how much is run; modes, batch, context (tokens before the output) and limit (most
     prompts) stand over it.  prompts: a JSONL file (`retrofit.report.prompts`), or a list of texts, messages or token
@@ -151,20 +153,29 @@ def evaluate(
     asked = check(suite, modes, batch, context, limit, price, fail_under, given=prompts is not None,
                   tasks=tasks, allow_code=allow_code, against=against, offline=offline)  # fmt: skip
     rows = None if prompts is None else _rows(prompts)
-    loading = {"seed": seed, "device": device, "dtype": dtype, "backend": backend, "exact": exact}
-    folder = None if isinstance(target, Engine) else Path(target)
-    loaded = target if isinstance(target, Engine) else Engine.load(
-        target, device, dtype, exact, backend, packed=packed, base=base, offline=offline,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    loading: dict[str, Any] = {
+        "device": device, "dtype": dtype, "backend": backend, "exact": exact, "packed": packed, "base": base,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    folder = None if isinstance(target, Engine) else _folder(target, out, offline)
+    loaded = target if isinstance(target, Engine) else Engine.load(target, offline=offline, **loading)
     try:
         subject = Subject(loaded, loaded.base.place if loaded.base else None, trust_remote_code, folder)
-        setting = _setting(subject, asked, rows, seed, clock, asked.command(folder, prompts, loading))
+        setting = _setting(subject, asked, rows, seed, clock, asked.command(folder, prompts, {"seed": seed, **loading}))
         kept = {} if restart or out is None or folder is None else _finished(out, setting)
         return _run(setting, asked, kept, out, progress)
     finally:
         if folder is not None:
             loaded.close()
+
+
+def _folder(target: str | Path, out: str | Path | None, offline: bool) -> Path:
+    """Of the artifact.  Raises UsageError for a report that would go into another, of which it says nothing."""
+    folder = local_folder(target, offline)
+    taken = out is not None and (Path(out) / artifacts.CONFIG).is_file()
+    if out is not None and taken and Path(out).resolve() != folder.resolve():
+        raise UsageError(f"{out} is another artifact: the report of {folder} does not go there", "name another folder")
+    return folder
 
 
 def _rows(prompts: str | Path | Sequence[Any]) -> list[Row]:

@@ -46,12 +46,13 @@ class Rival:
 def rivals(values: Sequence[str], offline: bool = False) -> tuple[Rival, ...]:
     """Each value as what it names, found on this machine or fetched.
 
-    Raises UsageError for what names nothing and for a value that is given twice, and what `locate` and `pull` raise.
+    Raises UsageError for what names nothing and for two of one name, and what `locate` and `pull` raise.
     """
     found = [_rival(value, offline) for value in values]
-    twice = next((one for n, one in enumerate(found) if one in found[:n]), None)
+    names = [one.name for one in found]
+    twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
     if twice is not None:
-        raise UsageError(f"--against names {twice.name} twice")
+        raise UsageError(f"--against names {twice} twice", "a folder goes by its name alone: rename one of two")
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ from commands import done, run
 from reporting import only, small_suite
 from saved import save_artifact
 
+from retrofit import named_bases
 from retrofit.artifact import folder as artifact
 from retrofit.report import document
 from retrofit.report.evaluate import SECTIONS
@@ -102,6 +103,7 @@ def test_an_interruption_says_where_to_go_on(own, mine, monkeypatch):
         (["--fail-under", "tau"], "--fail-under is tau; it must be NAME=V"),
         (["--fail-under", "tau=nan"], "--fail-under is tau=nan; it must be NAME=V"),
         (["--fail-under", "tua=1"], "fail-under tua: no such figure; did you mean `tau`?"),
+        (["--fail-under", "tau=1", "--fail-under", "tau=2"], "--fail-under gives tau two bounds, 1 and 2"),
         (["--price", "-1"], "price is -1.0; it must be above 0"),
         (["--prompts", "gone.jsonl"], "gone.jsonl: cannot be read: No such file or directory"),
     ],
@@ -111,6 +113,15 @@ def test_wrong_usage_is_one_clear_error(own, options, message):
     result = run("eval", own, *options)
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_artifact_that_ships_is_measured_and_shown_by_its_name(tmp_path, base, mine, monkeypatch):
+    place = save_artifact(tmp_path / "smollm2-135m", base)
+    monkeypatch.setattr(named_bases, "SHIPPED", tmp_path)
+    assert run("eval", "smollm2-135m", "--prompts", mine, "-q").exit_code == 0
+    assert (place / "eval" / "report.json").is_file()
+    assert done("report", "show", "smollm2-135m").startswith("# Report: smollm2-135m")
 
 
 def test_report_show_without_a_report(own):

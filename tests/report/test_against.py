@@ -110,6 +110,11 @@ def test_a_damaged_artifact_is_refused(other):
         rivals([str(damaged)])
 
 
+def test_two_folders_of_one_name_would_hide_each_other(other, base, tmp_path):
+    with pytest.raises(UsageError, match="--against names other twice"):
+        rivals([str(other), str(save_artifact(tmp_path / "other", base))])
+
+
 def test_an_artifact_that_changed_is_another(other):
     (rival,) = rivals([str(other)])
     before = rival.identity

@@ -211,15 +211,22 @@ def test_no_prompts_in_a_file(tmp_path, own):
         retrofit.evaluate(own, prompts=tmp_path / "none.jsonl")
 
 
-def test_the_command_says_how_to_do_it_again(own, monkeypatch, tmp_path):
+def test_the_command_says_how_to_do_it_again(own, base, monkeypatch, tmp_path):
     only(monkeypatch)
     file = tmp_path / "my prompts.jsonl"
     file.write_text('{"prompt": "def a"}\n')
     report = small(
         monkeypatch, own, prompts=file, limit=1, batch=[1], context=None, seed=3, fail_under={"tau": 1.0},
-        modes=["ar"], dtype="float32",
+        modes=["ar"], dtype="float32", packed=False, base=str(base), trust_remote_code=True,
     )  # fmt: skip
     assert report.data["command"] == (
         "retrofit eval own --suite quick --modes ar --batch 1 --limit 1 --prompts 'my prompts.jsonl' --seed 3"
-        " --dtype float32 --fail-under tau=1"
+        f" --dtype float32 --packed off --base {base.name} --trust-remote-code --fail-under tau=1"
     )
+
+
+def test_a_report_does_not_go_into_another_artifact(own, base, tmp_path, monkeypatch):
+    other = save_artifact(tmp_path / "other", base)
+    with pytest.raises(UsageError, match="is another artifact"):
+        small(monkeypatch, own, out=other)
+    assert not (other / "eval").exists()

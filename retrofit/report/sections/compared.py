@@ -10,6 +10,7 @@ from typing import Any
 from retrofit.artifact import folder as artifacts
 from retrofit.artifact.files import sha256
 from retrofit.machine import hardware
+from retrofit.report.asked import called
 from retrofit.report.prompts import digest
 from retrofit.report.setting import Data, Earlier, Setting
 from retrofit.runtime.chat_template import differences, identity
@@ -52,7 +53,7 @@ def identity_of(folder: Path | None) -> Data | None:
     """The sha256 of an artifact's manifest, which holds those of its files; None for a live engine."""
     if folder is None:
         return None
-    return {"name": folder.resolve().name, "manifest_sha256": sha256(folder / artifacts.MANIFEST)}
+    return {"name": called(folder), "manifest_sha256": sha256(folder / artifacts.MANIFEST)}
 
 
 def _base(setting: Setting) -> dict[str, Any] | None:

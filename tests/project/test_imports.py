@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import its own layer and those below.  Others (`__init__.py`, `cli/`) are the face, on top.
 LAYERS = {"errors": 0, "adapters": 2, "runtime": 3, "recipes": 4, "report": 6}
-LAYERS |= dict.fromkeys(("eval", "tasks", "exporting", "importing"), 5)
+LAYERS |= dict.fromkeys(("eval", "tasks", "exporting", "importing", "serving"), 5)
 BELOW = ("artifact", "gguf_files", "hub", "launch", "locating", "machine", "named_bases", "progress", "weight_files")
 LAYERS |= dict.fromkeys((*BELOW, "sharing"), 1)
 FACE = 7

@@ -1,0 +1,49 @@
+"""`retrofit serve`: an artifact in a serving engine that exists."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+import click
+
+from retrofit.cli.options import CONTEXT, artifact_argument, base_option
+from retrofit.cli.output import quieten_libraries, say
+
+ENGINES = ["vllm", "sglang"]
+
+
+@click.command(context_settings={**CONTEXT, "ignore_unknown_options": True, "allow_interspersed_args": True})
+@artifact_argument
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF THE ENGINE]...")
+@click.option("--engine", type=click.Choice(ENGINES), required=True, help="The serving engine; see above.")
+@base_option
+@click.option("--offline", is_flag=True, help="Use no network, only what is on this machine.")
+@click.option("--print", "only_print", is_flag=True, help="Print the command, start nothing.")
+def serve(
+    folder: str, options: tuple[str, ...], engine: str, base: str | None, offline: bool, only_print: bool
+) -> None:
+    """Serve ARTIFACT over HTTP, with drafts, in an engine that is installed here.
+
+    ARTIFACT is a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, which is pulled.  Options that are not below
+    go to the engine as they are.
+
+    vllm starts `vllm serve` of vLLM 0.32 or 0.33: its server, scheduler and sampler, with drafts of the artifact.
+    sglang prints the command for an artifact whose drafts SGLang's UNO can make, and starts nothing; --uno-lora-path is
+    the folder that was exported for it.
+
+    \b
+    Examples:
+      retrofit serve qwen-retrofit --engine vllm --port 8000 --dtype bfloat16
+      retrofit serve qwen-uno --engine sglang --uno-lora-path qwen-sglang
+    """
+    quieten_libraries()
+    from retrofit.serving.starting import words
+
+    found = words(folder, engine, options, base=base, offline=offline)
+    line = shlex.join(found)
+    if only_print or engine == "sglang":
+        click.echo(line)
+        return
+    say(line)
+    os.execv(found[0], found)

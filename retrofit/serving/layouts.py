@@ -1,0 +1,65 @@
+"""Which artifacts a serving engine can draft with, as data; an artifact that does not fit is refused with all that is
+to be changed.
+
+Not here: starting an engine.  This file imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from retrofit.errors import UnsupportedModelError, UsageError
+
+WANTED: dict[str, dict[str, Any]] = {
+    "vllm": {"profile": "frozen", "draft.shift": 1, "draft.seed_row": "base"},
+    "sglang": {
+        "profile": "frozen",
+        "draft.input": "noise",
+        "draft.attention": "causal",
+        "draft.shift": 1,
+        "draft.seed_row": "base",
+        "adapter.markov_rank": 0,
+        "adapter.confidence": False,
+    },
+}
+"""Engine -> recipe key -> the one value it can draft with.  Of SGLang: its UNO, sgl-project/sglang#37667."""
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Bases whose vLLM model was read: decoders with full attention in every layer, embeddings that are not scaled, and
+projections that go by transformers' names."""
+
+
+def refuse_unfit(name: str, config: Mapping[str, Any], engine: str) -> None:
+    """Raise UsageError or UnsupportedModelError for an artifact that an engine cannot draft with.
+
+    name: what the artifact is called; config: its `retrofit.json`.
+    """
+    base = config["base"]
+    if "gguf" in base:
+        raise UsageError(
+            f"{name} cannot be served by {engine}: its base is a GGUF file",
+            "save the base once as safetensors (docs/bases.md) and convert that",
+        )
+    if engine == "vllm" and base["architecture"] not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{name} cannot be served by vllm: drafting there is written for {', '.join(ARCHITECTURES)}, "
+            f"and its base is {base['architecture']}",
+            "decode it with retrofit: `retrofit generate`",
+        )
+    found = {key: _value(config, key) for key in WANTED[engine]}
+    wrong = {key: want for key, want in WANTED[engine].items() if found[key] != want}
+    if wrong:
+        said = "; ".join(f"{key} is {_shown(found[key])}, not {_shown(want)}" for key, want in wrong.items())
+        change = " ".join(f"{key}={_shown(want)}" for key, want in wrong.items())
+        raise UsageError(f"{name} cannot be served by {engine}: {said}", f"convert the base with {change}")
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return config[section][name] if name else config[section]
+
+
+def _shown(value: Any) -> str:
+    """As a recipe has it."""
+    return str(value).lower()

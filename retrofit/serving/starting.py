@@ -1,0 +1,36 @@
+"""From an artifact to the command that serves it: everything that can be refused is, before an engine starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from retrofit.artifact import folder as artifacts
+from retrofit.hub import load_base
+from retrofit.runtime.loading import check_same_base
+from retrofit.serving import sglang
+from retrofit.serving.layouts import refuse_unfit
+from retrofit.serving.vllm import command as vllm
+from retrofit.serving.vllm.versions import check, installed
+from retrofit.sharing.pulling import local_folder
+
+
+def words(name: str, engine: str, options: Sequence[str], *, base: str | None, offline: bool) -> list[str]:
+    """The command that serves an artifact, as a list of words.
+
+    name: its folder, or OWNER/NAME on the Hub.  engine: vllm or sglang.  options: of the engine.  base: in place of the
+    one the artifact names.
+    Raises UsageError or UnsupportedModelError for an artifact or an option that the engine cannot draft with,
+    ResourceError where vLLM is not here or another one is, and what `Engine.load` raises of artifact and base.
+    """
+    artifact = artifacts.read(local_folder(name, offline))
+    refuse_unfit(name, artifact.config, engine)
+    named, block = artifact.config["base"], artifact.config["draft"]["block"]
+    place = base or artifacts.base_of(artifact.folder, artifact.config)
+    revision = None if base else named["revision"]
+    if engine == "sglang":
+        return sglang.command(place, revision, block, options)
+    check(installed())
+    loaded = load_base(place, revision, offline=offline, with_model=False)
+    check_same_base(loaded, artifact)
+    folder = artifact.folder.absolute()
+    return vllm.command(folder, str(loaded.place), artifacts.published_name(named), block, options)

@@ -7,8 +7,8 @@ import shlex
 
 import click
 
-from retrofit.cli.options import CONTEXT, artifact_argument, base_option
-from retrofit.cli.output import quieten_libraries, say
+from retrofit.cli.options import CONTEXT, artifact_argument, base_option, output_options
+from retrofit.cli.output import emit_json, quieten_libraries, say
 
 ENGINES = ["vllm", "sglang"]
 
@@ -19,11 +19,12 @@ ENGINES = ["vllm", "sglang"]
 @click.option("--engine", type=click.Choice(ENGINES), required=True, help="The serving engine; see above.")
 @base_option
 @click.option("--offline", is_flag=True, help="Use no network, only what is on this machine.")
-@click.option("--print", "only_print", is_flag=True, help="Print the command, start nothing.")
+@click.option("--print", "only_print", is_flag=True, help="Print the command, start nothing; with --json as a list.")
+@output_options
 def serve(
-    folder: str, options: tuple[str, ...], engine: str, base: str | None, offline: bool, only_print: bool
+    folder: str, options: tuple[str, ...], engine: str, base: str | None, offline: bool, only_print: bool, as_json: bool
 ) -> None:
-    """Serve ARTIFACT over HTTP, with drafts, in an engine that is installed here.
+    """Serve ARTIFACT in vLLM, over HTTP and with drafts.
 
     ARTIFACT is a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, which is pulled.  Options that are not below
     go to the engine as they are.
@@ -41,9 +42,11 @@ def serve(
     from retrofit.serving.starting import words
 
     found = words(folder, engine, options, base=base, offline=offline)
-    line = shlex.join(found)
     if only_print or engine == "sglang":
-        click.echo(line)
+        if as_json:
+            emit_json(found)
+        else:
+            click.echo(shlex.join(found))
         return
-    say(line)
+    say(shlex.join(found))
     os.execv(found[0], found)

@@ -20,6 +20,8 @@ TEMPERATURE = 0.8
 WORDS = 16
 SAMPLES = 2000
 COPIES = 50
+LONG = 192
+"""Tokens of requests whose drafts are counted."""
 SIGNIFICANT = 1e-4
 
 
@@ -52,7 +54,7 @@ def asked(url, prompts):
     ask, ids = Asker(url), text()
     long = [ids[200 * i : 200 * i + 170 + 3 * i] for i in range(8)]
     blocks = [ids[500 : 500 + 32 * n] for n in (1, 2, 4)]
-    found = {"alone": [ask.one(prompt) for prompt in prompts]}
+    found = {"alone": [ask.one(prompt, tokens=LONG) for prompt in prompts]}
     found["accepted"] = accepted(url)
     found["warm"] = ask.together(prompts * 3)
     found["over several chunks, some put off"] = ask.together(long)
@@ -90,15 +92,17 @@ def test_drafts_are_accepted_as_in_our_two_forwards(answers, artifact, prompts):
     from retrofit import Engine
 
     with Engine.load(artifact, dtype="float32") as engine:
-        options = {"max_new_tokens": 64, "original_settings": False}
+        options = {"max_new_tokens": LONG, "original_settings": False}
         results = engine.generate(prompts, "self_spec", strategy="two_forward", **options)
     ours = [n for result in results for n in result.stats.accepted]
     cycles, root, *slots = answers[1]["accepted"]
     assert root >= 0.99 * cycles
-    assert cycles == pytest.approx(len(ours), rel=0.05, abs=8)  # our last step of a request may be a plain one
+    # vLLM counts what it accepts after a request's end too, and our last step of a request may be a plain one.
+    ends = len(prompts)
     want = [sum(n > slot for n in ours) for slot in range(len(slots))]
-    assert sum(slots) == pytest.approx(sum(want), rel=0.05, abs=2)
-    assert slots == pytest.approx(want, rel=0.05, abs=3)
+    assert cycles == pytest.approx(len(ours), rel=0.05, abs=ends)
+    assert slots == pytest.approx(want, rel=0.05, abs=ends / 2)
+    assert slots[0] >= 40
 
 
 def likeliest(prompt):
@@ -133,6 +137,7 @@ def target(prompt):
     second = after([[*prompt, a] for a in ids])
     third = after([[*prompt, a, b] for a in ids for b in ids]).view(WORDS, WORDS, WORDS)
     joint = torch.einsum("a,ab,abc->bc", first, second, third)
+    joint /= joint.sum()
     return {(a, b): float(joint[i, j]) for i, a in enumerate(ids) for j, b in enumerate(ids)}
 
 

@@ -5,17 +5,16 @@ Marked `vllm`: needs vLLM and minutes; `make vllm` runs this in an environment o
 
 import sys
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch
-import vllm_server
 from vllm_server import SMALL, Asker, accepted, drafting, plain, serving
 
 from retrofit.named_bases import embedded_folder
 from retrofit.serving.starting import words
 
-pytestmark = pytest.mark.vllm
-pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")]
 TEMPERATURE = 0.8
 WORDS = 16
 SAMPLES = 2000
@@ -31,7 +30,7 @@ def artifact(tmp_path_factory):
     from retrofit.recipes.convert import convert
 
     out = tmp_path_factory.mktemp("served") / "artifact"
-    convert(vllm_server.NAME, out=out, overrides={"train.steps": 30}, quiet=True)
+    convert(out=out, overrides={"train.steps": 30}, quiet=True)
     return out
 
 

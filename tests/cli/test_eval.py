@@ -117,8 +117,9 @@ def test_wrong_usage_is_one_clear_error(own, options, message):
 
 @pytest.mark.usefixtures("quick")
 def test_an_artifact_that_ships_is_measured_and_shown_by_its_name(tmp_path, base, mine, monkeypatch):
-    place = save_artifact(tmp_path / "smollm2-135m", base)
-    monkeypatch.setattr(named_bases, "SHIPPED", tmp_path)
+    (tmp_path / "shipped").mkdir()
+    place = save_artifact(tmp_path / "shipped" / "smollm2-135m", base)
+    monkeypatch.setattr(named_bases, "SHIPPED", tmp_path / "shipped")
     assert run("eval", "smollm2-135m", "--prompts", mine, "-q").exit_code == 0
     assert (place / "eval" / "report.json").is_file()
     assert done("report", "show", "smollm2-135m").startswith("# Report: smollm2-135m")

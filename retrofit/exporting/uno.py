@@ -10,22 +10,10 @@ folder (`peft_folder.py`).  Not here: starting that engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from retrofit.artifact.folder import Artifact
 from retrofit.errors import UsageError
 from retrofit.exporting import peft_folder
-
-WANTED = {
-    "draft.input": "noise",
-    "draft.attention": "causal",
-    "draft.shift": 1,
-    "draft.seed_row": "base",
-    "adapter.markov_rank": 0,
-    "adapter.confidence": False,
-}
-"""Recipe key -> what that engine's drafts are made by."""
+from retrofit.serving.layouts import unfit
 
 README = """---
 library_name: peft
@@ -54,13 +42,12 @@ the original's, but for near-ties.  Sampled output follows its distribution, and
 
 def refuse_unfit(artifact: Artifact) -> None:
     """Raise UsageError, with all that is to be changed, for an artifact that UNO cannot draft with."""
-    config = artifact.config
-    found = {key: _value(config, key) for key in WANTED}
-    wrong = [f"{key} is {_shown(found[key])}, not {_shown(want)}" for key, want in WANTED.items() if found[key] != want]
-    if "gguf" in config["base"]:
+    differing = unfit(artifact.config, "sglang")
+    wrong = [f"{key} is {found}, not {want}" for key, (found, want) in differing.items()]
+    if "gguf" in artifact.config["base"]:
         wrong.append("base.model is a GGUF file, not safetensors")
     if wrong:
-        change = " ".join(f"{key}={_shown(want)}" for key, want in WANTED.items() if found[key] != want)
+        change = " ".join(f"{key}={want}" for key, (_, want) in differing.items())
         raise UsageError(
             f"{artifact.folder} cannot be exported as uno: {'; '.join(wrong)}",
             f"train one: `retrofit convert MODEL --recipe uno -o OUT`, or your recipe with {change or 'another base'}",
@@ -70,13 +57,3 @@ def refuse_unfit(artifact: Artifact) -> None:
 def files(artifact: Artifact, model: str) -> dict[str, peft_folder.Content]:
     """As `peft_folder.files`."""
     return peft_folder.files(artifact, model, README)
-
-
-def _value(config: Mapping[str, Any], key: str) -> Any:
-    section, name = key.split(".")
-    return config[section][name]
-
-
-def _shown(value: Any) -> str:
-    """As a recipe has it."""
-    return str(value).lower()

@@ -47,12 +47,17 @@ def refuse_unfit(name: str, config: Mapping[str, Any], engine: str) -> None:
             f"and its base is {base['architecture']}",
             "decode it with retrofit: `retrofit generate`",
         )
-    found = {key: _value(config, key) for key in WANTED[engine]}
-    wrong = {key: want for key, want in WANTED[engine].items() if found[key] != want}
+    wrong = unfit(config, engine)
     if wrong:
-        said = "; ".join(f"{key} is {_shown(found[key])}, not {_shown(want)}" for key, want in wrong.items())
-        change = " ".join(f"{key}={_shown(want)}" for key, want in wrong.items())
+        said = "; ".join(f"{key} is {found}, not {want}" for key, (found, want) in wrong.items())
+        change = " ".join(f"{key}={want}" for key, (_, want) in wrong.items())
         raise UsageError(f"{name} cannot be served by {engine}: {said}", f"convert the base with {change}")
+
+
+def unfit(config: Mapping[str, Any], engine: str) -> dict[str, tuple[str, str]]:
+    """Recipe key -> (what it is, what the engine wants), as a recipe has them, where these differ."""
+    found = {key: _value(config, key) for key in WANTED[engine]}
+    return {key: (_shown(found[key]), _shown(want)) for key, want in WANTED[engine].items() if found[key] != want}
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:

@@ -13,10 +13,11 @@ from retrofit.adapters.roles import ROLES
 from retrofit.artifact import folder as artifacts
 from retrofit.errors import UsageError
 from retrofit.exporting.export import export
-from retrofit.exporting.uno import WANTED, files
+from retrofit.exporting.uno import files
 from retrofit.recipes.schema import by_key, load_recipe
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.plan import noise_token
+from retrofit.serving.layouts import WANTED
 
 LAYOUT = DraftLayout(3, input="noise", attention="causal")
 ALONE = {"rank": 4, "alpha": 32.0, "targets": list(ROLES), "markov_rank": 0, "confidence": False}
@@ -69,7 +70,7 @@ def test_a_strangers_words_are_no_commands(fit, tmp_path):
 
 def test_the_recipe_qualifies():
     keys = by_key(load_recipe("uno"))
-    assert {key: keys[key] for key in WANTED} == WANTED
+    assert {key: keys[key] for key in WANTED["sglang"]} == WANTED["sglang"]
 
 
 def test_it_says_how_it_is_started(fit, base, tmp_path):

@@ -102,7 +102,7 @@ def _outcome(pushed: Pushed, dry_run: bool) -> str:
 def export(folder: str, form: str, out: str, base: str | None, loading: Loading, as_json: bool) -> None:
     """Write ARTIFACT as a folder for other programs.
 
-    ARTIFACT is a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, which is pulled.
+    ARTIFACT is a folder, smollm2-135m, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, which is pulled.
 
     \b
     peft            the adapter as a plain PEFT folder; it acts when told to

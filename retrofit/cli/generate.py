@@ -59,6 +59,7 @@ def generate(
 ) -> None:
     """Continue each PROMPT, or the text on stdin.
 
+    ARTIFACT is a folder, smollm2-135m, which ships with retrofit, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
     stdin is read where there is no PROMPT or it is `-`.  Prompts are raw text, nothing added; with --chat or
     --system they are messages for the model's chat template.  One output is streamed; several are printed in
     their order, each under a header.  With --json every result is one line.

@@ -19,7 +19,7 @@ from retrofit.cli.tables import facts, print_table
 def inspect(folder: str, offline: bool, as_json: bool) -> None:
     """Show what ARTIFACT holds, without loading any model.
 
-    ARTIFACT is a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, which is pulled.
+    ARTIFACT is a folder, smollm2-135m, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, which is pulled.
     Base and fingerprint, layout, sizes, measured acceptance, certificate, files.  Hashes are checked.
 
     \b

@@ -98,8 +98,8 @@ class Engine:
     ) -> Engine:
         """Load an artifact and the base it belongs to.
 
-        path: its folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.  base: folder, GGUF file or Hub id in place
-        of the one it names.  device auto: a GPU where there is one.  dtype auto: what it was trained against.
+        path: its folder, smollm2-135m, which ships with retrofit, or OWNER/NAME[@REVISION] on the Hub.  base: folder,
+        GGUF file or Hub id in place of its own.  device auto: a GPU if there is one.  dtype auto: of its training.
         backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused on a GPU in half precision,
         where it knows the model).  exact: how far rows are guaranteed not to depend on the rows beside them: off,
         bucket (every decoding forward has `rows` rows), invariant (any number of rows).  auto is bucket on the fused

@@ -47,7 +47,12 @@ class Listed(click.ParamType):
               help="Requests that run together, such as 1,4,16.  [default: the suite's]")  # fmt: skip
 @click.option("--context", type=Listed(int), metavar="LIST",
               help="Tokens before the output, such as 128,4096.  [default: the suite's]")  # fmt: skip
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most prompts.  [default: the suite's]")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Most prompts, and items of a task.  [default: the suite's]",
+)
 @click.option("--prompts", type=click.Path(dir_okay=False), metavar="FILE",
               help="Prompts of your own, JSONL with `turns`, `prompt`, `messages` or `tokens`.")  # fmt: skip
 @click.option("--price", type=float, metavar="USD", help="What an hour of this machine costs.")

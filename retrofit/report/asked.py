@@ -98,7 +98,8 @@ def check(
         size = replace(size, contexts=())
     if limit is not None:
         (limit,) = _counts("--limit", [limit])
-        size = replace(size, prompts=min(size.prompts, limit), lossless_prompts=min(size.lossless_prompts, limit))
+        most = limit if given else min(size.prompts, limit)  # of our own there are no more
+        size = replace(size, prompts=most, lossless_prompts=min(size.lossless_prompts, limit))
         size = replace(size, quality_items=fewest(size.quality_items, limit))
         said["--limit"] = str(limit)
     if price is not None:

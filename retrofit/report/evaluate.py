@@ -191,9 +191,10 @@ def _setting(
     subject: Subject, asked: Asked, rows: Sequence[Row] | None, seed: int, clock: Callable[[], float], command: str
 ) -> Setting:
     """Raises as `_prompts` does."""
+    prompts = _prompts(rows, subject, asked)
     return Setting(
-        subject, _prompts(rows, subject, asked), asked.suite, rows is not None, asked.modes, asked.price, seed, clock,
-        command, asked.tasks, asked.allow_code, asked.against,
+        subject, prompts, asked.suite, rows is not None, asked.modes, asked.price, seed, clock,
+        command, asked.tasks, asked.allow_code, asked.against, len(rows or prompts) - len(prompts),
     )  # fmt: skip
 
 

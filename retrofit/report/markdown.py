@@ -92,11 +92,16 @@ def _compared(found: Data) -> Iterator[str]:
         "machine": f"{machine['gpu'] or machine['cpu']}, {machine['threads']} of {machine['cores']} cores",
         "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         "commit, date": f"{machine['commit'] or '-'}, {machine['date']}",
-        "prompts": f"{prompts['count']}{' of the user' if prompts['given'] else ''}, sha256 {prompts['sha256'][:12]}",
+        "prompts": f"{prompts['count']}{_given(prompts)}, sha256 {prompts['sha256'][:12]}",
         "chat template": "; ".join(template["differences"]) or ("as in training" if template["trained"] else "none"),
         "seed": str(found["seed"]),
     }
     yield from table(["", ""], [[name, text(value)] for name, value in rows.items()])
+
+
+def _given(prompts: Data) -> str:
+    more = prompts.get("left_out")
+    return (" of the user" if prompts["given"] else "") + (f" ({more} more left out)" if more else "")
 
 
 def _losslessness(found: Data) -> Iterator[str]:

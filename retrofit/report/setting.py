@@ -30,7 +30,10 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """prompts: tokenized, at least one.  given: whether they are the user's own."""
+    """prompts: tokenized, at least one.  given: whether they are the user's own.
+
+    left_out: how many of the user's own are not measured, being more than the suite or the limit has.
+    """
 
     subject: Subject
     prompts: Sequence[Prompt]
@@ -47,6 +50,7 @@ class Setting:
     allow_code: bool = False
     """Whether code that a model wrote may be run."""
     against: tuple[Rival, ...] = ()
+    left_out: int = 0
     _texts: dict[int, list[list[int]]] = field(default_factory=dict)
 
     @property

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from reporting import PROMPTS, gate, only, small, small_suite
+from reporting import PROMPTS, SMALL, gate, only, small, small_suite
 from saved import save_artifact
 from tiny_models import build
 
@@ -155,6 +155,17 @@ def test_one_prompt_of_one_token_and_prompts_of_token_ids(own, monkeypatch):
     report = small(monkeypatch, own, prompts=[[3]], context=None)
     assert report.section("compared")["prompts"]["count"] == 1
     assert {cell["context_tokens"] for cell in report.section("speed")["cells"]} == {1}
+
+
+def test_the_users_own_prompts_beyond_the_suites_number_are_told_of_and_a_limit_takes_them_in(own, monkeypatch):
+    only(monkeypatch)
+    most, rows = SMALL.prompts, [[token] for token in range(1, SMALL.prompts + 4)]
+    few = small(monkeypatch, own, prompts=rows)
+    held = few.section("compared")["prompts"]
+    assert (held["count"], held["left_out"]) == (most, 3)
+    assert f"{most} of the user (3 more left out)" in few.markdown
+    held = small(monkeypatch, own, prompts=rows, limit=len(rows)).section("compared")["prompts"]
+    assert (held["count"], held["left_out"]) == (len(rows), 0)
 
 
 def test_a_live_engine(base, monkeypatch, tmp_path):

@@ -86,6 +86,21 @@ def test_rates_and_latencies_are_what_the_clock_says(monkeypatch):
     assert (ar["requests"], four["ways"]["ar"]["requests"]) == (2, 8)  # over both turns
 
 
+def test_the_users_own_prompts_are_taken_in_turn(monkeypatch):
+    seen = []
+    stream = KnownEngine.stream
+
+    def noted(self: KnownEngine, prompts: Sequence[Any], mode: str, **options: Any) -> Iterator[Any]:
+        seen.append((mode, [list(prompt) for prompt in prompts]))
+        return stream(self, prompts, mode, **options)
+
+    monkeypatch.setattr(KnownEngine, "stream", noted)
+    measured(monkeypatch, SECONDS, batches=(1, 2), repeats=3, timed_at=(0.8,))
+    ar = [prompts for mode, prompts in seen if mode == "ar"]
+    assert ar[:4] == [[[1, 2]], [[1, 2]], [[3]], [[1, 2]]]  # first a run that is not timed
+    assert ar[4:] == [[[1, 2], [3]]] * 4
+
+
 def test_transformers_prompt_lookup_takes_one_prompt_at_a_time(monkeypatch):
     one, four = measured(monkeypatch, SECONDS)["cells"]
     assert set(one["ways"]) - set(four["ways"]) == {"transformers_prompt_lookup"}

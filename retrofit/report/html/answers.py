@@ -41,6 +41,7 @@ def compared(found: Data) -> str:
         "versions": text(", ".join(f"{name} {version}" for name, version in machine["versions"].items())),
         "commit, date": text(f"{machine['commit'] or NONE}, {machine['date']}"),
         "prompts": f"{number(prompts['count'])}{', of the user' if prompts['given'] else ''}"
+        f"{', ' + number(prompts['left_out']) + ' more left out' if prompts.get('left_out') else ''}"
         f", sha256 {text(prompts['sha256'][:12])}",
         "categories": text(categories or NONE),
         "chat template": text(

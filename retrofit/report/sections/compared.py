@@ -38,6 +38,7 @@ def compared(setting: Setting, earlier: Earlier) -> Data:
         "prompts": {
             "count": len(prompts),
             "given": setting.given,
+            "left_out": setting.left_out,
             "sha256": digest(prompts),
             "turns_left_out": sum(prompt.left_out for prompt in prompts),
             "categories": dict(Counter(prompt.category for prompt in prompts)),

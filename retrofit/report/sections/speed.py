@@ -28,11 +28,11 @@ def speed(setting: Setting, earlier: Earlier) -> Data:
     """Latencies and rates of every cell; `ratio_to_ar`, `ratio_to_transformers`: seconds per token over theirs."""
     cells: list[Data] = []
     skipped: list[Data] = []
-    for context, batch, texts in _places(setting, skipped):
+    for context, batch, turns in _places(setting, skipped):
         for temperature in setting.suite.timed_at:
             named = {"batch_size": batch, "context_tokens": context, "temperature": temperature}
             try:
-                cells.append({**named, **_cell(setting, texts, temperature)})
+                cells.append({**named, **_cell(setting, turns, temperature)})
             except ResourceError as error:
                 skipped.append({**named, "reason": str(error)})
     if not cells:
@@ -41,17 +41,21 @@ def speed(setting: Setting, earlier: Earlier) -> Data:
     return {"new_tokens": suite.speed_tokens, "repeats": suite.repeats, "cells": cells, "skipped_cells": skipped}
 
 
-def _places(setting: Setting, skipped: list[Data]) -> Iterator[tuple[int, int, Texts]]:
-    """(tokens before the output, batch size, prompts) of every cell; the user's own prompts as they are, first."""
-    new = setting.suite.speed_tokens
+def _places(setting: Setting, skipped: list[Data]) -> Iterator[tuple[int, int, list[Texts]]]:
+    """(tokens before the output, batch size, prompts of each turn) of every cell, the user's own prompts first.
+
+    Of those each turn takes the next ones, so that few turns still see many; other texts are the same in all turns.
+    """
+    new, repeats = setting.suite.speed_tokens, setting.suite.repeats
     if setting.given:
         ids = setting.ids(len(setting.prompts), new)
         for batch in setting.suite.batches:
-            yield int(median(map(len, ids))), batch, [ids[n % len(ids)] for n in range(batch)]
+            places = [range(turn * batch, (turn + 1) * batch) for turn in range(repeats)]
+            yield int(median(map(len, ids))), batch, [[ids[n % len(ids)] for n in place] for place in places]
     for context in setting.suite.contexts:
         for batch in setting.suite.batches:
             try:
-                yield context, batch, setting.texts(context, batch, new)
+                yield context, batch, [setting.texts(context, batch, new)] * repeats
             except Skipped as reason:
                 skipped.append({"batch_size": batch, "context_tokens": context, "reason": str(reason)})
 
@@ -76,22 +80,23 @@ def ways(setting: Setting, temperature: float) -> dict[str, Way]:
     return made
 
 
-def _cell(setting: Setting, texts: Texts, temperature: float) -> Data:
+def _cell(setting: Setting, texts: Sequence[Texts], temperature: float) -> Data:
+    """texts: of each turn."""
     made = ways(setting, temperature)
-    if len(texts) > 1:
+    if len(texts[0]) > 1:
         del made[REFERENCE_LOOKUP]  # transformers takes one prompt at a time there
     names, device = list(made), setting.engine.backend.device
     peaks: dict[str, int | None] = {}
     for name in names:
         forget_peak_memory(device)
-        made[name](texts)
+        made[name](texts[0])
         peaks[name] = peak_memory(device)
     runs: dict[str, list[list[Timeline]]] = {name: [] for name in names}
-    for turn in range(setting.suite.repeats):
+    for turn, some in enumerate(texts):
         # Whoever follows a way that used all cores starts on a throttled machine: every way takes every place.
         for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
-            runs[name].append(made[name](texts))
-    turns = [{name: seconds_per_token(runs[name][turn]) for name in names} for turn in range(setting.suite.repeats)]
+            runs[name].append(made[name](some))
+    turns = [{name: seconds_per_token(runs[name][turn]) for name in names} for turn in range(len(texts))]
     return {
         "ways": {name: {**_way(runs[name]), "peak_memory_bytes": peaks[name]} for name in names},
         "ratio_to_ar": {name: round(ratio_of(turns, name, "ar"), 4) for name in names},

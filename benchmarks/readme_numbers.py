@@ -44,6 +44,11 @@ TITLES = {
     "CPU, split": "A real model on a CPU: a step against the memory's bandwidth",
     "CPU, bitwise": "A real model and random ones on a CPU: texts equal to own `ar`",
     "CPU, memory": "A real model on a CPU: memory",
+    **{
+        f"{what}, {kind}": f"SmolLM2-135M, {title}, {kind}"
+        for kind in ("bfloat16", "float32")
+        for what, title in (("acceptance", "tokens per forward"), ("lossless", "lossless"), ("speed", "speed"))
+    },
     "dense": "Training step, 256 blocks of 16 on 2,048 tokens",
     "tiny": "Training step, embedded base",
     "49k": "Training step, 64 blocks of 8 on 1,024 tokens",
@@ -96,9 +101,10 @@ def markers(name: str) -> tuple[str, str]:
 
 def blocks(page: str, results: Path) -> dict[str, str]:
     """What stands between the markers of a page, by name."""
-    if page == "numbers.md":
-        return {"numbers": block(results)}
     found = Results(results)
+    if page == "numbers.md":
+        real = {"smollm2": real_model(found)} if REAL in found.files else {}
+        return {"numbers": block(results), **real}
     short = {"run": caption(found), "quickstart": quickstart(found)}
     return {**short, "figures": figures(found)} if page == "README.md" else short
 
@@ -177,6 +183,44 @@ def figures(found: Results) -> str:
         ["anything on a GPU", on_gpu(found)],
     ]  # fmt: skip
     return "\n".join(["| | measured |", "| --- | --- |", *(f"| {what} | {figure} |" for what, figure in rows)])
+
+
+REAL = "smollm2"
+WAYS = {
+    "transformers": "transformers' `generate`",
+    "transformers_prompt_lookup": "the same with its prompt lookup",
+    "ar": "`ar`",
+    "prompt_lookup": "`self_spec`, prompt lookup alone",
+    "chain": "`self_spec`, a chain of the adapter's drafts alone",
+    "auto": "`self_spec`, `auto`: the default",
+}
+BENCHMARKS = {"mt-bench": "MT-bench", "humaneval": "HumanEval", "gsm8k": "GSM8K"}
+
+
+def real_model(found: Results) -> str:
+    """How fast a real model decodes, and how many tokens a forward of it emits."""
+    named = {kind: f"speed, {kind}" for kind in ("bfloat16", "float32")}
+    timed = {kind: found.figures(REAL, section) for kind, section in named.items()}
+    tables = [["tokens/s of one request", *(f"{kind}, {at}" for kind in named for at in ("greedy", "T = 0.8"))]]
+    for way, title in WAYS.items():
+        rates = [
+            timed[kind][f"{kind}, batch 1, T = {at}"]["tokens_per_s"][way] for kind in named for at in ("0", "0.8")
+        ]
+        tables.append([title, *(f"{rate:.1f}" for rate in rates)])
+    drafted = found.figures(REAL, "acceptance, float32")
+    ways = [way for way in drafted["mt-bench, T = 0"] if way != "prompts"]
+    forwards = [["tokens per forward, greedy / T = 0.8 / T = 1", *BENCHMARKS.values()]]
+    for way in ways:
+        tpf = [[drafted[f"{name}, T = {at}"][way]["tpf"] for at in ("0", "0.8", "1")] for name in BENCHMARKS]
+        forwards.append([way.replace("_", " "), *(" / ".join(f"{value:.2f}" for value in some) for some in tpf)])
+    where = source(found.files[REAL][named["bfloat16"]])
+    return "\n\n".join([markdown(tables), markdown(forwards), f"Measured by {where}"])
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table, its first row the heading."""
+    head, *body = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([head, f"| --- |{' ---: |' * (len(rows[0]) - 1)}", *body])
 
 
 def on_gpu(found: Results) -> str:

@@ -122,3 +122,28 @@ def test_all_gpu_bars_measured_leave_no_table_without_figures(tmp_path):
 def test_missing_markers_are_refused(tmp_path, text):
     with pytest.raises(ValueError, match="numbers:begin"):
         numbers.redrawn(text, tmp_path)
+
+
+def test_the_real_models_tables_have_each_figure_in_its_place(tmp_path):
+    def rates(first: float) -> dict[str, dict[str, float]]:
+        return {"tokens_per_s": {way: first + n for n, way in enumerate(numbers.WAYS)}}
+
+    speed = {
+        kind: {
+            **SECTION,
+            "figures": {f"{kind}, batch 1, T = 0": rates(first), f"{kind}, batch 1, T = 0.8": rates(first + 10)},
+        }
+        for kind, first in (("bfloat16", 100.0), ("float32", 200.0))
+    }
+    tpf = {
+        f"{name}, T = {at}": {"prompts": 8, "chain": {"tpf": value + n}}
+        for n, name in enumerate(numbers.BENCHMARKS)
+        for at, value in (("0", 1.25), ("0.8", 1.5), ("1", 1.75))
+    }
+    sections = {f"speed, {kind}": section for kind, section in speed.items()}
+    sections["acceptance, float32"] = {**SECTION, "figures": tpf}
+    (tmp_path / "smollm2.json").write_text(json.dumps({"sections": sections}))
+    drawn = numbers.real_model(numbers.Results(tmp_path)).splitlines()
+    assert "| transformers' `generate` | 100.0 | 110.0 | 200.0 | 210.0 |" in drawn
+    assert "| `ar` | 102.0 | 112.0 | 202.0 | 212.0 |" in drawn
+    assert "| chain | 1.25 / 1.50 / 1.75 | 2.25 / 2.50 / 2.75 | 3.25 / 3.50 / 3.75 |" in drawn

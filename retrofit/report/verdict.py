@@ -222,6 +222,9 @@ def _pays(sections: Sections) -> str:
         return "Up to which batch size speculation pays was not measured."
     way = next(iter(speculating.values()))
     if way["pays_up_to"] is None:
+        lookup = ways.get("prompt_lookup", {}).get("pays_up_to")
+        if lookup is not None:
+            return f"The adapter's drafts do not pay here; prompt lookup does, up to batch {lookup}, and auto takes it."
         if way["stops_at"] is not None and way["stops_at"] > 1:
             return f"Speculation does not pay at batch {way['stops_at']}, the smallest that was measured."
         return "Speculation does not pay on this machine, so it decodes as the original does."

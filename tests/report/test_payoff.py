@@ -49,3 +49,10 @@ def test_nothing_is_said_of_batches_smaller_than_those_that_were_measured():
 
     assert said([(16, 1.5), (64, 2.0)]) == "Speculation does not pay at batch 16, the smallest that was measured."
     assert said([(1, 1.5)]).startswith("Speculation does not pay on this machine")
+
+
+def test_where_only_prompt_lookup_pays_the_verdict_says_so():
+    ways = {"fused": break_even_batch([(1, 2.8)]), "prompt_lookup": break_even_batch([(1, 0.8), (4, 0.9), (16, 1.2)])}
+    by_context = [{"context_tokens": 1, "temperature": 0.8, "ways": ways}]
+    line = verdict({"break_even": {"by_context": by_context}}, {})["lines"][2]
+    assert line == "The adapter's drafts do not pay here; prompt lookup does, up to batch 4, and auto takes it."

@@ -23,11 +23,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks.common import ROOT, Bar, number, say, section, table, write
+from benchmarks.cpu.figures import interleaved
 from retrofit.eval.acceptance import compare, measure, reference_tokens
 from retrofit.eval.clocked import by_engine, by_transformers, seconds_per_token
 from retrofit.eval.latency import Timeline
 from retrofit.eval.speed import REFERENCE, WAYS, ratio_of
 from retrofit.hub import load_base
+from retrofit.report.sections.speed import LOOKUP_TOKENS, REFERENCE_LOOKUP
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.rules.tree import ROWS, largest_tree
 from retrofit.tasks import packaged
@@ -38,9 +40,6 @@ RESULTS = ROOT / "results" / "smollm2.json"
 TEMPERATURES = (0.8, 1.0, 0.0)
 FEW_ROWS = 32
 LOOKUP = "prompt_lookup"
-REFERENCE_LOOKUP = "transformers_prompt_lookup"
-LOOKUP_TOKENS = 10
-"""Drafts of transformers' prompt lookup, as its documentation has it."""
 NEW_TOKENS = {"acceptance": 64, "lossless": 64, "speed": 32}
 CHAIN = {"strategy": "fused", "tree": 0}
 TIMED: dict[str, dict[str, Any]] = {
@@ -50,12 +49,14 @@ TIMED: dict[str, dict[str, Any]] = {
 BATCHES = (1, 8)
 DTYPES = ("bfloat16", "float32")
 DRAFTED = "float32"
-"""Type in which acceptance is measured, once: its products of many rows are faster on most CPUs."""
+"""Type in which acceptance is measured, once: many rows are faster in it on a CPU without matrix units (LOG.md)."""
 FASTER = {0.0: 1.25, 0.8: 1.0}
 """At least `ar`'s time to `auto`'s at batch 1 in bfloat16, by temperature; greedy twice as fast as transformers."""
 TWICE = 2.0
 
 Chat = list[dict[str, str]]
+Way = Callable[[Sequence[list[int]]], list[Timeline]]
+"""Decodes prompts that run together."""
 
 
 def chats(name: str, count: int) -> list[Chat]:
@@ -156,9 +157,7 @@ def _timed(
     common: dict[str, Any] = {
         "clock": time.perf_counter, "max_new_tokens": NEW_TOKENS["speed"], "temperature": temperature,
     }  # fmt: skip
-    ways: dict[str, Callable[[Sequence[list[int]]], list[Timeline]]] = {
-        way: partial(by_engine, engine, way=how, **common) for way, how in TIMED.items()
-    }
+    ways: dict[str, Way] = {way: partial(by_engine, engine, way=how, **common) for way, how in TIMED.items()}
     ways[REFERENCE] = partial(by_transformers, original, **common)
     if batch == 1:  # transformers looks up one prompt at a time
         ways[REFERENCE_LOOKUP] = partial(by_transformers, original, lookup=LOOKUP_TOKENS, **common)
@@ -166,11 +165,7 @@ def _timed(
     names = list(ways)
     for name in names:
         ways[name](groups[0])
-    turns = []
-    for turn in range(repeats):
-        # Whoever follows a way that used all cores starts on a throttled machine: every way takes every place.
-        order = [*names[turn % len(names) :], *names[: turn % len(names)]]
-        turns.append({name: median(seconds_per_token(ways[name](group)) for group in groups) for name in order})
+    turns = interleaved({name: partial(_typical, way, groups) for name, way in ways.items()}, repeats)
     return {
         "prompts": len(prompts),
         "new_tokens": NEW_TOKENS["speed"],
@@ -179,6 +174,11 @@ def _timed(
         "ratio_to_transformers": {name: round(ratio_of(turns, name, REFERENCE), 4) for name in names},
         "seconds_per_token": turns,
     }
+
+
+def _typical(way: Way, groups: Sequence[Sequence[list[int]]]) -> float:
+    """Seconds per token, the median of some groups of prompts."""
+    return median(seconds_per_token(way(group)) for group in groups)
 
 
 def _judged(title: str, found: dict[str, Any], dtype: str, batch: int, temperature: float) -> list[Bar]:

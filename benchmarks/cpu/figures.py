@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from retrofit.eval.speed import in_turn
+
 BUFFER_BYTES = 2 << 30
 """Read to measure the memory's bandwidth: several times what the largest caches hold."""
 
@@ -23,12 +25,7 @@ Turn = dict[str, float]
 
 def interleaved(ways: Mapping[str, Callable[[], float]], turns: int) -> list[Turn]:
     """One figure of every way in each turn; who begins changes, so that a slow moment of the machine hits all alike."""
-    names = list(ways)
-    found = []
-    for turn in range(turns):
-        first = turn % len(names)
-        found.append({name: ways[name]() for name in names[first:] + names[:first]})
-    return found
+    return [{name: ways[name]() for name in in_turn(list(ways), turn)} for turn in range(turns)]
 
 
 def medians(turns: Sequence[Turn]) -> Turn:

@@ -74,9 +74,7 @@ def seconds_per_token(
     turns = []
     for turn in range(repeats):
         some = [prompts[(turn * size + i) % len(prompts)] for i in range(size)]
-        # Whoever follows a way that used all cores starts on a throttled machine: every way takes every place.
-        order = [*ways[turn % len(ways) :], *ways[: turn % len(ways)]]
-        turns.append({way: run(way, some) for way in order})
+        turns.append({way: run(way, some) for way in in_turn(ways, turn)})
     return {
         "prompts": len(prompts),
         "prompts_per_turn": size,
@@ -123,6 +121,15 @@ def _emitted(
         )  # fmt: skip
         outputs = [result.tokens for result in results]
     return sum(map(len, outputs))
+
+
+def in_turn(ways: Sequence[str], turn: int) -> list[str]:
+    """The ways in the order of a turn: every one takes every place.
+
+    Whoever follows a way that used all cores starts on a throttled machine.
+    """
+    first = turn % len(ways)
+    return [*ways[first:], *ways[:first]]
 
 
 def ratio_of(turns: Sequence[dict[str, float]], way: str, other: str) -> float:

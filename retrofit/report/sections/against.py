@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from retrofit.artifact import folder as artifacts
 from retrofit.errors import RetrofitError
 from retrofit.eval.acceptance import looping_share, reference_tokens
-from retrofit.eval.speed import REFERENCE, WAYS, ratio_of, synchronize
+from retrofit.eval.speed import REFERENCE, WAYS, in_turn, ratio_of, synchronize
 from retrofit.hub import load_base
 from retrofit.report.rivals import Rival
 from retrofit.report.sections.speed import LOOKUP_TOKENS
@@ -56,8 +56,7 @@ def against(setting: Setting, earlier: Earlier) -> Data:
             way(setting, prompts[0])  # whatever happens only once, happens here
         turns: list[dict[str, list[Ran]]] = []
         for turn in range(suite.repeats):
-            names = list(ways)
-            order = [*names[turn % len(names) :], *names[: turn % len(names)]]
+            order = in_turn(list(ways), turn)
             turns.append({name: [ways[name](setting, prompt) for prompt in prompts] for name in order})
         for name in ways:
             runs[name] = [run for turn in turns for run in turn[name]]

@@ -14,7 +14,7 @@ from typing import Any
 from retrofit.errors import ResourceError
 from retrofit.eval.clocked import by_engine, by_transformers, forget_peak_memory, peak_memory, seconds_per_token
 from retrofit.eval.latency import Timeline, speed_figures, total_rate
-from retrofit.eval.speed import REFERENCE, WAYS, ratio_of
+from retrofit.eval.speed import REFERENCE, WAYS, in_turn, ratio_of
 from retrofit.report.setting import Data, Earlier, Setting, Skipped
 
 REFERENCE_LOOKUP = "transformers_prompt_lookup"
@@ -93,8 +93,7 @@ def _cell(setting: Setting, texts: Sequence[Texts], temperature: float) -> Data:
         peaks[name] = peak_memory(device)
     runs: dict[str, list[list[Timeline]]] = {name: [] for name in names}
     for turn, some in enumerate(texts):
-        # Whoever follows a way that used all cores starts on a throttled machine: every way takes every place.
-        for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
+        for name in in_turn(names, turn):
             runs[name].append(made[name](some))
     turns = [{name: seconds_per_token(runs[name][turn]) for name in names} for turn in range(len(texts))]
     return {

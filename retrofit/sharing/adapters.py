@@ -9,22 +9,17 @@ Not here: what they say (`retrofit.importing`).
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from retrofit import __version__
 from retrofit.artifact import folder as artifact
-from retrofit.artifact.files import check_room, disk
 from retrofit.artifact.safety import LARGEST_JSON, check_safetensors, stays_inside
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.locating import is_offline
 from retrofit.sharing.fetching import download
 from retrofit.sharing.names import Repository, on_hub
-from retrofit.sharing.pulling import not_kept, resolved
-from retrofit.sharing.remote import look
+from retrofit.sharing.pulling import files_of, not_kept, resolved, room_beside
 
 CONFIG, WEIGHTS = (PurePosixPath(name).name for name in (artifact.ADAPTER_CONFIG, artifact.ADAPTER))
 INSIDE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
@@ -82,35 +77,22 @@ def _check(place: Path) -> None:
 
 def _fetch(asked: Repository, commit: str, subfolder: str | None, kept: Path) -> None:
     """Bring the two files into their place in the cache, whole or not at all."""
-    from huggingface_hub import HfApi
-
-    remote = look(HfApi(library_name="retrofit", library_version=__version__), asked.id, commit)
-    if remote is None:
-        raise UsageError(f"{asked}: no such commit on the Hub that you can see", "check what stands after the @")
+    files = files_of(asked, commit)
     inside = PurePosixPath(subfolder or "")
-    beside = {PurePosixPath(name).name for name in remote.files if PurePosixPath(name).parent == inside}
-    others = [str(PurePosixPath(name).parent) for name in remote.files if PurePosixPath(name).name == CONFIG]
+    beside = {PurePosixPath(name).name for name in files if PurePosixPath(name).parent == inside}
+    others = [str(PurePosixPath(name).parent) for name in files if PurePosixPath(name).name == CONFIG]
     names = [str(inside / name) for name in (CONFIG, WEIGHTS)]
     for name in names:
-        if name not in remote.files:
+        if name not in files:
             raise _missing(str(asked), name, beside, sorted(others))
-    if remote.files[names[0]].size > LARGEST_JSON:
-        raise ArtifactError(f"{asked}: {names[0]} has {remote.files[names[0]].size:,} bytes", "do not use it")
-    size = sum(remote.files[name].size for name in names)
-    with disk(kept, size):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-    check_room(kept, size)
-    new = artifact.beside(kept)
-    try:
+    if files[names[0]].size > LARGEST_JSON:
+        raise ArtifactError(f"{asked}: {names[0]} has {files[names[0]].size:,} bytes", "do not use it")
+    size, cure = sum(files[name].size for name in names), "its owner has to upload it again"
+    with room_beside(kept, asked, commit, size, cure) as new:
         download(asked.id, commit, names, new)
         _check(new / inside)
         if not kept.is_dir():  # another process may have been faster
             artifact.put(new, kept)
-    except ArtifactError as error:
-        problem = str(error).replace(f"{new}{os.sep}", "")
-        raise ArtifactError(f"{asked} at {commit[:12]}: {problem}", "its owner has to upload it again") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _missing(where: str, name: str, beside: set[str], others: list[str]) -> ArtifactError:

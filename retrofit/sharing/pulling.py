@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
@@ -154,27 +155,42 @@ def resolved(asked: Repository, home: Path, offline: bool) -> str:
 
 def _fetch(asked: Repository, commit: str, kept: Path) -> None:
     """Bring an artifact into its place in the cache, whole or not at all."""
+    files = files_of(asked, commit)
+    names = _wanted(asked, files)
+    with room_beside(kept, asked, commit, sum(files[name].size for name in names), OWNER) as new:
+        download(asked.id, commit, FIRST, new)
+        _check_sizes(new, files)
+        download(asked.id, commit, names, new)
+        artifact.check(new)
+        if not _is_there(kept, whole=True):  # another process may have been faster
+            artifact.put(new, kept)
+
+
+def files_of(asked: Repository, commit: str) -> dict[str, RemoteFile]:
+    """The files of a commit by name.  Raises UsageError where there is none to be seen, and ResourceError."""
     from huggingface_hub import HfApi
 
     remote = look(HfApi(library_name="retrofit", library_version=__version__), asked.id, commit)
     if remote is None:
         raise UsageError(f"{asked}: no such commit on the Hub that you can see", "check what stands after the @")
-    names = _wanted(asked, remote.files)
-    size = sum(remote.files[name].size for name in names)
+    return remote.files
+
+
+@contextmanager
+def room_beside(kept: Path, asked: Repository, commit: str, size: int, cure: str) -> Iterator[Path]:
+    """A folder beside `kept` to fetch `size` bytes into, which is gone afterwards.
+
+    Raises ResourceError where there is no room.  An ArtifactError names the repository and the cure.
+    """
     with disk(kept, size):
         kept.parent.mkdir(parents=True, exist_ok=True)
     check_room(kept, size)
     new = artifact.beside(kept)
     try:
-        download(asked.id, commit, FIRST, new)
-        _check_sizes(new, remote.files)
-        download(asked.id, commit, names, new)
-        artifact.check(new)
-        if not _is_there(kept, whole=True):  # another process may have been faster
-            artifact.put(new, kept)
+        yield new
     except ArtifactError as error:
         problem = str(error).replace(f"{new}{os.sep}", "")
-        raise ArtifactError(f"{asked} at {commit[:12]}: {problem}", OWNER) from None
+        raise ArtifactError(f"{asked} at {commit[:12]}: {problem}", cure) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -162,8 +162,7 @@ def evaluate(
     try:
         subject = Subject(loaded, loaded.base.place if loaded.base else None, trust_remote_code, folder)
         setting = _setting(subject, asked, rows, seed, clock, asked.command(folder, prompts, {"seed": seed, **loading}))
-        kept = {} if restart or out is None or folder is None else _finished(out, setting)
-        return _run(setting, asked, kept, out, progress)
+        return _run(setting, asked, out, progress, resume=not restart and folder is not None)
     finally:
         if folder is not None:
             loaded.close()
@@ -220,21 +219,22 @@ def _key(setting: Setting) -> str:
     return hashlib.sha256(json.dumps(document.finite(held), sort_keys=True).encode()).hexdigest()
 
 
-def _finished(out: str | Path, setting: Setting) -> dict[str, Data]:
+def _finished(out: str | Path, setting: Setting, key: str) -> dict[str, Data]:
     """Sections that an earlier run of the same has left."""
     try:
         before = document.read(out)
     except RetrofitError:  # none, or one that cannot be read and will be replaced
         return {}
-    if before["key"] != _key(setting):
+    if before["key"] != key:
         return {}
     sections = {n: found for n, found in before["sections"].items() if found["status"] == "done" and n not in DERIVED}
     return {name: found for name, found in sections.items() if found["data"].get("asked", {}) == setting.asked(name)}
 
 
-def _run(setting: Setting, asked: Asked, kept: Mapping[str, Data], out: str | Path | None, progress: bool) -> Report:
+def _run(setting: Setting, asked: Asked, out: str | Path | None, progress: bool, resume: bool) -> Report:
     sections: dict[str, Data] = {name: {"status": "pending", "reason": "not run yet"} for name in SECTIONS}
     key, began = _key(setting), datetime.now(UTC).isoformat(timespec="seconds")
+    kept = _finished(out, setting, key) if resume and out is not None else {}
 
     def report() -> Report:
         done = {name: found["data"] for name, found in sections.items() if found["status"] == "done"}

@@ -15,6 +15,7 @@ Which form holds on a machine is for the self-test (`exact_rows.py`) to say.  No
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,8 @@ class Form:
     """What products run in; None: what they are given in."""
     least: int = 2
     """Rows of a product, at least: a single one takes another path through the libraries, in another order."""
+    cut: bool = False
+    """Whether a product with K has `keys` keys and no more, whose number belongs to the shape too."""
     kernel: bool = False
     """Whether torch's attention kernel for CPUs is called over the pieces, wherever it can be (`parts/`)."""
 
@@ -56,15 +59,17 @@ class Form:
 
 
 GROUPED = Form("rows as they are", rows=1, keys=16, piece=1024)
-TILED = Form("tiles of 32 x 256", rows=32, keys=256, piece=256)
+FOURS = Form("4 rows over 256", rows=4, keys=16, piece=256)
+TILED = Form("tiles of 32 x 256", rows=32, keys=256, piece=256, cut=True)
 KERNEL = Form("kernel over 256", rows=1, keys=256, piece=256, kernel=True)
 FORMS = (
     KERNEL,
     Form("kernel over 256, 3 rows", rows=1, keys=256, piece=256, least=3, kernel=True),
     Form("kernel over 256, tiles of 32", rows=32, keys=256, piece=256, kernel=True),
     GROUPED,
+    FOURS,
     TILED,
-    Form("fp32 tiles of 32 x 256", rows=32, keys=256, piece=256, dtype=torch.float32),
+    Form("fp32 tiles of 32 x 256", rows=32, keys=256, piece=256, dtype=torch.float32, cut=True),
 )
 """Cheapest first."""
 
@@ -158,8 +163,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None, for
     Hk, L = key.shape[1:3]
     rows = query.reshape(S, Hk, H // Hk * T, D)
     columns = key.transpose(2, 3)
-    if form.rows > 1:
-        # The number of columns belongs to the shape too.
+    if form.cut:
         made = [_product(rows, columns[..., a : a + form.keys], form) for a in range(0, L, form.keys)]
         scores = made[0] if len(made) == 1 else torch.cat(made, -1)
     else:
@@ -167,7 +171,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None, for
     scores = scores.float().mul_(scale)
     if softcap is not None:
         scores = by_one_thread(torch.tanh, scores / softcap) * softcap
-    return scores.view(S, Hk, H // Hk, T, L)
+    return scores.reshape(S, Hk, H // Hk, T, L)
 
 
 def _with_values(weights: Tensor, value: Tensor, form: Form, total: Tensor | None = None) -> Tensor:
@@ -176,20 +180,33 @@ def _with_values(weights: Tensor, value: Tensor, form: Form, total: Tensor | Non
     if width % COLUMNS:
         value = F.pad(value, (0, -width % COLUMNS))
         total = None if total is None else F.pad(total, (0, -width % COLUMNS))
-    for a in range(0, value.shape[2], form.piece):
-        part = _product(weights[..., a : a + form.piece], value[:, :, a : a + form.piece], form).float()
-        total = part if total is None else total + part
+    for part in _parts(weights, value, form):
+        total = part.float() if total is None else total + part
     assert total is not None
     return total[..., :width]
 
 
+def _parts(weights: Tensor, value: Tensor, form: Form) -> Iterator[Tensor]:
+    """Products of a piece each, [S, Hk, M, Dv], in the order of the keys."""
+    (S, Hk, M, L), piece = weights.shape, form.piece
+    whole = L // piece
+    if whole > S * Hk:
+        # As few calls as there are heads, each of all whole pieces: K/V are read where they are either way.
+        rows = weights[..., : whole * piece].unflatten(3, (whole, piece)).transpose(2, 3).flatten(0, 1)
+        columns = value[:, :, : whole * piece].unflatten(2, (whole, piece)).flatten(0, 1)
+        made = torch.stack([_product(*one, form) for one in zip(rows, columns, strict=True)], 1)
+        yield from made.view(whole, S, Hk, M, -1)
+    for a in range(whole * piece if whole > S * Hk else 0, L, piece):
+        yield _product(weights[..., a : a + piece], value[:, :, a : a + piece], form)
+
+
 def _product(left: Tensor, right: Tensor, form: Form) -> Tensor:
-    """left [S, Hk, M, X] by right [S, Hk, X, N], in the shape of the form."""
-    rows = left.shape[2]
+    """left [.., M, X] by right [.., X, N], in the shape of the form."""
+    rows = left.shape[-2]
     filled = max(form.least, -(-rows // form.rows) * form.rows)
     if filled > rows:
         left = F.pad(left, (0, 0, 0, filled - rows))
     if form.dtype is not None:
         left, right = left.to(form.dtype), right.to(form.dtype)
     out = left @ right
-    return out if filled == rows else out[:, :, :rows]
+    return out if filled == rows else out[..., :rows, :]

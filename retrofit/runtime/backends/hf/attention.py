@@ -190,7 +190,8 @@ def _sequence(
     if form is None:
         k, v = context.cache.append(layer, slot, start, key, value)
         return _base_rows(plan, query, k, v, *how)
-    k, v = context.cache.append(layer, slot, start, key, value, form.padded(start + group.width))
+    columns = form.columns(start + group.width, context.cache.columns(layer), query.dtype)
+    k, v = context.cache.append(layer, slot, start, key, value, columns)
     return _exact_rows(group, query, k, v, how, form)
 
 
@@ -208,8 +209,9 @@ def _base_group(
     if form is None:
         k, v = _joined([cache.read(layer, group.slots, group.keys), *tree])
         return _base_rows(plan, query, k, v, *how)
+    there = cache.columns(layer)
     if tree:
-        cached = cache.read(layer, group.slots, form.padded(plan.paths.stop))
+        cached = cache.read(layer, group.slots, form.columns(plan.paths.stop, there, query.dtype))
         window, scale, softcap = how
         if form.kernel and parts.fits(query, tree[0][1], softcap):
             return parts.tree_attention(group, plan.paths, query, cached, tree[0], window, scale, form)
@@ -217,7 +219,7 @@ def _base_group(
     outs = []
     for first, stop in group.runs:  # slots that are neighbours are read where they are
         some = group if stop - first == len(group.slots) else group.some(first, stop)
-        k, v = cache.read(layer, some.slots, form.padded(some.keys))
+        k, v = cache.read(layer, some.slots, form.columns(some.keys, there, query.dtype))
         outs.append(_exact_rows(some, query[first:stop], k, v, how, form))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 

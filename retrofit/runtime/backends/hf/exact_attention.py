@@ -24,6 +24,7 @@ from torch import Tensor
 
 from retrofit.adapters.visibility import Group, Paths, base_span, hidden_keys
 from retrofit.runtime.backends.hf.elementwise import by_one_thread
+from retrofit.runtime.backends.levels import HALF
 
 COLUMNS = 16
 """The columns of V are filled up to a multiple of this: sums of what would be left over are made in another order."""
@@ -31,6 +32,8 @@ TILE = 64
 """Most rows of a sequence that attend at once; a prompt has more, and every tile reads the keys up to its own end."""
 TILE_SCORES = 1 << 24
 """Most scores that are made at once."""
+SPARED = 2
+"""Up to so many times the keys, products over what nobody sees take less time than copying what somebody does."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,16 @@ class Form:
     def padded(self, keys: int) -> int:
         """So many keys, filled up."""
         return -(-keys // self.keys) * self.keys
+
+    def columns(self, keys: int, there: int, dtype: torch.dtype) -> int:
+        """How many of the cache's columns are read for so many keys: those, filled up, or all `there` are.
+
+        oneDNN, which multiplies 16 bits, copies K and V first where they are a part of each head's columns.
+        """
+        filled = self.padded(keys)
+        if self.kernel or self.cut or dtype not in HALF:
+            return filled
+        return there if filled < there <= SPARED * filled and there % self.keys == 0 else filled
 
 
 GROUPED = Form("rows as they are", rows=1, keys=16, piece=1024)
@@ -84,7 +97,7 @@ def base_attention(
     softcap: float | None,
     form: Form,
 ) -> Tensor:
-    """Base rows [S, Hq, T, D] over the cached keys [S, Hk, L, .], L = form.padded(group.keys) -> [S, Hq, T, Dv].
+    """Base rows [S, Hq, T, D] over the cached keys [S, Hk, L, .], L = form.columns(group.keys, ..) -> [S, Hq, T, Dv].
 
     For forwards whose drafts do not branch.
     """
@@ -95,7 +108,7 @@ def base_attention(
     for first in range(0, T, size):
         stop = min(first + size, T)
         low, high = base_span(group, first, stop, window, form.piece)
-        high = form.padded(high)
+        high = form.columns(high, key.shape[2], query.dtype) if low == 0 else form.padded(high)
         scores = _scores(query[:, :, first:stop], key[:, :, low:high], scale, softcap, form)
         _hide(scores, group, first, stop, window, low, high)
         weights = torch.softmax(scores, -1).to(query.dtype).flatten(2, 3)
@@ -117,7 +130,7 @@ def tree_attention(
 ) -> Tensor:
     """Base rows [S, Hq, T, D] of a forward whose drafts branch -> [S, Hq, T, Dv].
 
-    cached: K and V [S, Hk, L, .] of the committed positions, L = form.padded(paths.stop); own: those
+    cached: K and V [S, Hk, L, .] of the committed positions, L = form.columns(paths.stop, ..); own: those
     [S, Hk, T, .] of these rows.  A row's path takes the places that its tokens have in a chain: start, start + 1, ...
     """
     (key, value), (own_key, own_value) = cached, own
@@ -190,13 +203,14 @@ def _parts(weights: Tensor, value: Tensor, form: Form) -> Iterator[Tensor]:
     """Products of a piece each, [S, Hk, M, Dv], in the order of the keys."""
     (S, Hk, M, L), piece = weights.shape, form.piece
     whole = L // piece
-    if whole > S * Hk:
-        # As few calls as there are heads, each of all whole pieces: K/V are read where they are either way.
+    by_head = S * Hk < whole * (4 if value.dtype in HALF else 1)
+    if by_head:
+        # As few calls as there are heads, each of all whole pieces, which nobody copies: they are all of a head's rows.
         rows = weights[..., : whole * piece].unflatten(3, (whole, piece)).transpose(2, 3).flatten(0, 1)
         columns = value[:, :, : whole * piece].unflatten(2, (whole, piece)).flatten(0, 1)
         made = torch.stack([_product(*one, form) for one in zip(rows, columns, strict=True)], 1)
         yield from made.view(whole, S, Hk, M, -1)
-    for a in range(whole * piece if whole > S * Hk else 0, L, piece):
+    for a in range(whole * piece if by_head else 0, L, piece):
         yield _product(weights[..., a : a + piece], value[:, :, a : a + piece], form)
 
 

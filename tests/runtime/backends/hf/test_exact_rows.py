@@ -69,6 +69,30 @@ ROWS: dict[str, list[SequenceRows]] = {
 }
 
 
+def test_columns_are_read_whole_where_a_part_would_be_copied() -> None:
+    half, full = torch.bfloat16, torch.float32
+    assert [GROUPED.columns(keys, 256, half) for keys in (100, 128, 200, 256, 300)] == [112, 256, 256, 256, 304]
+    assert [GROUPED.columns(keys, 256, full) for keys in (100, 200, 300)] == [112, 208, 304]
+    assert (
+        exact_attention.TILED.columns(200, 512, half) == 256 and exact_attention.KERNEL.columns(300, 768, half) == 512
+    )
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_columns_that_nobody_sees_change_no_bit(count: int) -> None:
+    """Rows over 100 of 128 columns, read whole in 16 bits, are those over a cache with room for 512."""
+    outs = []
+    for columns in (128, 512):
+        generator = torch.Generator().manual_seed(0)
+        cache = KVCache(1, columns)
+        cache.layers[0] = tuple(
+            torch.randn(1, 2, 512, 64, generator=generator)[:, :, :columns].bfloat16() for _ in "kv"
+        )
+        rows = tuple(torch.randn(1, h, count, 64, generator=generator).bfloat16() for h in (4, 2, 2))
+        outs.append(attended(RowPlan([SequenceRows(0, 99 - count, [0] * count)]), cache, GROUPED, rows))
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 @pytest.mark.parametrize("shape", [(4, 2, 8, 8), (3, 3, 12, 12), (3, 3, 12, 10)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 6}, {"sliding_window": 40, "softcap": 3.0}], ids=str)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from retrofit.artifact.beside import beside
 from retrofit.artifact.files import disk, json_bytes, replace_file, sha256, sync_folder, write_file
 from retrofit.artifact.safety import AGAIN, check_safetensors, load_json, names_in, reading, stays_inside
 from retrofit.artifact.schema import FORMAT, check_adapter_config, check_config
@@ -100,20 +100,16 @@ def write(
     for name, data in (added or {}).items():
         contents |= {name: data, f"{name}.sha256": _beside_hash(name, data)}
     size = sum(t.numel() * t.element_size() for tensors in weights.values() for t in tensors.values())
-    with disk(folder, size + sum(map(len, contents.values()))):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = beside(folder)
-        try:
-            (new / ADAPTER).parent.mkdir(parents=True)
-            written = {name: write_file(new / name, data) for name, data in contents.items()}
-            written |= {name: write_file(new / name, pieces(tensors)) for name, tensors in weights.items()}
-            manifest = {"files": {name: written[name] for name in LOAD_BEARING}, "format": FORMAT}
-            write_file(new / MANIFEST, json_bytes(manifest))
-            for inside in (new / "adapter", new):
-                sync_folder(inside)
-            put(new, folder)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)  # gone already when all went well
+    size += sum(map(len, contents.values()))
+    with beside(folder, size) as new, disk(folder, size):
+        (new / ADAPTER).parent.mkdir(parents=True)
+        written = {name: write_file(new / name, data) for name, data in contents.items()}
+        written |= {name: write_file(new / name, pieces(tensors)) for name, tensors in weights.items()}
+        manifest = {"files": {name: written[name] for name in LOAD_BEARING}, "format": FORMAT}
+        write_file(new / MANIFEST, json_bytes(manifest))
+        for inside in (new / "adapter", new):
+            sync_folder(inside)
+        put(new, folder)
     return folder
 
 
@@ -259,13 +255,6 @@ def check_writable(folder: Path, overwrite: bool) -> None:
 def _beside_hash(name: str, data: bytes) -> bytes:
     """What NAME.sha256 holds, as `sha256sum` writes it."""
     return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
-
-
-def beside(folder: Path) -> Path:
-    """A new folder beside a place, for what `put` is to bring there whole."""
-    path = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
-    path.mkdir()
-    return path
 
 
 def put(new: Path, folder: Path) -> None:

@@ -10,13 +10,13 @@ what stands there is whole and was seen to work.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from retrofit.artifact import folder as artifacts
+from retrofit.artifact.beside import beside
 from retrofit.artifact.files import disk, sync_folder, write_file
 from retrofit.artifact.tensors import pieces
 from retrofit.errors import UsageError
@@ -105,10 +105,7 @@ def _written(
 ) -> str:
     """Bring a folder into its place, whole and compared, or not at all.  Returns what the comparison found."""
     size = sum(len(one) if isinstance(one, bytes) else sum(t.nbytes for t in one.values()) for one in files.values())
-    with disk(out, size):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        new = artifacts.beside(out)
-    try:
+    with beside(out, size) as new:
         with disk(out, size):
             for name, content in files.items():
                 (new / name).parent.mkdir(exist_ok=True)
@@ -118,5 +115,3 @@ def _written(
         with disk(out, size):
             artifacts.put(new, out)
         return found
-    finally:
-        shutil.rmtree(new, ignore_errors=True)  # gone already when all went well

@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 from retrofit import __version__
 from retrofit.artifact import folder as artifact
+from retrofit.artifact.beside import beside
 from retrofit.artifact.files import check_room, disk, replace_file
 from retrofit.errors import ArtifactError, ResourceError, UsageError
 from retrofit.locating import is_offline
@@ -54,14 +55,10 @@ def pull(repository: str, out: str | Path | None = None, *, overwrite: bool = Fa
     if out is None:
         return kept
     out = Path(out)
-    with disk(out, sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        new = artifact.beside(out)
-        try:
-            shutil.copytree(kept, new, dirs_exist_ok=True)
-            artifact.put(new, out)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+    size = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+    with beside(out, size) as new, disk(out, size):
+        shutil.copytree(kept, new, dirs_exist_ok=True)
+        artifact.put(new, out)
     return out
 
 
@@ -182,17 +179,13 @@ def room_beside(kept: Path, asked: Repository, commit: str, size: int, cure: str
 
     Raises ResourceError where there is no room.  An ArtifactError names the repository and the cure.
     """
-    with disk(kept, size):
-        kept.parent.mkdir(parents=True, exist_ok=True)
     check_room(kept, size)
-    new = artifact.beside(kept)
-    try:
-        yield new
-    except ArtifactError as error:
-        problem = str(error).replace(f"{new}{os.sep}", "")
-        raise ArtifactError(f"{asked} at {commit[:12]}: {problem}", cure) from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    with beside(kept, size, cached=True) as new:
+        try:
+            yield new
+        except ArtifactError as error:
+            problem = str(error).replace(f"{new}{os.sep}", "")
+            raise ArtifactError(f"{asked} at {commit[:12]}: {problem}", cure) from None
 
 
 def _wanted(asked: Repository, files: dict[str, RemoteFile]) -> list[str]:

@@ -102,7 +102,7 @@ def test_code_that_takes_a_wrong_draft_is_found(made, tmp_path, monkeypatch):
 def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch, after):
     monkeypatch.setattr(exporting, "write_file", failing(exporting.write_file, after, FULL))
     with pytest.raises(ResourceError, match="No space left"):
-        export(made, "peft", tmp_path / "out")
+        export(made, "peft", tmp_path / "deep" / "er" / "out")
     assert left(tmp_path) == []
 
 

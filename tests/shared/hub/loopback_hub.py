@@ -1,7 +1,7 @@
 """The Hub's endpoints over HTTP on loopback, with large files by LFS: what pushes and pulls are tested against.
 
-Repositories live in memory.  `Hub.fail` makes answers go wrong: a status, silence, a dropped connection, half a body,
-or an answer lost after the work was done.  Every request is in `Hub.log`.
+Repositories live in memory.  `Hub.fail` makes answers go wrong: a status, silence, a dropped connection, half a body
+with an end or silence after it, or an answer lost after the work was done.  Every request is in `Hub.log`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_loopbackTokenOfNobody123"
 LARGE = ".safetensors"
-HANG, RESET, SHORT, LOST = "hang", "reset", "short", "lost"
+HANG, RESET, SHORT, LOST, STALL = "hang", "reset", "short", "lost", "stall"
 
 
 def blob_id(data: bytes) -> str:
@@ -147,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
             status, content, headers = self.route(path, query, body)
         if kind == LOST:
             return self.drop()
-        self.answer(status, content, headers, short=kind == SHORT)
+        self.answer(status, content, headers, kind)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -165,15 +165,19 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def answer(self, status: int, content: Any, headers: dict[str, str] | None = None, short: bool = False) -> None:
+    def answer(
+        self, status: int, content: Any, headers: dict[str, str] | None = None, kind: int | str | None = None
+    ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if short else data)
-        if short:
+            self.wfile.write(data[: len(data) // 2] if kind in (SHORT, STALL) else data)
+        if kind == STALL:
+            self.hub.closing.wait(60)
+        if kind in (SHORT, STALL):
             self.drop()
 
     def route(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, Any, dict[str, str]]:

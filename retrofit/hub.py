@@ -280,6 +280,25 @@ def load_config(
         raise _not_loaded(name, "cpu", error) from error
 
 
+def empty_model(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False, offline: bool = False
+) -> PreTrainedModel:
+    """A model as its configuration makes it, without weights: on the device `meta`.  They are not downloaded either.
+
+    Raises what `load_config` raises, and UnsupportedModelError.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config, _ = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
+    refuse_quantised(name, config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _not_loaded(name, "cpu", error) from error
+
+
 def resolved_device(device: str) -> str:
     """The device by name: `auto` is a GPU where there is one.  Imports torch."""
     return default_device() if device == "auto" else device

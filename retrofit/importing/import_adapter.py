@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from retrofit.adapters.attach import Attached
 from retrofit.artifact import folder as artifact
 from retrofit.artifact.files import sha256
 from retrofit.artifact.safety import load_json
 from retrofit.errors import ArtifactError, DataError, UsageError
-from retrofit.hub import Base, load_base, resolved_device
+from retrofit.hub import Base, empty_model, load_base, resolved_device
 from retrofit.importing.fit import Fitted, fit, shown
 from retrofit.recipes.publish import publish
 from retrofit.recipes.schema import Recipe, load_recipe
@@ -85,6 +86,8 @@ def import_adapter(
     artifact.check_writable(out, overwrite)
     place = adapter_folder(adapter, subfolder, offline)
     read = _Read(place, load_json(place.folder / CONFIG), load_file(place.folder / WEIGHTS))
+    empty = empty_model(base, plan.base.revision, offline=offline, trust_remote_code=trust_remote_code)
+    plan, fitted = _fitted(plan, style, str(adapter), read, empty, base)
     loaded = load_base(
         base,
         plan.base.revision,
@@ -94,7 +97,6 @@ def import_adapter(
         trust_remote_code=trust_remote_code,
         need_tokenizer=measure or (isinstance(mask_token, str) and not mask_token.isdecimal()),
     )
-    plan, fitted = _fitted(plan, style, str(adapter), read, loaded, base)
     masked = _mask(loaded, mask_token) if plan.draft.input == "mask" else None
     imported = {
         "style": style,
@@ -129,9 +131,14 @@ def _plan(style: str, overrides: Mapping[str, Any] | Sequence[str]) -> tuple[Rec
     return plan, SOURCE in keys
 
 
-def _fitted(plan: Recipe, style: str, name: str, read: _Read, base: Base, model: str) -> tuple[Recipe, Fitted]:
-    """The plan with what the adapter says, and its tensors.  Raises ArtifactError with all that is in the way."""
-    fitted, problems = fit(base.model, read.config, read.tensors)
+def _fitted(
+    plan: Recipe, style: str, name: str, read: _Read, model: PreTrainedModel, base: str
+) -> tuple[Recipe, Fitted]:
+    """The plan with what the adapter says, and its tensors.  Raises ArtifactError with all that is in the way.
+
+    model: that of the base, of which names and shapes are looked at and no weights.
+    """
+    fitted, problems = fit(model, read.config, read.tensors)
     told = {"rank": fitted.rank, "alpha": fitted.alpha, "targets": fitted.targets, "dtype": fitted.dtype}
     adapter = plan.adapter
     try:
@@ -141,13 +148,13 @@ def _fitted(plan: Recipe, style: str, name: str, read: _Read, base: Base, model:
     if problems:
         made_for = read.config.get("base_model_name_or_path")
         hint = f"it says that it is for {shown(str(made_for))}" if made_for else "is it for another base?"
-        raise ArtifactError(f"{name} cannot be imported for {model}: {'; '.join(problems)}", hint)
+        raise ArtifactError(f"{name} cannot be imported for {base}: {'; '.join(problems)}", hint)
     data = plan.data
     if data.max_length == load_recipe(style).data.max_length:  # nobody asked for windows of that length
-        text = base.model.config.get_text_config()
+        text = model.config.get_text_config()
         longest = rope_boundary(text) or context_length(text)
         data = data.model_copy(update={"max_length": min(data.max_length, longest)})
-    named = plan.base.model_copy(update={"model": base.name})
+    named = plan.base.model_copy(update={"model": base})
     return plan.model_copy(update={"base": named, "adapter": adapter, "data": data}), fitted
 
 

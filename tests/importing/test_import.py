@@ -220,7 +220,14 @@ WRONG = {
 }
 
 
+@pytest.fixture
+def unloaded(monkeypatch):
+    """What an adapter lacks is known before the weights of the base are read."""
+    monkeypatch.setattr("retrofit.importing.import_adapter.load_base", None)
+
+
 @pytest.mark.parametrize(("config", "change", "problem"), WRONG.values(), ids=WRONG)
+@pytest.mark.usefixtures("unloaded")
 def test_what_no_recipe_can_express_is_refused(base, tmp_path, config, change, problem):
     found = peft_folder(tmp_path / "in", config=config, change=change)
     with pytest.raises(ArtifactError, match=problem):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import click
@@ -9,6 +10,7 @@ import click
 from retrofit.cli.options import CONTEXT, Loading, artifact_argument, base_option, engine_options, output_options
 from retrofit.cli.output import is_quiet, quieten_libraries, say
 from retrofit.cli.tables import print_table
+from retrofit.errors import UsageError
 
 
 @click.command(context_settings=CONTEXT)
@@ -20,21 +22,29 @@ from retrofit.cli.tables import print_table
     show_default=True,
     help="How many prompts and tokens to check.",
 )
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Where the certificate is written, a file or a folder that is there.  [default: ARTIFACT]",
+)
 @base_option
 @engine_options
 @output_options
 def certify(
     folder: str,
     level: Literal["quick", "full"],
+    output: str | None,
     base: str | None,
     loading: Loading,
     as_json: bool,
 ) -> None:
     """Prove that ARTIFACT leaves its base alone.
 
-    Runs the checks on this machine, writes certificate.json into the artifact, and exits with 3 when one of
-    them is not met. What is certified is what runs: the backend, the type and the level of exactness that
-    `retrofit generate` takes with the same options; the certificate names them.
+    Runs the checks on this machine, writes certificate.json into the artifact (of one that ships with
+    retrofit: into the cache), and exits with 3 when one of them is not met. What is certified is what runs:
+    the backend, the type and the level of exactness that `retrofit generate` takes with the same options;
+    the certificate names them.
 
     \b
     Example:
@@ -44,9 +54,10 @@ def certify(
     from retrofit import certify as run
     from retrofit.sharing.pulling import local_folder
 
-    folder = str(local_folder(folder, loading.offline))
-    certificate = run(folder, level=level, base=base, progress=not is_quiet(), **loading.keywords)
-    path = certificate.save(folder)
+    place = local_folder(folder, loading.offline)
+    out = _place(output, folder, place)
+    certificate = run(place, level=level, base=base, progress=not is_quiet(), **loading.keywords)
+    path = certificate.save(out)
     if as_json:
         click.echo(path.read_text(encoding="utf-8"), nl=False)
     else:
@@ -54,3 +65,17 @@ def certify(
     say(f"certified was {certificate.what}")
     say(f"wrote {path}")
     certificate.require()
+
+
+def _place(output: str | None, name: str, folder: Path) -> Path:
+    """What `Certificate.save` is to be told.  Raises UsageError for another artifact, of which it says nothing."""
+    from retrofit.artifact.folder import CONFIG
+    from retrofit.eval.certify import CERTIFICATE
+    from retrofit.sharing.pulling import findings_folder
+
+    if output is None:
+        kept = findings_folder(name, folder)
+        return folder if kept == folder else kept / CERTIFICATE
+    if (Path(output) / CONFIG).is_file() and Path(output).resolve() != folder.resolve():
+        raise UsageError(f"{output} is another artifact: the certificate of {name} does not go there", "name a file")
+    return Path(output)

@@ -64,7 +64,12 @@ class Listed(click.ParamType):
 @click.option("--allow-code", is_flag=True, help="Run code that a model wrote for a task, under limits.")
 @click.option("--against", multiple=True, metavar="WHAT",
               help="Beside transformers' lookup, assisted=MODEL, or another ARTIFACT; may be repeated.")  # fmt: skip
-@click.option("-o", "--out", metavar="FOLDER", help="Where the report is written.  [default: ARTIFACT/eval]")
+@click.option(
+    "-o",
+    "--out",
+    metavar="FOLDER",
+    help="Where the report is written.  [default: ARTIFACT/eval; of one that ships with retrofit: the cache]",
+)
 @click.option("--restart", is_flag=True, help="Measure again what an earlier run has finished.")
 @base_option
 @seed_option
@@ -88,11 +93,12 @@ def evaluate(
     least = _bounds(fail_under)
     quieten_libraries()
     from retrofit.report.evaluate import evaluate as run
-    from retrofit.sharing.pulling import local_folder
+    from retrofit.sharing.pulling import findings_folder, local_folder
 
-    folder = str(local_folder(folder, loading.offline))
+    artifact = local_folder(folder, loading.offline)
+    out = out or str(findings_folder(folder, artifact))
     report = run(
-        folder, out=out or folder, fail_under=least, progress=not is_quiet(), **options, **loading.keywords
+        artifact, out=out, fail_under=least, progress=not is_quiet(), **options, **loading.keywords
     )  # fmt: skip
     if as_json:
         emit_json(report.data, indent=1)
@@ -100,7 +106,7 @@ def evaluate(
         _print(report.data)
     from retrofit.report.document import place
 
-    say(f"wrote {place(out or folder)}")
+    say(f"wrote {place(out)}")
     report.require()
 
 

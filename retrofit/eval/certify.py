@@ -32,6 +32,7 @@ import transformers
 
 from retrofit import __version__
 from retrofit.artifact import folder as artifacts
+from retrofit.artifact.files import disk, replace_file
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.eval import exactness, weights
 from retrofit.eval.audit import audit
@@ -118,16 +119,17 @@ class Certificate:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write it: into an artifact, beside its hash; into another folder; or to a file name."""
+        """Write it: into an artifact, beside its hash; into another folder; or to a file name.
+
+        Raises ResourceError where it cannot be written.
+        """
         path = Path(path)
         text = json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
         if (path / artifacts.CONFIG).is_file():
             return artifacts.add(path, CERTIFICATE, text)
         path = path / CERTIFICATE if path.is_dir() else path
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ResourceError(f"{path}: cannot be written: {error.strerror or error}") from error
+        with disk(path, len(text)):
+            replace_file(path, text.encode())
         return path
 
     def require(self) -> None:

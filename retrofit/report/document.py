@@ -14,7 +14,7 @@ from typing import Any
 from retrofit.artifact import folder as artifacts
 from retrofit.artifact.files import disk, replace_file
 from retrofit.errors import ArtifactError, UsageError
-from retrofit.sharing.pulling import local_folder
+from retrofit.sharing.pulling import findings_folder, local_folder
 
 REPORT = "report.json"
 FOLDER = "eval"
@@ -79,8 +79,9 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Raises UsageError where there is none, ArtifactError for what is no report of this format.
     """
-    path = local_folder(path, offline=True).expanduser()
-    path = place(path) if path.is_dir() else path
+    folder = local_folder(path, offline=True).expanduser()
+    found = [place(one) for one in (findings_folder(path, folder), folder)] if folder.is_dir() else [folder]
+    path = next((one for one in found if one.is_file()), found[0])
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -2,6 +2,7 @@
 
     RETROFIT_CACHE/artifacts/OWNER--NAME/COMMIT/           the artifact
     RETROFIT_CACHE/artifacts/OWNER--NAME/refs/REVISION     the commit a branch or tag led to when it was last asked
+    RETROFIT_CACHE/shipped/NAME/                           what was found out about an artifact that ships with retrofit
 
 A repository is written by strangers: only files that `is_shared` names are fetched, sizes are compared before anything
 large is, and nothing is opened that could run code.  Not here: what makes an artifact whole (`retrofit.artifact`).
@@ -73,6 +74,18 @@ def local_folder(name: str | Path, offline: bool = False) -> Path:
     artifact.restore(Path(name))
     found = on_hub(name)
     return Path(name) if found is None else _kept(found, offline, whole=False)
+
+
+def findings_folder(name: str | Path, folder: Path) -> Path:
+    """Where certificate and report of an artifact go: into it, but of one that ships with retrofit into the cache.
+
+    name: as it was given; folder: where `local_folder` found it.  What is installed is not written to.
+    """
+    if shipped_artifact(name) is None:
+        return folder
+    from retrofit.machine import cache_folder
+
+    return cache_folder() / "shipped" / name
 
 
 def source(folder: Path) -> dict[str, str] | None:

@@ -3,12 +3,15 @@
 import json
 
 import pytest
-from commands import done, run
+from artifact_folders import contents
+from commands import done, refused, run
 
 import retrofit
-from retrofit import progress
+from retrofit import named_bases, progress
 from retrofit.artifact import folder as artifact
 from retrofit.eval import certify
+
+NAME = certify.CERTIFICATE
 
 
 def test_certify_writes_the_certificate_and_prints_the_checks(own, monkeypatch):
@@ -39,3 +42,30 @@ def test_certify_ends_with_3_when_a_check_is_not_met(own, monkeypatch, status):
     assert json.loads(result.stdout)["ok"] is False
     assert result.stderr == f"Error: not certified: greedy-fp32 {status}\n"
     assert "NOT OK" in done("inspect", own)
+
+
+@pytest.fixture
+def passing(monkeypatch):
+    certificate = certify.Certificate({}, {}, "quick", [certify.Check("gate", "passed", "fine")], "today")
+    monkeypatch.setattr(retrofit, "certify", lambda *arguments, **options: certificate, raising=False)
+
+
+@pytest.mark.usefixtures("passing")
+def test_the_certificate_of_what_ships_goes_into_the_cache(own, tmp_path, monkeypatch):
+    (tmp_path / "shipped").mkdir()
+    place = own.rename(tmp_path / "shipped" / "smollm2-135m")
+    monkeypatch.setattr(named_bases, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    before = contents(place)
+    written = tmp_path / "cache" / "shipped" / "smollm2-135m" / "certificate.json"
+    assert f"wrote {written}" in run("certify", "smollm2-135m").stderr
+    assert json.loads(written.read_text())["ok"] is True and contents(place) == before
+
+
+@pytest.mark.usefixtures("passing")
+def test_the_certificate_goes_where_it_is_told(own, made, tmp_path):
+    for place, written in ((tmp_path / "a" / "b.json", tmp_path / "a" / "b.json"), (tmp_path, tmp_path / NAME)):
+        assert f"wrote {written}" in run("certify", own, "-o", place).stderr and written.is_file()
+    assert not (own / NAME).exists()
+    assert "is another artifact" in refused(run("certify", own, "-o", made), 2)
+    assert f"wrote {own / NAME}" in run("certify", own, "-o", own).stderr

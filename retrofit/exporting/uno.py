@@ -10,10 +10,10 @@ folder (`peft_folder.py`).  Not here: starting that engine.
 
 from __future__ import annotations
 
+from retrofit.artifact.engines import unfit
 from retrofit.artifact.folder import Artifact
 from retrofit.errors import UsageError
 from retrofit.exporting import peft_folder
-from retrofit.serving.layouts import unfit
 
 README = """---
 library_name: peft

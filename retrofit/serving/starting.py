@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retrofit.artifact import folder as artifacts
+from retrofit.artifact.engines import refuse_unfit
+from retrofit.gguf_files import is_gguf
 from retrofit.hub import load_base
 from retrofit.runtime.loading import check_same_base
 from retrofit.serving import sglang
-from retrofit.serving.layouts import refuse_unfit
+from retrofit.serving.unpacking import unpacked
 from retrofit.serving.vllm import command as vllm
 from retrofit.serving.vllm.versions import check, installed
 from retrofit.sharing.pulling import local_folder
@@ -32,5 +34,6 @@ def words(name: str, engine: str, options: Sequence[str], *, base: str | None, o
     check(installed())
     loaded = load_base(place, revision, offline=offline, with_model=False)
     check_same_base(loaded, artifact)
+    model = unpacked(loaded, offline) if loaded.place is not None and is_gguf(loaded.place) else loaded.place
     folder = artifact.folder.absolute()
-    return vllm.command(folder, str(loaded.place), artifacts.published_name(named), block, options)
+    return vllm.command(folder, str(model), artifacts.published_name(named), block, options)

@@ -11,13 +11,13 @@ from saved import save_artifact
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES
 from retrofit.artifact import folder as artifacts
+from retrofit.artifact.engines import WANTED
 from retrofit.errors import UsageError
 from retrofit.exporting.export import export
 from retrofit.exporting.uno import files
 from retrofit.recipes.schema import by_key, load_recipe
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.plan import noise_token
-from retrofit.serving.layouts import WANTED
 
 LAYOUT = DraftLayout(3, input="noise", attention="causal")
 ALONE = {"rank": 4, "alpha": 32.0, "targets": list(ROLES), "markov_rank": 0, "confidence": False}

@@ -10,8 +10,8 @@ import pytest
 from artifact_folders import CONFIG, write
 from commands import refused, run
 
+from retrofit.artifact import engines
 from retrofit.errors import ResourceError, UnsupportedModelError, UsageError
-from retrofit.serving import layouts
 from retrofit.serving.vllm import plugin, versions
 
 pytestmark = pytest.mark.usefixtures("somewhere")
@@ -69,28 +69,28 @@ def changed(key, value):
 
 
 def test_what_vllm_can_draft_with():
-    layouts.refuse_unfit("a", CONFIG, "vllm")
-    layouts.refuse_unfit("a", changed("draft.input", "noise"), "vllm")
-    layouts.refuse_unfit("a", changed("draft.attention", "causal"), "vllm")
+    engines.refuse_unfit("a", CONFIG, "vllm")
+    engines.refuse_unfit("a", changed("draft.input", "noise"), "vllm")
+    engines.refuse_unfit("a", changed("draft.attention", "causal"), "vllm")
 
 
 @pytest.mark.parametrize(("key", "value"), [("profile", "joint"), ("draft.shift", 0), ("draft.seed_row", "draft")])
 def test_what_vllm_cannot_draft_with_is_refused_with_the_change(key, value):
     with pytest.raises(UsageError, match=key) as error:
-        layouts.refuse_unfit("a", changed(key, value), "vllm")
-    assert f"{key}={layouts.WANTED['vllm'][key]}" in error.value.hint
+        engines.refuse_unfit("a", changed(key, value), "vllm")
+    assert f"{key}={engines.WANTED['vllm'][key]}" in error.value.hint
 
 
 def test_other_bases_are_refused():
     with pytest.raises(UnsupportedModelError, match="GemmaForCausalLM"):
-        layouts.refuse_unfit("a", changed("base.architecture", "GemmaForCausalLM"), "vllm")
+        engines.refuse_unfit("a", changed("base.architecture", "GemmaForCausalLM"), "vllm")
     with pytest.raises(UsageError, match="GGUF"):
-        layouts.refuse_unfit("a", changed("base.gguf", {"file": "x.gguf"}), "vllm")
+        engines.refuse_unfit("a", changed("base.gguf", {"file": "x.gguf"}), "sglang")
 
 
 def test_sglang_is_told_all_that_is_to_be_changed():
     with pytest.raises(UsageError) as error:
-        layouts.refuse_unfit("a", CONFIG, "sglang")
+        engines.refuse_unfit("a", CONFIG, "sglang")
     assert error.value.hint.split(" with ")[1].split() == [
         *("draft.input=noise", "draft.attention=causal", "adapter.markov_rank=0", "adapter.confidence=false"),
     ]

@@ -23,9 +23,9 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.artifact import folder as artifacts
+from retrofit.artifact.engines import refuse_unfit
 from retrofit.errors import UnsupportedModelError, UsageError
 from retrofit.runtime.plan import noise_token
-from retrofit.serving.layouts import refuse_unfit
 from retrofit.serving.vllm.drafts import Sampling, draft
 from retrofit.serving.vllm.plugin import artifact_of
 from retrofit.serving.vllm.rows import DraftRows, draft_rows

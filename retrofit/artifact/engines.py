@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from retrofit.errors import UnsupportedModelError, UsageError
+from retrofit.errors import RetrofitError, UnsupportedModelError, UsageError
 
 WANTED: dict[str, dict[str, Any]] = {
     "vllm": {"profile": "frozen", "draft.shift": 1, "draft.seed_row": "base"},
@@ -36,7 +36,7 @@ def refuse_unfit(name: str, config: Mapping[str, Any], engine: str) -> None:
     name: what the artifact is called; config: its `retrofit.json`.
     """
     base = config["base"]
-    if "gguf" in base:
+    if engine == "sglang" and "gguf" in base:
         raise UsageError(
             f"{name} cannot be served by {engine}: its base is a GGUF file",
             "save the base once as safetensors (docs/bases.md) and convert that",
@@ -52,6 +52,15 @@ def refuse_unfit(name: str, config: Mapping[str, Any], engine: str) -> None:
         said = "; ".join(f"{key} is {found}, not {want}" for key, (found, want) in wrong.items())
         change = " ".join(f"{key}={want}" for key, (_, want) in wrong.items())
         raise UsageError(f"{name} cannot be served by {engine}: {said}", f"convert the base with {change}")
+
+
+def fits(config: Mapping[str, Any], engine: str) -> bool:
+    """Whether an engine can draft with an artifact."""
+    try:
+        refuse_unfit("", config, engine)
+    except RetrofitError:
+        return False
+    return True
 
 
 def unfit(config: Mapping[str, Any], engine: str) -> dict[str, tuple[str, str]]:

@@ -7,30 +7,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from retrofit.artifact.folder import CARD, published_name
 from retrofit.errors import UsageError
+from retrofit.sharing.measured import Reported, model_index, summary
 from retrofit.sharing.names import REPOSITORY
+from retrofit.sharing.usage import usage
 
 BEGIN, END = "<!-- push:begin -->", "<!-- push:end -->"
 HEADER = re.compile(r"\A---\r?\n(.*?)^---\r?\n", re.DOTALL | re.MULTILINE)
 TAGS = ("retrofit", "lora", "speculative-decoding", "self-speculation", "diffusion")
 FOLDER = "PATH-OF-THIS-FOLDER"
 """What the card of a folder has for the name that the repository has."""
+LOADED = re.compile(r'^(engine = retrofit\.Engine\.load\(")[^"]*(?=")', re.MULTILINE)
+"""The line of a card that loads the artifact: of one that was pulled it names where it came from."""
 NOT_CERTIFIED = (
     "**Not certified**: nothing here shows that this adapter decodes as its base does. "
     "`retrofit certify` on a pulled copy does, in minutes."
 )
-
-
-class Reported(NamedTuple):
-    """What `retrofit eval` found: the lines of its verdict, and the command that finds it again."""
-
-    lines: tuple[str, ...]
-    command: str
 
 
 def published_card(
@@ -50,9 +47,11 @@ def published_card(
     if "base_model_relation" not in header:
         header.pop("base_model", None)  # a name that is none on the Hub leads to another model there, or nowhere
     header["tags"] = sorted({*TAGS, *_listed(header.get("tags"))})
-    if measured := _measured(repository, config):
+    header.pop("model-index", None)
+    if measured := model_index(repository.partition("/")[2], config["acceptance"], report):
         header["model-index"] = measured
     body = re.sub(rf"{BEGIN}.*?{END}\n*", "", body, flags=re.DOTALL).replace(FOLDER, repository)
+    body = LOADED.sub(rf"\g<1>{repository}", body, count=1)
     title = re.search(r"^# .*\n+", body, re.MULTILINE)
     at = title.end() if title else 0
     part = f"{BEGIN}\n{_part(repository, config, certificate, report)}\n{END}\n\n"
@@ -82,27 +81,6 @@ def _listed(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list) else [] if value is None else [str(value)]
 
 
-def _measured(repository: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`model-index`: tokens per verify cycle by length of context, where they were measured."""
-    by_context = config["acceptance"].get("by_context", ())
-    metrics = [
-        {
-            "type": "tau",
-            "name": f"tokens per verify cycle, contexts up to {one['up_to']:,} tokens",
-            "value": round(one["tau"], 4),
-        }
-        for one in by_context
-    ]
-    if not metrics:
-        return []
-    result = {
-        "task": {"type": "text-generation"},
-        "dataset": {"type": "held-out", "name": "held-out text of the training, teacher-forced"},
-        "metrics": metrics,
-    }
-    return [{"name": repository.partition("/")[2], "results": [result]}]
-
-
 def _part(
     repository: str,
     config: Mapping[str, Any],
@@ -115,23 +93,7 @@ def _part(
 
 Its base is `{published_name(named)}`{revision}; any other is refused when it is loaded.
 
-```sh
-retrofit generate {repository} "Once upon a time"
-```{_reported(report)}"""
-
-
-def _reported(report: Reported | None) -> str:
-    """The verdict of a report beside its picture."""
-    if report is None:
-        return ""
-    lines = "\n".join(f"- {line}" for line in report.lines)
-    return f"""
-
-{lines}
-
-![Tokens per second and tokens per forward, by mode](eval/report.svg)
-
-Measured by `{report.command}`; [the whole report](eval/report.md), and as a page `eval/report.html`."""
+{usage(repository, config)}{summary(report)}"""
 
 
 def _verdict(certificate: Mapping[str, Any] | None) -> str:

@@ -7,7 +7,6 @@ whatever answers are lost on the way.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import tempfile
 from collections.abc import Mapping
@@ -23,8 +22,9 @@ from retrofit.artifact.inspection import CERTIFICATE, certificate
 from retrofit.artifact.safety import names_in
 from retrofit.errors import ArtifactError, GateError, ResourceError, UsageError
 from retrofit.locating import is_path
-from retrofit.sharing.card import Reported, published_card
+from retrofit.sharing.card import published_card
 from retrofit.sharing.faults import LOG_IN, TOKEN, is_passing, status_of
+from retrofit.sharing.measured import reported
 from retrofit.sharing.names import is_shared
 from retrofit.sharing.names import repository as parsed
 from retrofit.sharing.remote import LocalFile, Remote, look
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 CERTIFY = "run `retrofit certify` first, or push it with --uncertified, which the card then says"
-REPORT, PICTURE = "eval/report.json", "eval/report.svg"
 MOVED = 412
 """The status of a commit that was made for another state of the repository."""
 
@@ -103,7 +102,7 @@ def push(
     if valid is None and not uncertified:
         raise GateError(f"{root}: there is no certificate of what is in it that passed", CERTIFY)
     text = (root / artifact.CARD).read_text(encoding="utf-8")
-    card = published_card(text, name, config, valid, _valid_report(root))
+    card = published_card(text, name, config, valid, reported(root))
     sent, left_out = _files(root, card, valid is not None)
     api = HfApi(library_name="retrofit", library_version=__version__)
     _refuse_tokens(sent, _token(needed=not dry_run))
@@ -131,18 +130,6 @@ def _valid_certificate(root: Path) -> dict[str, Any] | None:
     if content is None or content.get("ok") is not True:
         return None
     return content if content.get("manifest_sha256") == sha256(root / artifact.MANIFEST) else None
-
-
-def _valid_report(root: Path) -> Reported | None:
-    """What the report says of what the folder holds; None where it is of other files, not whole, or has no picture."""
-    try:
-        content = json.loads((root / REPORT).read_text(encoding="utf-8"))
-        measured = content["sections"]["compared"]["data"]["artifact"]["manifest_sha256"]
-        said = Reported(tuple(map(str, content["verdict"]["lines"])), str(content["command"]))
-        whole = content["status"] == "complete" and (root / PICTURE).is_file()
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return said if whole and measured == sha256(root / artifact.MANIFEST) else None
 
 
 def _files(root: Path, card: str, certified: bool) -> tuple[dict[str, LocalFile], tuple[str, ...]]:

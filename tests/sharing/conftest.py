@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from artifact_folders import certify, write
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 from loopback_hub import TOKEN, Hub
 
 
@@ -28,6 +28,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> I
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", served.url)  # whose functions PEFT calls
         template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -171,7 +171,13 @@ def test_the_card_says_what_the_hub_reads() -> None:
 
 REPORT = {
     "status": "complete", "command": "retrofit eval mine", "verdict": {"lines": ["The same.", "Faster.", "Pays."]},
+    "figures": {"tau": 2.5, "tpf": 1.25, "tokens_per_s_user_batch_4": 30.0, "equal_texts_share": 1.0},
 }  # fmt: skip
+COMPARED = {
+    "engine": {"dtype": "bfloat16", "backend": "hf"},
+    "hardware": {"gpu": None, "cpu": "Fast | Ones", "threads": 2, "cores": 4},
+    "prompts": {"count": 12},
+}
 
 
 @pytest.mark.parametrize(
@@ -180,19 +186,24 @@ REPORT = {
     ids=["whole", "partial", "broken", "of nothing"],
 )
 def test_the_card_quotes_a_report_of_what_the_folder_holds(hub: Hub, folder: Path, changes: dict, shown: bool) -> None:
-    measured = {"artifact": {"manifest_sha256": sha256(folder / artifact.MANIFEST)}}
+    measured = {**COMPARED, "artifact": {"manifest_sha256": sha256(folder / artifact.MANIFEST)}}
     report = {**REPORT, "sections": {"compared": {"data": measured}}, **changes}
     artifact.add(folder, "eval/report.json", json.dumps(report))
     assert "report.svg" not in push(folder, NAME, dry_run=True).card  # there is no picture yet
     artifact.add(folder, "eval/report.svg", "<svg/>")
     pushed = push(folder, NAME)
     assert ("- The same.\n- Faster.\n- Pays.\n" in pushed.card) is shown
+    where = "batch 4, mode auto, in bfloat16, hf backend, on Fast / Ones, 2 of 4 cores"
+    assert (f"| tokens per second of one request, {where} | 30 |" in pushed.card) is shown
+    index = yaml.safe_load(pushed.card.split("---\n")[1]).get("model-index", [])
+    told = [one["value"] for model in index for result in model["results"] for one in result["metrics"]]
+    assert told == [2.5, 1.25, 30.0] * shown
     assert ("](eval/report.svg)" in pushed.card and "`retrofit eval mine`" in pushed.card) is shown
     assert "eval/report.svg" in hub.repositories[NAME].files
 
 
 def test_the_card_does_not_quote_the_report_of_other_weights(hub: Hub, folder: Path) -> None:
-    report = {**REPORT, "sections": {"compared": {"data": {"artifact": {"manifest_sha256": "0" * 64}}}}}
+    report = {**REPORT, "sections": {"compared": {"data": {**COMPARED, "artifact": {"manifest_sha256": "0" * 64}}}}}
     artifact.add(folder, "eval/report.json", json.dumps(report))
     artifact.add(folder, "eval/report.svg", "<svg/>")
     assert "report.svg" not in push(folder, NAME).card

@@ -6,6 +6,7 @@ Not here: what the files have to say (`schema.py`), their hashes (`folder.py`). 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,12 @@ PICKLE_SUFFIXES = (
     *(".pt", ".pt2", ".pth", ".ptl", ".th", ".torch"),
 )
 
-LARGEST_JSON = 1 << 26
-"""Bytes; of a JSON file that is longer nothing is read."""
+LARGEST_JSON = 1 << 22
+"""Bytes; of a JSON file that is longer nothing is read.  As objects it may take twenty times as much."""
+DEEPEST = 32
+"""Objects and lists within one another; whoever walks through them may do so by recursion."""
+WIDEST = 63
+"""Bits of a whole number."""
 LARGEST_HEADER = 1 << 24
 """Bytes; a hundred thousand tensors.  The library's own limit lets a header take gigabytes of memory."""
 
@@ -66,7 +71,8 @@ def load_json(path: Path) -> dict[str, Any]:
             raise ArtifactError(f"{path}: {size:,} bytes, more than any JSON file of an artifact has", AGAIN)
         data = path.read_bytes()
     try:
-        content = json.loads(data.decode(), parse_constant=_no_number)
+        content = json.loads(data.decode(), parse_constant=_no_number, parse_int=_whole, parse_float=_finite)
+        _refuse_deep(content)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not valid JSON: {error}", AGAIN) from None
     if not isinstance(content, dict):
@@ -76,6 +82,33 @@ def load_json(path: Path) -> dict[str, Any]:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > WIDEST or abs(int(digits)).bit_length() > WIDEST:
+        raise ValueError(f"a whole number of more than {WIDEST} bits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is out of range")
+    return value
+
+
+def _refuse_deep(content: Any) -> None:
+    """Raises ValueError for what is nested deeper than DEEPEST."""
+    level = [content]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    if level:
+        raise ValueError(f"nested deeper than {DEEPEST}")
 
 
 def check_safetensors(path: Path) -> None:

@@ -10,6 +10,8 @@ from retrofit.artifact.safety import AGAIN
 from retrofit.errors import ArtifactError
 
 FORMAT = 1
+MOST_ROWS, MOST_RANKS, MOST_ALPHA = 128, 1024, 8192
+"""Of `draft.block`, of ranks, and of alpha: what a recipe may ask for, too."""
 
 
 def _text(value: Any) -> bool:
@@ -37,6 +39,18 @@ def _contexts(value: Any) -> bool:
 
 def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) in (int, float) for one in value)
+
+
+def _chances(value: Any) -> bool:
+    return _numbers(value) and all(0 <= one <= 1 for one in value)
+
+
+def _lists_of_chances(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_chances, value))
+
+
+def _count_to(most: int, least: int = 1) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
 
 
 def _positive(value: Any) -> bool:
@@ -85,16 +99,16 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base.fingerprint.headers": (_text_or_none, "a sha256 or null"),
     "base.fingerprint.norms": (_text_or_none, "a sha256 or null"),
     "profile": (_one_of("frozen", "joint"), "frozen or joint"),
-    "draft.block": (lambda value: _count(value) and value >= 1, "a whole number from 1"),
+    "draft.block": (_count_to(MOST_ROWS), f"a whole number from 1 to {MOST_ROWS}"),
     "draft.input": (_one_of("mask", "noise"), "mask or noise"),
     "draft.attention": (_one_of("bidirectional", "causal"), "bidirectional or causal"),
     "draft.shift": (_one_of(0, 1), "0 or 1"),
     "draft.seed_row": (_one_of("base", "draft"), "base or draft"),
-    "adapter.rank": (lambda value: _count(value) and value >= 1, "a whole number from 1"),
-    "adapter.alpha": (_positive, "a number above 0"),
+    "adapter.rank": (_count_to(MOST_RANKS), f"a whole number from 1 to {MOST_RANKS}"),
+    "adapter.alpha": (lambda value: _positive(value) and value <= MOST_ALPHA, f"a number up to {MOST_ALPHA}, above 0"),
     "adapter.targets": (_texts, "a list of roles"),
     "adapter.modules": (_texts, "a list of module names"),
-    "adapter.markov_rank": (_count, "a whole number from 0"),
+    "adapter.markov_rank": (_count_to(MOST_RANKS, least=0), f"a whole number from 0 to {MOST_RANKS}"),
     "adapter.confidence": (_one_of(True, False), "true or false"),
     "parameters.adapter": (_count, "a whole number from 0"),
     "parameters.heads": (_count, "a whole number from 0"),
@@ -115,6 +129,12 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "imported.repository": (_text_or_none, "the repository it was imported from, or null for a folder"),
     "imported.commit": (_text_or_none, "its commit, or null for a folder"),
     "imported.sha256": (_text, "the sha256 of its adapter_model.safetensors there"),
+    "acceptance.conditional": (lambda value: isinstance(value, dict), "an object"),
+    "acceptance.conditional.greedy": (_chances, "a list of numbers from 0 to 1"),
+    "acceptance.conditional.sampled": (_chances, "a list of numbers from 0 to 1"),
+    "acceptance.ranks": (lambda value: isinstance(value, dict), "an object"),
+    "acceptance.ranks.greedy": (_lists_of_chances, "a list for each slot of numbers from 0 to 1"),
+    "acceptance.ranks.sampled": (_lists_of_chances, "a list for each slot of numbers from 0 to 1"),
     "acceptance.by_context": (_contexts, "a list of objects with `up_to`, `blocks`, `tau`, `greedy` and `sampled`"),
 }
 """Keys that artifacts may lack: those written before there was such a key, or without a reason for it."""
@@ -162,3 +182,6 @@ def check_config(content: Mapping[str, Any], path: Path) -> None:
             raise ArtifactError(f"{path}: `{key}` is missing", AGAIN)
         if there and not test(value):
             raise ArtifactError(f"{path}: `{key}` must be {wanted}, not {_shown(value)}", AGAIN)
+    unknown = sorted(key for key in content["draft"] if f"draft.{key}" not in SCHEMA)
+    if unknown:  # a layout that this version does not know
+        raise ArtifactError(f"{path}: `draft` has an unknown key, {_shown(unknown[0])}", "upgrade retrofit")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
+from retrofit.artifact.schema import MOST_ALPHA, MOST_RANKS, MOST_ROWS
 from retrofit.errors import UsageError
 from retrofit.recipes import yaml_text
 from retrofit.recipes.overrides import apply
@@ -47,13 +48,13 @@ class Base(Section):
 class Adapter(Section):
     """What is added to the base."""
 
-    rank: int = Field(32, ge=1, le=1024)
+    rank: int = Field(32, ge=1, le=MOST_RANKS)
     """Rank of the gated LoRA."""
-    alpha: float = Field(64.0, gt=0, le=8192)
+    alpha: float = Field(64.0, gt=0, le=MOST_ALPHA)
     """LoRA scale: the update is multiplied by alpha / rank."""
     targets: tuple[Role, ...] = Field(get_args(Role), min_length=1, strict=False)
     """Roles of the projections that get a LoRA: all of them are those the model has; with routed experts q, k, v, o."""
-    markov_rank: int = Field(128, ge=0, le=1024)
+    markov_rank: int = Field(128, ge=0, le=MOST_RANKS)
     """Rank of the Markov head, which tells a draft row the token drafted to its left; 0 leaves it out."""
     confidence: bool = True
     """Train the confidence head, which decides how many drafts are worth verifying."""
@@ -70,7 +71,7 @@ class Adapter(Section):
 class Draft(Section):
     """The layout of a draft block."""
 
-    block: int = Field(8, ge=1, le=128)
+    block: int = Field(8, ge=1, le=MOST_ROWS)
     """Draft rows per block.  Unit: tokens."""
     input: Literal["mask", "noise"] = "mask"
     """What a draft row reads: the learned mask vector, or a random vocabulary id."""

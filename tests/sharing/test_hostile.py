@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import random
 import struct
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from retrofit.artifact import folder as artifact
 from retrofit.artifact import safety
 from retrofit.artifact.files import json_bytes
 from retrofit.artifact.schema import check_adapter_config
-from retrofit.errors import ArtifactError, RetrofitError
+from retrofit.errors import ArtifactError
 
 NAME = "stranger/adapter"
 
@@ -118,6 +117,13 @@ JSON = {
     "many digits": b'{"format": ' + b"9" * 10_000 + b"}",
     "another format": json_bytes({**CONFIG, "format": 99}),
     "no UTF-8": b"\xff\xfe{}",
+    "deep in an object": json_bytes({**CONFIG, "training": {"x": json.loads("[" * 40 + "]" * 40)}}),
+    "out of range": json.dumps({**CONFIG, "x": "HERE"}).replace('"HERE"', "1e400").encode(),
+    "64 bits": json_bytes({**CONFIG, "x": 1 << 63}),
+    "another layout": json_bytes({**CONFIG, "draft": {**CONFIG["draft"], "skip": 1}}),
+    "huge rank": json_bytes({**CONFIG, "adapter": {**CONFIG["adapter"], "rank": 1 << 40}}),
+    "no chances": json_bytes({**CONFIG, "acceptance": {"conditional": {"greedy": [2.0]}}}),
+    "no object of chances": json_bytes({**CONFIG, "acceptance": {"ranks": 5}}),
 }
 
 
@@ -189,27 +195,6 @@ def test_a_terminal_is_not_written_to(hub: Hub, files: dict[str, bytes]) -> None
     hub.add(NAME, sealed(files, **{artifact.CONFIG: json_bytes(config)}))
     told = done("inspect", NAME)
     assert "\x1b" not in told and "0.1?[2J?base" in told
-
-
-def test_mutated_files_are_refused_or_harmless(tmp_path: Path, files: dict[str, bytes]) -> None:
-    """Bytes changed, cut and put in at random, with a manifest that is true of them."""
-    rng = random.Random(0)
-    folder = tmp_path / "mutated"
-    refusals = 0
-    for _ in range(300):
-        name = rng.choice((artifact.CONFIG, artifact.ADAPTER_CONFIG, artifact.HEADS, artifact.ADAPTER))
-        data = bytearray(files[name])
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(data))
-            data[at : at + rng.choice((0, 1, 1, 9))] = rng.randbytes(rng.choice((0, 1, 1, 8)))
-        for path, content in sealed(files, **{name: bytes(data)}).items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content)
-        try:
-            artifact.read(folder)
-        except RetrofitError:
-            refusals += 1
-    assert refusals > 100
 
 
 def test_what_was_pulled_can_be_pushed(hub: Hub, files: dict[str, bytes]) -> None:

@@ -1,0 +1,1 @@
+"""Files that were changed to do harm, and what is made of them.  `python -m benchmarks.hostile`."""

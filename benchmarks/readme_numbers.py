@@ -37,6 +37,7 @@ TITLES = {
     },
     "help": "Command line",
     "interrupted": "Interrupted and resumed",
+    "hostile": "Files of strangers",
     "memory": "Dry run, memory",
     "CPU, speed": "A real model on a CPU: `ar` by length of context",
     "CPU, steps": "A real model on a CPU: steps that draft and verify",

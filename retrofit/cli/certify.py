@@ -24,7 +24,7 @@ from retrofit.errors import UsageError
 )
 @click.option(
     "-o",
-    "--output",
+    "--out",
     metavar="FILE",
     help="Where the certificate is written, a file or a folder that is there.  [default: ARTIFACT]",
 )
@@ -34,7 +34,7 @@ from retrofit.errors import UsageError
 def certify(
     folder: str,
     level: Literal["quick", "full"],
-    output: str | None,
+    out: str | None,
     base: str | None,
     loading: Loading,
     as_json: bool,
@@ -55,9 +55,9 @@ def certify(
     from retrofit.sharing.pulling import local_folder
 
     place = local_folder(folder, loading.offline)
-    out = _place(output, folder, place)
+    target = _place(out, folder, place)
     certificate = run(place, level=level, base=base, progress=not is_quiet(), **loading.keywords)
-    path = certificate.save(out)
+    path = certificate.save(target)
     if as_json:
         click.echo(path.read_text(encoding="utf-8"), nl=False)
     else:
@@ -67,15 +67,15 @@ def certify(
     certificate.require()
 
 
-def _place(output: str | None, name: str, folder: Path) -> Path:
+def _place(out: str | None, name: str, folder: Path) -> Path:
     """What `Certificate.save` is to be told.  Raises UsageError for another artifact, of which it says nothing."""
     from retrofit.artifact.folder import CONFIG
     from retrofit.eval.certify import CERTIFICATE
     from retrofit.sharing.pulling import findings_folder
 
-    if output is None:
+    if out is None:
         kept = findings_folder(name, folder)
         return folder if kept == folder else kept / CERTIFICATE
-    if (Path(output) / CONFIG).is_file() and Path(output).resolve() != folder.resolve():
-        raise UsageError(f"{output} is another artifact: the certificate of {name} does not go there", "name a file")
-    return Path(output)
+    if (Path(out) / CONFIG).is_file() and Path(out).resolve() != folder.resolve():
+        raise UsageError(f"{out} is another artifact: the certificate of {name} does not go there", "name a file")
+    return Path(out)

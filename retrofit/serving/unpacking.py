@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from transformers.utils import logging
 
 from retrofit.artifact import folder as artifacts
 from retrofit.artifact.beside import beside
@@ -19,6 +23,18 @@ from retrofit.machine import cache_folder
 
 BYTES = 4
 """Of a parameter in fp32."""
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """transformers draws no bar of its own while it saves."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def unpacked(base: Base, offline: bool) -> Path:
@@ -33,8 +49,8 @@ def unpacked(base: Base, offline: bool) -> Path:
     size = BYTES * sum(p.numel() for p in empty_model(base.name, base.revision, offline=offline).parameters())
     with beside(folder, size, cached=True) as new:
         check_room(folder, size)
-        whole = load_base(base.name, base.revision, dtype="float32", offline=offline)
-        with disk(folder, size):
+        whole = load_base(base.name, base.revision, dtype="float32", offline=offline, need_tokenizer=False)
+        with disk(folder, size), without_bar():
             whole.model.save_pretrained(new)
             if whole.tokenizer is not None:
                 whole.tokenizer.save_pretrained(new)

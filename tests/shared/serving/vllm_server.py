@@ -23,15 +23,16 @@ SMALL = (
 """Prompts of more than 64 tokens are read in chunks; eight requests of more than 160 do not fit at once."""
 
 
-def plain(model: Path) -> list[str]:
+def plain(model: Path, options: Sequence[str] = SMALL) -> list[str]:
     """The command of a server without drafts."""
     start = [sys.executable, "-m", "retrofit.serving.vllm.start", "serve", str(model)]
-    return [*start, "--no-async-scheduling", "--served-model-name", NAME, *SMALL]
+    return [*start, "--no-async-scheduling", "--served-model-name", NAME, *options]
 
 
-def drafting(artifact: Path) -> list[str]:
+def drafting(artifact: Path | str, options: Sequence[str] = SMALL) -> list[str]:
     """The command of a server with drafts."""
-    return [sys.executable, "-m", "retrofit", "serve", str(artifact), "--engine", "vllm", *SMALL]
+    start = [sys.executable, "-m", "retrofit", "serve", str(artifact), "--engine", "vllm"]
+    return [*start, "--served-model-name", NAME, *options]
 
 
 @contextmanager

@@ -71,7 +71,9 @@ def restless_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         looked: Looked | None = None,
     ) -> Cycle:
         text = [] if looked is None else [lookup(policy.layout)] * 3
-        return rng.choice([AR, *text, *policy.model(sampled).cycles(rows)])
+        model = policy.model(sampled)
+        both = [] if looked is None else model.hybrids(rows) * 3
+        return rng.choice([AR, *text, *both, *model.cycles(rows)])
 
     monkeypatch.setattr(AutoPolicy, "choose", choose)
     monkeypatch.setattr(cost, "REPEATS", 0)

@@ -167,8 +167,9 @@ def _vary_plans(policy: AutoPolicy) -> None:
     def choose(sampled: bool, batch: int, rows: int | None, context: int = 0, looked: Looked | None = None) -> Cycle:
         nonlocal held
         if next(steps) % CYCLE_STEPS == 0:
-            text = [] if looked is None else [lookup(policy.layout)]
-            held = drawn.choice([AR, *text, *policy.model(sampled).cycles(rows)])
+            model = policy.model(sampled)
+            text = [] if looked is None else [lookup(policy.layout), *model.hybrids(rows)]
+            held = drawn.choice([AR, *text, *model.cycles(rows)])
         return held
 
     def trials(sampled: bool, batch: int, room: int, rows: int | None) -> list[StepPlan]:

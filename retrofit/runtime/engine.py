@@ -250,9 +250,9 @@ class Engine:
         batch_size: how many requests run together.
         original_settings: follow the base's generation_config as `generate` does in what forbids, forces or penalises
         tokens and limits the length; of the rest only temperature, top_k and top_p are not in `not_honoured`.
-        Of self_spec: strategy auto (default), fused, two_forward or prompt_lookup; of fused: prepare, for which accept
-        lengths to draft ahead, all (default), last or so many; tree, how many draft nodes to verify, 0 for one chain,
-        None for as many as fit into ROWS rows of a request, where the artifact knows the chances of its candidates.
+        Of self_spec: strategy auto (default), fused, two_forward, prompt_lookup or hybrid; of fused: prepare, for which
+        accept lengths to draft ahead, all (default), last or so many; tree, how many draft nodes to verify, 0 for one
+        chain, None for as many as fit into ROWS rows where candidates' chances are known; of hybrid: in as many rows.
         threshold, of diffusion: confidence from which a token is kept, 0.9.
         Raises UsageError for wrong options, for options that mean nothing beside the others, and for prompts that are
         none or are longer than the context.
@@ -347,7 +347,7 @@ class Engine:
         if way.name in ("auto", "diffusion"):
             return None
         grown, most = None, self.backend.most_nodes
-        if way.name == "fused":
+        if way.name in ("fused", "hybrid"):
             sampled, rows = processing.temperature > 0, self._rows_each(slots)
             grown = fixed_tree(self.layout, self._acceptance, way.prepare, way.tree, sampled, rows)
         if grown is not None and most is not None and grown.nodes > most:
@@ -396,5 +396,5 @@ class Engine:
         for request in scheduler.retire():
             steps.finish(request)
             run.cache.close(request.slot)
-            request.seen = request.counts = request.guard = request.lookup = None
+            request.seen = request.counts = request.guard = request.lookup = request.continuations = None
         return touched

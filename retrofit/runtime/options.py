@@ -18,7 +18,7 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
 
 MODES = ("ar", "diffusion", "self_spec")
-STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup")
+STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup", "hybrid")
 MOST_NODES = 1024
 LARGEST_SEED = 2**63 - 1
 SURE = 0.9
@@ -143,8 +143,8 @@ def check_options(
         raise UsageError(f"threshold is {shown(threshold)}; it is a probability, 0 to 1")
     given = {"strategy": strategy, "prepare": prepare, "tree": tree, "threshold": threshold}
     _check_meaning(mode, given)
-    if strategy == "fused" and not layout.anchored:
-        raise UsageError("strategy fused needs an artifact with draft.seed_row base", "use two_forward or auto")
+    if strategy in ("fused", "hybrid") and not layout.anchored:
+        raise UsageError(f"strategy {strategy} needs an artifact with draft.seed_row base", "use two_forward or auto")
     return Decoding(mode, strategy or "auto", "all" if prepare is None else prepare, nodes, requests, sure)
 
 
@@ -155,10 +155,13 @@ def _check_meaning(mode: str, given: dict[str, Any]) -> None:
     for name in ("strategy", "prepare", "tree"):
         if mode != "self_spec" and given[name] is not None:
             raise UsageError(f"{name} means nothing in mode {mode}", "it is self_spec's; leave it out")
-        if name != "strategy" and given[name] is not None and given["strategy"] != "fused":
-            strategy = given["strategy"] or "auto"
+        takers = ("fused", "hybrid") if name == "tree" else ("fused",)
+        if name != "strategy" and given[name] is not None and given["strategy"] not in takers:
+            strategy, whose = given["strategy"] or "auto", " and ".join(f"{taker}'s" for taker in takers)
             raise UsageError(
-                f"{name} means nothing with strategy {strategy}", "it is fused's; leave it out, or ask for fused"
+                f"{name} means nothing with strategy {strategy}", f"it is {whose}; leave it out, or ask for fused"
             )
+    if given["strategy"] == "hybrid" and given["tree"] == 0:
+        raise UsageError("tree 0 means nothing with strategy hybrid", "its drafts branch where that pays; leave it out")
     if given["prepare"] == "last" and given["tree"]:
         raise UsageError("tree means nothing with prepare last", "drafts branch with prepare all or a number")

@@ -11,6 +11,7 @@ A strategy is a cycle of plans, taken in turn:
     two_forward     {seed} + block  |  {seed, d_1 .. d_k}
     fused           {seed, d_1 .. d_k} + blocks on all rows, on the last, or on the likeliest h; drafts may branch
     prompt_lookup   {seed, d_1 .. d_k}, drafts that the text itself proposes
+    hybrid          {seed, a tree of both} + blocks where it likely ends: which, is chosen for each request and step
 
 On the host a plan is made for each request (`planned`), then cut to the rows there are (`cut`); on the device it is cut
 once and lowered to tensors (`device/lowering.py`), and the kernels leave out what a request cannot use.
@@ -27,7 +28,7 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import hash_bits_plain
-from retrofit.runtime.rules.tree import DraftTree
+from retrofit.runtime.rules.tree import ROWS, SEED_ALONE, DraftTree
 
 Hang = str | int | tuple[int, ...]
 """Base rows that blocks hang on: "all", "last", the likeliest so many, or just these.  Of a chain a row's number is the
@@ -48,6 +49,10 @@ class StepPlan:
     next."""
     tree: DraftTree | None = None
     """What they are made on, its first nodes; None: a chain."""
+    rows: int | None = None
+    """Of `hybrid`: rows of a request that its drafts and blocks share, as pays most in this step; None: as above."""
+    worth: float = 0.0
+    """Drafts that a block is expected to have accepted in the next step."""
 
     @cached_property
     def blocks(self) -> int:
@@ -63,6 +68,8 @@ class StepPlan:
         return kind_of_forward(self.verify, self.blocks)
 
 
+WORTH = 1.0
+"""`StepPlan.worth` where nothing was measured."""
 Cycle = tuple[StepPlan, ...]
 AR: Cycle = (StepPlan(),)
 
@@ -104,6 +111,13 @@ def lookup(layout: DraftLayout) -> Cycle:
     return (StepPlan(layout.drafts),)
 
 
+def hybrid(layout: DraftLayout, tree: DraftTree | None) -> Cycle:
+    """tree: of the adapter alone; the rows are as many as it has with a block on each node, None: ROWS."""
+    if tree is None:
+        return (StepPlan(1, 1, 1, rows=ROWS, worth=WORTH),)
+    return (StepPlan(1, 1, 1, rows=(1 + tree.nodes) * (1 + layout.block), worth=tree.expected),)
+
+
 def fixed_cycle(strategy: str, prepare: str | int, layout: DraftLayout, tree: DraftTree | None = None) -> Cycle:
     """The plans of `ar` or of a fixed strategy.  prepare, tree: of `fused`, where blocks hang and how drafts branch."""
     if strategy == "ar":
@@ -112,6 +126,8 @@ def fixed_cycle(strategy: str, prepare: str | int, layout: DraftLayout, tree: Dr
         return lookup(layout)
     if strategy == "two_forward":
         return two_forward(layout.drafts)
+    if strategy == "hybrid":
+        return hybrid(layout, tree)
     return fused(layout.drafts if tree is None else tree.nodes, prepare, tree)
 
 
@@ -145,6 +161,8 @@ def cut_cycle(cycle: Cycle, layout: DraftLayout, rows: int | None) -> Cycle:
 
 def num_rows(plan: StepPlan, layout: DraftLayout) -> int:
     """Rows that a plan runs for a request which has all its drafts."""
+    if plan.rows is not None:
+        return plan.rows
     base = 1 if layout.anchored or not plan.blocks else 0
     return base + plan.verify + plan.blocks * layout.block
 
@@ -174,6 +192,30 @@ def planned(
         confidence = (request.confidence or chance)[:verify]
         rows = likeliest_lengths(confidence, verify, plan.hang) if tree is None else tree.likeliest_ends(plan.hang)
     return StepPlan(verify, useful(request, rows, layout, limits), plan.draft, plan.tree)
+
+
+def shared(plan: StepPlan, request: Request, layout: DraftLayout, limits: Limits, room: int | None) -> StepPlan:
+    """What a request does next of `hybrid`.  room: rows that it may have; None: any number."""
+    assert plan.rows is not None
+    rows = plan.rows if room is None else min(plan.rows, room)
+    nodes, hang = shared_rows(request.tree or SEED_ALONE, rows, layout.block, plan.worth)
+    return replace(plan, verify=nodes, hang=useful(request, hang, layout, limits))
+
+
+def shared_rows(tree: DraftTree, rows: int, block: int, worth: float) -> tuple[int, tuple[int, ...]]:
+    """(nodes, rows to hang blocks on) that promise most of so many rows: the seed's, the nodes' and `block` a block.
+
+    n nodes promise the sum of their survivals, and a block `worth` times the chance that the accepted path ends where
+    it hangs.  Both lists fall, so for each number of blocks the rest are nodes.
+    """
+    best, found = -1.0, (0, ())
+    for blocks in range((rows - 1) // block + 1):
+        some = tree.first(rows - 1 - blocks * block)
+        ends = some.likeliest_ends(blocks)
+        promised = some.expected + worth * sum(some.ends[j] for j in ends)
+        if promised > best:
+            best, found = promised, (some.nodes, ends)
+    return found
 
 
 def max_verify(request: Request, limits: Limits) -> int:
@@ -218,6 +260,8 @@ def speculative_rows(request: Request, plan: StepPlan, layout: DraftLayout, limi
     depth = list(range(len(tokens))) if tree is None else tree.depths
     blocks = [draft_block(request, p + depth[j] + 1, None, j, layout, limits, vocab) for j in plan.hang]
     parents = None if tree is None or not plan.verify else tree.parents[: len(tokens)]
+    if plan.rows is not None and parents == tuple(range(-1, len(tokens) - 1)):
+        parents = None  # these drafts happen not to branch
     return SequenceRows(slot=request.slot, start=request.committed, tokens=tokens, blocks=blocks, parents=parents)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from retrofit.runtime.results import Logprobs, Stats
+from retrofit.runtime.rules.continuations import Continuations
 from retrofit.runtime.rules.lookup import Lookup
 from retrofit.runtime.rules.processors import Guard, Rules
 from retrofit.runtime.rules.sampling import Processing
@@ -70,6 +71,11 @@ class Request:
     """What the drafts hang on where they branch; None: each follows the one before."""
     lookup: Lookup | None = None
     """What the text itself proposes; None: nobody asks."""
+    continuations: Continuations | None = None
+    """The same behind drafts, with chances, for `hybrid`."""
+    came_true: tuple[Tensor, Tensor | None] | None = None
+    """For `hybrid`: the drafting rows of the block that came true, hidden [D, H], and logits [D, V] where the forward
+    made them."""
     confidence: list[float] = field(default_factory=list)
     """Per draft: probability that it is accepted, given all before it are.  Empty without a confidence head."""
     block: list[int] = field(default_factory=list)
@@ -114,7 +120,7 @@ class Request:
         return self.finish_reason is not None
 
     def drop_drafts(self) -> None:
-        self.drafts, self.confidence, self.tree = [], [], None
+        self.drafts, self.confidence, self.tree, self.came_true = [], [], None, None
 
     def guarded(self) -> None:
         """Put the text under its rules."""
@@ -125,8 +131,15 @@ class Request:
         """Prompt lookup of the text as it is; count: most drafts of a proposal."""
         if self.lookup is None:
             self.lookup = Lookup(self.tokens, count)
-        self.lookup.follow(self.tokens)
+        (self.continuations or self.lookup).follow(self.tokens)
         return self.lookup
+
+    def continued(self, count: int) -> Continuations:
+        """What the text as it is proposes behind drafts; count: as of `looked_up`."""
+        if self.continuations is None:
+            self.continuations = Continuations(self.looked_up(count))
+        self.continuations.follow(self.tokens)
+        return self.continuations
 
     def watch(self, vocab: int, device: torch.device, seen: bool = True, counts: bool = False) -> None:
         """Start keeping `seen`, `counts`."""

@@ -10,6 +10,7 @@ K rows a block, B requests:
     fused, h       (1 + S_k + (1 - m_h))      / (T_h + D + (1 - m_h) (T(B (1 + K)) + D))
     fused tree     (1 + r S)                  / (T(B (1 + n) (1 + K)) + D)
     prompt lookup  what it would have emitted in these texts / T(its rows)
+    hybrid         what it has emitted a step here, at first what the better of its sources would / T(its rows)
 
 where m_h is the chance that the accept length was among the h prepared; if not, the next step only drafts.  A tree of n
 nodes has S = the sum of their survivals as measured at conversion, and r, how much of that came true here so far.
@@ -23,13 +24,15 @@ from dataclasses import dataclass, field
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.auto.times import StepTimes
-from retrofit.runtime.plan import AR, Cycle, StepPlan, fused, lookup, num_rows, two_forward
+from retrofit.runtime.plan import AR, Cycle, StepPlan, fused, hybrid, lookup, num_rows, two_forward
 from retrofit.runtime.rules.tree import DraftTree
 
 PRIOR_WEIGHT = 16.0
 """Observations the prior acceptance counts for."""
 MOST_WEIGHT = 512.0
 """Observations that are remembered: texts change."""
+REMEMBERED = 64.0
+"""Steps of `hybrid` that its mean is made of."""
 MARGIN = 1.02
 """A cycle must promise this much more than `ar` to be chosen: near break-even, noise decides and `ar` is safe."""
 MOST_ROWS = 256
@@ -60,6 +63,8 @@ class CostModel:
     hits: list[float] = field(default_factory=list)
     branched: list[float] = field(default_factory=lambda: [PRIOR_WEIGHT, PRIOR_WEIGHT])
     """Accepted and expected drafts of trees so far; begins at a ratio of 1."""
+    grafted: dict[int, list[float]] = field(default_factory=dict)
+    """Of `hybrid`, by its rows: tokens emitted, and steps."""
 
     def __post_init__(self) -> None:
         self.tried = [PRIOR_WEIGHT] * len(self.acceptance)
@@ -87,6 +92,12 @@ class CostModel:
         if self.branched[1] > MOST_WEIGHT:
             self.branched = [MOST_WEIGHT * self.branched[0] / self.branched[1], MOST_WEIGHT]
 
+    def observe_hybrid(self, rows: int, emitted: float) -> None:
+        """emitted: tokens of a step with so many rows, a request."""
+        tokens, steps = self.grafted.get(rows, (0.0, 0.0))
+        kept = min(1.0, REMEMBERED / (steps + 1))
+        self.grafted[rows] = [kept * (tokens + emitted), kept * (steps + 1)]
+
     def conditional(self) -> list[float]:
         return [h / t for h, t in zip(self.hits, self.tried, strict=True)]
 
@@ -97,6 +108,8 @@ class CostModel:
             return 1 / self.times.seconds(batch, False, context)
         if cycle == lookup(self.layout):
             return 0.0 if looked is None else looked.emitted / self.times.seconds(looked.rows, False, context)
+        if plan.rows is not None:
+            return self._emitted_by_hybrid(plan, looked) / self.times.seconds(batch * plan.rows, True, context)
         if plan.tree is not None:
             realised = self.branched[0] / self.branched[1]
             rows = batch * (1 + plan.tree.nodes) * (1 + K)
@@ -117,6 +130,20 @@ class CostModel:
         step = self.times.seconds(batch * (1 + k + h * K), True, context)
         return (1 + S + missed) / (step + missed * draft_only)
 
+    def _emitted_by_hybrid(self, plan: StepPlan, looked: Looked | None) -> float:
+        """Tokens of a step; what its sources promise counts for PRIOR_WEIGHT steps."""
+        assert plan.rows is not None
+        alone = 1 + self.branched[0] / self.branched[1] * plan.worth
+        promised = max(alone, 1.0 if looked is None else looked.emitted)
+        tokens, steps = self.grafted.get(plan.rows, (0.0, 0.0))
+        return (PRIOR_WEIGHT * promised + tokens) / (PRIOR_WEIGHT + steps)
+
+    def hybrids(self, rows: int | None = None) -> list[Cycle]:
+        """`hybrid` in as many rows as each of the trees takes, of at most so many of a request and forward."""
+        most = min(MOST_ROWS, rows or MOST_ROWS)
+        cycles = [hybrid(self.layout, tree) for tree in self.trees]
+        return [cycle for cycle in cycles if num_rows(cycle[-1], self.layout) <= most]
+
     def cycles(self, rows: int | None = None) -> list[Cycle]:
         """All cycles of drafts of ours worth comparing, of plans of at most so many rows of a request and forward."""
         most, counts = min(MOST_ROWS, rows or MOST_ROWS), range(1, self.layout.drafts + 1)
@@ -128,7 +155,7 @@ class CostModel:
 
     def best(self, batch: int, rows: int | None = None, context: int = 0, looked: Looked | None = None) -> Cycle:
         """The cycle with the highest expected rate; `ar` unless another beats it by MARGIN.  rows: of a request."""
-        cycles = [*self.cycles(rows), *([lookup(self.layout)] if looked else [])]
+        cycles = [*self.cycles(rows), *([lookup(self.layout), *self.hybrids(rows)] if looked else [])]
         rates = [self.rate(cycle, batch, context, looked) for cycle in cycles]
         top = max(rates, default=0.0)
         return cycles[rates.index(top)] if top > MARGIN * self.rate(AR, batch, context) else AR

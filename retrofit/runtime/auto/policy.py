@@ -128,11 +128,12 @@ class AutoPolicy:
         batch: int = 0,
         context: int = 0,
         emitted: int = 0,
+        cycle: Cycle = AR,
     ) -> None:
         """A step, or a trial, of so many rows took so long, and this came of the drafts in it.
 
         drafts: whether it drafted; batch: its requests, and emitted: their new tokens, by which it is held against
-        `ar`; without them it is not.
+        `ar`; without them it is not.  cycle: what it was a step of, where that is `hybrid`.
         """
         with self.lock:
             model = self.model(sampled)
@@ -143,6 +144,8 @@ class AutoPolicy:
                 if drafts or rows > batch:
                     self.behind = max(self.behind + took - emitted / batch * held.ar, -SAVED * held.ar)
             model.times.observe(rows, drafts, seconds, context)
+            if cycle[-1].rows is not None:
+                model.observe_hybrid(cycle[-1].rows, emitted / batch)
             for one in verified:
                 model.observe(one.accepted, one.verified, one.expected)
 

@@ -24,6 +24,9 @@ CANDIDATES = 128
 """Tokens of a slot among which a draft is chosen."""
 LARGE_VOCABULARY = 8192
 """Tokens from which finding candidates costs less than the Markov head and the processors do over all."""
+ERROR, ERROR_DRAWN = 1.0, 2.0
+"""How far scores of drafts are from those of their targets, as `Slots.likeliest` has it: greedy, and where tokens are
+drawn with equal noise (a drafter is as good as its distribution says; LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Drafted:
 
 
 @dataclass
-class _Slots:
+class Slots:
     """What the trunk says of the slots of B blocks, and how tokens are chosen there."""
 
     trunk_BDM: Tensor
@@ -59,7 +62,43 @@ class _Slots:
         constrain: Constrain | None,
     ) -> Tensor:
         """[B, P, count] best tokens of a slot after P tokens each.  seen, counts: [B * P, V], of their paths."""
-        B, P = before_BP.shape
+        scores, ids, seed, index = self._scores(depth, before_BP, seen, counts, constrain)
+        best = ranked(scores, self.params, seed, index, count, self.vocab, ids)
+        return best.view(*before_BP.shape, count)
+
+    def likeliest(
+        self,
+        depth: int,
+        before_BP: Tensor,
+        count: int,
+        seen: Tensor | None,
+        counts: Tensor | None,
+        constrain: Constrain | None,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, P, count] best tokens of a slot, as `best`, and the chance that each is the target.
+
+        The scores that tokens are ranked by, log q, or log q + g where tokens are drawn, differ from the target's by
+        how far off the drafter is.  Were that error Gumbel noise of scale b, the target would be drawn from
+        softmax(scores / b).
+        """
+        scores, ids, seed, index = self._scores(depth, before_BP, seen, counts, constrain)
+        if self.params.temperature > 0:
+            scores = gumbel_noise(seed, index, self.vocab, ids).add_(scores)
+        error = ERROR_DRAWN if self.params.temperature > 0 else ERROR
+        chance, best = scores.div(error).softmax(-1).topk(min(count, scores.shape[1]), dim=-1)
+        tokens = best if ids is None else ids.gather(1, best)
+        return tuple(found.view(*before_BP.shape, -1) for found in (tokens, chance))
+
+    def _scores(
+        self,
+        depth: int,
+        before_BP: Tensor,
+        seen: Tensor | None,
+        counts: Tensor | None,
+        constrain: Constrain | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Processed scores [B * P, M] of the candidates after P tokens each, their ids, seeds and output indices."""
+        P = before_BP.shape[1]
         trunk = self.trunk_BDM[:, depth].repeat_interleave(P, 0)
         ids = None if self.ids_BDM is None else self.ids_BDM[:, depth].repeat_interleave(P, 0)
         if ids is not None:
@@ -67,7 +106,7 @@ class _Slots:
         logits = self.heads.draft_logits(trunk, before_BP.reshape(-1), ids)
         scores = process_logits(logits, self.params, seen, constrain, counts)
         seed, index = self.seed_B.repeat_interleave(P), self.index_B.repeat_interleave(P) + depth
-        return ranked(scores, self.params, seed, index, count, self.vocab, ids).view(B, P, count)
+        return scores, ids, seed, index
 
 
 def draft_tokens(
@@ -91,15 +130,9 @@ def draft_tokens(
     penalty; counts_BV: how often each is in its output, needed under a presence or frequency penalty; guards: the rules
     over the text of each request, where it has any.
     """
-    B, D, V = trunk_BDV.shape
+    B, D, _ = trunk_BDV.shape
     device = trunk_BDV.device
-    seed, index = (torch.tensor(values, dtype=torch.int64, device=device) for values in (seeds, indices))
-    trunk, ids = trunk_BDV, None
-    # Rules and a bias name tokens by their place in the vocabulary.
-    if V >= LARGE_VOCABULARY and guards is None and not params.logit_bias:
-        ids = torch.stack([_candidates(trunk_BDV[b], seed[b], index[b], params) for b in range(B)])
-        trunk = trunk_BDV.gather(2, ids)
-    slots = _Slots(trunk, ids, V, seed, index, heads, params)
+    slots = slots_of(seeds, indices, trunk_BDV, heads, params, ruled=guards is not None)
     token = torch.tensor(previous, device=device)
     if tree is not None:
         return Drafted(_draft_tree(slots, token, seen_BV, tree, guards, counts_BV), None)
@@ -121,6 +154,19 @@ def draft_tokens(
     return Drafted(tokens[:, 1:], confidence)
 
 
+def slots_of(
+    seeds: Sequence[int], indices: Sequence[int], trunk_BDV: Tensor, heads: Heads, params: Processing, ruled: bool
+) -> Slots:
+    """The slots of B blocks; arguments as `draft_tokens`.  ruled: whether there are rules over the texts."""
+    B, _, V = trunk_BDV.shape
+    seed, index = (torch.tensor(values, dtype=torch.int64, device=trunk_BDV.device) for values in (seeds, indices))
+    # Rules and a bias name tokens by their place in the vocabulary.
+    if V < LARGE_VOCABULARY or ruled or params.logit_bias:
+        return Slots(trunk_BDV, None, V, seed, index, heads, params)
+    ids = torch.stack([_candidates(trunk_BDV[b], seed[b], index[b], params) for b in range(B)])
+    return Slots(trunk_BDV.gather(2, ids), ids, V, seed, index, heads, params)
+
+
 def _candidates(trunk_DV: Tensor, seed: Tensor, index: Tensor, params: Processing) -> Tensor:
     """[D, CANDIDATES] tokens of each slot that would be best without the Markov head, in rising order.
 
@@ -134,7 +180,7 @@ def _candidates(trunk_DV: Tensor, seed: Tensor, index: Tensor, params: Processin
 
 
 def _draft_tree(
-    slots: _Slots,
+    slots: Slots,
     previous_B: Tensor,
     seen_BV: Tensor | None,
     tree: DraftTree,

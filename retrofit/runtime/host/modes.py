@@ -185,6 +185,10 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
             offset += len(block.inputs)
     if run.told:
         tell(requests, emitted, out.base_logits)
+    if plans[0].rows is not None:  # drafted when it is known how many rows there are, with what the text proposes
+        for hanging in hangs:
+            hanging.request.came_true = hanging.hidden, hanging.logits
+        return
     for group in _groups(run, [hanging.request for hanging in hangs]):
         _draft(run, [hangs[n] for n in group], plans[0].tree)
 

@@ -13,9 +13,10 @@ from retrofit.runtime.auto.kept import Kept
 from retrofit.runtime.auto.policy import AutoPolicy, Verified
 from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.host.diffusion import diffusion_step
+from retrofit.runtime.host.grafting import graft
 from retrofit.runtime.host.modes import prefill_step, speculative_step
 from retrofit.runtime.host.prefixes import keep_text
-from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, lookup, planned
+from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, lookup, num_rows, planned, shared
 from retrofit.runtime.request import Request
 from retrofit.runtime.run import Run
 
@@ -80,7 +81,7 @@ class HostSteps:
         run, count = self.run, len(running)
         cycle = self._chosen(running) if run.strategy == "auto" else run.cycle
         if run.strategy == "auto" and cycle is not None:
-            rows = 1 + cycle[-1].verify + cycle[-1].blocks * run.layout.block
+            rows = cycle[-1].rows or 1 + cycle[-1].verify + cycle[-1].blocks * run.layout.block
         else:
             rows = 1 if run.strategy == "ar" else 1 + run.layout.block
         with thread_limit(run.backend.device, count * rows * run.backend.work_per_row):
@@ -101,9 +102,12 @@ class HostSteps:
 
     def _plans(self, cycle: Cycle, running: Sequence[Request]) -> list[StepPlan]:
         """What each request does next of a cycle."""
-        run = self.run
+        run, room = self.run, self.run.rows_each(len(running))
         if run.strategy == "ar":
             return list(AR) * len(running)
+        if (rows := cycle[-1].rows) is not None:
+            graft(run, running, rows if room is None else min(rows, room))
+            return [shared(cycle[-1], r, run.layout, run.limits, room) for r in running]
         if cycle == lookup(run.layout):
             for request in running:
                 request.drop_drafts()
@@ -111,18 +115,17 @@ class HostSteps:
         chance: Sequence[float] = ()
         if run.strategy == "auto" and isinstance(cycle[-1].hang, int):
             chance = self.policy.model(run.sampled).conditional()
-        room = run.rows_each(len(running))
         if run.strategy in ("fused", "two_forward"):
             cycle = cut_cycle(cycle, run.layout, room)
         return [cut(planned(cycle, r, run.layout, run.limits, chance), run.layout, room) for r in running]
 
     def _timed(self, cycle: Cycle, running: Sequence[Request]) -> None:
         """Take a step of `auto`, and tell the policy what it did."""
+        begin = time.perf_counter()
         plans = self._plans(cycle, running)
         before = [(r.stats.rows, len(r.stats.accepted), len(r.tokens)) for r in running]
         context = _context(running)
         trees = [r.tree if p.verify else None for r, p in zip(running, plans, strict=True)]
-        begin = time.perf_counter()
         speculative_step(self.run, running, plans)
         seconds = time.perf_counter() - begin
         rows = sum(r.stats.rows - ran for r, (ran, *_) in zip(running, before, strict=True))
@@ -134,9 +137,12 @@ class HostSteps:
         ]
         if cycle == lookup(self.run.layout):
             verified = []  # what the drafter is worth, they do not say
+        drafts = any(p.hang for p in plans)
+        if cycle[-1].rows is not None:  # what it promises is of both, and its price that of all rows it may have
+            verified, rows, drafts = [], len(running) * cycle[-1].rows, True
         self.policy.learn(
-            self.run.sampled, rows, any(p.hang for p in plans), seconds, verified,
-            batch=len(running), context=context, emitted=emitted,
+            self.run.sampled, rows, drafts, seconds, verified, batch=len(running), context=context, emitted=emitted,
+            cycle=cycle,
         )  # fmt: skip
 
 

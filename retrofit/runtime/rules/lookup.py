@@ -6,7 +6,7 @@ A text need not be decoded this way to know how that would go: each proposal is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 LONGEST = 3
 """Tokens that an occurrence has to share at most."""
@@ -27,6 +27,9 @@ class Lookup:
         self.tokens: list[int] = []
         self.after: dict[tuple[int, ...], int] = {}
         """Tokens -> the position behind their latest occurrence but one that ends the text."""
+        self.before: list[list[int]] = [[] for _ in range(LONGEST)]
+        """before[n - 1][p]: the position behind the occurrence, before the one that ends at p, of the same n tokens; -1:
+        there is none."""
         self.emitted = self.rows = 1.0
         for token in tokens:
             self._append(token)
@@ -37,14 +40,18 @@ class Lookup:
     def follow(self, tokens: Sequence[int]) -> None:
         """The text is now this, which begins with what it was."""
         for token in tokens[len(self.tokens) :]:
-            came_true = self.right < len(self.proposed) and self.proposed[self.right] == token
-            self._append(token)
-            if came_true:
-                self.right += 1
-                continue
-            self.emitted += FORGETS * (1 + self.right - self.emitted)
-            self.rows += FORGETS * (1 + len(self.proposed) - self.rows)
-            self.right, self.proposed = 0, self.proposal()
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """The text goes on with this."""
+        came_true = self.right < len(self.proposed) and self.proposed[self.right] == token
+        self._append(token)
+        if came_true:
+            self.right += 1
+            return
+        self.emitted += FORGETS * (1 + self.right - self.emitted)
+        self.rows += FORGETS * (1 + len(self.proposed) - self.rows)
+        self.right, self.proposed = 0, self.proposal()
 
     def proposal(self) -> list[int]:
         """Up to `count` tokens; none where nothing of the end occurred before."""
@@ -54,8 +61,18 @@ class Lookup:
                 return self.tokens[at : at + self.count]
         return []
 
+    def occurrences(self, tail: Sequence[int], n: int) -> Iterator[int]:
+        """Positions behind those of the last n tokens of `tail`, the latest first; n = 1 .. LONGEST."""
+        at = self.after.get(tuple(tail[-n:]), -1) if n <= len(tail) else -1
+        while at >= 0:
+            yield at
+            at = self.before[n - 1][at]
+
     def _append(self, token: int) -> None:
         end = len(self.tokens)
-        for n in range(1, min(LONGEST, end) + 1):
-            self.after[tuple(self.tokens[end - n : end])] = end
+        for n, before in enumerate(self.before, 1):
+            gram = tuple(self.tokens[end - n : end]) if n <= end else ()
+            before.append(self.after.get(gram, -1))
+            if gram:
+                self.after[gram] = end
         self.tokens.append(token)

@@ -70,12 +70,20 @@ class DraftTree:
         return self if n >= len(self.parents) else DraftTree(self.parents[:n], self.ranks[:n], self.survival[:n])
 
     def likeliest_ends(self, count: int) -> tuple[int, ...]:
-        """The `count` rows at which the accepted path most likely ends: survival minus that of the children."""
+        """The `count` rows at which the accepted path most likely ends."""
+        best = sorted(range(len(self.ends)), key=lambda j: (-self.ends[j], j))[:count]
+        return tuple(sorted(best))
+
+    @cached_property
+    def ends(self) -> tuple[float, ...]:
+        """Chance of each row that the accepted path ends there: survival minus that of the children."""
         ends = list(self.survival)
         for j in range(1, len(self.parents)):
             ends[self.parents[j]] -= self.survival[j]
-        best = sorted(range(len(ends)), key=lambda j: (-ends[j], j))[:count]
-        return tuple(sorted(best))
+        return tuple(ends)
+
+
+SEED_ALONE = DraftTree((-1,), (0,), (1.0,))
 
 
 def depths(parents: Sequence[int]) -> list[int]:

@@ -169,14 +169,14 @@ class FusedGQA:
     def stepper(
         self, run: Run, requests: Sequence[Request], slots: int, on_host: AutoPolicy, on_device: AutoPolicy
     ) -> Stepper:
-        """Steps planned on the device where that is built: not for diffusion, n-gram drafts, options other than
-        temperature, top-k and top-p, requests that differ in them or in what ends them, and blocks without an
-        anchor."""
+        """Steps planned on the device where that is built: not for diffusion, n-gram drafts alone or in a tree, options
+        other than temperature, top-k and top-p, requests that differ in them or in what ends them, and blocks without
+        an anchor."""
         from retrofit.runtime.device.steps import DeviceSteps
         from retrofit.runtime.host.steps import HostSteps
 
         if (
-            run.strategy not in ("diffusion", "prompt_lookup")
+            run.strategy not in ("diffusion", "prompt_lookup", "hybrid")
             and run.warps_only
             and all(r.eos == (self.eos if requests[0].eos else frozenset()) for r in requests)
             and (run.strategy == "ar" or (self.layout.anchored and self.heads is not None))

@@ -24,7 +24,7 @@ CONTEXT = {"auto_envvar_prefix": "RETROFIT", "help_option_names": ["-h", "--help
 """Of every command, so that RETROFIT_DEVICE sets --device wherever there is one."""
 
 MODES = ["ar", "diffusion", "self_spec"]
-STRATEGIES = ["auto", "fused", "two_forward", "prompt_lookup"]
+STRATEGIES = ["auto", "fused", "two_forward", "prompt_lookup", "hybrid"]
 BACKENDS = ["auto", "hf", "fused"]
 EXACT = ["auto", "off", "bucket", "invariant"]
 PACKED: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
@@ -186,7 +186,8 @@ def generation_options(function: Any) -> Any:
         click.option("--prepare", metavar="all|last|N",
                      help="Of fused: for which accept lengths to draft ahead.  [default: all]"),
         click.option("--tree", type=click.IntRange(min=0), metavar="N",
-                     help="Of fused: draft tokens to verify as a tree; 0 is one chain.  [default: fills 96 rows]"),
+                     help="Of fused: draft tokens to verify as a tree; 0 is one chain. Of hybrid: in as many rows.  "
+                          "[default: fills 96 rows]"),
         click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N",
                      help="Most tokens to emit.  [default: the base's own, else 128]"),
         click.option("--min-new-tokens", type=click.IntRange(min=0), metavar="N",

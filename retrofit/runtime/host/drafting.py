@@ -24,7 +24,7 @@ CANDIDATES = 128
 """Tokens of a slot among which a draft is chosen."""
 LARGE_VOCABULARY = 8192
 """Tokens from which finding candidates costs less than the Markov head and the processors do over all."""
-ERROR, ERROR_DRAWN = 1.0, 2.0
+ERROR, ERROR_DRAWN = 1.0, 1.5
 """How far scores of drafts are from those of their targets, as `Slots.likeliest` has it: greedy, and where tokens are
 drawn with equal noise (a drafter is as good as its distribution says; LOG.md)."""
 

@@ -16,11 +16,11 @@ LONGEST_MATCH = 16
 """Tokens beyond which a match is not followed back."""
 OCCURRENCES = 12
 """Latest occurrences that are looked at."""
-PROPOSED = 3
+PROPOSED = 2
 """Different next tokens that are proposed at most."""
 FROM = (1, 2, 3, 4, 5, 7, 10, 14)
 """Shortest match of each line of the record."""
-USUAL = (0.05, 0.15, 0.3, 0.42, 0.55, 0.65, 0.75, 0.85)
+USUAL = (0.12, 0.4, 0.55, 0.65, 0.7, 0.75, 0.85, 0.9)
 """How often the first proposal of each line comes true in texts in general."""
 WEIGHT = 6.0
 """Proposals that counts for."""

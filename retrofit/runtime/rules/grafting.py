@@ -1,7 +1,8 @@
 """Grow the draft tree of one request from two sources: candidates of its draft block, and what its text proposes.
 
 A node's children are the candidates of both, a token that both propose once.  The text is right or not with a chance of
-its own (`continuations.py`), and where it is not, the block's candidates share what is left:
+its own (`continuations.py`), less where the block does not think of its token, and where it is not right, the block's
+candidates share what is left:
 
     chance(x) = text(x) + (1 - sum of text) block(x)
 
@@ -20,6 +21,8 @@ from retrofit.runtime.rules.tree import DraftTree
 
 WIDEST = 24
 """Nodes of a level that are followed further."""
+UNSEEN = 0.6
+"""Of the chance of what the text proposes, what is left where it is no candidate of the block (LOG.md)."""
 Chances = Sequence[tuple[int, float]]
 """(token, chance that it comes next)."""
 
@@ -55,7 +58,7 @@ class Growing:
                     push = heapq.heappush if len(self._best) < self.nodes else heapq.heappushpop
                     push(self._best, alive)
         first = len(self.tokens)
-        for minus, parent, token in sorted(offered)[: max(WIDEST, 1)]:
+        for minus, parent, token in sorted(offered)[:WIDEST]:
             self.tokens.append(token)
             self.parents.append(parent)
             self.survival.append(-minus)
@@ -75,8 +78,9 @@ class Growing:
 
 
 def both(text: Chances, block: Chances) -> list[tuple[int, float]]:
-    """Children by both sources."""
-    found = dict(text)
+    """Children by both sources; block: empty where it has no slot there."""
+    known = {token for token, _ in block}
+    found = {token: chance if token in known or not known else UNSEEN * chance for token, chance in text}
     left = 1 - sum(found.values())
     for token, chance in block:
         found[token] = found.get(token, 0.0) + left * chance

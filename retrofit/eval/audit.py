@@ -1,8 +1,8 @@
 """The check `audit`: every way of decoding that a user can choose, replayed by the auditor, in the type that runs.
 
-    two_forward, fused (a tree where the artifact knows its candidates' chances, and a chain), auto, prompt lookup;
-    greedy, sampled, under a repetition penalty; and a ragged batch: prompts of different lengths and limits, more than
-    run at once, so that slots are used again, ending at an EOS or at their limit
+    two_forward, fused (a tree where the artifact knows its candidates' chances, and a chain), auto, prompt lookup,
+    hybrid; greedy, sampled, under a repetition penalty; and a ragged batch: prompts of different lengths and limits,
+    more than run at once, so that slots are used again, ending at an EOS or at their limit
 
 `auto` chooses by measured times, so what it would choose differs from run to run; here it takes every plan it knows.
 Then texts against `ar`'s: where they part, rounding must explain it.  Not here: the rules (`replay.py`).
@@ -59,6 +59,7 @@ def ways(engine: Engine) -> list[Way]:
     two = {"strategy": "two_forward", "batch_size": BATCH}
     auto = {"strategy": "auto", "batch_size": 4}
     fused = {"strategy": "fused", "batch_size": 5}
+    hybrid = {"strategy": "hybrid", "batch_size": BATCH}
     made = [
         Way("two_forward", two, compared=True),
         Way("two_forward, penalty", two, PENALTY, short=True),
@@ -74,6 +75,8 @@ def ways(engine: Engine) -> list[Way]:
             Way("fused, last", {**fused, "prepare": "last"}),
             Way("fused, prepare 2, penalty", {**fused, "prepare": 2}, PENALTY, short=True),
             Way("fused, ragged", {**fused, "batch_size": RAGGED_BATCH}, SAMPLED, ragged=True),
+            Way("hybrid", hybrid, compared=True),
+            Way("hybrid, ragged", {**hybrid, "batch_size": RAGGED_BATCH}, SAMPLED, ragged=True),
         ]
     return made
 

@@ -50,7 +50,11 @@ def strategies(engine: Engine, prepare: str | int) -> list[dict[str, Any]]:
     ]
     if not engine.layout.anchored:
         return every
-    return [{"strategy": "fused", "prepare": prepare, "batch_size": 5}, *every]
+    return [
+        {"strategy": "fused", "prepare": prepare, "batch_size": 5},
+        {"strategy": "hybrid", "batch_size": 3},
+        *every,
+    ]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from retrofit.adapters.rows import MASK, Block, SequenceRows
-from retrofit.runtime.host import modes
+from retrofit.runtime.host import modes, steps
 
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
@@ -49,6 +49,8 @@ class Recorded:
     """Trees: for each base row the rows of its sequence that it stands on and sees, itself last.  None: chains."""
     proposals: dict[Key, Proposal] = field(default_factory=dict)
     """What was drafted after it."""
+    grafted: dict[Key, Proposal] = field(default_factory=dict)
+    """Trees of `hybrid` that were grown after it, to be verified by the next forward of each text."""
 
 
 class _Recorder:
@@ -117,8 +119,16 @@ def _watch_host(engine: Engine, recorder: _Recorder, hooks: ExitStack) -> None:
                 recorder.last.proposals[seed, index] = Proposal(tokens, parents, tree is not None)
         return made
 
+    def grafted(run: Any, requests: Sequence[Any], rows: int) -> None:
+        graft(run, requests, rows)
+        if recorder.last is not None and run.backend is backend:
+            for r in requests:
+                recorder.last.grafted[r.seed, r.output_index] = Proposal(list(r.drafts), list(r.tree.parents), True)
+
+    graft = steps.graft
     _replace(backend, "forward", recorded, hooks)
     _replace(modes, "draft_tokens", drafted, hooks)
+    _replace(steps, "graft", grafted, hooks)
     if backend.name == "fused":
         run = backend.run  # type: ignore[attr-defined]
 

@@ -7,7 +7,7 @@ its own, with transformers' processors and a noise function written from the spe
               other row, and the first one holds the newest token right after the committed prefix
     draft     what is verified is what was drafted, or what prompt lookup finds, node by node
     length    how much of it is verified follows from what precedes it: all of it, cut to the budget, the context and
-              the rows that fit.  `auto` asks its cost model, so there: a beginning of it
+              the rows that fit.  `auto` asks its cost model, and `hybrid` its chances, so there: a beginning of it
     token     every emitted token is the target of its row on the row's own path; nothing else is emitted, nothing
               after the end, and no row runs after it
 
@@ -142,6 +142,8 @@ class Auditor:
     telling: int = 0
     """Targets that would be others if the drafts on their path were not penalised."""
     _slots: dict[int, _Sequence] = field(default_factory=dict)
+    _grafted: dict[tuple[int, int], Proposal] = field(default_factory=dict)
+    """Trees of `hybrid` that wait for their forward, by seed and output index."""
     _started: dict[int, _Sequence] = field(default_factory=dict)
     """By number of the prompt."""
     _tree: tuple[Proposal, int] | None = None
@@ -171,6 +173,7 @@ class Auditor:
                 running.proposal = forward.proposals.get(key)
                 self._check_proposal(running)
             logits += count
+        self._grafted |= forward.grafted
 
     def texts(self) -> list[list[int]]:
         """What follows from the recorded logits, one text per prompt; tokens after its end are none."""
@@ -258,7 +261,7 @@ class Auditor:
         Which tokens is the drafter's business.
         """
         wanted, made = min(running.due, self._usable(running)), running.proposal
-        if running.done or wanted == 0 or self.asked.strategy in ("auto", "prompt_lookup"):
+        if running.done or wanted == 0 or self.asked.strategy in ("auto", "prompt_lookup", "hybrid"):
             return
         if made is None or not made.grown:
             count = 0 if made is None else len(made.tokens)
@@ -281,7 +284,10 @@ class Auditor:
     def _drafts(self, rows: SequenceRows, parents: list[int], room: int | None, running: _Sequence) -> None:
         """What is verified against what was proposed."""
         strategy, deep = self.asked.strategy, self._usable(running)
-        if strategy == "prompt_lookup":
+        grafted = self._grafted.pop((self.asked.seeds[running.number], len(running.emitted)), None)
+        if grafted is not None:
+            tokens, tree = cut(grafted, deep)
+        elif strategy == "prompt_lookup":
             found = looked_up(running.tokens, self.asked.slots)[:deep]
             tokens, tree = found, list(range(-1, len(found)))
         elif running.proposal is None:
@@ -296,14 +302,14 @@ class Auditor:
         if list(rows.tokens[1:]) != tokens[:count] or parents != tree[: count + 1]:
             self.problems.append(f"{running.where}: what is verified is not what was drafted (draft)")
         allowed = {len(tokens)}
-        if strategy == "auto":
+        if strategy in ("auto", "hybrid"):
             allowed = set(range(len(tokens) + 1))
         elif room is not None:
             # A block that is to be hung takes its rows first.
             allowed = {min(len(tokens), room - 1), max(0, min(len(tokens), room - 1 - self.asked.block))}
             allowed -= set() if strategy == "fused" else {min(allowed)} - {max(allowed)}
         if count not in allowed:
-            least = "up to " if strategy == "auto" else ""
+            least = "up to " if strategy in ("auto", "hybrid") else ""
             self.problems.append(
                 f"{running.where}: {count} drafts verified, {least}{max(allowed)} by what precedes them (length)"
             )

@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fused_last": {"mode": "self_spec", "strategy": "fused", "prepare": "last"},
     "two_forward": {"mode": "self_spec", "strategy": "two_forward"},
     "prompt_lookup": {"mode": "self_spec", "strategy": "prompt_lookup"},
+    "hybrid": {"mode": "self_spec", "strategy": "hybrid"},
     "diffusion": {"mode": "diffusion"},
 }
 """Ways of the engine by name; `transformers` is the original model's own `generate`."""

@@ -20,6 +20,7 @@ Rows at or beyond the context limit are never planned, nor is what the remaining
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -70,6 +71,8 @@ class StepPlan:
 
 WORTH = 1.0
 """`StepPlan.worth` where nothing was measured."""
+BEYOND_TEXT = 0.8
+"""Share of what a block has accepted that the text alone would not propose."""
 Cycle = tuple[StepPlan, ...]
 AR: Cycle = (StepPlan(),)
 
@@ -115,7 +118,7 @@ def hybrid(layout: DraftLayout, tree: DraftTree | None) -> Cycle:
     """tree: of the adapter alone; the rows are as many as it has with a block on each node, None: ROWS."""
     if tree is None:
         return (StepPlan(1, 1, 1, rows=ROWS, worth=WORTH),)
-    return (StepPlan(1, 1, 1, rows=(1 + tree.nodes) * (1 + layout.block), worth=tree.expected),)
+    return (StepPlan(1, 1, 1, rows=(1 + tree.nodes) * (1 + layout.block), worth=BEYOND_TEXT * tree.expected),)
 
 
 def fixed_cycle(strategy: str, prepare: str | int, layout: DraftLayout, tree: DraftTree | None = None) -> Cycle:
@@ -206,16 +209,24 @@ def shared_rows(tree: DraftTree, rows: int, block: int, worth: float) -> tuple[i
     """(nodes, rows to hang blocks on) that promise most of so many rows: the seed's, the nodes' and `block` a block.
 
     n nodes promise the sum of their survivals, and a block `worth` times the chance that the accepted path ends where
-    it hangs.  Both lists fall, so for each number of blocks the rest are nodes.
+    it hangs: a node more may take from a block's end what it does not give.
     """
-    best, found = -1.0, (0, ())
-    for blocks in range((rows - 1) // block + 1):
-        some = tree.first(rows - 1 - blocks * block)
-        ends = some.likeliest_ends(blocks)
-        promised = some.expected + worth * sum(some.ends[j] for j in ends)
+    ends, rising = [1.0], [1.0]
+    expected, best, found = 0.0, -1.0, 0
+    for nodes in range(min(tree.nodes, rows - 1) + 1):
+        if nodes:
+            parent, alive = tree.parents[nodes], tree.survival[nodes]
+            rising.pop(bisect_left(rising, ends[parent]))
+            ends[parent] -= alive
+            ends.append(alive)
+            insort(rising, ends[parent])
+            insort(rising, alive)
+            expected += alive
+        blocks = (rows - 1 - nodes) // block
+        promised = expected + worth * sum(rising[max(0, len(rising) - blocks) :])
         if promised > best:
-            best, found = promised, (some.nodes, ends)
-    return found
+            best, found = promised, nodes
+    return found, tree.first(found).likeliest_ends((rows - 1 - found) // block)
 
 
 def max_verify(request: Request, limits: Limits) -> int:

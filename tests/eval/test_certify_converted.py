@@ -113,7 +113,7 @@ def test_bitwise_covers_every_strategy_and_batch(made):
     ran = list(bitwise.runs(engine, 8, 64))
     assert {options["batch_size"] for _, options, _, _ in ran} == {1, 3, 8}
     spec = [(o["strategy"], o["batch_size"]) for mode, o, _, _ in ran if mode == "self_spec"]
-    assert set(spec) == {(s, b) for s in ("auto", "fused", "prompt_lookup", "two_forward") for b in (1, 3, 8)}
+    assert set(spec) == {(s, b) for s in ("auto", "fused", "hybrid", "prompt_lookup", "two_forward") for b in (1, 3, 8)}
     assert {o["batch_size"] for mode, o, _, _ in ran if mode == "ar"} == {1, 3}
 
 

@@ -14,7 +14,6 @@ from retrofit.eval.recording import Proposal, Recorded
 from retrofit.eval.replay import Asked, Auditor, Sampling, cut, looked_up, paths_of
 from retrofit.runtime import plan
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import modes
 from retrofit.runtime.rules.lookup import Lookup
 from retrofit.runtime.rules.tree import accepted_path, grow
 
@@ -117,15 +116,14 @@ def test_rows_after_the_end():
     assert auditor.problems == ["slot 0: rows where no text is being written (rows)"]
 
 
-@pytest.mark.parametrize("strategy", ["two_forward", "fused", "prompt_lookup", "auto"])
+@pytest.mark.parametrize("strategy", ["two_forward", "fused", "prompt_lookup", "hybrid", "auto"])
 def test_a_longrope_crossing(strategy, monkeypatch):
     """Prompts on either side of the boundary, more than run at once; drafts that are right about it and wrong."""
     engine = randomise(Engine.from_model(build("phi3_longrope"), layout=DraftLayout(block=4)))
     lengths = (ORIGINAL_CONTEXT - 5, ORIGINAL_CONTEXT + 3, 2, ORIGINAL_CONTEXT - 1, CONTEXT - 4)
     prompts, limits = random_prompts(lengths), [12] * len(lengths)
     truth = engine.generate(prompts, "ar", max_new_tokens=12, ignore_eos=True)
-    oracle = Oracle({1000 + r.index: r.tokens for r in truth})
-    monkeypatch.setattr(modes, "draft_tokens", oracle)
+    Oracle({1000 + r.index: r.tokens for r in truth}).plant(monkeypatch)
     options = {"strategy": strategy, "batch_size": 3, **({"tree": 6} if strategy == "fused" else {})}
     with audit.every_plan(engine):
         found = audit.audit_run(engine, prompts, limits, audit.GREEDY, **options)

@@ -25,6 +25,8 @@ STRATEGIES: tuple[dict[str, Any], ...] = (
     {"strategy": "fused", "tree": 9},
     {"strategy": "auto"},
     {"strategy": "prompt_lookup"},
+    {"strategy": "hybrid"},
+    {"strategy": "hybrid", "tree": 3},
 )
 NUMBERED = list(enumerate(ARCHITECTURES))
 
@@ -70,9 +72,9 @@ def test_every_architecture_block_and_batch(
         first, second, third = (STRATEGIES[(number + pair + shift) % len(STRATEGIES)] for shift in (0, 2, 4))
         assert decode(engine, which, batch_size=batch, **first) == greedy[which], ("own drafts", batch, first)
         with monkeypatch.context() as patch:
-            patch.setattr(modes, "draft_tokens", Oracle(dict(zip(SEEDS, greedy, strict=True))))
+            Oracle(dict(zip(SEEDS, greedy, strict=True))).plant(patch)
             assert decode(engine, which, batch_size=batch, **second) == greedy[which], ("good", batch, second)
-            patch.setattr(modes, "draft_tokens", Oracle(dict(zip(SEEDS, sampled, strict=True))))
+            Oracle(dict(zip(SEEDS, sampled, strict=True))).plant(patch)
             got = decode(engine, which, batch_size=batch, **third, **SAMPLED)
             assert got == sampled[which], ("sampled", batch, third)
 
@@ -107,12 +109,12 @@ LAYOUTS = [
 def test_every_draft_layout(name: str, layout: DraftLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy, sampled = greedy_reference(name), sampled_reference(name)
     engine = randomise(Engine.from_model(build(name), layout=layout))
-    strategies = ["two_forward", "auto", *(["fused"] if layout.anchored else [])]
+    strategies = ["two_forward", "auto", *(["fused", "hybrid"] if layout.anchored else [])]
     for n, strategy in enumerate(strategies):
         batch = (1, 3)[n % 2]
         assert decode(engine, strategy=strategy, batch_size=batch) == greedy
         with monkeypatch.context() as patch:
-            patch.setattr(modes, "draft_tokens", Oracle(dict(zip(SEEDS, sampled, strict=True))))
+            Oracle(dict(zip(SEEDS, sampled, strict=True))).plant(patch)
             assert decode(engine, strategy=strategy, batch_size=4 - batch, **SAMPLED) == sampled
 
 
@@ -212,7 +214,9 @@ class Mutant:
 def test_planted_faults(plant: Any, tree: int, caught: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sampled = sampled_reference("llama")
     engine = randomise(Engine.from_model(build("llama"), layout=DraftLayout(block=4)))
-    monkeypatch.setattr(modes, "draft_tokens", Oracle(dict(zip(SEEDS, sampled, strict=True))))
+    Oracle(dict(zip(SEEDS, sampled, strict=True))).plant(monkeypatch)
     plant(monkeypatch)
     got = decode(engine, strategy="fused", tree=tree, batch_size=3, **SAMPLED)
     assert (got != sampled) is caught
+    if tree:
+        assert (decode(engine, strategy="hybrid", tree=tree, batch_size=3, **SAMPLED) != sampled) is caught

@@ -26,8 +26,9 @@ WAYS: list[dict[str, Any]] = [
     {"mode": "self_spec", "strategy": "fused", "prepare": 2},
     {"mode": "self_spec", "strategy": "auto"},
     {"mode": "self_spec", "strategy": "prompt_lookup"},
+    {"mode": "self_spec", "strategy": "hybrid"},
 ]
-WAY_IDS = ["ar", "two_forward", "fused_all", "fused_2", "auto", "prompt_lookup"]
+WAY_IDS = ["ar", "two_forward", "fused_all", "fused_2", "auto", "prompt_lookup", "hybrid"]
 LENGTHS = (3, 9, 14, 6)
 NEW = 16
 
@@ -44,7 +45,7 @@ def free_run() -> list[list[int]]:
 
 def perfect(monkeypatch: pytest.MonkeyPatch, truth: Sequence[Sequence[int]], vocab: int = 64) -> None:
     """Drafts of request i (seed i) are the truth, so that several tokens come at once."""
-    monkeypatch.setattr(modes, "draft_tokens", Oracle(dict(enumerate(truth)), mistakes=0.0, vocab=vocab))
+    Oracle(dict(enumerate(truth)), mistakes=0.0, vocab=vocab).plant(monkeypatch)
 
 
 def random_engine(name: str = "llama", eos: int | list[int] | None = None, **layout: Any) -> Engine:

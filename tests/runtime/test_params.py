@@ -98,6 +98,8 @@ def test_a_keyword_that_does_not_exist() -> None:
         {"prepare": "all"},
         {"strategy": "two_forward", "prepare": 2},
         {"strategy": "prompt_lookup", "tree": 4},
+        {"strategy": "hybrid", "prepare": "all"},
+        {"strategy": "hybrid", "tree": 0},
         {"strategy": "fused", "prepare": "last", "tree": 4},
     ],
     ids=str,

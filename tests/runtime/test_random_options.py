@@ -25,6 +25,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"strategy": "fused", "prepare": "last"},
     {"strategy": "fused", "prepare": 2, "tree": 0},
     {"strategy": "prompt_lookup"},
+    {"strategy": "hybrid", "tree": 7},
     {"strategy": "auto"},
 )
 
@@ -96,7 +97,7 @@ def differences(got: list[Result], want: list[Result]) -> list[int]:
 def test_self_spec_is_ar_under_every_option(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, params = asked()
     want = alone()
-    monkeypatch.setattr(modes, "draft_tokens", Oracle(truths(want, params), mistakes=0.2))
+    Oracle(truths(want, params), mistakes=0.2).plant(monkeypatch)
     assert differences(engine().generate(prompts, params, batch_size=32, **way), want) == []
 
 

@@ -32,6 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tree": {"strategy": "fused", "tree": 9},
     "auto": {"strategy": "auto"},
     "prompt_lookup": {"strategy": "prompt_lookup"},
+    "hybrid": {"strategy": "hybrid"},
 }
 PROMPTS = random_prompts(LENGTHS)
 
@@ -119,9 +120,9 @@ def test_greedy_is_generate_under_the_same_settings(name: str, monkeypatch: pyte
     want = greedy_reference(name)
     assert want != [list(text) for text in free_run()]
     oracle = Oracle(dict(zip(SEEDS, want, strict=True)))
-    for way, batch in (("ar", 1), ("ar", 3), ("two_forward", 3), ("tree", 3), ("prompt_lookup", 3)):
+    for way, batch in (("ar", 1), ("ar", 3), ("two_forward", 3), ("tree", 3), ("hybrid", 3)):
         assert decoded(name, way, batch) == want, ("own drafts", way)
-    monkeypatch.setattr(modes, "draft_tokens", oracle)
+    oracle.plant(monkeypatch)
     for way, batch in (("two_forward", 3), ("fused", 1), ("last", 3), ("tree", 1), ("tree", 3), ("auto", 3)):
         assert decoded(name, way, batch) == want, ("good drafts", way)
     assert oracle.drafted > 0
@@ -134,8 +135,8 @@ def test_sampled_self_spec_is_ar_under_settings(name: str, monkeypatch: pytest.M
     want = decoded(name, "ar", 1, **sampled)
     for way, batch in (("ar", 3), ("fused", 3), ("tree", 1)):
         assert decoded(name, way, batch, **sampled) == want, ("own drafts", way)
-    monkeypatch.setattr(modes, "draft_tokens", Oracle(dict(zip(SEEDS, want, strict=True))))
-    for way, batch in (("two_forward", 3), ("tree", 3), ("auto", 1)):
+    Oracle(dict(zip(SEEDS, want, strict=True))).plant(monkeypatch)
+    for way, batch in (("two_forward", 3), ("tree", 3), ("hybrid", 3), ("auto", 1)):
         assert decoded(name, way, batch, **sampled) == want, ("good drafts", way)
 
 

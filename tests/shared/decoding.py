@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from retrofit.adapters.heads import Heads
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host.drafting import Drafted
+from retrofit.runtime.host import modes
+from retrofit.runtime.host.drafting import Drafted, Slots
 from retrofit.runtime.rules.sampling import Processing
 
 
@@ -94,6 +95,26 @@ class Oracle:
             holds_truth = rng.randrange(siblings + (self.mistakes > 0)) == rank
             tokens.append(true if holds_truth else (true + 1 + rank) % self.vocab)
         return tokens
+
+    def likeliest(
+        self, slots: Slots, depth: int, before_BP: Tensor, count: int, *paths: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stands in for `Slots.likeliest`: the truth is one of four candidates, at any rank, or none of them."""
+        tokens = []
+        for seed, index in zip(slots.seed_B.tolist(), slots.index_B.tolist(), strict=True):
+            place, known = index + depth, self.truth[seed]
+            true = known[place] if place < len(known) else 0
+            first = random.Random(1000 * seed + place).randrange(4 + (self.mistakes > 0))
+            tokens.append([(true + first - rank) % self.vocab for rank in range(min(count, 4))])
+        self.drafted += len(tokens)
+        P = before_BP.shape[1]
+        chances = torch.tensor([0.4, 0.2, 0.1, 0.05][:count]).expand(len(tokens), P, -1)
+        return torch.tensor(tokens)[:, None].expand(-1, P, -1), chances
+
+    def plant(self, patch: Any) -> None:
+        """Let all drafts be this one's, those of `hybrid` too."""
+        patch.setattr(modes, "draft_tokens", self)
+        patch.setattr(Slots, "likeliest", lambda slots, *given: self.likeliest(slots, *given))
 
     def __call__(
         self,

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.auto.times import StepTimes
-from retrofit.runtime.plan import AR, Cycle, StepPlan, fused, hybrid, lookup, num_rows, two_forward
+from retrofit.runtime.plan import AR, BEYOND_TEXT, Cycle, StepPlan, fused, hybrid, lookup, num_rows, two_forward
 from retrofit.runtime.rules.tree import DraftTree
 
 PRIOR_WEIGHT = 16.0
@@ -133,7 +133,7 @@ class CostModel:
     def _emitted_by_hybrid(self, plan: StepPlan, looked: Looked | None) -> float:
         """Tokens of a step; what its sources promise counts for PRIOR_WEIGHT steps."""
         assert plan.rows is not None
-        alone = 1 + self.branched[0] / self.branched[1] * plan.worth
+        alone = 1 + self.branched[0] / self.branched[1] * plan.worth / BEYOND_TEXT
         promised = max(alone, 1.0 if looked is None else looked.emitted)
         tokens, steps = self.grafted.get(plan.rows, (0.0, 0.0))
         return (PRIOR_WEIGHT * promised + tokens) / (PRIOR_WEIGHT + steps)

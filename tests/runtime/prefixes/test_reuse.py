@@ -23,7 +23,6 @@ from retrofit.errors import UsageError
 from retrofit.eval.recording import recording
 from retrofit.runtime.backends.hf.exact_attention import GROUPED
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import modes
 from retrofit.runtime.prefixes import reuse
 from retrofit.runtime.prefixes.pieces import Pieces
 from retrofit.runtime.results import Result
@@ -35,6 +34,7 @@ WAYS: list[dict[str, Any]] = [
     {"strategy": "two_forward"},
     {"strategy": "fused", "tree": 0, "temperature": 0.8},
     {"strategy": "fused", "tree": 9},
+    {"strategy": "hybrid"},
     {"strategy": "prompt_lookup"},
     {"mode": "diffusion"},
 ]
@@ -59,7 +59,7 @@ def conversation(engine: Engine, keeps: bool, **options: Any) -> list[Result]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_turn_reads_what_is_new_in_it_and_answers_the_same(name: str) -> None:
     engine = keeping(name)
-    for way in WAYS if name == "llama" else WAYS[4:7:2]:
+    for way in WAYS if name == "llama" else WAYS[4:8:3]:
         want = conversation(engine, keeps=False, **way)
         assert not any(result.stats.reused for result in want)
         with prompt_rows(engine) as rows:
@@ -82,12 +82,12 @@ def test_where_prefixes_are_kept_not_a_bit_changes(name: str, monkeypatch: pytes
     if engine.prefixes is None:
         pytest.skip(f"on this machine {reuse.why_not(engine.backend)}")
     engine.prefixes.size = SIZE
-    for way in WAYS[3:5]:
+    for way in WAYS[3:6]:
         told = {**way, "logprobs": 2}
         plain = {"mode": "ar", **{k: v for k, v in told.items() if k == "temperature"}, "logprobs": 2}
         want = conversation(engine, keeps=False, **plain)
         truth = {number: result.tokens for number, result in enumerate(want)}
-        monkeypatch.setattr(modes, "draft_tokens", Oracle(truth))
+        Oracle(truth).plant(monkeypatch)
         got = conversation(engine, keeps=True, **told)  # the first turn is kept, of the last turn before
         assert [(r.tokens, r.logprobs) for r in got] == [(r.tokens, r.logprobs) for r in want], way
         assert all(result.stats.reused for result in got)

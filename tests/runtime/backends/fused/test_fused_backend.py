@@ -134,6 +134,7 @@ WAYS: dict[str, Sequence[tuple[str, int, dict[str, Any]]]] = {
         ("diffusion", 1, {"max_new_tokens": 6, "threshold": 0.3}),
         ("self_spec", 1, {"strategy": "fused", "tree": 4, "prepare": 2, "max_new_tokens": 6}),
         ("self_spec", 2, {"strategy": "prompt_lookup", "max_new_tokens": 5}),
+        ("self_spec", 2, {"strategy": "hybrid", "tree": 2, "max_new_tokens": 5}),
     ),
     "qwen3": (
         ("ar", 1, {"max_new_tokens": 12}),

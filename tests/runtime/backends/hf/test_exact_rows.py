@@ -28,7 +28,6 @@ from retrofit.runtime.backends.hf.parts import base_rows
 from retrofit.runtime.backends.hf.parts.call import Part
 from retrofit.runtime.backends.threads import LEAST_WORK
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import modes
 
 LAYOUT = DraftLayout(block=4)
 PROMPTS = random_prompts((1, 7, 30, 12))
@@ -200,12 +199,12 @@ def test_half_precision_texts_are_those_of_ar_at_the_level_that_holds(name: str,
         options = {"max_new_tokens": NEW, "seed": 3, "ignore_eos": True, **sampling}
         truth = tokens_of(engine, PROMPTS, "ar", batch_size=1, **options)
         assert tokens_of(engine, PROMPTS, "ar", batch_size=4, **options) == truth
-        monkeypatch.setattr(modes, "draft_tokens", Oracle({3 + i: text for i, text in enumerate(truth)}))
+        Oracle({3 + i: text for i, text in enumerate(truth)}).plant(monkeypatch)
         for way in (
             {"strategy": "two_forward"},
             {"strategy": "fused", "tree": 0},
             {"strategy": "fused", "tree": 9},
-            {"strategy": "prompt_lookup"},
+            {"strategy": "hybrid"},
         ):
             for batch in (1, 3):
                 got = tokens_of(

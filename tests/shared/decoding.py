@@ -96,9 +96,7 @@ class Oracle:
             tokens.append(true if holds_truth else (true + 1 + rank) % self.vocab)
         return tokens
 
-    def likeliest(
-        self, slots: Slots, depth: int, before_BP: Tensor, count: int, *paths: Any
-    ) -> tuple[Tensor, Tensor]:
+    def likeliest(self, slots: Slots, depth: int, before_BP: Tensor, count: int, *paths: Any) -> tuple[Tensor, Tensor]:
         """Stands in for `Slots.likeliest`: the truth is one of four candidates, at any rank, or none of them."""
         tokens = []
         for seed, index in zip(slots.seed_B.tolist(), slots.index_B.tolist(), strict=True):

@@ -71,7 +71,9 @@ def _slots(run: Run, requests: Sequence[Request], width: int) -> Slots:
     if known:
         trunk = _stack(known, width)
     else:
-        trunk = run.backend.head(_stack([hidden for hidden, _ in blocks], width).flatten(0, 1)).unflatten(0, (-1, width))
+        trunk = run.backend.head(_stack([hidden for hidden, _ in blocks], width).flatten(0, 1)).unflatten(
+            0, (-1, width)
+        )
     seeds, indices = [r.seed for r in requests], [r.output_index for r in requests]
     return slots_of(seeds, indices, trunk, heads, _params(run, requests), ruled=run.ruled)
 

@@ -16,7 +16,7 @@ from retrofit.runtime.host.diffusion import diffusion_step
 from retrofit.runtime.host.grafting import graft
 from retrofit.runtime.host.modes import prefill_step, speculative_step
 from retrofit.runtime.host.prefixes import keep_text
-from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, lookup, num_rows, planned, shared
+from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, lookup, planned, shared
 from retrofit.runtime.request import Request
 from retrofit.runtime.run import Run
 

@@ -28,8 +28,7 @@ class Lookup:
         self.after: dict[tuple[int, ...], int] = {}
         """Tokens -> the position behind their latest occurrence but one that ends the text."""
         self.before: list[list[int]] = [[] for _ in range(LONGEST)]
-        """before[n - 1][p]: the position behind the occurrence, before the one that ends at p, of the same n tokens; -1:
-        there is none."""
+        """before[n - 1][p]: of the n tokens that end at p, the position behind their occurrence before; -1: none."""
         self.emitted = self.rows = 1.0
         for token in tokens:
             self._append(token)

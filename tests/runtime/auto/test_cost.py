@@ -134,6 +134,32 @@ def test_prompt_lookup_is_worth_what_it_would_have_done_in_these_texts() -> None
     assert model.best(1) == AR
 
 
+def test_hybrid_is_worth_the_better_of_its_sources_until_it_has_run() -> None:
+    """Nine rows that draft take 60 s; the tree promises .7 of its own, the text 1 or 3."""
+    model = known(trees=[TREE])
+    (cycle,) = model.hybrids()
+    assert num_rows(cycle[-1], BLOCK) == num_rows(fused(2, "all", TREE)[-1], BLOCK)
+    assert model.rate(cycle, 1, 0, Looked(2.0, 3)) == pytest.approx(2.0 / 60)
+    assert model.rate(cycle, 1, 0, Looked(1.2, 3)) == pytest.approx(1.7 / 60)
+    for _ in range(48):
+        model.observe_hybrid(num_rows(cycle[-1], BLOCK), 4.0)
+    assert model.rate(cycle, 1, 0, Looked(2.0, 3)) == pytest.approx((16 * 2.0 + 48 * 4.0) / 64 / 60)
+    for _ in range(500):
+        model.observe_hybrid(num_rows(cycle[-1], BLOCK), 1.0)
+    assert model.rate(cycle, 1, 0, Looked(2.0, 3)) == pytest.approx((16 * 2.0 + 64 * 1.0) / 80 / 60, rel=1e-2)
+
+
+def test_hybrid_is_chosen_where_it_pays_and_only_where_the_text_is_known() -> None:
+    model = known(trees=[TREE])
+    model.times = took(PLAIN, {3: 30.0, 9: 12.0})
+    model.branched = [16.0, 64.0]  # the adapter alone promises little
+    assert model.best(1, looked=Looked(2.4, 40)) == model.hybrids()[0]
+    assert model.best(1, rows=8, looked=Looked(2.4, 40)) not in model.hybrids()
+    assert model.best(1) not in model.hybrids()
+    model.times = took(PLAIN, {3: 30.0, 9: 40.0})
+    assert model.best(1, looked=Looked(2.4, 40)) not in model.hybrids()
+
+
 def test_what_is_remembered_of_acceptance_is_bounded() -> None:
     """After 10,000 drafts that were accepted a thousand that were not are four fifths of what counts."""
     model = known()

@@ -106,7 +106,7 @@ def verifies_other_drafts(patch):
     right = modes.speculative_rows
 
     def mutant(request, plan, *rest):
-        if plan.verify and request.tree is None:
+        if plan.verify and (request.tree is None or plan.rows is not None):
             request.drafts = [request.drafts[0] ^ 1, *request.drafts[1:]]
         return right(request, plan, *rest)
 
@@ -213,6 +213,10 @@ FAULTS = {
         ("prompt_lookup", accepts_one_too_many, "(token)"),
         ("prompt_lookup", looks_up_elsewhere, "(draft)"),
     ],
+    "hybrid": [
+        ("hybrid", verifies_other_drafts, "(draft)"),
+        ("hybrid, ragged", accepts_any_child, "(token)"),
+    ],
     "repetition penalty": [
         ("two_forward, penalty", penalises_the_committed_prefix_only, "(token)"),
         ("fused, prepare 2, penalty", penalises_no_branch, "(token)"),
@@ -282,7 +286,7 @@ def test_a_tree_whose_kv_goes_elsewhere_is_caught(folder, monkeypatch, fault):
     assert result.exit_code == 3
     for name in ("bitwise", "sampled-fp32"):
         assert checks[name]["status"] == "failed"
-        assert {d["strategy"] for d in checks[name]["details"]["differences"]} <= {"fused", "auto"}
+        assert {d["strategy"] for d in checks[name]["details"]["differences"]} <= {"fused", "hybrid", "auto"}
 
 
 def test_an_engine_that_never_drafts_is_told(folder, monkeypatch):

@@ -14,8 +14,8 @@ import retrofit
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.engine import Engine, Result
-from retrofit.runtime.host import modes
 from retrofit.runtime.request import Request
+from retrofit.runtime.rules.tree import parents_of
 from retrofit.runtime.text import Detokenizer, Text
 
 TINY = Path(retrofit.__file__).parent / "recipes" / "tiny"
@@ -182,7 +182,7 @@ def test_every_forward_is_counted_and_nothing_committed_runs_again(
     way: dict[str, Any], batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = random_engine()
-    monkeypatch.setattr(modes, "draft_tokens", Oracle(dict(enumerate(free_run())), mistakes=0.3))
+    Oracle(dict(enumerate(free_run())), mistakes=0.3).plant(monkeypatch)
     plans: list[list[SequenceRows]] = []
     begin_run = engine._loop
 
@@ -219,12 +219,11 @@ def test_every_forward_is_counted_and_nothing_committed_runs_again(
                 assert rows_of_step.start == committed
                 text = [*r.prompt, *r.tokens]
                 # The seed and the drafts that agree with the text become the committed prefix.
-                agree = 0
-                for token, true in zip(rows_of_step.tokens, text[committed:], strict=False):
-                    if token != true:
-                        break
-                    agree += 1
-                committed += agree
+                row: int | None = -1
+                follows = list(zip(parents_of(rows_of_step), rows_of_step.tokens, strict=True))
+                while row is not None and committed < len(text):
+                    row = next((j for j, found in enumerate(follows) if found == (row, text[committed])), None)
+                    committed += row is not None
                 if committed >= len(text) - 1 or (plans and plans[0][0].start == 0):
                     break
 

@@ -32,6 +32,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fused 2": {"strategy": "fused", "prepare": 2},
     "auto": {"strategy": "auto"},
     "prompt_lookup": {"strategy": "prompt_lookup"},
+    "hybrid": {"strategy": "hybrid"},
 }
 TESTED: tuple[dict[str, Any], ...] = (
     {"strategy": "two_forward"},

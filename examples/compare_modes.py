@@ -12,6 +12,7 @@ WAYS = {
     "two_forward": {"strategy": "two_forward"},
     "fused": {"strategy": "fused"},
     "prompt_lookup": {"strategy": "prompt_lookup"},
+    "hybrid": {"strategy": "hybrid"},
     "auto": {"strategy": "auto"},
     "diffusion": {"mode": "diffusion"},
 }

@@ -16,7 +16,7 @@ QUICK = ["train.steps=2", "train.warmup=1", "train.batch_size=2", "train.anchors
 LINES = {
     "stream": ["0: ", "1: "],
     "live_model": [],
-    "compare_modes": ["ar ", "two_forward ", "fused ", "prompt_lookup ", "auto ", "diffusion "],
+    "compare_modes": ["ar ", "two_forward ", "fused ", "prompt_lookup ", "hybrid ", "auto ", "diffusion "],
     "batch_of_seeds": ["3: ", "14: ", "15: ", "92: "],
     "certify": ["passed   artifact", "passed   gate"],
 }
@@ -59,4 +59,4 @@ def test_example(artifact, name, capsys, monkeypatch, tmp_path):
     assert any(lines)
     assert [begin for begin in LINES[name] if not any(line.startswith(begin) for line in lines)] == []
     if name == "compare_modes":
-        assert [line.endswith("equal to ar") for line in lines] == [True] * 5 + [False]
+        assert [line.endswith("equal to ar") for line in lines] == [True] * 6 + [False]

@@ -54,13 +54,13 @@ class NaiveTrainer(Trainer):
         q = log_q.exp()
         top = p.argmax(-1)
         tv = 0.5 * (p - q).abs().sum(-1)
-        each = draft_term(objective.draft_loss, p, log_q, tv, top)
-        weight = slot_weights(objective.slot_weights, tv.detach().view(B, D), eligible)
+        each = draft_term(objective.draft_loss, p, log_q, tv, top, target)
+        hit = logits.argmax(-1) == top
+        weight = slot_weights(objective.slot_weights, tv.detach().view(B, D), eligible, hit.view(B, D))
         draft = (each.view(B, D) * weight).sum()
-        hit = (logits.argmax(-1) == top).float()
-        conf = confidence_term(heads, rows.detach(), previous, hit, 1 - tv.detach(), eligible)
+        conf = confidence_term(heads, rows.detach(), previous, hit.float(), 1 - tv.detach(), eligible)
         (draft if conf is None else draft + conf).backward()
-        add_up(sums, draft, weight, conf, eligible, torch.stack([1 - tv.detach(), hit], -1).view(B, D, 2))
+        add_up(sums, draft, weight, conf, eligible, torch.stack([1 - tv.detach(), hit.float()], -1).view(B, D, 2))
         first = {int(s): n for n, s in enumerate(source.tolist()) if eligible.flatten()[n]}
         where = torch.tensor(list(first.values()), dtype=torch.long, device=p.device)
         sums.ar -= float(p[where, target[where]].log().sum())
@@ -68,18 +68,26 @@ class NaiveTrainer(Trainer):
         return logits.argmax(-1).view(B, D)
 
 
-def draft_term(kind: str, p: Tensor, log_q: Tensor, tv: Tensor, top: Tensor) -> Tensor:
+def draft_term(kind: str, p: Tensor, log_q: Tensor, tv: Tensor, top: Tensor, target: Tensor) -> Tensor:
     """[N] loss of each row."""
+    if kind == "ce":
+        return F.nll_loss(log_q, target, reduction="none")
     if kind == "tv":
         return tv
     if kind == "kl":
         return F.kl_div(log_q, p, reduction="none").sum(-1)
+    if kind == "lk":
+        lam = torch.exp(-0.5 * (1 - tv.detach()))
+        kl = F.kl_div(log_q, p, reduction="none").sum(-1)
+        return lam * kl + (1 - lam) * tv + F.nll_loss(log_q, top, reduction="none")
     return 0.9 * tv + 0.1 * F.nll_loss(log_q, top, reduction="none")
 
 
-def slot_weights(kind: str, tv_BD: Tensor, eligible_BD: Tensor) -> Tensor:
+def slot_weights(kind: str, tv_BD: Tensor, eligible_BD: Tensor, hit_BD: Tensor) -> Tensor:
     """[B, D], from the formulas."""
     D = tv_BD.shape[1]
+    if kind == "reached":
+        return torch.stack([(eligible_BD & hit_BD)[:, :j].all(1) for j in range(D)], dim=1) * eligible_BD.float()
     if kind == "uniform":
         return eligible_BD.float()
     if kind == "exponential":

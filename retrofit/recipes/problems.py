@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, get_args
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -48,6 +49,19 @@ def nothing_trained(alpha: float, beta: float, share: float, anchors: int, block
         f"objective: nothing trains the drafts: {masked} of train.anchors {anchors} blocks train L_diff, whose weight "
         f"objective.alpha is {alpha:g}, and {anchors - masked} L_draft, whose weight objective.beta is {beta:g}; "
         "change the weights or objective.diffusion_share"
+    ]
+
+
+def curriculum_faults(lengths: Sequence[int], block: int, shift: int) -> list[str]:
+    """What is wrong with the lengths that blocks have before `draft.block`; at most one line."""
+    least = 2 - shift  # with shift 0 the first row drafts nothing
+    rising = [least - 1, *lengths, block]
+    wrong = next((after for before, after in pairwise(rising) if after <= before), None)
+    if not lengths or wrong is None:
+        return []
+    return [
+        f"train.curriculum: the lengths {', '.join(map(str, lengths))} do not rise from {least} or more to less than "
+        f"draft.block {block}; leave out what does not, or raise draft.block"
     ]
 
 

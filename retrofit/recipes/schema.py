@@ -19,7 +19,7 @@ from retrofit.artifact.schema import MOST_ALPHA, MOST_RANKS, MOST_ROWS
 from retrofit.errors import UsageError
 from retrofit.recipes import yaml_text
 from retrofit.recipes.overrides import apply
-from retrofit.recipes.problems import did_you_mean, explain, kind_of, listed, nothing_trained
+from retrofit.recipes.problems import curriculum_faults, did_you_mean, explain, kind_of, listed, nothing_trained
 
 FOLDER = Path(__file__).parent / "named"
 
@@ -105,10 +105,12 @@ class Objective(Section):
     """Weight of L_conf, which trains the confidence head alone."""
     diffusion_share: float = Field(0.25, ge=0, le=1)
     """Share of the blocks that train L_diff; the others train L_draft."""
-    draft_loss: Literal["tv_ce", "tv", "kl"] = "tv_ce"
-    """`tv_ce` is 0.9 total variation + 0.1 cross-entropy to the base's most likely token."""
-    slot_weights: Literal["dpace", "exponential", "uniform"] = "dpace"
-    """How the slots of a block share L_draft; `dpace` by how likely the drafts before are all accepted."""
+    draft_loss: Literal["tv_ce", "tv", "kl", "lk", "ce"] = "tv_ce"
+    """`tv_ce` is 0.9 total variation + 0.1 cross-entropy to the base's most likely token, `lk` that cross-entropy + a
+    blend of `kl` and `tv` that leans to `tv` as drafts get better, `ce` the cross-entropy to the text."""
+    slot_weights: Literal["dpace", "exponential", "uniform", "reached"] = "dpace"
+    """How the slots of a block share L_draft; `dpace` by how likely the drafts before are all accepted, `reached` only
+    up to the first one that is not the base's most likely token."""
 
 
 class Ingredient(Section):
@@ -221,6 +223,9 @@ class Train(Section):
     """Forwards per optimizer step."""
     anchors: int = Field(64, ge=1)
     """Draft blocks per sequence."""
+    curriculum: tuple[int, ...] = Field((), strict=False)
+    """Rising lengths that blocks have before `draft.block`, each for an equal share of the steps, and in such numbers
+    that the draft rows stay as many.  Unit: tokens."""
     lr: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
     warmup: int = Field(100, ge=0)
@@ -295,6 +300,7 @@ class Recipe(Section):
                 "set it to 0 or raise draft.block"
             )
         weights = self.objective
+        problems += curriculum_faults(self.train.curriculum, self.draft.block, self.draft.shift)
         problems += nothing_trained(
             weights.alpha, weights.beta, weights.diffusion_share, self.train.anchors, self.draft.block
         )
@@ -335,7 +341,7 @@ def by_key(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with retrofit, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 
 
 def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:

@@ -11,10 +11,11 @@ from retrofit.runtime.engine import Engine
 
 LAYOUTS = {
     "mask bidirectional": {},
-    "noise causal": {"draft__input": "noise", "draft__attention": "causal"},
+    "noise causal, grown blocks": {"draft__input": "noise", "draft__attention": "causal", "train__curriculum": [2]},
     "mask causal, no ranks": {"draft__attention": "causal", "data__held_out": 0},
     "noise bidirectional, seed draft": {"draft__input": "noise", "draft__seed_row": "draft"},
     "seed draft, shift 0, no ranks": {"draft__seed_row": "draft", "draft__shift": 0, "data__held_out": 0},
+    "mask bidirectional, seed draft": {"draft__seed_row": "draft", "objective__draft_loss": "lk"},
     "causal, seed draft": {"draft__attention": "causal", "draft__seed_row": "draft"},
 }
 

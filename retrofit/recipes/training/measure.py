@@ -19,7 +19,7 @@ from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.sources import document_rng
 from retrofit.recipes.training.blocks import BlockBatch, add_sequence, choose_anchors, eligible_anchors
 from retrofit.recipes.training.clean.forward import clean_forward
-from retrofit.recipes.training.objective import total_variation
+from retrofit.recipes.training.losses.rows import total_variation
 from retrofit.recipes.training.step import expected_tau
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.rules.sampling import gumbel_noise

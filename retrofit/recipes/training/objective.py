@@ -2,8 +2,8 @@
 
     L = L_AR + alpha L_diff + beta L_draft + gamma L_conf
 
-L_draft: all-masked blocks against the base's own distribution p at the same positions, teacher-forced prefix:
-    0.9 TV(p, q) + 0.1 CE(q, argmax p)   (DSpark); slot weights D-PACE, detached.
+L_draft: all-masked blocks against the base's own distribution p at the same positions, teacher-forced prefix; a row's
+         loss is one of `losses/rows.py`, a slot's share one of `losses/slots.py`.
 L_diff:  partly masked blocks against the data: CE weighted (K-1)/m, m of K-1 tokens masked (MDLM-style ELBO weight).
 L_conf:  BCE of the confidence head to the greedy hit 1[argmax q = argmax p] and to the sampled one, 1 - TV(p, q).
 L_AR:    next-token CE of the base rows; no gradient in the `frozen` profile.
@@ -25,104 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.adapters.heads import Heads
+from retrofit.recipes.training.losses.rows import data_loss, dot, draft_loss
+from retrofit.recipes.training.losses.slots import SLOT_WEIGHTS
 from retrofit.runtime.backends.sizes import size_for
 
-TV_SHARE = 0.9
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits per chunk: five copies of this many fp32 numbers are alive at a time."""
 FEWEST_ROWS = 96
 """Rows per chunk, at least: with fewer, matrix products wait for the vocabulary head's weights to be read."""
 KEPT_BYTES = {"cpu": 1 << 29, "cuda": 1 << 30}
 """Of teachers that a batch's first group of blocks leaves to its second; the others are projected again."""
-
-
-def total_variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """[N] total variation distance, half the L1 distance; 1 - TV is the best possible acceptance probability."""
-    return 0.5 * (p_NV - q_NV).abs().sum(-1)
-
-
-def dpace_weights(tv_BD: Tensor, eligible_BD: Tensor) -> Tensor:
-    """[B, D] D-PACE slot weights: how much the expected accepted length changes with each slot.
-
-    a_i = .5 (1 - TV_i) + .5;  w_j = prod_{i<j} a_i * (1 + sum_{m>j} prod_{j<i<=m} a_i).  Ineligible slots weigh 0 and
-    end the block.
-    """
-    a = torch.where(eligible_BD, 0.5 * (1 - tv_BD) + 0.5, torch.zeros_like(tv_BD))
-    before = torch.cumprod(torch.cat([torch.ones_like(a[:, :1]), a[:, :-1]], dim=1), dim=1)
-    after = torch.zeros_like(a)
-    for j in range(a.shape[1] - 2, -1, -1):
-        after[:, j] = a[:, j + 1] * (1 + after[:, j + 1])
-    return torch.where(eligible_BD, before * (1 + after), torch.zeros_like(a))
-
-
-def exponential_weights(tv_BD: Tensor, eligible_BD: Tensor, decay: float = 4.0) -> Tensor:
-    """[B, D] exp(-(j-1)/decay), the fixed alternative (DFlash: decay 4 at block 8)."""
-    slots = torch.arange(tv_BD.shape[1], device=tv_BD.device, dtype=tv_BD.dtype)
-    return torch.exp(-slots / decay) * eligible_BD
-
-
-def uniform_weights(tv_BD: Tensor, eligible_BD: Tensor) -> Tensor:
-    """[B, D] 1 for every eligible slot."""
-    return eligible_BD.to(tv_BD.dtype)
-
-
-SLOT_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "dpace": dpace_weights,
-    "exponential": exponential_weights,
-    "uniform": uniform_weights,
-}
-
-
-def draft_loss(
-    logits_NV: Tensor,
-    p_NV: Tensor,
-    kind: str = "tv_ce",
-    top_N: Tensor | None = None,
-    negentropy_N: Tensor | None = None,
-    spare_NV: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each row and its gradient with respect to the fp32 draft logits, which are overwritten.
-
-    kind: `tv_ce` = 0.9 TV + 0.1 CE(q, argmax p), `tv` = TV, `kl` = KL(p || q).
-    top, negentropy: argmax p and sum p log p where they are known.  spare: memory to work in.
-    Returns (loss [N], gradient [N, V], TV [N], argmax q [N]).
-    With s = sign(q - p):  dTV/dz = q (s - <s, q>) / 2;  dCE/dz = q - onehot;  dKL/dz = q - p.
-    """
-    best = logits_NV.argmax(-1, keepdim=True)
-    if kind == "kl":
-        if negentropy_N is None:
-            negentropy_N = torch.special.xlogy(p_NV, p_NV).sum(-1)
-        log_q = torch.log_softmax(logits_NV, dim=-1, out=spare_NV)
-        kl = negentropy_N - _dot(p_NV, log_q)
-        gradient = log_q.exp_().sub_(p_NV)
-        return kl, gradient, 0.5 * gradient.norm(p=1, dim=-1), best[:, 0]
-    top = p_NV.argmax(-1, keepdim=True) if top_N is None else top_N[:, None]
-    gap = (logits_NV.gather(-1, best) - logits_NV.gather(-1, top))[:, 0]
-    q = torch.softmax(logits_NV, dim=-1, out=spare_NV)
-    sign = torch.sub(q, p_NV, out=logits_NV)
-    tv = 0.5 * sign.norm(p=1, dim=-1)
-    mean = _dot(sign.sign_(), q)[:, None]
-    if kind == "tv":
-        return tv, sign.sub_(mean).mul_(q).mul_(0.5), tv, best[:, 0]
-    ce = gap - q.gather(-1, best)[:, 0].log()
-    # .45 q (s - <s, q>) + .1 (q - onehot)
-    gradient = sign.mul_(TV_SHARE / 2).add_((1 - TV_SHARE) - TV_SHARE / 2 * mean).mul_(q)
-    gradient.scatter_add_(-1, top, torch.full_like(top, -(1 - TV_SHARE), dtype=gradient.dtype))
-    return TV_SHARE * tv + (1 - TV_SHARE) * ce, gradient, tv, best[:, 0]
-
-
-def data_loss(logits_NV: Tensor, target_N: Tensor, spare_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy to the data and its gradient: (loss [N], gradient [N, V]).  spare: memory for the gradient."""
-    log_q = torch.log_softmax(logits_NV, dim=-1, out=spare_NV)
-    loss = -log_q.gather(-1, target_N[:, None]).squeeze(-1)
-    gradient = log_q.exp_()
-    gradient.scatter_add_(-1, target_N[:, None], gradient.new_full((len(target_N), 1), -1.0))
-    return loss, gradient
-
-
-def _dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
-    """[N] inner products, without a tensor of all the products."""
-    return torch.bmm(a_NV[:, None], b_NV[:, :, None])[:, 0, 0]
 
 
 @dataclass
@@ -196,10 +108,11 @@ def backward_draft(
     for part in parts:
         previous, eligible = blocks.previous[part].flatten(), blocks.eligible[part]
         count = previous.shape[0]
-        p, top, negentropy = teacher.rows(sources[part].ravel(), blocks.target[part].flatten(), memory.p(count))
+        target = blocks.target[part].flatten()
+        p, top, negentropy = teacher.rows(sources[part].ravel(), target, memory.p(count))
         drafts = Drafts(blocks.hidden[part].flatten(0, 1), previous, teacher.project, heads)
-        loss, grad, tv, chosen = draft_loss(drafts.logits, p, kind, top, negentropy, memory.q(count))
-        weight = SLOT_WEIGHTS[slot_weights](tv.view(-1, D), eligible)
+        loss, grad, tv, chosen = draft_loss(drafts.logits, p, kind, top, negentropy, memory.q(count), target)
+        weight = SLOT_WEIGHTS[slot_weights](tv.view(-1, D), eligible, (chosen == top).view(-1, D))
         gradient[part] = drafts.backward(grad, weight.flatten()).view(-1, D, H)
         best[part] = chosen.view(-1, D)
         accept[part] = torch.stack([1 - tv, (chosen == top).float()], -1).view(-1, D, 2)
@@ -378,7 +291,7 @@ class Teacher:
         self._loss[positions] = (log_sum - logits.gather(-1, target[:, None]))[:, 0].double()
         self._top[positions] = top[:, 0]
         if self._with_entropy:
-            self._negentropy[positions] = _dot(p, logits.sub_(log_sum))
+            self._negentropy[positions] = dot(p, logits.sub_(log_sum))
 
     def loss(self, positions: Tensor) -> Tensor:
         """[2] L_AR's sum over these positions, each counted once, and their number."""

@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from retrofit.adapters.attach import Attached
+from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import UsageError
 from retrofit.machine import give_back
 from retrofit.recipes.processes import Processes
@@ -39,6 +40,7 @@ from retrofit.recipes.training.blocks import (
     shares,
 )
 from retrofit.recipes.training.clean.forward import clean_forward, pieces_of
+from retrofit.recipes.training.losses.rows import WITH_ENTROPY
 from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_diffusion, backward_draft
 from retrofit.recipes.training.shares import Shares
 from retrofit.runtime.backends.hf.backend import HFBackend
@@ -85,6 +87,13 @@ class Trainer:
         self.steps_done = 0
         self._seconds_clean = 0.0
 
+    @property
+    def layout(self) -> DraftLayout:
+        """Of the next step's blocks: of `train.curriculum`'s lengths, each has its equal share of the steps."""
+        lengths = (*self.recipe.train.curriculum, self.recipe.draft.block)
+        stage = min(self.steps_done * len(lengths) // self.recipe.train.steps, len(lengths) - 1)
+        return replace(self.attached.layout, block=lengths[stage])
+
     def step(self, batches: list[list[tuple[Document, int]]]) -> StepResult:
         """One optimizer step, whatever the loss is."""
         result = self.gradients(batches)
@@ -110,7 +119,7 @@ class Trainer:
             clean_rows, draft_rows = clean_rows + rows[0], draft_rows + rows[1]
         if shares is not None:
             anchors = shares.merge_anchors(self.trained, anchors)
-            both, drafts = [*draft_gradients, *diff_gradients], self.attached.layout.drafts
+            both, drafts = [*draft_gradients, *diff_gradients], self.layout.drafts
             clean_rows, draft_rows = shares.add_up(sums, drafts, (clean_rows, draft_rows), both)
         self.set_gradients(sums, draft_gradients, diff_gradients)
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip))
@@ -165,16 +174,18 @@ class Trainer:
         diff_gradients: list[Tensor],
         anchors: list[dict[str, list[int]]],
     ) -> tuple[int, int]:
-        recipe, layout, backend = self.recipe, self.attached.layout, self.backend
+        recipe, layout, backend = self.recipe, self.layout, self.backend
         documents = [document for document, _ in batch]
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
         give_back()
         begin = time.perf_counter()
         cache, clean_hidden = clean_forward(backend, documents, self._forwards(documents))
         self._seconds_clean += time.perf_counter() - begin
-        teacher = Teacher(clean_hidden, backend.head, self.attached.heads.vocab, recipe.objective.draft_loss == "kl")
+        with_entropy = recipe.objective.draft_loss in WITH_ENTROPY
+        teacher = Teacher(clean_hidden, backend.head, self.attached.heads.vocab, with_entropy)
         candidates = [eligible_anchors(document.response) for document in documents]
-        uniform, again, diffusion = shares(recipe.train.anchors, recipe.objective.diffusion_share, layout.block)
+        blocks = recipe.train.anchors * recipe.draft.block // layout.block
+        uniform, again, diffusion = shares(blocks, recipe.objective.diffusion_share, layout.block)
         used: list[dict[str, list[int]]] = [{} for _ in documents]
         anchors.extend(used)
 

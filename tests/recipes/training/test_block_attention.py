@@ -206,13 +206,14 @@ def gradients_of(kind: type[Trainer], name: str, layout: DraftLayout, **override
     return [p.grad for p in trainer.trained if p.grad is not None], result
 
 
+LK = {"objective.draft_loss": "lk", "objective.slot_weights": "reached"}
 STEPS: dict[str, tuple[str, DraftLayout, dict[str, Any]]] = {
     "llama": ("llama", DraftLayout(4), {}),
     "tv": ("llama", DraftLayout(4), {"objective.draft_loss": "tv", "objective.slot_weights": "uniform"}),
     "tv_ce": ("qwen3", DraftLayout(4), {"objective.draft_loss": "tv_ce", "objective.slot_weights": "exponential"}),
     "no markov": ("qwen3", DraftLayout(4), {"adapter.markov_rank": 0}),
-    "seed row": ("mistral_window", DraftLayout(4, shift=0, seed_row="draft"), {"objective.draft_loss": "tv_ce"}),
-    "noise causal": ("gemma2", DraftLayout(4, input="noise", attention="causal"), {}),
+    "seed row": ("mistral_window", DraftLayout(4, shift=0, seed_row="draft"), LK),
+    "noise causal": ("gemma2", DraftLayout(4, input="noise", attention="causal"), {"objective.draft_loss": "ce"}),
     "gemma3": ("gemma3", DraftLayout(4), {"objective.draft_loss": "tv_ce"}),
     "mla": ("deepseek_v3", DraftLayout(4), {"objective.draft_loss": "tv_ce"}),
     "moe": ("qwen3_moe", DraftLayout(4), {}),

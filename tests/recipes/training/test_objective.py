@@ -10,19 +10,14 @@ from torch import Tensor
 
 from retrofit.adapters.heads import Heads
 from retrofit.recipes.training import objective
-from retrofit.recipes.training.objective import (
-    Blocks,
-    Sums,
-    Teacher,
-    backward_diffusion,
-    backward_draft,
-    data_loss,
+from retrofit.recipes.training.losses.rows import data_loss, draft_loss, total_variation
+from retrofit.recipes.training.losses.slots import (
     dpace_weights,
-    draft_loss,
     exponential_weights,
-    total_variation,
+    reached_weights,
     uniform_weights,
 )
+from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_diffusion, backward_draft
 
 V, H, B, D, P = 7, 5, 6, 4, 20
 
@@ -68,7 +63,14 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         0.9 * 0.5 * (p - q).abs().sum(-1) - 0.1 * q.log().gather(-1, p.argmax(-1, keepdim=True)).squeeze(-1)
     ),
     "kl": lambda p, q: (p * (p / q).log()).sum(-1),
+    "lk": lambda p, q: lk(p, q),
 }
+
+
+def lk(p: Tensor, q: Tensor) -> Tensor:
+    tv, kl = FORMULAS["tv"](p, q), FORMULAS["kl"](p, q)
+    lam = (-(1 - tv.detach()) / 2).exp()
+    return lam * kl + (1 - lam) * tv - q.log().gather(-1, p.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
@@ -82,6 +84,16 @@ def test_draft_gradient_against_autograd(kind: str) -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(tv, FORMULAS["tv"](p, torch.softmax(logits.detach(), -1)))
     assert torch.equal(best, logits.argmax(-1))
+
+
+def test_the_text_as_teacher_is_the_data_loss() -> None:
+    """With the distance to the base's own distribution beside it, which weights and acceptance are made of."""
+    logits, target = torch.randn(50, V), torch.randint(0, V, (50,))
+    p = torch.softmax(2 * torch.randn(50, V), -1)
+    want, slope = data_loss(logits.clone(), target)
+    loss, gradient, tv, best = draft_loss(logits.clone(), p, "ce", target_N=target)
+    assert torch.equal(loss, want) and torch.equal(gradient, slope) and torch.equal(best, logits.argmax(-1))
+    torch.testing.assert_close(tv, total_variation(p, torch.softmax(logits, -1)))
 
 
 def test_data_gradient_against_autograd() -> None:
@@ -121,6 +133,14 @@ def test_fixed_weights() -> None:
     tv, eligible = torch.rand(1, 3), torch.tensor([[True, True, False]])
     assert exponential_weights(tv, eligible)[0].tolist() == pytest.approx([1, math.exp(-0.25), 0])
     assert uniform_weights(tv, eligible)[0].tolist() == [1, 1, 0]
+
+
+def test_slots_that_decoding_reaches() -> None:
+    """Up to and with the first miss; an ineligible slot ends the block as well."""
+    hit = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    eligible = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1]], dtype=torch.bool)
+    want = [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert reached_weights(torch.rand(4, 4), eligible, hit).tolist() == want
 
 
 class Problem:

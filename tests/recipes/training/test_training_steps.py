@@ -1,5 +1,6 @@
 """Whole training steps: sums are exact however they are cut, and gradients are autograd's."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,26 @@ def test_accumulation_is_exact_and_blocks_follow_the_document(monkeypatch: pytes
         a, b, c = groups[kind]
         assert split[kind] == [c]
         assert split[3 + kind] == [b, a]
+
+
+@pytest.mark.parametrize("layout", [DraftLayout(4), DraftLayout(4, shift=0, seed_row="draft")], ids=["base", "seed"])
+def test_a_stage_of_the_curriculum_trains_as_blocks_of_its_length_do(
+    layout: DraftLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as many of half the length, then the whole length; every gradient and figure is that of such a recipe."""
+    seed = {"draft.shift": layout.shift, "draft.seed_row": layout.seed_row}
+    growing = trainer_for(layout, **{"train.curriculum": [2], "train.steps": 2, "train.warmup": 0, **seed})
+    short = trainer_for(replace(layout, block=2), **{"train.anchors": 16, **seed})
+    batches = [[(d, 0) for d in DOCUMENTS]]
+    first = gradients_of(growing, batches, monkeypatch)
+    want = gradients_of(short, batches, monkeypatch)
+    assert first[2] == want[2]
+    assert all(torch.equal(a, b) for a, b in zip(first[0], want[0], strict=True))
+    assert first[1].loss == want[1].loss and torch.equal(first[1].sums.accept, want[1].sums.accept)
+    second = gradients_of(growing, batches, monkeypatch)
+    whole = gradients_of(trainer_for(layout, **seed), batches, monkeypatch)
+    assert second[2][0] == whole[2][0]  # those that no draft has a say in
+    assert (first[1].draft_rows, second[1].draft_rows) == (want[1].draft_rows, whole[1].draft_rows)
 
 
 def test_a_step_moves_the_adapter_and_nothing_else() -> None:

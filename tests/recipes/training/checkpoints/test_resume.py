@@ -117,6 +117,17 @@ def test_a_mixture_is_taken_up_where_it_was(tmp_path: Path, texts: Path) -> None
     assert same(tmp_path / "out", tmp_path / "straight")
 
 
+def test_a_curriculum_is_taken_up_where_it_was(tmp_path: Path, texts: Path) -> None:
+    """In the stage of its step, not in the first one."""
+    grown = {"train__curriculum": [1, 2]}
+    run(tmp_path / "straight", texts, **grown)
+    interrupted(tmp_path / "out", texts, 4, **grown)
+    run(tmp_path / "out", texts, **grown)
+    lengths = [len(record["accept"]["sampled"]) for record in curve(tmp_path / "out" / "metrics.jsonl")]
+    assert lengths == [1, 1, 1, 2, 2, 2, 4, 4, 4]
+    assert same(tmp_path / "out", tmp_path / "straight")
+
+
 def test_mixed_lengths_are_taken_up_where_they_were(tmp_path: Path, texts: Path) -> None:
     mix = {"data__lengths": [8, 24, 16]}
     run(tmp_path / "straight", texts, **mix)

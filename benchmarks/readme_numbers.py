@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from benchmarks.drafts import tables as drafts
 from benchmarks.exact import FAMILIES
 from benchmarks.gpu.bars import BARS as GPU_BARS
 from benchmarks.gpu.bars import TITLES as GPU_TITLES
@@ -50,6 +51,7 @@ TITLES = {
         for kind in ("bfloat16", "float32")
         for what, title in (("acceptance", "tokens per forward"), ("lossless", "lossless"), ("speed", "speed"))
     },
+    drafts.SUMMARY: "Drafts of the own recipe against published designs, embedded base",
     "dense": "Training step, 256 blocks of 16 on 2,048 tokens",
     "tiny": "Training step, embedded base",
     "49k": "Training step, 64 blocks of 8 on 1,024 tokens",
@@ -105,7 +107,8 @@ def blocks(page: str, results: Path) -> dict[str, str]:
     found = Results(results)
     if page == "numbers.md":
         real = {"smollm2": real_model(found)} if REAL in found.files else {}
-        return {"numbers": block(results), **real}
+        designs = {"drafts": against_designs(found)} if DRAFTS in found.files else {}
+        return {"numbers": block(results), **real, **designs}
     short = {"run": caption(found), "quickstart": quickstart(found)}
     return {**short, "figures": figures(found)} if page == "README.md" else short
 
@@ -216,6 +219,20 @@ def real_model(found: Results) -> str:
         forwards.append([way.replace("_", " "), *(" / ".join(f"{value:.2f}" for value in some) for some in tpf)])
     where = source(found.files[REAL][named["bfloat16"]])
     return "\n\n".join([markdown(tables), markdown(forwards), f"Measured by {where}"])
+
+
+DRAFTS = "drafts"
+
+
+def against_designs(found: Results) -> str:
+    """Published designs and the own recipe on equal terms: tokens per forward, and acceptance slot by slot."""
+    sections = found.files[DRAFTS]
+    runs, whole = drafts.runs_of(sections), sections[drafts.SUMMARY]
+    equal = whole["figures"]["setting"]
+    same = f"{equal['steps']} steps, {equal['rows']} draft rows a sequence, {equal['drafts']} drafts a block"
+    said = f"{same}, {equal['prompts']} prompts, {equal['new_tokens']} new tokens; measured by {source(whole)}"
+    titled = "Cells are greedy / T = 0.8 / T = 1; mean (least to most) over seeds."
+    return "\n\n".join([titled, markdown(drafts.forwards(runs)), markdown(drafts.acceptance(runs)), said])
 
 
 def markdown(rows: list[list[str]]) -> str:

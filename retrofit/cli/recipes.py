@@ -28,10 +28,11 @@ def recipes_ls(as_json: bool) -> None:
     Example:
       retrofit recipes ls
     """
-    from retrofit.recipes.schema import load_recipe, recipe_names
+    from retrofit.recipes import yaml_text
+    from retrofit.recipes.schema import FOLDER, recipe_names
 
-    # `default` is made for no model in particular
-    bases = {n: None if n == "default" else load_recipe(n).base.model for n in recipe_names()}
+    written = {name: yaml_text.parse((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")) for name in recipe_names()}
+    bases = {name: content.get("base", {}).get("model") for name, content in written.items()}
     if as_json:
         emit_json([{"name": name, "base": base} for name, base in bases.items()])
         return

@@ -41,11 +41,15 @@ def written(tmp_path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def name_of(path) -> str:
+    return path.relative_to(FOLDER).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_recipe_loads_is_listed_and_says_what_is_measured(path):
-    recipe = load_recipe(path.stem)
+    recipe = load_recipe(name_of(path))
     assert load_recipe(path) == recipe
-    assert f"`{path.name}`" in README
+    assert f"`{name_of(path)}.yaml`" in README
     header = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     assert "Measured:" in header
     assert recipe.base.model in MEASURED or "not measured" in header
@@ -53,7 +57,7 @@ def test_every_recipe_loads_is_listed_and_says_what_is_measured(path):
 
 def test_the_readme_lists_no_recipe_that_is_not_there():
     listed = set(re.findall(r"^\| `(.+?)\.yaml`", README, re.MULTILINE))
-    assert listed == set(recipe_names()) == {path.stem for path in FILES}
+    assert listed == set(recipe_names()) == {name_of(path) for path in FILES}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -202,6 +206,13 @@ def test_a_section_is_no_value():
         (["data.lengths=512"], "data.lengths: must be a list of whole numbers, not 512"),
         (["train.steps=10", "train.warmup=11"], "train.warmup: 11 steps are more than train.steps 10"),
         (["draft.block=1"], "objective.diffusion_share: a block of 1 has nothing to mask"),
+        (["train.curriculum=[2, 4]"], "train.curriculum: the lengths 2, 4 do not rise from 1 or more to less than"),
+        (["train.curriculum=[3, 2]"], "train.curriculum: the lengths 3, 2 do not rise"),
+        (["train.curriculum=[0, 2]"], "train.curriculum: the lengths 0, 2 do not rise"),
+        (
+            ["train.curriculum=[1, 2]", "draft.shift=0", "draft.seed_row=draft"],
+            "train.curriculum: the lengths 1, 2 do not rise from 2 or more to less than draft.block 4",
+        ),
         (["objective.alpha=0", "objective.beta=0"], "objective: nothing trains the drafts: 16 of"),
     ],
 )
@@ -213,6 +224,7 @@ def test_combinations_that_do_go_together():
     assert load_recipe(None, ["draft.shift=0", "draft.seed_row=draft"]).draft.shift == 0
     assert load_recipe(None, ["draft.block=1", "objective.diffusion_share=0"]).draft.block == 1
     assert load_recipe(None, ["data.max_length=9"]).data.max_length == 9
+    assert load_recipe(None, ["train.curriculum=[1, 3]"]).train.curriculum == (1, 3)
 
 
 def test_all_problems_come_at_once(tmp_path):

@@ -20,6 +20,7 @@ from retrofit.eval.acceptance import measure
 from retrofit.eval.certify import certify
 from retrofit.recipes.convert import convert
 from retrofit.recipes.text.library import held_out_prompts
+from retrofit.recipes.training.checkpoint import folder_of
 from retrofit.recipes.training.step import expected_tau
 from retrofit.runtime.engine import Engine
 
@@ -32,16 +33,23 @@ KEPT = ("tpf", "tau", "rows_per_token", "most_rows", "accept_cond", "tried", "to
 
 
 def trained(spec: str, setting: Setting, seed: int, rate: float, work: Path) -> tuple[Path, dict[str, Any]]:
-    """(artifact, what its training says): made unless it is there.  Raises what `convert` raises."""
+    """(artifact, what its training says): made unless it is there; processor seconds where all were spent here.
+
+    Raises what `convert` raises.
+    """
     plan = plan_of(spec, setting, seed, rate)
     folder = work / folder_name(spec, plan)
+    begin, whole = time.process_time(), False
     if not (folder / artifact.CONFIG).is_file():
         say(f"training {spec}, seed {seed}, learning rate {plan.train.lr:.2g}")
+        whole = not folder_of(folder).exists()
         convert(recipe=plan, out=folder, offline=True, quiet=True)
+    taken = time.process_time() - begin
     config = artifact.read_config(folder)
     return folder, {
         "lr": plan.train.lr,
         "seconds": config["training"]["seconds"],
+        "processor_seconds": round(taken, 1) if whole else None,
         "draft_rows": config["training"]["draft_rows"],
         "parameters": config["parameters"]["adapter"] + config["parameters"]["heads"],
         "held_out_tau": round(expected_tau(config["acceptance"]["conditional"]["sampled"]), 4),

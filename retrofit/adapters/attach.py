@@ -57,6 +57,11 @@ class Attached:
         """All that is trained: LoRA and heads."""
         return self.lora_parameters() + list(self.heads.parameters())
 
+    def named(self) -> dict[str, nn.Parameter]:
+        """All that is trained, in the order of `parameters`, by the names that checkpoints have."""
+        lora = {name: p for name, p in self.peft_model.named_parameters() if "lora_" in name}
+        return lora | dict(self.heads.named_parameters(prefix="heads"))
+
     @property
     def share(self) -> float:
         """How many parameters are trained, to how many the base has."""

@@ -46,20 +46,22 @@ def card(
     added: int,
     share: float,
     imported: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> str:
     """The card's text.
 
     model: the base's published name; local: whether it is a folder, which whoever loads the artifact has to name;
     on_hub: whether the name is a Hub id.  greedy, sampled: acceptance by slot, None where not measured; by_context:
     the same by length of context, as `retrofit.json` has it.  added: parameters of adapter and heads; share: of the
-    base's.  imported: as `retrofit.json` has it, where the adapter was not trained here.
+    base's.  imported: as `retrofit.json` has it, where the adapter was not trained here; origin: its `from` or
+    `averaged`, where it did not begin untrained.
     """
     return CARD.format(
         model=model,
         known=f"base_model: {model}\nbase_model_relation: adapter\n" if on_hub else "",
         base=', base="PATH-OF-THE-BASE"' if local else "",
         version=__version__,
-        origin="" if imported is None else _origin(imported),
+        origin=_began(origin or {}) if imported is None else _origin(imported),
         greedy="not measured" if greedy is None else greedy,
         sampled="not measured" if sampled is None else sampled,
         contexts=f"Tokens per verify cycle that makes, {contexts(by_context)}.\n\n" if by_context else "",
@@ -73,6 +75,19 @@ def _origin(imported: Mapping[str, Any]) -> str:
     found = imported["repository"]
     place = f"`{found}` on the Hub, commit {imported['commit']}," if found else "a folder"
     return f"\nIt was not trained with retrofit: it was imported from {place} and drafts as `{imported['style']}` does."
+
+
+def _began(origin: Mapping[str, Any]) -> str:
+    if "averaged" in origin:
+        several = origin["averaged"]
+        return f"\nIts weights are the mean of {len(several)} that were trained on this base: {_hashes(several)}."
+    if "from" in origin:
+        return f"\nIt was trained on from the {origin['from']['kind']} whose manifest has {_hashes([origin['from']])}."
+    return ""
+
+
+def _hashes(several: Sequence[Mapping[str, Any]]) -> str:
+    return "sha256 " + ", ".join(one["sha256"][:12] for one in several)
 
 
 def contexts(by_context: Sequence[Mapping[str, Any]]) -> str:

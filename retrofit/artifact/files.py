@@ -145,6 +145,19 @@ def check_room(path: Path, size: int) -> None:
         raise ResourceError(f"{path}: the disk is full: {size:,} bytes are needed, {free:,} are free", MAKE_ROOM)
 
 
+def check_parent(out: Path) -> None:
+    """Raises ResourceError where an artifact's folder cannot be made."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out.parent, os.W_OK)
+    except OSError as error:
+        raise ResourceError(
+            f"{out.parent}: cannot be made ({error.strerror})", "choose another place with -o"
+        ) from error
+    if not writable:
+        raise ResourceError(f"{out.parent}: not writable", "choose another place with -o")
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -45,6 +45,8 @@ CARD = "README.md"
 LOCAL = "local.json"
 """Paths of this machine: whoever publishes an artifact leaves this file out."""
 MANIFEST = "manifest.sha256.json"
+INSTEAD = "go on from it with `--from {} -o ANOTHER`, "
+"""What a conversion can do with an artifact that is in its way, beside replacing it."""
 LOAD_BEARING = (CONFIG, ADAPTER_CONFIG, ADAPTER, HEADS, RECIPE)
 
 ADDED_SUFFIXES = (".json", ".jsonl", ".yaml", ".md", ".html", ".svg", ".safetensors")
@@ -237,19 +239,20 @@ def restore(folder: Path) -> None:
             max(found, key=lambda path: path.stat().st_ctime_ns).rename(folder)
 
 
-def check_writable(folder: Path, overwrite: bool) -> None:
-    """Raises UsageError for a folder that `write` would refuse."""
+def check_writable(folder: Path, overwrite: bool, instead: str = "") -> None:
+    """Raises UsageError for a folder that `write` would refuse.  instead: what else could be done with the artifact."""
     restore(folder)
     if not folder.is_symlink() and not folder.exists():
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise UsageError(f"{folder}: exists and is no folder", "choose another name")
+        raise UsageError(f"{folder}: exists and is no folder", "choose another name with -o")
     if not any(folder.iterdir()):
         return
     if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder}: holds files that are no artifact", "choose another name")
+        raise UsageError(f"{folder}: holds files that are no artifact", "choose another name with -o")
     if not overwrite:
-        raise UsageError(f"{folder}: holds an artifact already", "choose another name or overwrite it")
+        hint = f"replace it with --overwrite, {instead}or choose another name with -o"
+        raise UsageError(f"{folder}: holds an artifact already", hint)
 
 
 def _beside_hash(name: str, data: bytes) -> bytes:

@@ -30,13 +30,6 @@ def _count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _contexts(value: Any) -> bool:
-    tests = {"up_to": _count, "blocks": _count, "tau": _positive, "greedy": _numbers, "sampled": _numbers}
-    return isinstance(value, list) and all(
-        isinstance(one, dict) and all(name in one and test(one[name]) for name, test in tests.items()) for one in value
-    )
-
-
 def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) in (int, float) for one in value)
 
@@ -55,6 +48,17 @@ def _count_to(most: int, least: int = 1) -> Callable[[Any], bool]:
 
 def _positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _each(tests: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
+    """Whether something is a list of objects that have these keys and pass these tests."""
+    return lambda value: (
+        isinstance(value, list)
+        and all(
+            isinstance(one, dict) and all(name in one and test(one[name]) for name, test in tests.items())
+            for one in value
+        )
+    )
 
 
 def _one_of(*choices: Any) -> Callable[[Any], bool]:
@@ -135,7 +139,18 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "acceptance.ranks": (lambda value: isinstance(value, dict), "an object"),
     "acceptance.ranks.greedy": (_lists_of_chances, "a list for each slot of numbers from 0 to 1"),
     "acceptance.ranks.sampled": (_lists_of_chances, "a list for each slot of numbers from 0 to 1"),
-    "acceptance.by_context": (_contexts, "a list of objects with `up_to`, `blocks`, `tau`, `greedy` and `sampled`"),
+    "from.kind": (_one_of("artifact", "checkpoint"), "artifact or checkpoint, which its training began with"),
+    "from.sha256": (_text, "the sha256 of that one's manifest"),
+    "from.base": (_text, "what the base of that artifact is called"),
+    "from.steps": (_count, "the optimizer steps behind it"),
+    "averaged": (
+        _each({"kind": _text, "sha256": _text, "steps": _count, "weight": _positive}),
+        "a list of objects with `kind`, `sha256`, `steps` and `weight`, whose mean its weights are",
+    ),
+    "acceptance.by_context": (
+        _each({"up_to": _count, "blocks": _count, "tau": _positive, "greedy": _numbers, "sampled": _numbers}),
+        "a list of objects with `up_to`, `blocks`, `tau`, `greedy` and `sampled`",
+    ),
 }
 """Keys that artifacts may lack: those written before there was such a key, or without a reason for it."""
 

@@ -1,4 +1,4 @@
-"""`retrofit convert`, its dry run included: from the words on the command line to the artifact's folder.
+"""`retrofit convert`, its dry run included: from the command line to the artifact's folder.
 
 Everything slow is imported inside the bodies, so that `--help` answers at once.
 """
@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     metavar="NAME|FILE",
     help="See `retrofit recipes ls`.  [default: tiny for the embedded base, else default]",
 )
+@click.option(
+    "--from",
+    "start_from",
+    metavar="ARTIFACT",
+    help="Train its adapter and heads further, with its base and recipe unless others are given; or a checkpoint.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
 @click.option("--force-resume", is_flag=True, help="Go on from a checkpoint though the recipe or the text changed.")
 @click.option("--restart", is_flag=True, help="Remove the checkpoints and start anew.")
@@ -60,17 +66,14 @@ def convert(
     out: Path | None,
     gguf: str | None,
     recipe: str | None,
-    overwrite: bool,
     force_resume: bool,
     restart: bool,
-    keep_checkpoints: bool,
     dry_run: bool,
     fit: str | None,
     seed: int | None,
-    skip_bad: bool,
-    track: Literal["trackio", "wandb", "tensorboard"] | None,
     loading: Loading,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Train an adapter for MODEL and write the artifact.
 
@@ -80,7 +83,11 @@ def convert(
     first one met ends the run, unless --skip-bad.
 
     Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM: the same command
-    goes on from the newest one that is whole. They are removed when the artifact is complete.
+    goes on from the newest one that is whole. They are removed when the artifact is complete. With
+    train.schedule=constant or wsd train.steps may be raised then, and the decay of wsd be run from any checkpoint.
+
+    --from trains an artifact (a folder, or OWNER/NAME on the Hub) further in a run of its own, on another base of
+    the same shapes if MODEL is one. --from OUT.checkpoints/step-N goes on as the run that wrote it would have.
 
     --dry-run needs no weights and downloads none, only configuration and tokenizer; time is measured where the
     weights are here.  It exits with 3 when it does not fit into --fit, and with 4 when no change makes it fit.
@@ -96,23 +103,21 @@ def convert(
       retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
       retrofit convert ./gguf-files --gguf my-model.Q4_K_M.gguf -o my-retrofit
       retrofit convert ./my-model data.source=texts.jsonl draft.block=4
+      retrofit convert --from my-retrofit -o my-retrofit-2 train.steps=500 data.source=more.jsonl
       torchrun --nproc-per-node 8 --no-python retrofit convert Qwen/Qwen3-8B --recipe qwen3-8b
     """
     with _several_processes(loading) as is_main:
         resume = _resume(force_resume, restart)
         if fit is not None and not dry_run:
             raise UsageError("--fit goes with --dry-run", "add --dry-run, or leave --fit out")
-        resolved = _resolved(items, gguf, recipe, loading.dtype, seed)
+        resolved = _resolved(items, gguf, recipe, loading, seed, options["start_from"])
         out = out or Path(f"{_name(resolved.base.model)}-retrofit")
-        artifact.check_writable(out, overwrite)
+        artifact.check_writable(out, options["overwrite"], artifact.INSTEAD.format(out))
         if dry_run:
             if is_main:
-                _dry_run(resolved, out, fit, loading, skip_bad, as_json)
+                _dry_run(resolved, out, fit, loading, options["skip_bad"], as_json)
             return
-        made = _convert(
-            resolved, out, loading,
-            overwrite=overwrite, resume=resume, keep_checkpoints=keep_checkpoints, skip_bad=skip_bad, track=track,
-        )  # fmt: skip
+        made = _convert(resolved, out, loading, resume=resume, **options)
     if is_main:
         _tell(made, as_json)
 
@@ -230,7 +235,12 @@ def _name(model: str) -> str:
 
 
 def _resolved(
-    items: Sequence[str], gguf: str | None, recipe: str | None, dtype: str | None, seed: int | None
+    items: Sequence[str],
+    gguf: str | None,
+    recipe: str | None,
+    loading: Loading,
+    seed: int | None,
+    start_from: str | None,
 ) -> Recipe:
     """The recipe of the words and options on the command line.  Raises UsageError."""
     model, overrides = _model_and_overrides(items)
@@ -238,9 +248,28 @@ def _resolved(
         if model is None:
             raise UsageError("--gguf names a file of MODEL, and there is none", "give the folder or Hub id it is in")
         model = f"{model.rstrip('/')}/{gguf}"
-    flags = [f"base.dtype={dtype}"] if dtype else []
+    flags = [f"base.dtype={loading.dtype}"] if loading.dtype else []
     flags += [f"train.seed={seed}"] if seed is not None else []
-    return _recipe(model, recipe, [*flags, *overrides])
+    if start_from is None:
+        return _recipe(model, recipe, [*flags, *overrides])
+    return _recipe_from(start_from, model, recipe, [*flags, *overrides], loading.offline)
+
+
+def _recipe_from(start_from: str, model: str | None, name: str | None, overrides: list[str], offline: bool) -> Recipe:
+    """The resolved recipe of a conversion that begins with an artifact or a checkpoint.  Raises UsageError."""
+    quieten_libraries()
+    from retrofit.recipes.origin import check_recipe, plan_of, read
+
+    _refuse_twice(model, overrides)
+    origin = read(start_from, offline)
+    plan = plan_of(origin, model, overrides) if name is None else _recipe(model, name, overrides)
+    check_recipe(origin, plan)
+    return plan
+
+
+def _refuse_twice(model: str | None, overrides: list[str]) -> None:
+    if model is not None and any(override.startswith("base.model=") for override in overrides):
+        raise UsageError(f"the model is given twice: {model} and base.model=...", "give one of them")
 
 
 def _recipe(model: str | None, name: str | None, overrides: list[str]) -> Recipe:
@@ -250,8 +279,7 @@ def _recipe(model: str | None, name: str | None, overrides: list[str]) -> Recipe
 
     if model is None:
         return load_recipe(name, overrides)
-    if any(override.startswith("base.model=") for override in overrides):
-        raise UsageError(f"the model is given twice: {model} and base.model=...", "give one of them")
+    _refuse_twice(model, overrides)
     if name is None and model != EMBEDDED:
         name = "default"
         for shipped in recipe_names():

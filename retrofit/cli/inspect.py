@@ -63,6 +63,8 @@ def facts_of(described: dict[str, Any]) -> dict[str, str]:
         **({"from": "{repository} @ {commit}".format(**described["hub"])} if "hub" in described else {}),
         "written by": f"retrofit {described['retrofit']}, format {described['format']}",
         **({"imported": _origin(described["imported"])} if "imported" in described else {}),
+        **({"began with": _began(described["from"])} if "from" in described else {}),
+        **({"mean of": "; ".join(map(_began, described["averaged"]))} if "averaged" in described else {}),
         "base": f"{base['model']}{revision} ({base['architecture']})",
         **({"file": _file(base["gguf"])} if "gguf" in base else {}),
         "parameters": f"{parameters['base']:,} in the base",
@@ -93,6 +95,13 @@ def _origin(imported: dict[str, str | None]) -> str:
     found = imported["repository"]
     place = f"{found} @ {imported['commit']}" if found else "a folder"
     return f"from {place}, as {imported['style']}"
+
+
+def _began(origin: dict[str, Any]) -> str:
+    """Of `from`, or of one of `averaged`."""
+    base = f" on {origin['base']}" if "base" in origin else ""
+    share = f", weight {origin['weight']:.3g}" if "weight" in origin else ""
+    return f"{origin['kind']} {origin['sha256'][:12]} ({origin['steps']:,} steps{base}{share})"
 
 
 def _verdict(content: dict[str, Any] | None) -> str:

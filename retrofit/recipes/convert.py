@@ -7,13 +7,11 @@ in OUT.checkpoints, and the same call goes on from the newest.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,34 +20,35 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
-from retrofit.errors import GateError, ResourceError, TrainingError
+from retrofit.artifact.files import check_parent
+from retrofit.errors import GateError, TrainingError, UsageError
 from retrofit.hub import Base, resolved_device
 from retrofit.progress import progress as shown
+from retrofit.recipes import origin as origins
 from retrofit.recipes.naming import resolved_name
+from retrofit.recipes.origin import Origin
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.publish import publish, recorded
 from retrofit.recipes.schema import Recipe, by_key
-from retrofit.recipes.text.documents import Document, documents
+from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.faults import Skipped
-from retrofit.recipes.text.regenerate import ResponseCache, check_cache, regenerate, weights_key
-from retrofit.recipes.text.sources import Part
-from retrofit.recipes.text.windows import first_windows, windows
+from retrofit.recipes.text.reading import Text, text_of
+from retrofit.recipes.text.regenerate import check_cache
 from retrofit.recipes.training import tracking
-from retrofit.recipes.training.checkpoint import Checkpoints
+from retrofit.recipes.training.checkpoint import RESTART, Checkpoint, Checkpoints, folder_of
 from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.interrupts import Interrupts
-from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance
+from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance, in_line
 from retrofit.recipes.training.order import Order
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
 from retrofit.recipes.training.probe import line as probed
 from retrofit.recipes.training.probe import live_probe
 from retrofit.recipes.training.progress import progress
-from retrofit.recipes.training.session import Session
+from retrofit.recipes.training.session import ORIGIN, Session
 from retrofit.recipes.training.shards import shard
 from retrofit.recipes.training.shares import check_processes, loading_device, same_start, shared_checkpoints
 from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.backends.hf.backend import HFBackend
-from retrofit.runtime.engine import Engine
 
 PROBES = ("train.probe_every", "train.probe_prompts", "train.probe_tokens")
 """Keys of a recipe that change no weights, unless probes decide when to stop or what to publish."""
@@ -57,7 +56,6 @@ NOT_TRAINING = ("adapter.dtype", "train.save_every", "train.checkpointing", *PRO
 """Keys of a recipe that may change between two runs of one conversion."""
 
 Resume = Literal["auto", "force", "never"]
-Rewriter = Callable[[Iterable[Document]], Iterator[Document]]
 
 
 def convert(
@@ -76,6 +74,7 @@ def convert(
     keep_checkpoints: bool = False,
     skip_bad: bool = False,
     track: tracking.Name | None = None,
+    start_from: str | Path | None = None,
 ) -> artifact.Artifact:
     """Convert a model into an artifact folder and return it.
 
@@ -85,6 +84,8 @@ def convert(
     resume: `auto` goes on from the newest checkpoint of `out` and refuses one made with another recipe, `force` goes
     on in spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.
     skip_bad: leave out rows of text that cannot be used, and count them in `config["training"]["skipped"]`.
+    start_from: an artifact whose adapter and heads are trained further, or a checkpoint, OUT.checkpoints/step-N of
+    another conversion, which is gone on with as that one would have; model and recipe are its own where none is given.
     track: `trackio`, `wandb` or `tensorboard`, which then gets the figures of every step too.
     Raises UsageError, DataError, ResourceError, UnsupportedModelError, TrainingError; no artifact is written then.
     Raises GateError if the base's own loss moved, which would mean that training touched it.  Ctrl-C and SIGTERM
@@ -99,7 +100,8 @@ def convert(
     model = str(model) if isinstance(model, Path) else model
     device = resolved_device(device)
     with joined(device) as processes:
-        plan, out = _checked(model, recipe, overrides, Path(out), overwrite, track, processes)
+        origin = None if start_from is None else origins.read(start_from, offline)
+        plan, out = _checked(model, recipe, overrides, Path(out), origin, overwrite, track, processes)
         started = time.perf_counter()
         quiet = quiet or not (processes is None or processes.is_main)
         skipped = Skipped() if skip_bad else None
@@ -107,9 +109,9 @@ def convert(
             base = open_base(model, plan, loading_device(device, processes), offline, trust_remote_code, tokenizer)
             plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": base.name})})
             live = isinstance(model, PreTrainedModel)
-            with _attached_for(plan, base, live, processes) as (attached, backend), Interrupts() as interrupts:
+            with _attached_for(plan, base, live, origin, processes) as (attached, backend), Interrupts() as interrupts:
                 job = _Job(
-                    plan, base, attached, backend, out, overwrite, quiet, resume, keep_checkpoints,
+                    plan, base, attached, backend, out, origin, overwrite, quiet, resume, keep_checkpoints,
                     skipped, saved, started, offline, track, processes,
                 )  # fmt: skip
                 _run(job, interrupts)
@@ -121,16 +123,23 @@ def _checked(
     recipe: str | Path | Recipe | None,
     overrides: Mapping[str, Any] | Sequence[str],
     out: Path,
+    origin: Origin | None,
     overwrite: bool,
     track: tracking.Name | None,
     processes: Processes | None,
 ) -> tuple[Recipe, Path]:
     """The recipe with everything filled in and the artifact's place; finds out before hours of training, not after."""
+    if origin is not None and recipe is None:
+        recipe, overrides = origins.plan_of(origin, model, overrides), ()
     plan = resolve(model, recipe, overrides)
+    if origin is not None:
+        origins.check_recipe(origin, plan)
+        if origin.folder.resolve().parent == folder_of(out.resolve()):
+            raise UsageError(f"{origin.folder} is a checkpoint of {out} itself", "choose another place with -o")
     check_processes(plan, isinstance(model, PreTrainedModel), processes)
     out = out.resolve() if out.name in ("", "..") else out
-    artifact.check_writable(out, overwrite)
-    _check_parent(out)
+    artifact.check_writable(out, overwrite, artifact.INSTEAD.format(out))
+    check_parent(out)
     tracking.check_installed(track)
     if plan.data.responses == "regenerate" and (processes is None or processes.is_main):
         check_cache()
@@ -139,11 +148,14 @@ def _checked(
 
 @contextmanager
 def _attached_for(
-    plan: Recipe, base: Base, live: bool, processes: Processes | None
+    plan: Recipe, base: Base, live: bool, origin: Origin | None, processes: Processes | None
 ) -> Iterator[tuple[Attached, HFBackend]]:
-    """The base with an untrained adapter on it, split over the processes by FSDP; taken off again if it was live."""
+    """The base with an untrained adapter on it, or one to go on from, split over the processes by FSDP; taken off again
+    if it was live."""
     attached, backend = attached_to(base, plan)
     try:
+        if origin is not None:
+            origins.fill(attached, origin)
         if processes is not None and processes.sharded:
             shard(attached, backend, processes)
         yield attached, backend
@@ -162,6 +174,7 @@ class _Job:
     attached: Attached
     backend: HFBackend
     out: Path
+    origin: Origin | None
     overwrite: bool
     quiet: bool
     resume: Resume
@@ -185,9 +198,12 @@ class _Job:
 
 def _run(job: _Job, interrupts: Interrupts) -> None:
     """Train, measure, write the artifact; on Ctrl-C, SIGTERM and errors leave a checkpoint."""
-    rewritten = _rewriter(job)
-    held_out = _held_out(job, rewritten)
-    session = _session(job, interrupts, held_out, rewritten)
+    text = text_of(
+        job.plan, job.base, job.attached, job.backend,
+        offline=job.offline, quiet=job.quiet, skipped=job.skipped, processes=job.processes,
+    )  # fmt: skip
+    held_out = text.held_out(max(MEASURED, job.plan.train.probe_prompts if job.plan.train.probe_every else 0))
+    session = _session(job, interrupts, held_out, text)
     settings = by_key(job.plan) | {"base.model": job.base.name}
     track = job.track if job.is_main else None
     tracker = tracking.Tracker.open(track, job.out, session.run_id, settings, session.steps_reported, _say(job.quiet))
@@ -196,6 +212,7 @@ def _run(job: _Job, interrupts: Interrupts) -> None:
         size = 1 if job.processes is None else job.processes.size
         first = session.order.upcoming()[: -(-job.plan.train.batch_size // size)]  # as many as a process runs at once
         _announce(job, session)
+        _look(job, session, held_out)
         before = _logits_hash(job.backend, first)
         _train(job, session, tracker, interrupts)
         if _logits_hash(job.backend, first) != before:
@@ -206,6 +223,7 @@ def _run(job: _Job, interrupts: Interrupts) -> None:
                 publish(
                     job.out, job.plan, job.base, job.attached, measured, recorded(session),
                     estimated=session.published["accept"], metrics=session.metrics(), overwrite=job.overwrite,
+                    origin=None if job.origin is None else {"from": job.origin.recorded()},
                 )  # fmt: skip
             written = True
             if job.keep:
@@ -217,35 +235,47 @@ def _run(job: _Job, interrupts: Interrupts) -> None:
         if written:
             error.add_note(f"{job.out} is complete")
         elif job.is_main and not interrupts.second_signal and not isinstance(error, TrainingError):
-            _save_after(error, session, interrupts)
+            _save_after(error, session, interrupts, job.resume)
         raise
     finally:
         tracker.close()
 
 
-def _session(job: _Job, interrupts: Interrupts, held_out: list[Document], rewritten: Rewriter) -> Session:
+def _session(job: _Job, interrupts: Interrupts, held_out: list[Document], text: Text) -> Session:
     """The training, from where its newest checkpoint left it or from the beginning."""
     plan, attached = job.plan, job.attached
     order = Order(
-        _epochs(job, rewritten),
+        text.epoch,
         plan.train.batch_size,
         plan.train.seed,
         layout=attached.layout,
         whole=plan.data.responses == "keep",
+        first=0 if job.origin is None else job.origin.epochs,
     )
     trainer = Trainer(attached, job.backend, plan, job.processes)
     probe = live_probe(plan, held_out, job.backend, attached, job.base.tokenizer, job.processes)
     settings = _settings(job)
     session = Session(trainer, order, job.saved, interrupts, settings, job.started, job.skipped, probe)
     newest = job.saved.newest(_say(job.quiet)) if job.resume != "never" else None
+    branch = job.origin.checkpoint if newest is None and job.origin is not None else None
     if job.processes is not None:
-        same_start(job.processes, settings, newest)
+        same_start(job.processes, settings, newest or branch)
     if job.resume == "never":
         job.saved.clear()
-    elif newest is not None:
+    if newest is not None:
         session.resume(newest, forced=job.resume == "force")
+    elif branch is not None:
+        _branch(session, branch, job.resume == "force")
     job.wait_for_all("resume")  # from here on the main process removes checkpoints
     return session
+
+
+def _branch(session: Session, checkpoint: Checkpoint, forced: bool) -> None:
+    """Go on from a checkpoint of another conversion.  Raises what `Session.resume` raises."""
+    try:
+        session.resume(checkpoint, forced=forced, branch=True)
+    except UsageError as error:  # starting anew would begin there again
+        raise UsageError(str(error), str(error.hint).replace(RESTART, "leave --from out")) from None
 
 
 def _announce(job: _Job, session: Session) -> None:
@@ -254,8 +284,32 @@ def _announce(job: _Job, session: Session) -> None:
         f"base {job.base.name} ({count(job.attached.base_parameters()):,} parameters), "
         f"training {count(trainer.trained):,} ({job.attached.share:.2%})"
     )
-    if trainer.steps_done:
+    if _begins(job, session):
+        assert job.origin is not None
+        say(f"beginning with the {job.origin.kind} {job.origin.folder}, trained for {job.origin.steps:,} steps")
+        for difference in origins.differences(job.origin, job.plan, job.base):
+            say(f"note: {difference}")
+    elif trainer.steps_done:
         say(f"going on from step {trainer.steps_done} of {job.plan.train.steps}, saved in {job.saved.folder}")
+
+
+def _begins(job: _Job, session: Session) -> bool:
+    """Whether this is to train what it began with, and has not yet."""
+    origin = job.origin
+    first = 0 if origin is None or origin.checkpoint is None else origin.steps
+    return origin is not None and session.trainer.steps_done == first
+
+
+def _look(job: _Job, session: Session, held_out: list[Document]) -> None:
+    """Say, and let the next step record, how what the conversion begins with drafts before it is trained further."""
+    if not _begins(job, session):
+        return
+    train = job.plan.train
+    found = held_out_acceptance(job.backend, job.attached, held_out[:MEASURED], train.anchors, train.seed)
+    job.wait_for_all("looked")
+    session.before = found.figures()
+    told = "not measured, there is no held-out text" if session.before is None else in_line(session.before)
+    _say(job.quiet)(f"before the first step: {told}")
 
 
 def _train(job: _Job, session: Session, tracker: tracking.Tracker, interrupts: Interrupts) -> None:
@@ -296,7 +350,7 @@ def _finished(job: _Job) -> artifact.Artifact:
     return written
 
 
-def _save_after(error: BaseException, session: Session, interrupts: Interrupts) -> None:
+def _save_after(error: BaseException, session: Session, interrupts: Interrupts, resume: Resume) -> None:
     """Save what the last finished step left, and let the error say how to go on from it."""
     by_signal = isinstance(error, (KeyboardInterrupt, SystemExit))
     try:
@@ -304,8 +358,10 @@ def _save_after(error: BaseException, session: Session, interrupts: Interrupts) 
             saved = session.save()
     except Exception as second:  # what stopped the training may well stop this: a full disk, a lost GPU
         saved = f"step {session.trainer.steps_done} could not be saved: {second}"
+    if saved is None and by_signal and not session.trainer.steps_done:
+        saved = "nothing was trained yet; the same command begins again"
     if saved is not None:
-        error.add_note(saved)
+        error.add_note(f"{saved}, without --restart" if resume == "never" else saved)
 
 
 def _settings(job: _Job) -> dict[str, Any]:
@@ -315,65 +371,8 @@ def _settings(job: _Job) -> dict[str, Any]:
     settings = {key: value for key, value in by_key(job.plan).items() if key not in free}
     fingerprint = {f"base.fingerprint.{key}": value for key, value in job.base.fingerprint.items()}
     skip_bad = job.skipped is not None
-    return {**settings, "skip_bad": skip_bad, "base.model": resolved_name(job.base), **fingerprint}
-
-
-def _rewriter(job: _Job) -> Rewriter:
-    """Documents with the base's own responses, where the recipe wants those; else as they are."""
-    plan, attached = job.plan, job.attached
-    if plan.data.responses == "keep":
-        return iter
-    return partial(
-        regenerate,
-        engine=Engine(job.backend, attached.layout, job.base.tokenizer, attached=attached),
-        temperature=plan.data.temperature,
-        seed=plan.train.seed,
-        max_length=plan.data.max_length,
-        max_new_tokens=plan.data.max_new_tokens,
-        cache=ResponseCache(weights_key(attached), plan.data.temperature, job.backend.eos) if job.is_main else None,
-        quiet=job.quiet,
-        processes=job.processes,
-        skipped=job.skipped,
-    )
-
-
-def _read(job: _Job, part: Part, seed: int = 0) -> Iterator[Document]:
-    vocab = job.attached.heads.vocab
-    return documents(
-        job.plan.data, job.base.tokenizer, part=part, seed=seed, skipped=job.skipped, vocab=vocab, offline=job.offline
-    )
-
-
-def _epochs(job: _Job, rewritten: Rewriter) -> Callable[[int], Iterator[Document]]:
-    """Training windows of an epoch."""
-    data, seed = job.plan.data, job.plan.train.seed
-
-    def epoch(number: int) -> Iterator[Document]:
-        return rewritten(windows(_read(job, "train", seed + number), data.max_length, data.lengths, seed, number))
-
-    return epoch
-
-
-def _held_out(job: _Job, rewritten: Rewriter) -> list[Document]:
-    """First windows of held-out documents, as many as are measured or probed; errors in the data show here, before
-    training."""
-    if job.plan.data.held_out == 0:
-        return []
-    wanted = max(MEASURED, job.plan.train.probe_prompts if job.plan.train.probe_every else 0)
-    return list(rewritten(first_windows(_read(job, "held_out"), job.plan.data.max_length, wanted)))
-
-
-def _check_parent(out: Path) -> None:
-    """Raises ResourceError where the artifact's folder cannot be made."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out.parent, os.W_OK)
-    except OSError as error:
-        raise ResourceError(
-            f"{out.parent}: cannot be made ({error.strerror})", "choose another place with -o"
-        ) from error
-    if not writable:
-        raise ResourceError(f"{out.parent}: not writable", "choose another place with -o")
+    began = {} if job.origin is None else {ORIGIN: job.origin.sha256}
+    return {**settings, "skip_bad": skip_bad, "base.model": resolved_name(job.base), **fingerprint, **began}
 
 
 def _logits_hash(backend: HFBackend, documents: list[Document]) -> str:

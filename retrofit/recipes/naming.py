@@ -7,7 +7,7 @@ kept apart (`retrofit.artifact.folder.LOCAL`), in a file that is not published.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,14 @@ def published_recipe(plan: Recipe, named: Mapping[str, Any]) -> Recipe:
     else:
         shown = tuple(one.model_copy(update={"source": _shown(one.source)}) for one in source)
     return plan.model_copy(update={"base": base, "data": plan.data.model_copy(update={"source": shown})})
+
+
+def placed_source(source: Any, places: Sequence[str]) -> Any:
+    """`data.source` of a published recipe with the place on this machine of every `./NAME` that is among `places`."""
+    if not isinstance(source, str):
+        return [{**one, "source": placed_source(one["source"], places)} for one in source]
+    known = [place for place in places if source == f"./{_last(place)}"]
+    return known[0] if known else source
 
 
 def local_places(plan: Recipe, base: Base, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from retrofit.recipes.problems import is_section, unknown_key
 
 
 def apply(
-    content: dict[Any, Any], overrides: Sequence[str] | Mapping[str, Any], fields: Mapping[str, Any]
+    content: dict[Any, Any], overrides: Sequence[str | tuple[str, Any]] | Mapping[str, Any], fields: Mapping[str, Any]
 ) -> list[str]:
     """Write the overrides into `content`, in place; returns the problems met on the way.
 

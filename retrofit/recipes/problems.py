@@ -108,6 +108,17 @@ def is_section(path: str, fields: Mapping[str, Any]) -> str:
     return f"{path}: is a section, not a value; set its keys one by one: {keys}"
 
 
+def steps_fault(steps: int, warmup: int, schedule: str, decay: int | None) -> str | None:
+    """Why no learning rate can have these of `train`; None where one can."""
+    if warmup > steps:
+        return f"train.warmup: {warmup} steps are more than train.steps {steps}; lower the warm-up"
+    if decay is not None and schedule != "wsd":
+        return f"train.decay: with train.schedule {schedule} there is none; leave it out, or set train.schedule to wsd"
+    if warmup + (decay or 0) > steps:
+        return f"train.decay: {decay} steps and train.warmup {warmup} are more than train.steps {steps}; lower one"
+    return None
+
+
 def did_you_mean(word: str, options: Sequence[str]) -> str:
     """The end of a message; empty when nothing looks alike."""
     close = _close(word, options)

@@ -38,12 +38,14 @@ def publish(
     estimated: Mapping[str, Any] | None = None,
     metrics: bytes | None = None,
     imported: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
     overwrite: bool,
 ) -> None:
     """Write the artifact, whole.  Raises what `artifact.write` raises.
 
     measured: None, or of no block, where there was no text; estimated: acceptance by slot for that case.  training,
-    imported: as `retrofit.json` has them.  metrics: what metrics.jsonl holds, if it is to be there.
+    imported: as `retrofit.json` has them; origin: its `from` or `averaged`.  metrics: what metrics.jsonl holds, if it
+    is to be there.
     """
     held = getattr(torch, plan.adapter.dtype)
     acceptance: dict[str, Any] = {} if estimated is None else {"conditional": estimated}
@@ -65,6 +67,7 @@ def publish(
         added=count(attached.parameters()),
         share=attached.share,
         imported=imported,
+        origin=origin,
     )
     parts = {"acceptance": acceptance, "training": dict(training)}
     artifact.write(
@@ -72,7 +75,7 @@ def publish(
         adapter_config=attached.adapter_config(None if named["local"] else named["model"]),
         adapter_state=attached.adapter_state(held),
         heads=attached.heads_state(held),
-        config={**_config(plan, base, named, attached, imported), **parts},
+        config={**_config(plan, base, named, attached, imported), **(origin or {}), **parts},
         recipe_yaml=dump_recipe(published_recipe(plan, named)),
         card=text,
         added=None if metrics is None else {"metrics.jsonl": metrics},
@@ -87,12 +90,14 @@ def recorded(session: Session) -> dict[str, Any]:
     return {
         "steps": len(history),
         "published_step": published["step"],
+        "epochs": session.order.epochs,
         "stopped_early": session.stopped_early,
         "seconds": round(session.seconds, 1),
         "clean_rows": sum(r["rows"]["clean"] for r in history),
         "draft_rows": sum(r["rows"]["draft"] for r in history),
         "loss": published["loss"],
         **({"probe": published["probe"]} if "probe" in published else {}),
+        **next(({"before": r["before"]} for r in reversed(history) if "before" in r), {}),
         **({} if session.skipped is None else {"skipped": session.skipped.counts()}),
     }
 

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from retrofit.artifact.schema import MOST_ALPHA, MOST_RANKS, MOST_ROWS
 from retrofit.errors import UsageError
+from retrofit.recipes import problems as faults
 from retrofit.recipes import yaml_text
 from retrofit.recipes.overrides import apply
-from retrofit.recipes.problems import curriculum_faults, did_you_mean, explain, kind_of, listed, nothing_trained
 
 FOLDER = Path(__file__).parent / "named"
 
@@ -191,7 +191,7 @@ class Data(Section):
             return value
         if not isinstance(value, list | tuple) or not value:
             quote = "; quote it" if isinstance(value, bool | int | float) else ""
-            raise ValueError(f"data.source: must be text or a list of sources, not {kind_of(value)}{quote}")
+            raise ValueError(f"data.source: must be text or a list of sources, not {faults.kind_of(value)}{quote}")
         keys = Ingredient.model_fields.items()
         known = {f"data.source[{number}].{key}": field for number in range(len(value)) for key, field in keys}
         problems, parts = [], []
@@ -202,7 +202,7 @@ class Data(Section):
             except ValidationError as error:
                 for detail in error.errors():
                     at = (f"data.source[{number}]", *detail["loc"])
-                    problems += explain({**detail, "loc": at}, known)
+                    problems += faults.explain({**detail, "loc": at}, known)
         if problems:
             raise ValueError("\n".join(problems))
         return tuple(parts)
@@ -230,8 +230,11 @@ class Train(Section):
     """Peak learning rate."""
     warmup: int = Field(100, ge=0)
     """Steps over which the learning rate rises from 0."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the learning rate falls after the warm-up; with `wsd` in the last steps only, and with it or `constant`
+    train.steps may be raised when a conversion goes on."""
+    decay: int | None = Field(None, ge=1)
+    """Steps at the end over which it falls with `wsd`; null is a fifth of train.steps."""
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm; larger ones are scaled down."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -255,11 +258,9 @@ class Train(Section):
     """Which weights the artifact holds: the last step's, or those of the probed step with the best TPF."""
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> Self:
-        if self.warmup > self.steps:
-            raise ValueError(
-                f"train.warmup: {self.warmup} steps are more than train.steps {self.steps}; lower the warm-up"
-            )
+    def _steps_suffice(self) -> Self:
+        if problem := faults.steps_fault(self.steps, self.warmup, self.schedule, self.decay):
+            raise ValueError(problem)
         for key, wanted in (("patience", self.patience > 0), ("publish", self.publish == "best")):
             if wanted and not self.probe_every:
                 value = getattr(self, key)
@@ -300,8 +301,8 @@ class Recipe(Section):
                 "set it to 0 or raise draft.block"
             )
         weights = self.objective
-        problems += curriculum_faults(self.train.curriculum, self.draft.block, self.draft.shift)
-        problems += nothing_trained(
+        problems += faults.curriculum_faults(self.train.curriculum, self.draft.block, self.draft.shift)
+        problems += faults.nothing_trained(
             weights.alpha, weights.beta, weights.diffusion_share, self.train.anchors, self.draft.block
         )
         if self.train.probe_every and not self.data.held_out:
@@ -344,11 +345,13 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 
 
-def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str | Path | None, overrides: Sequence[str | tuple[str, Any]] | Mapping[str, Any] = ()
+) -> Recipe:
     """Read a recipe, apply overrides, validate.
 
     `name_or_path`: a name of `recipe_names()`, a YAML file, or None for `tiny`.
-    `overrides`: `key.path=value` strings whose values are read as YAML, or a mapping from path to value.
+    `overrides`: `key.path=value` strings whose values are read as YAML, (path, value) pairs, or a mapping.
     Raises UsageError that lists every problem found; checks between keys run once those keys are valid.
     """
     label, text = _find("tiny" if name_or_path is None else str(name_or_path))
@@ -358,15 +361,17 @@ def load_recipe(name_or_path: str | Path | None, overrides: Sequence[str] | Mapp
         raise UsageError(f"recipe `{label}` is not valid YAML: {error}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise UsageError(f"recipe `{label}` must hold sections and keys such as `train:`, not {kind_of(content)}")
+        raise UsageError(
+            f"recipe `{label}` must hold sections such as `train:`, not {faults.kind_of(content)}"
+        )
     content = {key: value for key, value in content.items() if value is not None or key not in SECTIONS}
     problems = apply(content, overrides, FIELDS)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        problems += [line for detail in error.errors() for line in explain(detail, FIELDS)]
+        problems += [line for detail in error.errors() for line in faults.explain(detail, FIELDS)]
     if problems:
-        raise UsageError(listed(f"recipe `{label}`", problems), "`retrofit recipes show` prints every key")
+        raise UsageError(faults.listed(f"recipe `{label}`", problems), "`retrofit recipes show` prints every key")
     return recipe
 
 
@@ -386,7 +391,7 @@ def _find(name: str) -> tuple[str, str]:
         return name, path.read_text(encoding="utf-8")
     except FileNotFoundError:
         names = recipe_names()
-        message = f"recipe `{name}` does not exist{did_you_mean(name, names)}"
+        message = f"recipe `{name}` does not exist{faults.did_you_mean(name, names)}"
         raise UsageError(message, f"name a YAML file or one of {', '.join(names)}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise UsageError(f"recipe `{name}` cannot be read: {error}") from None

@@ -43,6 +43,8 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 METRICS = "metrics.jsonl"
 LOCK = "lock"
+RESTART = "start anew with --restart"
+"""What can be done about a checkpoint that is of no use."""
 _STEP = re.compile(r"step-(\d{6,})")
 _PART = re.compile(r"\.(step|stopped)-\d{6,}(\.json)?\.[0-9a-f]{8}\.part")
 HEADER = 200
@@ -97,7 +99,7 @@ class Checkpoints:
         if problem is not None:
             raise UsageError(
                 f"{folder}, which holds the weights to publish, cannot be used: {problem}",
-                "publish the last ones, train.publish=last with --force-resume, or start anew with --restart",
+                f"publish the last ones, train.publish=last with --force-resume, or {RESTART}",
             )
         return Checkpoint(folder, step, json.loads((folder / STATE).read_bytes()))
 
@@ -183,6 +185,15 @@ class Checkpoints:
 
     def _beside(self, path: Path) -> Path:
         return self.folder / f".{path.name}.{secrets.token_hex(4)}.part"
+
+
+def read(folder: Path) -> Checkpoint:
+    """A checkpoint by its folder.  Raises UsageError where it is damaged, or of another format."""
+    problem = _problem(folder)
+    if problem is not None:
+        raise UsageError(f"{folder} is no whole checkpoint: {problem}", "name another one")
+    state = json.loads((folder / STATE).read_bytes())
+    return Checkpoint(folder, int(state["step"]), state)
 
 
 def folder_of(out: Path) -> Path:
@@ -280,7 +291,7 @@ def _problem(folder: Path) -> str | None:
         if version != FORMAT:
             raise UsageError(
                 f"{folder}: a checkpoint of format {version!r}; this retrofit reads format {FORMAT}",
-                "go on with the retrofit that wrote it, or start anew with --restart",
+                f"go on with the retrofit that wrote it, or {RESTART}",
             )
         for name, entry in files.items():
             path = folder / Path(name).name

@@ -5,7 +5,7 @@ Not here: reports and comparisons with the original (`retrofit.eval`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,13 @@ class HeldOut:
         count = eligible.sum(0).clamp(min=1)
         mean = (self.accepted * eligible[..., None]).sum(0) / count[:, None]
         return {"greedy": _rounded(mean[:, 0]), "sampled": _rounded(mean[:, 1])}
+
+    def figures(self) -> dict[str, Any] | None:
+        """`conditional`, and `tau`, what it makes of sampling (`expected_tau`); None where there is no block."""
+        if not len(self.eligible):
+            return None
+        chances = self.conditional()
+        return {**chances, "tau": round(expected_tau(chances["sampled"]), 4)}
 
     def by_context(self) -> list[dict[str, Any]]:
         """`conditional` of the blocks behind up to CONTEXTS tokens, of those behind more and up to twice as many, and
@@ -134,6 +141,12 @@ def held_out_acceptance(
         torch.cat(eligible).cpu(),
         torch.tensor(context),
     )
+
+
+def in_line(figures: Mapping[str, Any]) -> str:
+    """`HeldOut.figures` for people."""
+    greedy, sampled = (" ".join(f"{chance:.2f}" for chance in figures[kind]) for kind in ("greedy", "sampled"))
+    return f"held-out acceptance by slot {sampled} sampled, {greedy} greedy; tau {figures['tau']:.3f}"
 
 
 def _candidate_ranks(base_NV: Tensor, draft_NV: Tensor, positions_N: Tensor, seed: int) -> Tensor:

@@ -20,6 +20,7 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.errors import DataError, UsageError
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.training.blocks import teaches
+from retrofit.recipes.training.checkpoint import RESTART
 
 SHUFFLE_BUFFER = 256
 """Windows held for shuffling; documents come in random order already."""
@@ -70,6 +71,7 @@ class Order:
     epochs(epoch) gives the documents of an epoch, always the same in the same order.
     `whole`: all their tokens come from the text, so a change of it is noticed by them; else only by the prompts, for
     responses that have to be generated once more, on another machine maybe, need not be the same to the last token.
+    first: the epoch to begin with.
     """
 
     def __init__(
@@ -80,11 +82,12 @@ class Order:
         *,
         layout: DraftLayout,
         whole: bool = True,
+        first: int = 0,
     ):
         self._epochs, self._batch_size, self._layout, self._whole = epochs, batch_size, layout, whole
         self._generator = np.random.default_rng([seed, 0x5EED])
         self._buffer: Batch = []
-        self._epoch = self._taken = 0
+        self._epoch, self._taken = first, 0
         self._digest = hashlib.sha256()
         self._source = self._stream(None)
 
@@ -98,6 +101,11 @@ class Order:
             self._buffer.pop()
             batch.append(last)
         return batch
+
+    @property
+    def epochs(self) -> int:
+        """How many have been begun; what lies in the buffer counts."""
+        return self._epoch + 1
 
     def upcoming(self) -> list[Document]:
         """As many documents as a batch has, out of those that come soon; nothing is taken."""
@@ -122,7 +130,7 @@ class Order:
             raise UsageError(
                 f"the training text is not the one the checkpoint was made with (epoch {place.epoch}, "
                 f"the first {place.taken} documents)",
-                "put the text back, go on with the new one by --force-resume, or start anew with --restart",
+                f"put the text back, go on with the new one by --force-resume, or {RESTART}",
             )
         self._epoch, self._taken, self._buffer = place.epoch, place.taken, list(place.buffer)
         self._generator.bit_generator.state = place.generator
@@ -134,7 +142,7 @@ class Order:
 
     def _stream(self, rest: Iterator[Document] | None) -> Iterator[tuple[Document, int]]:
         """`rest`: what is left of the epoch that this stands in; None begins with the first."""
-        documents = self._epochs(0) if rest is None else rest
+        documents = self._epochs(self._epoch) if rest is None else rest
         useful = rest is not None
         while True:
             for document in documents:

@@ -22,13 +22,16 @@ import torch
 from retrofit.artifact.files import json_line
 from retrofit.errors import TrainingError, UsageError
 from retrofit.recipes.text.faults import Skipped
-from retrofit.recipes.training.checkpoint import Checkpoint, Checkpoints, differences
+from retrofit.recipes.training.checkpoint import RESTART, Checkpoint, Checkpoints, differences
 from retrofit.recipes.training.interrupts import Interrupts
 from retrofit.recipes.training.order import Batch, Order, Place, describe
 from retrofit.recipes.training.probe import best_step, exhausted
-from retrofit.recipes.training.step import StepResult, Trainer, expected_tau, learning_rate, slot_report
+from retrofit.recipes.training.schedule import KEYS, learning_rate, same_rates
+from retrofit.recipes.training.step import StepResult, Trainer, expected_tau, slot_report
 from retrofit.recipes.training.tracking import new_run
 
+ORIGIN = "from"
+"""Among the settings: the hash of what a conversion began with, where that was no untrained adapter."""
 EXPLODED = 10.0
 """A trained loss of this many times its running median, and above that of step 1, has exploded."""
 MEDIAN_OF = 100
@@ -61,6 +64,8 @@ class Session:
         """The records of all steps, those of earlier runs too."""
         self.run_id = new_run()
         """What the tracker calls this conversion, over all interruptions."""
+        self.before: dict[str, Any] | None = None
+        """Acceptance before the next step, to be written down with it."""
         self._place: Place | None = None
         self._saved = 0
         self._earlier = 0.0
@@ -71,18 +76,15 @@ class Session:
         """Seconds of all runs."""
         return self._earlier + time.perf_counter() - self._started
 
-    def resume(self, checkpoint: Checkpoint, *, forced: bool = False) -> None:
-        """Go on from a checkpoint.
+    def resume(self, checkpoint: Checkpoint, *, forced: bool = False, branch: bool = False) -> None:
+        """Go on from a checkpoint; branch: of another conversion, which this one follows up to there.
 
         Raises UsageError, before anything is changed, when it was made with other settings or another text, unless
-        `forced`; also when its tensors do not fit.
+        `forced`; also when its tensors do not fit.  A schedule that gives the steps done their learning rates is no
+        other: what comes out is what it would have trained from the beginning.
         """
-        changed = differences(checkpoint.state["settings"], self.settings)
-        if changed and not forced:
-            raise UsageError(
-                "\n  ".join([f"{checkpoint.folder} was made with another recipe (old -> new)", *changed]),
-                "go on in spite of it with --force-resume, or start anew with --restart",
-            )
+        if not forced:
+            self._refuse_another_recipe(checkpoint, branch)
         history = [json.loads(line) for line in checkpoint.metrics().splitlines()]
         for step in self._needed(history):
             self.checkpoints.at(step)
@@ -92,8 +94,27 @@ class Session:
         self.trainer.load_state(state, checkpoint.step)
         if self.skipped is not None:
             self.skipped.restore(checkpoint.state["skipped"])
-        self.history, self.run_id = history, checkpoint.state.get("run", self.run_id)
-        self._place, self._saved, self._earlier = place, checkpoint.step, float(checkpoint.state["seconds"])
+        self.history, self._place, self._earlier = history, place, float(checkpoint.state["seconds"])
+        if not branch:
+            self.run_id, self._saved = checkpoint.state.get("run", self.run_id), checkpoint.step
+
+    def _refuse_another_recipe(self, checkpoint: Checkpoint, branch: bool) -> None:
+        """Raises UsageError where the steps that a checkpoint has done are not those that this recipe would do."""
+        then, steps = checkpoint.state["settings"], self.trainer.recipe.train.steps
+        same = same_rates(then, self.trainer.recipe, checkpoint.step)
+        free = (*(KEYS if same else ()), *((ORIGIN,) if branch else ()))
+        old, new = ({key: one[key] for key in one if key not in free} for one in (then, self.settings))
+        if changed := differences(old, new):
+            rates = "" if same else "; train.steps may be raised where train.schedule is constant or wsd"
+            raise UsageError(
+                "\n  ".join([f"{checkpoint.folder} was made with another recipe (old -> new)", *changed]),
+                f"go on in spite of it with --force-resume, or {RESTART}{rates}",
+            )
+        if checkpoint.step > steps:
+            raise UsageError(
+                f"train.steps is {steps}, and {checkpoint.folder} has done {checkpoint.step}",
+                f"set train.steps={checkpoint.step} or more, or {RESTART}",
+            )
 
     def run(self, on_step: Callable[[int, dict[str, Any]], None]) -> None:
         """Train the steps that are left, or until probes get no better; one JSON line a step goes to metrics.jsonl,
@@ -213,7 +234,8 @@ class Session:
         return "".join(json_line(record) for record in self.history[:steps]).encode()
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, Any]:
-        slots = slot_report(result.sums)
+        slots, before = slot_report(result.sums), self.before
+        self.before = None
         return {
             "step": self.trainer.steps_done,
             "loss": {k: round(v, 6) for k, v in result.loss.items()},
@@ -224,6 +246,7 @@ class Session:
             "rows": {"clean": result.clean_rows, "draft": result.draft_rows},
             "seconds": round(seconds, 4),
             **({} if result.seconds_clean is None else {"seconds_clean": round(result.seconds_clean, 4)}),
+            **({} if before is None else {"before": before}),
         }
 
     def _check_loss(self, result: StepResult, batches: Sequence[Batch]) -> None:
@@ -245,7 +268,7 @@ class Session:
         path = self.checkpoints.record(step, content)
         names = ", ".join(sorted({document.id for batch in batches for document, _ in batch})[:4])
         lower = "lower train.lr, raise train.warmup, or look at the documents"
-        hint = f"{lower}; then go on from the last checkpoint with --force-resume, or start anew with --restart"
+        hint = f"{lower}; then go on from the last checkpoint with --force-resume, or {RESTART}"
         raise TrainingError(f"{problem} at step {step} (documents {names}); the batch is in {path}", hint)
 
 

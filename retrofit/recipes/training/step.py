@@ -14,7 +14,6 @@ Not here: which documents come (`order.py`), the loop over steps and its checkpo
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,9 +38,11 @@ from retrofit.recipes.training.blocks import (
     missed_anchors,
     shares,
 )
+from retrofit.recipes.training.checkpoint import RESTART
 from retrofit.recipes.training.clean.forward import clean_forward, pieces_of
 from retrofit.recipes.training.losses.rows import WITH_ENTROPY
 from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_diffusion, backward_draft
+from retrofit.recipes.training.schedule import learning_rate
 from retrofit.recipes.training.shares import Shares
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.cache import KVCache
@@ -73,10 +74,8 @@ class Trainer:
 
     def __init__(self, attached: Attached, backend: HFBackend, recipe: Recipe, processes: Processes | None = None):
         self.attached, self.backend, self.recipe, self.processes = attached, backend, recipe, processes
-        named = [*attached.peft_model.named_parameters(), *attached.heads.named_parameters(prefix="heads")]
-        names = {id(p): name for name, p in named}
-        self.trained = [p for p in attached.parameters() if p.requires_grad]
-        self.names = [names[id(p)] for p in self.trained]
+        trained = {name: p for name, p in attached.named().items() if p.requires_grad}
+        self.names, self.trained = list(trained), list(trained.values())
         confidence = {
             id(attached.heads.confidence_weight),
             id(getattr(attached.heads, "confidence_bias", None)),
@@ -153,7 +152,7 @@ class Trainer:
         if shapes != found or len(moments) != len(MOMENTS) * len(found):
             wrong = sorted(set(shapes.items()) ^ set(found.items()))
             what = f"tensor {wrong[0][0]}" if wrong else "the optimizer's state"
-            raise UsageError(f"the checkpoint does not fit this adapter: {what}", "start anew with --restart")
+            raise UsageError(f"the checkpoint does not fit this adapter: {what}", RESTART)
         with torch.no_grad():
             for name, p in zip(self.names, self.trained, strict=True):
                 p.copy_(weights[name])
@@ -264,20 +263,6 @@ def _move_gradients(parameters: list[nn.Parameter], buffers: list[Tensor]) -> No
         if p.grad is not None:
             buffer += p.grad
             p.grad = None
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then cosine or linear decay to 5 % or constant."""
-    train = recipe.train
-    if step < train.warmup:
-        return train.lr * (step + 1) / train.warmup
-    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
-    factor = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[train.schedule]
-    return train.lr * (0.05 + 0.95 * factor)
 
 
 def slot_report(sums: Sums) -> dict[str, list[float]]:

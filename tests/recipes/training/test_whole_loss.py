@@ -21,7 +21,8 @@ from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.training.blocks import BlockBatch, missed_anchors, shares
 from retrofit.recipes.training.objective import Teacher
-from retrofit.recipes.training.step import Trainer, expected_tau, learning_rate, slot_report
+from retrofit.recipes.training.schedule import learning_rate
+from retrofit.recipes.training.step import Trainer, expected_tau, slot_report
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
 
@@ -196,6 +197,7 @@ def test_blocks_are_drawn_by_the_seed_of_the_recipe() -> None:
         ("constant", {4: 1.0, 9: 1.0, 13: 1.0, 14: 1.0}),
         ("linear", {4: 1.0, 9: 0.525, 13: 0.145, 14: 0.05}),
         ("cosine", {4: 1.0, 9: 0.525, 13: 0.05 + 0.95 * 0.0244717, 14: 0.05}),
+        ("wsd", {4: 1.0, 9: 1.0, 12: 1.0, 13: 0.525, 14: 0.05}),  # a fifth of 14 is 2
     ],
 )
 def test_learning_rate_by_hand(schedule: str, rates: dict[int, float]) -> None:

@@ -25,7 +25,7 @@ from tiny_conversion import (
 from retrofit.artifact import files
 from retrofit.artifact import folder as artifact
 from retrofit.errors import DataError, ResourceError, TrainingError
-from retrofit.recipes import convert
+from retrofit.recipes.text import reading
 from retrofit.recipes.training import checkpoint, session
 from retrofit.recipes.training.checkpoint import checkpoints, folder_of
 from retrofit.recipes.training.session import fault
@@ -116,14 +116,14 @@ def straight_larger(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Pa
 
 def failing_in_epoch_6(patch: pytest.MonkeyPatch) -> None:
     """The shuffle buffer is filled with five epochs before the first step."""
-    right = convert.documents
+    right = reading.documents
 
     def documents(*arguments: Any, part: Any, seed: int = 0, **options: Any) -> Any:
         yield from right(*arguments, part=part, seed=seed, **options)
         if (part, seed) == ("train", 6):
             raise DataError("rows.jsonl:7: not valid JSON")
 
-    patch.setattr(convert, "documents", documents)
+    patch.setattr(reading, "documents", documents)
 
 
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -1,8 +1,8 @@
 """Give an open-weight language model two more ways of decoding, and leave the first as it was, bit for bit.
 
-`convert` makes the artifact, `Engine` runs it in the modes `ar`, `diffusion` and `self_spec` with `SamplingParams`,
-`certify` proves it lossless, `evaluate` measures it beside its original.  Importing this package imports neither torch
-nor anything else that is slow: these names are looked up on first use.
+`convert` makes the artifact, `average` one of several, `Engine` runs it in the modes `ar`, `diffusion` and `self_spec`
+with `SamplingParams`, `certify` proves it lossless, `evaluate` measures it beside its original.  Importing this package
+imports neither torch nor anything else that is slow: these names are looked up on first use.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from retrofit.eval.certify import certify
     from retrofit.exporting.export import export
     from retrofit.importing.import_adapter import import_adapter
+    from retrofit.recipes.average import average
     from retrofit.recipes.convert import convert
     from retrofit.report.evaluate import Report, evaluate
     from retrofit.runtime.engine import Engine
@@ -48,6 +49,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "average",
     "certify",
     "convert",
     "evaluate",
@@ -68,6 +70,7 @@ _HOMES = {
     "Report": "retrofit.report.evaluate",
     "Result": "retrofit.runtime.results",
     "SamplingParams": "retrofit.runtime.params",
+    "average": "retrofit.recipes.average",
     "certify": "retrofit.eval.certify",
     "convert": "retrofit.recipes.convert",
     "evaluate": "retrofit.report.evaluate",

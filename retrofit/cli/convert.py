@@ -1,4 +1,4 @@
-"""`retrofit convert`, its dry run included: from the command line to the artifact's folder.
+"""`retrofit convert`, its dry run included, and `retrofit average`: from the command line to the artifact's folder.
 
 Everything slow is imported inside the bodies, so that `--help` answers at once.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from retrofit.artifact import folder as artifact
-from retrofit.cli.options import CONTEXT, Loading, loading_options, output_options, skip_bad_option
+from retrofit.cli.options import CONTEXT, Loading, base_option, loading_options, output_options, skip_bad_option
 from retrofit.cli.output import be_quiet, emit_json, is_quiet, quieten_libraries, say
 from retrofit.cli.tables import facts
 from retrofit.errors import GateError, ResourceError, UsageError
@@ -291,3 +291,65 @@ def _recipe(model: str | None, name: str | None, overrides: list[str]) -> Recipe
 def _quoted(text: str) -> str:
     """Text as a YAML value, whatever is in it."""
     return "'" + text.replace("'", "''") + "'"
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("items", nargs=-1, required=True, metavar="ARTIFACT ARTIFACT... [KEY=VALUE]...")
+@click.option("-o", "--out", metavar="FOLDER", required=True, help="Folder to write.")
+@click.option("--weights", metavar="W,W...", help="How much each counts, such as 1,2; else all count alike.")
+@base_option
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@loading_options
+@output_options
+def average(
+    items: tuple[str, ...],
+    out: str,
+    weights: str | None,
+    base: str | None,
+    overwrite: bool,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Write the mean of several ARTIFACTs of one base as an artifact.
+
+    ARTIFACT is a folder, OWNER/NAME on the Hub, or a checkpoint, OUT.checkpoints/step-N. All have to have the same
+    base, adapter and layout of drafts; the recipe is the first one's, and KEY=VALUE sets a key of it, such as another
+    data.source to measure on. Each of them and their mean are measured on held-out text, unless data.held_out=0:
+    checkpoints of one run may be better together, adapters trained apart are not. Prints the artifact's folder.
+
+    \b
+    Examples:
+      retrofit average a-retrofit b-retrofit -o both
+      retrofit average my.checkpoints/step-001750 my.checkpoints/step-002000 my-retrofit --weights 1,1,2 -o mean
+    """
+    quieten_libraries()
+    from retrofit import average as run
+
+    overrides = [item for item in items if "=" in item and not Path(item).exists()]
+    overrides += [f"base.dtype={loading.dtype}"] if loading.dtype else []
+    made = run(
+        [item for item in items if item not in overrides],
+        out,
+        overrides,
+        weights=None if weights is None else _numbers(weights),
+        base=base,
+        device=loading.device,
+        overwrite=overwrite,
+        offline=loading.offline,
+        trust_remote_code=loading.trust_remote_code,
+        say=say,
+    )
+    if as_json:
+        parts = {key: made.config[key] for key in ("base", "averaged", "parameters", "acceptance")}
+        emit_json({"artifact": str(made.folder), **parts})
+        return
+    say(f"next: retrofit certify {made.folder}")
+    click.echo(made.folder)
+
+
+def _numbers(text: str) -> list[float]:
+    """Raises UsageError."""
+    try:
+        return [float(one) for one in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights is {text}; it must be numbers with commas between them", "1,2") from None

@@ -12,7 +12,7 @@ import click
 from retrofit import __version__
 from retrofit.cli.certify import certify
 from retrofit.cli.chat import chat
-from retrofit.cli.convert import convert
+from retrofit.cli.convert import average, convert
 from retrofit.cli.data import data
 from retrofit.cli.doctor import doctor
 from retrofit.cli.errors import Cli
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 for command in (
-    convert, generate, chat, certify, evaluate, report, inspect, pull, push, export, import_adapter,
+    convert, average, generate, chat, certify, evaluate, report, inspect, pull, push, export, import_adapter,
     serve, doctor, recipes, data,
 ):  # fmt: skip
     main.add_command(command)

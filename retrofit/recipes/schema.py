@@ -361,9 +361,7 @@ def load_recipe(
         raise UsageError(f"recipe `{label}` is not valid YAML: {error}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise UsageError(
-            f"recipe `{label}` must hold sections such as `train:`, not {faults.kind_of(content)}"
-        )
+        raise UsageError(f"recipe `{label}` must hold sections such as `train:`, not {faults.kind_of(content)}")
     content = {key: value for key, value in content.items() if value is not None or key not in SECTIONS}
     problems = apply(content, overrides, FIELDS)
     try:

@@ -87,7 +87,7 @@ class Slots:
         error = ERROR_DRAWN if self.params.temperature > 0 else ERROR
         chance, best = scores.div(error).softmax(-1).topk(min(count, scores.shape[1]), dim=-1)
         tokens = best if ids is None else ids.gather(1, best)
-        return tuple(found.view(*before_BP.shape, -1) for found in (tokens, chance))
+        return tokens.view(*before_BP.shape, -1), chance.view(*before_BP.shape, -1)
 
     def _scores(
         self,

@@ -54,6 +54,7 @@ SIZES: Mapping[str, Any] = {
     "hidden_size_per_layer_input": 8,
     "is_decoder": True,
     "tie_word_embeddings": False,
+    "forced_eos_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -154,5 +155,7 @@ def enliven(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(noise * 0.4)
         elif name.endswith("bias"):
             parameter.copy_(noise * 0.05)
+        elif name.endswith("sinks"):
+            parameter.copy_(noise)
         elif "norm" in name.lower() or "ln_" in name:
             parameter.add_(noise, alpha=0.5)  # neutral is 1, or 0: keep what the model chose

@@ -22,6 +22,7 @@ from retrofit.adapters.heads import Heads
 from retrofit.recipes.training.blocks import BlockBatch
 from retrofit.recipes.training.objective import Sums, Teacher
 from retrofit.recipes.training.step import Trainer
+from retrofit.runtime.backends.hf.answers import rows_now
 from retrofit.runtime.backends.hf.attention import ATTENTION, layer_of
 from retrofit.runtime.backends.hf.cache import KVCache
 
@@ -146,23 +147,29 @@ def dense_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     retrofit_rows: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Draft rows alone: query [1, Hq, N, D], key and value [1, Hkv, N, .] -> [1, N, Hq, Dv]."""
-    context, group = retrofit_rows, retrofit_rows.plan.draft
-    context.calls.append((layer_of(module), sliding_window))
+    context = rows_now() if retrofit_rows is None else retrofit_rows
+    group = context.plan.draft
+    window = context.chunks.get(layer_of(module)) if sliding_window is None else sliding_window
+    context.calls.append((layer_of(module), window))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (group.rectangle(t[0].transpose(0, 1)) for t in (query, key, value))
     clean_k, clean_v = context.cache.read(layer_of(module), group.slots, group.keys)
     k, v = torch.cat([clean_k, k], dim=2), torch.cat([clean_v, v], dim=2)
-    mask = context.plan.draft_mask(sliding_window, query.dtype)
-    if softcap is None:
+    mask = context.plan.draft_mask(window, query.dtype)
+    if softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
     else:
         repeats = q.shape[1] // k.shape[1]
         scores = q @ k.repeat_interleave(repeats, 1).transpose(2, 3) * scale
-        scores = softcap * torch.tanh(scores / softcap)
-        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores if mask is None else scores + mask
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
         out = weights @ v.repeat_interleave(repeats, 1)
     return group.flatten(out)[None], None

@@ -33,8 +33,11 @@ from retrofit.adapters.visibility import (
     BlockRows,
     Group,
     Paths,
+    Window,
     base_visibility,
     block_visibility,
+    first_seen,
+    hiding,
     path_visibility,
 )
 
@@ -305,7 +308,7 @@ class RowPlan:
                 other.draft.keys = other.base.keys
         return other
 
-    def base_part(self, window: int | None, first: int, stop: int) -> tuple[int, int, Tensor]:
+    def base_part(self, window: Window | None, first: int, stop: int) -> tuple[int, int, Tensor]:
         """What base rows `first` to `stop` of each sequence see of the keys `low` to `high`: (low, high, [S, T, keys]).
 
         For sequences so long that a mask of all rows and keys is too large.
@@ -314,26 +317,26 @@ class RowPlan:
         assert group is not None and group.ancestors is None
         query, limit = group.query[:, first:stop], group.limit[:, first:stop]
         there = query >= 0
-        low = 0 if window is None or not there.any() else max(0, int(query[there].min()) - window + 1)
+        low = 0 if window is None or not there.any() else max(0, first_seen(int(query[there].min()), window))
         high = max(int(limit.max()), low + 1)
         query_ST1, limit_ST1 = (self._tensor(np.ascontiguousarray(a))[:, :, None] for a in (query, limit))
         keys = torch.arange(low, high, device=self.device)
         seen = keys < limit_ST1
         if window is not None:
-            seen &= query_ST1 - keys < window
+            seen &= keys >= first_seen(query_ST1, window)
         seen[:, :, 0] |= query_ST1[:, :, 0] < 0  # padding: nobody reads it, but it has to be finite
         return low, high, seen
 
-    def base_mask(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
+    def base_mask(self, window: Window | None, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
         """(additive mask [S, 1, T, keys] or None, whether plain causal attention does instead)."""
         group = self.base
         assert group is not None
-        if group.width == 1 and len(group.slots) == 1 and not self.tree and (window is None or group.last < window):
+        window = hiding(window, group.last)
+        if group.width == 1 and len(group.slots) == 1 and not self.tree and window is None:
             return None, False
-        reach = group.keys if window is None else window
-        if group.plain_causal and group.keys <= reach:
+        if group.plain_causal and window is None:
             return None, group.width > 1
-        key = (None if group.last < reach else window, dtype)
+        key = (window, dtype)
         if key not in group.masks:
             seen = base_visibility(group, key[0])
             if group.ancestors is not None:
@@ -341,16 +344,16 @@ class RowPlan:
             group.masks[key] = self._additive(seen, dtype)
         return group.masks[key], False
 
-    def draft_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    def draft_mask(self, window: Window | None, dtype: torch.dtype) -> Tensor | None:
         """Additive mask [S, 1, T, keys (+ R) + T] of `draft_visibility`."""
         group = self.draft
         assert group is not None
-        key = (window if window is not None and group.last >= window else None, dtype)
+        key = (hiding(window, group.last), dtype)
         if key not in group.masks:
             group.masks[key] = self._additive(self.draft_visibility(key[0]), dtype)
         return group.masks[key]
 
-    def draft_visibility(self, window: int | None) -> np.ndarray:
+    def draft_visibility(self, window: Window | None) -> np.ndarray:
         """[S, T, keys (+ R) + T] what draft rows see: base positions, a tree's base rows, the sequence's draft rows."""
         group = self.draft
         assert group is not None

@@ -9,11 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Chunk(NamedTuple):
+    """A layer whose rows see no further back than the last multiple of `size` (chunked attention, Llama 4)."""
+
+    size: int
+
+
+Window = int | Chunk
+"""How far back the rows of a layer see that does not see everything: so many positions, or to where a chunk begins."""
+Positions = TypeVar("Positions", int, np.ndarray, Tensor)
+
+
+def first_seen(query: Positions, window: Window) -> Positions:
+    """The first position that a row at `query` sees; may be negative."""
+    if isinstance(window, Chunk):
+        return query // window.size * window.size
+    return query - window + 1
+
+
+def hiding(window: Window | None, last: int) -> Window | None:
+    """The window, where it hides something from rows of which the last stands at `last`."""
+    if window is None:
+        return None
+    return window if last >= (window.size if isinstance(window, Chunk) else window) else None
 
 
 @dataclass
@@ -157,12 +182,12 @@ class Paths:
     stop: int
     """Behind the last place."""
 
-    def seen(self, window: int | None) -> Tensor:
+    def seen(self, window: Window | None) -> Tensor:
         """[S, T, D] which entries a row sees."""
-        return self.there if window is None else self.there & (self.query[..., None] - self.places < window)
+        return self.there if window is None else self.there & (self.places >= first_seen(self.query[..., None], window))
 
 
-def base_span(group: Group, first: int, stop: int, window: int | None, step: int) -> tuple[int, int]:
+def base_span(group: Group, first: int, stop: int, window: Window | None, step: int) -> tuple[int, int]:
     """(low, high): cached keys that base rows `first` to `stop` of each sequence see, low a multiple of `step`."""
     if group.width == 1 and len(group.slots) == 1:
         lowest = last = group.last
@@ -173,12 +198,12 @@ def base_span(group: Group, first: int, stop: int, window: int | None, step: int
             there = query[query >= 0]
             group.masks[key] = (int(there.min()), int(there.max())) if len(there) else (0, 0)
         lowest, last = group.masks[key]
-    low = 0 if window is None else max(0, lowest - window + 1) // step * step
+    low = 0 if window is None else max(0, first_seen(lowest, window)) // step * step
     return low, last + 1
 
 
 def hidden_keys(
-    group: Group, device: torch.device, first: int, stop: int, window: int | None, low: int, high: int
+    group: Group, device: torch.device, first: int, stop: int, window: Window | None, low: int, high: int
 ) -> Tensor:
     """[S, stop - first, high - low] which cached keys base rows `first` to `stop` of each sequence do not see."""
     key = ("hidden", first, stop, window, low, high)
@@ -187,36 +212,39 @@ def hidden_keys(
         k = np.arange(low, high)
         hidden = k >= limit
         if window is not None:
-            hidden |= query - k >= window
+            hidden |= k < first_seen(query, window)
         hidden[:, :, 0] &= query[:, :, 0] >= 0  # padding: nobody reads it, but it has to be finite
         group.masks[key] = torch.from_numpy(hidden).to(device, non_blocking=True)
     found: Tensor = group.masks[key]
     return found
 
 
-def base_visibility(group: Group, window: int | None) -> np.ndarray:
-    """[S, T, keys] whether a row sees base position k: k < limit, and within the sliding window query - k < window."""
+def base_visibility(group: Group, window: Window | None) -> np.ndarray:
+    """[S, T, keys] whether a row sees base position k: k < limit, and within the window."""
     k = np.arange(group.keys)
     seen = k < group.limit[:, :, None]
     if window is not None:
-        seen &= group.query[:, :, None] - k < window
+        seen &= k >= first_seen(group.query[:, :, None], window)
     return seen
 
 
-def block_visibility(group: Group, causal: bool, window: int | None) -> np.ndarray:
-    """[S, T, T] whether a draft row sees another of its sequence: same block, not later if causal, |q - k| < window."""
+def block_visibility(group: Group, causal: bool, window: Window | None) -> np.ndarray:
+    """[S, T, T] whether a draft row sees another of its sequence: same block, not later if causal, within the window.
+
+    A window reaches as far ahead as back: |q - k| < window, or both in one chunk.
+    """
     query, other = group.query[:, :, None], group.query[:, None, :]
     seen = group.block[:, :, None] == group.block[:, None, :]
     if causal:
         seen &= other <= query
     if window is not None:
-        seen &= np.abs(query - other) < window
+        seen &= np.minimum(query, other) >= first_seen(np.maximum(query, other), window)
     return seen
 
 
-def path_visibility(group: Group, base: Group, window: int | None) -> np.ndarray:
+def path_visibility(group: Group, base: Group, window: Window | None) -> np.ndarray:
     """[S, T, R] tree: whether a row sees base row r of this forward: an ancestor, and within the window."""
     assert group.ancestors is not None
     if window is None:
         return group.ancestors
-    return group.ancestors & (group.query[:, :, None] - base.query[:, None, :] < window)
+    return group.ancestors & (base.query[:, None, :] >= first_seen(group.query[:, :, None], window))

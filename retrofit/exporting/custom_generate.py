@@ -148,6 +148,10 @@ class Drafter:
         return logits_V.float() + self.heads["markov_w2"] @ self.heads["markov_w1"][previous]
 
 
+ENDS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
+"""What a configuration says of how far a layer sees: the mask says nothing of it."""
+
+
 class Decoder:
     """One text, decoded to its end."""
 
@@ -156,7 +160,7 @@ class Decoder:
         self.cache = DynamicCache()
         """Base K/V of all tokens but the newest, which is the seed of the next forward."""
         config = model.config.get_text_config()
-        ends = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        ends = [getattr(config, name, None) for name in ENDS]
         self.end = min((end for end in ends if end), default=1 << 30)
         """No draft stands here or behind: the context, or what a layer looks back to, which the mask does not say."""
 

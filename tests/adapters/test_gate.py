@@ -91,7 +91,7 @@ def test_nan_adapter_leaves_base_rows_bitwise_unchanged(name: str) -> None:
     assert not torch.equal(random.draft_hidden, fresh.draft_hidden)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"])
 def test_grouped_experts_too_run_base_rows_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In forwards of many rows experts are grouped, and a group's size may change the bits of each of its rows."""
     monkeypatch.setattr(hf, "FEW_ROWS", 0)

@@ -97,7 +97,7 @@ def test_the_class_of_a_configuration_is_given_back() -> None:
         before = dict(vars(kind))
         config = kind(attn_implementation="sdpa")
         undone = [answers.by_thread(config), answers.by_thread(kind())]
-        with answers.answering(config, "ours", "experts"):
+        with answers.answering(config, "ours", "experts", None):
             assert (config._attn_implementation, config._experts_implementation) == ("ours", "experts")
             assert kind(attn_implementation="sdpa")._attn_implementation == said
         for undo in undone:

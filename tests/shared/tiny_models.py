@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture the runtime serves, and of some that it must refuse.
+"""Tiny random models of the architectures that tests run on, and of some that must be refused.
 
 Built in code, without network or files: vocabulary 64, hidden 32, two or three layers, a context of 128
 positions, fp32, eval mode. The weights are larger than a usual initialisation on purpose: with transformers'
@@ -152,6 +152,27 @@ def _deepseek_v3(**changes: object) -> PreTrainedConfig:
     return DeepseekV3Config(**{**SIZES, **MOE, **MLA, **groups, "first_k_dense_replace": 1, **changes})
 
 
+def _gpt_oss() -> PreTrainedConfig:
+    """Attention sinks in both layers, of which the first slides."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return GptOssConfig(**SIZES, **experts, head_dim=8, sliding_window=WINDOW, rope_parameters=YARN)
+
+
+def _llama4() -> PreTrainedConfig:
+    """A layer that attends within chunks, and one without RoPE whose queries grow with the position."""
+    return Llama4TextConfig(
+        **SIZES,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        attention_chunk_size=WINDOW,
+        layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[1, 0],
+        floor_scale=4,
+        attn_scale=0.5,
+    )
+
+
 YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL_CONTEXT)
 LLAMA3 = _rope(
     "llama3",
@@ -188,6 +209,8 @@ CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "deepseek_v2_lite": partial(_deepseek_v2, q_lora_rank=None, rope_parameters=MLA_YARN),
     "deepseek_v3": partial(_deepseek_v3, q_lora_rank=16, rope_parameters=MLA_YARN),
     "deepseek_v3_no_q_lora": partial(_deepseek_v3, q_lora_rank=None),
+    "gpt_oss": _gpt_oss,
+    "llama4": _llama4,
 }
 
 
@@ -210,22 +233,6 @@ def _mamba() -> PreTrainedConfig:
     return MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2, **NO_SPECIAL_TOKENS)
 
 
-def _gpt_oss() -> PreTrainedConfig:
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return GptOssConfig(**SIZES, **experts, head_dim=8, sliding_window=WINDOW, rope_parameters=YARN)
-
-
-def _llama4() -> PreTrainedConfig:
-    return Llama4TextConfig(
-        **SIZES,
-        head_dim=8,
-        intermediate_size_mlp=48,
-        num_local_experts=2,
-        attention_chunk_size=WINDOW,
-        layer_types=["chunked_attention", "full_attention"],
-    )
-
-
 def _bloom() -> PreTrainedConfig:
     return BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **NO_SPECIAL_TOKENS)
 
@@ -238,8 +245,6 @@ def _falcon() -> PreTrainedConfig:
 REFUSED_CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_next": _qwen3_next,  # linear attention beside full attention
     "mamba": _mamba,  # recurrent, no attention at all
-    "gpt_oss": _gpt_oss,  # attention sinks
-    "llama4": _llama4,  # chunked attention
     "bloom": _bloom,  # computes its attention itself (alibi)
     "falcon": _falcon,  # computes its attention itself
 }

@@ -47,10 +47,10 @@ def _recomputed(forward: Callable[..., Any], backend: HFBackend) -> Callable[...
     def run(*arguments: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **named)
-        plan = named["retrofit_rows"].plan
+        context = named["retrofit_rows"]
 
         def again(*arguments: Any, **named: Any) -> Any:
-            with backend.switched(plan):
+            with backend.switched(context):
                 return forward(*arguments, **named)
 
         return checkpoint(again, *arguments, use_reentrant=False, preserve_rng_state=False, **named)

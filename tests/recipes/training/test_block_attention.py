@@ -21,7 +21,7 @@ from retrofit.adapters import gated_lora
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
-from retrofit.adapters.visibility import BlockRows
+from retrofit.adapters.visibility import BlockRows, Chunk, Window
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.training import objective
@@ -68,10 +68,12 @@ class Case:
         self.rows = [normal(1, 4, n, 8), normal(1, 2, n, 8), normal(1, 2, n, 6)]
         self.layer = normal(3, 2, 48, 8), normal(3, 2, 48, 6)
         self.given = normal(1, n, 4, 6)
+        self.sinks = normal(4)
 
-    def run(self, dense: bool, window: int | None, softcap: float | None) -> list[Tensor]:
+    def run(self, dense: bool, window: Window | None, softcap: float | None, sinks: bool = False) -> list[Tensor]:
         """Output and the gradients of query, key and value."""
         rows = [t.clone().requires_grad_() for t in self.rows]
+        beside = self.sinks if sinks else None
         if dense:
             group, cache = self.plan.draft, KVCache(3, 48)
             assert group is not None
@@ -80,23 +82,30 @@ class Case:
             seen = cache.read(0, group.slots, group.keys)
             k, v = (torch.cat(pair, dim=2) for pair in zip(seen, (k, v), strict=True))
             mask = self.plan.draft_mask(window, q.dtype)
-            out = group.flatten(attend(q, k, v, mask, False, 0.3, softcap))[None]
+            out = group.flatten(attend(q, k, v, mask, False, 0.3, softcap, beside))[None]
         else:
-            out = _training_rows(self.plan, self.layer, *rows, window, 0.3, softcap)
+            out = _training_rows(self.plan, self.layer, *rows, window, 0.3, softcap, beside)
         return [out.detach(), *torch.autograd.grad(out, rows, self.given)]
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("softcap", [None, 5.0], ids=["", "softcap"])
-@pytest.mark.parametrize("window", [None, 3, 8, 100])
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (5.0, False), (None, True)], ids=["", "cap", "sinks"])
+@pytest.mark.parametrize("window", [None, 3, 8, 100, Chunk(6)])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("sequences", SEQUENCES)
 def test_equals_one_dense_softmax(
-    sequences: str, causal: bool, window: int | None, softcap: float | None, tile: int, monkeypatch: pytest.MonkeyPatch
+    sequences: str,
+    causal: bool,
+    window: Window | None,
+    softcap: float | None,
+    sinks: bool,
+    tile: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(block_attention.TILE_SCORES, "cpu", tile)
     case = Case(SEQUENCES[sequences], causal)
-    for got, want in zip(case.run(False, window, softcap), case.run(True, window, softcap), strict=True):
+    ours, dense = (case.run(dense, window, softcap, sinks) for dense in (False, True))
+    for got, want in zip(ours, dense, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=5e-5)
 
 
@@ -217,6 +226,8 @@ STEPS: dict[str, tuple[str, DraftLayout, dict[str, Any]]] = {
     "gemma3": ("gemma3", DraftLayout(4), {"objective.draft_loss": "tv_ce"}),
     "mla": ("deepseek_v3", DraftLayout(4), {"objective.draft_loss": "tv_ce"}),
     "moe": ("qwen3_moe", DraftLayout(4), {}),
+    "sinks": ("gpt_oss", DraftLayout(4), {}),
+    "chunks": ("llama4", DraftLayout(5), {"objective.draft_loss": "tv_ce"}),
 }
 
 
@@ -260,8 +271,11 @@ def test_the_straightforward_step_is_plain_autograd(ours: Any, monkeypatch: pyte
 # Base rows in pieces, and memory
 
 
+MASKED = ("mistral_window", "gemma2", "gemma3", "phi3_window", "qwen2_window", "gpt_oss", "llama4")
+
+
 @pytest.mark.parametrize("piece", [40, 700])
-@pytest.mark.parametrize("name", ["mistral_window", "gemma2", "gemma3", "phi3_window", "qwen2_window"])
+@pytest.mark.parametrize("name", MASKED)
 def test_base_rows_in_pieces_equal_one_call(name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(name, DraftLayout(4))
     alone = [SequenceRows(0, 0, DOCUMENTS[2].tokens)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
-from retrofit.adapters.visibility import Group
+from retrofit.adapters.visibility import Chunk, Group, Window
 
 
 class Row(NamedTuple):
@@ -36,22 +36,29 @@ def defined_rows(sequences: Sequence[SequenceRows]) -> list[Row]:
     return rows
 
 
-def sees_base(row: Row, position: int, window: int | None) -> bool:
+def within(position: int, other: int, window: Window | None) -> bool:
+    """Whether two positions are near enough to each other."""
+    if isinstance(window, Chunk):
+        return position // window.size == other // window.size
+    return window is None or abs(position - other) < window
+
+
+def sees_base(row: Row, position: int, window: Window | None) -> bool:
     """Whether `row` sees the base K/V of its own sequence at `position`."""
     if row.block is None:
         visible = position <= row.position
     else:
         visible = position < row.start
-    return visible and (window is None or row.position - position < window)
+    return visible and within(row.position, position, window)
 
 
-def sees_draft(row: Row, other: Row, causal: bool, window: int | None) -> bool:
+def sees_draft(row: Row, other: Row, causal: bool, window: Window | None) -> bool:
     """Whether draft row `row` sees draft row `other`."""
     if row.block is None or other.block is None or row.block != other.block:
         return False
     if causal and other.position > row.position:
         return False
-    return window is None or abs(row.position - other.position) < window
+    return within(row.position, other.position, window)
 
 
 def random_sequences(rng: random.Random) -> list[SequenceRows]:
@@ -70,7 +77,7 @@ def random_sequences(rng: random.Random) -> list[SequenceRows]:
 
 
 CASES = range(60)
-WINDOWS = (None, 1, 3, 8)
+WINDOWS = (None, 1, 3, 8, Chunk(1), Chunk(5))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -121,7 +128,7 @@ def places(group: Group, rows: list[Row], order: list[int]) -> Iterator[tuple[in
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("case", CASES)
-def test_base_visibility(case: int, window: int | None) -> None:
+def test_base_visibility(case: int, window: Window | None) -> None:
     sequences = random_sequences(random.Random(case))
     plan = RowPlan(sequences)
     rows = defined_rows(sequences)[: plan.num_base]
@@ -144,7 +151,7 @@ def test_base_visibility(case: int, window: int | None) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("case", CASES)
-def test_draft_visibility(case: int, window: int | None, causal: bool) -> None:
+def test_draft_visibility(case: int, window: Window | None, causal: bool) -> None:
     sequences = random_sequences(random.Random(case))
     plan = RowPlan(sequences, causal_blocks=causal)
     rows = defined_rows(sequences)[plan.num_base :]
@@ -196,7 +203,7 @@ def path_to(seq: SequenceRows, row: int) -> list[int]:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("case", CASES[::3])
-def test_tree_visibility(case: int, window: int | None, causal: bool) -> None:
+def test_tree_visibility(case: int, window: Window | None, causal: bool) -> None:
     """A row sees the cache below the sequence's start, its own ancestors, and (draft rows) its own block."""
     sequences = random_tree(random.Random(case))
     plan = RowPlan(sequences, causal_blocks=causal)
@@ -212,7 +219,7 @@ def test_tree_visibility(case: int, window: int | None, causal: bool) -> None:
             path = path_to(seq, t)
             q = seq.start + len(path) - 1
             assert positions[first + t] == q
-            near = [window is None or q - k < window for k in range(q + 1)]
+            near = [within(q, k, window) for k in range(q + 1)]
             want = [k < seq.start and k < len(near) and near[k] for k in range(keys)]
             want += [r in path and near[seq.start + path.index(r)] for r in range(width)]
             assert seen[s, t].tolist() == want
@@ -227,12 +234,11 @@ def test_tree_visibility(case: int, window: int | None, causal: bool) -> None:
         for t, (block, i) in enumerate(of_row):
             path, q = path_to(seq, block.anchor), block.start + i
             assert block.start == seq.start + len(path)
-            near = [window is None or q - k < window for k in range(q + 1)]
+            near = [within(q, k, window) for k in range(q + 1)]
             want = [k < seq.start and near[k] for k in range(keys)]
             want += [r in path and near[seq.start + path.index(r)] for r in range(width)]
             for other, o in of_row:
-                distance = abs(i - o)
                 visible = other is block and not (causal and o > i)
-                want.append(visible and (window is None or distance < window))
+                want.append(visible and within(q, block.start + o, window))
             want += [False] * (rows - len(of_row))
             assert seen[s, t].tolist() == want

@@ -23,6 +23,8 @@ class _Asked(threading.local):
     config: Any = None
     attention: str | None = None
     experts: str | None = None
+    rows: Any = None
+    """The forward's `ForwardContext`, for attention that is not handed its keyword arguments."""
 
 
 _ASKED = _Asked()
@@ -34,15 +36,23 @@ _BEFORE: dict[type, dict[str, Any]] = {}
 
 
 @contextmanager
-def answering(config: Any, attention: str, experts: str | None) -> Iterator[None]:
-    """Let this configuration answer so, to this thread, until the end of the block.  `by_thread` must be in force."""
+def answering(config: Any, attention: str, experts: str | None, rows: Any) -> Iterator[None]:
+    """Let this configuration answer so, to this thread, until the end of the block.  `by_thread` must be in force.
+
+    rows: what `rows_now` says meanwhile.
+    """
     asked = _ASKED
-    before = (asked.config, asked.attention, asked.experts)
+    before = (asked.config, asked.attention, asked.experts, asked.rows)
     try:
-        asked.config, asked.attention, asked.experts = config, attention, experts
+        asked.config, asked.attention, asked.experts, asked.rows = config, attention, experts, rows
         yield
     finally:
-        asked.config, asked.attention, asked.experts = before
+        asked.config, asked.attention, asked.experts, asked.rows = before
+
+
+def rows_now() -> Any:
+    """The `ForwardContext` of the forward of ours that this thread runs; None: it runs none."""
+    return _ASKED.rows
 
 
 def by_thread(config: Any) -> Callable[[], None]:

@@ -10,7 +10,7 @@ Not here: what a row sees (`adapters/rows.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,22 +20,23 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from retrofit.adapters.rows import RowPlan
-from retrofit.adapters.visibility import Group
+from retrofit.adapters.visibility import Chunk, Group, Window, hiding
 from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.hf import exact_attention, parts
+from retrofit.runtime.backends.hf.answers import rows_now
 from retrofit.runtime.backends.hf.block_attention import Call, block_attention, tiles_of
 from retrofit.runtime.backends.hf.cache import KVCache
-from retrofit.runtime.backends.hf.exact_attention import Form
+from retrofit.runtime.backends.hf.exact_attention import Form, weights_of
 from retrofit.runtime.backends.hf.refused import refuse_call
 from retrofit.runtime.backends.sizes import size_for
 
-How = tuple[int | None, float, float | None]
-"""Sliding window, scale, soft-cap."""
+How = tuple[Window | None, float, float | None, Tensor | None]
+"""Window, scale, soft-cap, and attention sinks [Hq]: a score of each head that stands for no key."""
 ATTENTION = "retrofit"
 LARGE_MASK = 1 << 22
 """Rows times keys of one sequence from which base rows are masked in pieces."""
 LARGE_SCORES = 1 << 24
-"""Heads times rows times keys of one sequence from which soft-capped scores are made in pieces."""
+"""Heads times rows times keys of one sequence from which scores, where they are made, are made in pieces."""
 FEW_SCORES = {"cpu": 1 << 21, "cuda": 0}
 """Up to so many scores draft rows attend by one dense call while training too: many small steps would take longer."""
 PIECE = 1 << 22
@@ -50,8 +51,10 @@ class ForwardContext:
     cache: KVCache
     form: Form | None = None
     """How base rows attend where their bits must not depend on the rows beside them; None: as is fastest."""
-    calls: list[tuple[int, int | None]] = field(default_factory=list)
-    """(layer, sliding window) of every call."""
+    calls: list[tuple[int, Window | None]] = field(default_factory=list)
+    """(layer, window) of every call."""
+    chunks: Mapping[int, Chunk] = field(default_factory=dict)
+    """layer -> its chunks, of layers that attend within chunks: their attention does not say so."""
     sliding: RowPlan | None = None
     """The plan as layers see it that keep no more than a window."""
 
@@ -77,28 +80,30 @@ def attend(
     causal: bool,
     scaling: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scaling * q k^T [soft-capped] + mask) v for grouped queries.
+    """softmax(scaling * q k^T [soft-capped] + mask) v for grouped queries; with sinks [Hq], over them too.
 
     query [S, Hq, T, D], key [S, Hkv, L, D], value [S, Hkv, L, Dv], mask additive [S, 1, T, L] -> [S, Hq, T, Dv].
     """
     groups = query_SHTD.shape[1] // key.shape[1]
-    if softcap is None and value.shape[-1] < key.shape[-1]:
+    plain = softcap is None and sinks is None
+    if plain and value.shape[-1] < key.shape[-1]:
         # MLA: the fast kernels want equal widths; zero columns of V only add zero columns to the output.
         padded = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
         return attend(query_SHTD, key, padded, mask, causal, scaling, None)[..., : value.shape[-1]]
-    if softcap is None:
+    if plain:
         return F.scaled_dot_product_attention(
             query_SHTD, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1
         )
     S, H, T, D = query_SHTD.shape
     scores = query_SHTD.reshape(S, H // groups, groups * T, D) @ key.transpose(2, 3) * scaling
-    scores = (softcap * torch.tanh(scores / softcap)).view(S, H, T, -1)
+    scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)).view(S, H, T, -1)
     if causal:
         scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), float("-inf"))
     if mask is not None:
         scores = scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_SHTD.dtype)
+    weights = weights_of(scores.float(), None if sinks is None else sinks[:, None, None]).to(query_SHTD.dtype)
     out = weights.view(S, H // groups, groups * T, -1) @ value
     return out.view(S, H, T, -1)
 
@@ -113,6 +118,7 @@ def row_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     retrofit_rows: ForwardContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -120,13 +126,15 @@ def row_attention(
 
     Base rows write their K/V first and then read base K/V only; draft rows read base K/V and their own block.
     """
-    if retrofit_rows is None:
+    context = rows_now() if retrofit_rows is None else retrofit_rows  # not every model hands keyword arguments on
+    if context is None:
         raise NoRowPlan("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
     refuse_call(module, attention_mask, kwargs)
-    context, cache, layer = retrofit_rows, retrofit_rows.cache, layer_of(module)
+    cache, layer = context.cache, layer_of(module)
     plan = context.plan_at(layer)
-    context.calls.append((layer, sliding_window))
-    how = (sliding_window, scaling if scaling is not None else query.shape[-1] ** -0.5, softcap)
+    window = context.chunks.get(layer) if sliding_window is None else sliding_window
+    context.calls.append((layer, window))
+    how = (window, scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     if plan.base is not None and (plan.alone or (context.form is not None and plan.prompts)):
         return _alone(context, plan, layer, query, key, value, how)[None], None
     if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
@@ -212,10 +220,10 @@ def _base_group(
     there = cache.columns(layer)
     if tree:
         cached = cache.read(layer, group.slots, form.columns(plan.paths.stop, there, query.dtype))
-        window, scale, softcap = how
+        window, scale, softcap, sinks = how
         if form.kernel and parts.fits(query, tree[0][1], softcap):
-            return parts.tree_attention(group, plan.paths, query, cached, tree[0], window, scale, form)
-        return exact_attention.tree_attention(group, plan.paths, query, cached, tree[0], window, scale, softcap, form)
+            return parts.tree_attention(group, plan.paths, query, cached, tree[0], window, scale, sinks, form)
+        return exact_attention.tree_attention(group, plan.paths, query, cached, tree[0], *how, form)
     outs = []
     for first, stop in group.runs:  # slots that are neighbours are read where they are
         some = group if stop - first == len(group.slots) else group.some(first, stop)
@@ -226,10 +234,10 @@ def _base_group(
 
 def _exact_rows(group: Group, query: Tensor, key: Tensor, value: Tensor, how: How, form: Form) -> Tensor:
     """Base rows [S, Hq, T, D] over the base keys [S, Hk, L, .], in a form of their own."""
-    window, scale, softcap = how
+    window, scale, softcap, sinks = how
     if form.kernel and parts.fits(query, value, softcap):
-        return parts.base_attention(group, query, key, value, window, scale, form)
-    return exact_attention.base_attention(group, query, key, value, window, scale, softcap, form)
+        return parts.base_attention(group, query, key, value, window, scale, sinks, form)
+    return exact_attention.base_attention(group, query, key, value, *how, form)
 
 
 def _draft_group(
@@ -241,40 +249,48 @@ def _draft_group(
     how: How,
 ) -> Tensor:
     """Draft rows [S, Hq, T, D]; own: K and V of a tree's base rows, where drafts branch, and of these rows."""
-    group, (window, scale, softcap) = plan.draft, how
+    group, (window, scale, softcap, sinks) = plan.draft, how
     assert group is not None
     cached = context.cache.read(layer, group.slots, group.keys)
     if parts.fits(query, own[-1][1], softcap) and not any(t.requires_grad for t in (query, *own[-1])):
-        return parts.draft_attention(plan, query, cached, _joined(own), window, scale)
+        return parts.draft_attention(plan, query, cached, _joined(own), window, scale, sinks)
     k, v = _joined([cached, *own])
-    return attend(query, k, v, plan.draft_mask(window, query.dtype), False, scale, softcap)
+    return attend(query, k, v, plan.draft_mask(window, query.dtype), False, scale, softcap, sinks)
 
 
 def _base_rows(
-    plan: RowPlan, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, softcap: float | None
+    plan: RowPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Base rows [S, Hq, T, D] over the base keys [S, Hk, L, .]."""
     group = plan.base
     assert group is not None
     S, H, T = query.shape[:3]
-    masked = (window is not None and group.last >= window) or not (group.plain_causal or T == 1)
-    scores = H * T * group.keys if softcap is not None else 0
+    window = hiding(window, group.last)
+    masked = window is not None or not (group.plain_causal or T == 1)
+    made = softcap is not None or sinks is not None  # scores of all rows and keys
+    scores = H * T * group.keys if made else 0
     if plan.tree or not (scores > LARGE_SCORES or (masked and T * group.keys > LARGE_MASK)):
         mask, causal = plan.base_mask(window, query.dtype)
-        return attend(query, key, value, mask, causal, scale, softcap)
-    room = max(1, PIECE // (S * (H if softcap is not None else 1)))
+        return attend(query, key, value, mask, causal, scale, softcap, sinks)
+    room = max(1, PIECE // (S * (H if made else 1)))
     rows = max(1, room // group.keys)
     if window is not None:  # a piece reads rows + window keys
-        rows = max(rows, int((window**2 + 4 * room) ** 0.5 - window) // 2)
+        size = window.size if isinstance(window, Chunk) else window
+        rows = max(rows, int((size**2 + 4 * room) ** 0.5 - size) // 2)
     out = query.new_empty(S, H, T, value.shape[-1])
     for first in range(0, T, rows):
         piece = slice(first, min(first + rows, T))
         low, high, seen = plan.base_part(window, piece.start, piece.stop)
         mask = torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-        seen_keys = slice(low, high)
-        out[:, :, piece] = attend(
-            query[:, :, piece], key[:, :, seen_keys], value[:, :, seen_keys], mask[:, None], False, scale, softcap
-        )
+        k, v = (t[:, :, low:high] for t in (key, value))
+        out[:, :, piece] = attend(query[:, :, piece], k, v, mask[:, None], False, scale, softcap, sinks)
     return out
 
 
@@ -284,14 +300,15 @@ def _training_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    window: int | None,
+    window: Window | None,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Draft rows [1, H, N, D] of which gradients are wanted -> [1, N, Hq, Dv]."""
     rows = plan.block_rows
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    call = Call(tiles_of(rows, heads, window, plan.causal_blocks), rows.block, groups, scale, softcap)
+    call = Call(tiles_of(rows, heads, window, plan.causal_blocks), rows.block, groups, scale, softcap, sinks)
     if rows.gather is None:
         out = block_attention(query[0], key[0], value[0], *layer, call)
     else:

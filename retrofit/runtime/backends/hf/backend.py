@@ -42,8 +42,9 @@ from retrofit.runtime.backends.hf.linear.experts import separate_experts
 from retrofit.runtime.backends.hf.linear.packing import install
 from retrofit.runtime.backends.hf.linear.products import Cut, Product
 from retrofit.runtime.backends.hf.load_check import check_model
-from retrofit.runtime.backends.hf.refused import refuse_unsupported
+from retrofit.runtime.backends.hf.refused import chunks_of, refuse_unsupported
 from retrofit.runtime.backends.hf.rotation import lock_rotation
+from retrofit.runtime.backends.hf.row_positions import asked_of_cache, instead_of_cache
 from retrofit.runtime.backends.interface import EXACT_PREFILL_ROWS, PREFILL_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns
 from retrofit.runtime.rules.sampling import Processing, choose
@@ -145,6 +146,8 @@ class HFBackend:
         """Linear layers by name, once they run as products of ours."""
         self.head = VocabHead(model, gate)
         self.per_layer: Callable[[Tensor], Tensor] | None = per_layer_inputs(self.trunk)
+        self.asked_of_cache = asked_of_cache(self.trunk, self.config)
+        self.chunks = chunks_of(self.config)
         self.device = self.embedding.weight.device
         self.dtype = self.embedding.weight.dtype
         self.work_per_row = 2.0 * sum(p.numel() for p in model.parameters())
@@ -290,12 +293,14 @@ class HFBackend:
     def run_trunk(self, plan: RowPlan, cache: KVCache, context: ForwardContext | None = None) -> Tensor:
         """[N, H] last hidden states of all rows.  Raises UsageError when this is closed, or the model being trained."""
         self.turns.check_open()
-        context = context or ForwardContext(plan, cache, self.form)
+        context = context or ForwardContext(plan, cache, self.form, chunks=self.chunks)
         for sequence in plan.sequences:
             cache.make_room(sequence.slot, sequence.start, len(sequence.tokens))
         embeds = self.embed(plan)
-        extra = {} if self.per_layer is None else {"per_layer_inputs": self.per_layer(plan.ids[None])}
-        with self.switched(plan):
+        extra = instead_of_cache(self.asked_of_cache, plan.positions)
+        if self.per_layer is not None:
+            extra["per_layer_inputs"] = self.per_layer(plan.ids[None])
+        with self.switched(context):
             hidden: Tensor = self.trunk(
                 inputs_embeds=embeds[None],
                 position_ids=plan.positions,
@@ -322,12 +327,13 @@ class HFBackend:
         return embeds.index_put((plan.masked,), vector.to(embeds.dtype).expand(len(plan.masked), -1))
 
     @contextmanager
-    def switched(self, plan: RowPlan) -> Iterator[None]:
+    def switched(self, context: ForwardContext) -> Iterator[None]:
         """The model as a forward of these rows needs it, for this thread and no other."""
+        plan = context.plan
         few = plan.num_rows <= FEW_ROWS or (plan.least_rows > 1 and not is_prefill(plan.sequences))
         experts = "batched_mm" if self.experts is not None and few else self.experts
         before = self.gate.base_rows
-        with answering(self.config, ATTENTION, experts):
+        with answering(self.config, ATTENTION, experts, context):
             try:
                 self.gate.base_rows = plan.first_draft
                 yield

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from retrofit.adapters.visibility import BlockRows
+from retrofit.adapters.visibility import BlockRows, Window, first_seen, hiding
 from retrofit.runtime.backends.sizes import size_for
 
 TILE_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
@@ -59,12 +59,14 @@ class Call:
     groups: int
     scaling: float
     softcap: float | None
+    sinks: Tensor | None = None
+    """[Hq] score of each head that stands for no key; gets no gradient."""
 
 
-def tiles_of(rows: BlockRows, heads: int, window: int | None, causal: bool) -> list[Tile]:
+def tiles_of(rows: BlockRows, heads: int, window: Window | None, causal: bool) -> list[Tile]:
     """How the draft rows of a forward are cut up; the same in all layers with this window, so kept in `rows`."""
     budget = size_for(TILE_SCORES, rows.device)
-    window = None if window is None or rows.last < window else window
+    window = hiding(window, rows.last)
     key = (window, heads, budget)
     if key not in rows.tiles:
         tiles = []
@@ -83,12 +85,12 @@ def tiles_of(rows: BlockRows, heads: int, window: int | None, causal: bool) -> l
     return rows.tiles[key]
 
 
-def _reach(starts: list[int], window: int | None) -> tuple[int, int]:
+def _reach(starts: list[int], window: Window | None) -> tuple[int, int]:
     """The keys that any row of blocks with these starts sees."""
-    return (0 if window is None else max(0, min(starts) - window + 1)), max(starts)
+    return (0 if window is None else max(0, first_seen(min(starts), window))), max(starts)
 
 
-def _tile(rows: BlockRows, first: int, stop: int, window: int | None, causal: bool) -> Tile:
+def _tile(rows: BlockRows, first: int, stop: int, window: Window | None, causal: bool) -> Tile:
     starts, K = rows.starts[first:stop], rows.block
     low, high = _reach(starts, window)
     start, length = (torch.tensor(t[first:stop])[:, None, None] for t in (rows.starts, rows.lengths))
@@ -101,8 +103,9 @@ def _tile(rows: BlockRows, first: int, stop: int, window: int | None, causal: bo
     if causal:
         near = near | (slot > slot[:, None])
     if window is not None:
-        far = far | (start + slot[:, None] - keys >= window)
-        near = near | ((slot[:, None] - slot).abs() >= window)
+        query, other = start + slot[:, None], start + slot
+        far = far | (keys < first_seen(query, window))
+        near = near | (torch.minimum(query, other) < first_seen(torch.maximum(query, other), window))
     masks = (torch.zeros(t.shape).masked_fill_(t, HIDDEN)[:, None].to(rows.device) for t in (far, near))
     return Tile(rows.slots[first], first, stop, low, high, all_see - low, *masks)
 
@@ -128,6 +131,8 @@ class _BlockAttention(torch.autograd.Function):
             q, v = view.rows(query), view.block(value)
             near = view.near_scores(q, view.block(key))
             total = near.logsumexp(-1, keepdim=True)
+            if call.sinks is not None:
+                total = torch.logaddexp(total, view.sinks(call.sinks))
             mixed = torch.zeros((), device=q.device)
             if tile.high > tile.low:
                 far = view.far_scores(q, view.cached(keys))
@@ -212,6 +217,11 @@ class _View:
         Hk, _, D = tile.shape
         part = self._slice(rows_HND)
         part.view(Hk, G, c, K, D).copy_(tile.view(Hk, c, G, K, D).transpose(1, 2))
+
+    def sinks(self, sinks_H: Tensor) -> Tensor:
+        """[Hq] -> fp32 [Hk, c * G * K, 1]."""
+        c, G, K = self._shape
+        return sinks_H.float().view(-1, 1, G, 1).expand(-1, c, G, K).reshape(-1, c * G * K, 1)
 
     def block(self, rows_HND: Tensor) -> Tensor:
         """[Hk, N, D] -> [Hk * c, K, D]."""

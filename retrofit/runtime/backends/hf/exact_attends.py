@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.rows import RowPlan, SequenceRows
+from retrofit.adapters.visibility import Chunk, Window
 from retrofit.runtime.backends.hf.attention import ForwardContext, row_attention
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.cache import KVCache
@@ -55,8 +56,9 @@ class _Shape(NamedTuple):
     kv_heads: int
     width: int
     value_width: int
-    window: int | None
+    window: Window | None
     softcap: float | None
+    sinks: bool
 
 
 def _shapes(backend: HFBackend) -> list[_Shape]:
@@ -67,9 +69,11 @@ def _shapes(backend: HFBackend) -> list[_Shape]:
     heads = backend.config.num_attention_heads
     found = {(heads, k.shape[1], k.shape[3], v.shape[3]) for k, v in cache.layers.values()}
     slides = has_sliding_window(backend.config, backend.context_length)
-    windows = {None, backend.config.sliding_window if slides else None}
+    windows = {None, backend.config.sliding_window if slides else None, *backend.chunks.values()}
     softcap = getattr(backend.config, "attn_logit_softcapping", None)
-    return [_Shape(*sizes, window, softcap) for sizes in sorted(found) for window in windows]
+    # Where some layers have sinks and others do not, every size is tried in both ways.
+    sinks = {module.sinks is not None for module in backend.trunk.modules() if hasattr(module, "sinks")} or {False}
+    return [_Shape(*sizes, w, softcap, has) for sizes in sorted(found) for w in windows for has in sorted(sinks)]
 
 
 @dataclass
@@ -77,8 +81,9 @@ class _Attending:
     """Rows of one chain that attend from `start` on, over a cache of random K and V; slot 1 holds what slot 0 does."""
 
     form: Form
-    window: int | None
+    window: Window | None
     softcap: float | None
+    sinks: Tensor | None
     start: int
     cache: KVCache
     own: tuple[Tensor, ...]
@@ -102,7 +107,7 @@ class _Attending:
         layer = SimpleNamespace(layer_idx=0)
         return attend(
             layer, query[None], key[None], value[None], None, sliding_window=self.window, softcap=self.softcap,
-            retrofit_rows=context,
+            s_aux=self.sinks, retrofit_rows=context,
         )[0][0]  # fmt: skip
 
     def rows(self, slot: int, first: int = 0, count: int | None = None) -> tuple[SequenceRows, list[int]]:
@@ -149,14 +154,16 @@ def _attends(backend: HFBackend, form: Form, shape: _Shape, generator: torch.Gen
     for start in STARTS:
         differs = differs or _drawn(backend, form, shape, start, generator)
     said = f"{shape.heads} heads, {shape.kv_heads} K/V, width {shape.width}"
-    said += f", window {shape.window}" if shape.window else ""
+    said += f", chunks of {shape.window.size}" if isinstance(shape.window, Chunk) else ""
+    said += f", window {shape.window}" if isinstance(shape.window, int) else ""
+    said += ", sinks" if shape.sinks else ""
     tried = f"alone, 2 to {ATTENDING} rows, beside others, another slot, a tree; at {', '.join(map(str, STARTS))}"
     return Check("attention", said, form.name, differs or tried, differs is None)
 
 
 def _drawn(backend: HFBackend, form: Form, shape: _Shape, start: int, generator: torch.Generator) -> str | None:
     """What `differing` says of random rows in which most of every sum cancels out, so that its order shows."""
-    heads, kv_heads, width, value_width, window, softcap = shape
+    heads, kv_heads, width, value_width, window, softcap, has_sinks = shape
     length, dtype, device = start + ATTENDING, backend.dtype, backend.device
     key = cancelling(kv_heads * length, width, torch.empty(0, dtype=dtype, device=device), generator)
     key = key.view(kv_heads, length, width)
@@ -180,4 +187,5 @@ def _drawn(backend: HFBackend, form: Form, shape: _Shape, start: int, generator:
         kept[:2, :, :start] = drawn[:, :start]
     own = query, key[:, start:], value[:, start:]
     beside = tuple(torch.randn(t.shape, device=device, generator=generator).to(dtype) for t in own)
-    return _Attending(form, window, softcap, start, cache, own, beside).differing()
+    sinks = torch.randn(heads, device=device, generator=generator).to(dtype) if has_sinks else None
+    return _Attending(form, window, softcap, sinks, start, cache, own, beside).differing()

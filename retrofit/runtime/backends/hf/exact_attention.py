@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrofit.adapters.visibility import Group, Paths, base_span, hidden_keys
+from retrofit.adapters.visibility import Group, Paths, Window, base_span, first_seen, hidden_keys, hiding
 from retrofit.runtime.backends.hf.elementwise import by_one_thread
 from retrofit.runtime.backends.levels import HALF
 
@@ -92,9 +92,10 @@ def base_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    window: int | None,
+    window: Window | None,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None,
     form: Form,
 ) -> Tensor:
     """Base rows [S, Hq, T, D] over the cached keys [S, Hk, L, .], L = form.columns(group.keys, ..) -> [S, Hq, T, Dv].
@@ -102,7 +103,7 @@ def base_attention(
     For forwards whose drafts do not branch.
     """
     S, H, T = query.shape[:3]
-    window = window if window is not None and group.last >= window else None
+    window = hiding(window, group.last)
     size = max(1, min(TILE, TILE_SCORES // (S * H * key.shape[2])))
     outs = []
     for first in range(0, T, size):
@@ -111,7 +112,7 @@ def base_attention(
         high = form.columns(high, key.shape[2], query.dtype) if low == 0 else form.padded(high)
         scores = _scores(query[:, :, first:stop], key[:, :, low:high], scale, softcap, form)
         _hide(scores, group, first, stop, window, low, high)
-        weights = torch.softmax(scores, -1).to(query.dtype).flatten(2, 3)
+        weights = weights_of(scores, _by_group(sinks, scores)).to(query.dtype).flatten(2, 3)
         out = _with_values(weights, value[:, :, low:high], form).to(query.dtype)
         outs.append(out.reshape(S, H, stop - first, -1))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -123,9 +124,10 @@ def tree_attention(
     query: Tensor,
     cached: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
-    window: int | None,
+    window: Window | None,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None,
     form: Form,
 ) -> Tensor:
     """Base rows [S, Hq, T, D] of a forward whose drafts branch -> [S, Hq, T, Dv].
@@ -135,7 +137,7 @@ def tree_attention(
     """
     (key, value), (own_key, own_value) = cached, own
     (S, H, T), Hk = query.shape[:3], key.shape[1]
-    window = window if window is not None and group.last >= window else None
+    window = hiding(window, group.last)
     scores = _scores(query, key, scale, softcap, form)
     scores.masked_fill_(hidden_keys(group, key.device, 0, T, window, 0, key.shape[2])[:, None, None], float("-inf"))
     filled = F.pad(own_key, (0, 0, 0, form.padded(T) - T))
@@ -143,7 +145,7 @@ def tree_attention(
     along = _scores(query, filled, scale, softcap, form).gather(-1, rows)
     along.masked_fill_(~paths.seen(window)[:, None, None], float("-inf"))
     scores.scatter_(-1, paths.places[:, None, None].expand_as(along), along)
-    weights = torch.softmax(scores, -1).to(query.dtype)
+    weights = weights_of(scores, _by_group(sinks, scores)).to(query.dtype)
 
     first = min(paths.starts) // form.piece * form.piece
     shared = _with_values(weights[..., :first].flatten(2, 3), value[:, :, :first], form) if first else None
@@ -159,12 +161,31 @@ def tree_attention(
     return out.reshape(S, T, H, -1).transpose(1, 2)
 
 
-def _hide(scores_SHGTL: Tensor, group: Group, first: int, stop: int, window: int | None, low: int, high: int) -> None:
+def weights_of(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """softmax over the scores [.., L] of a row, and over its sink too, a score that stands for no key.
+
+    sinks: [.., 1] as scores, but for dimensions that are expanded.
+    """
+    if sinks is None:
+        return torch.softmax(scores, -1)
+    # Behind the keys: whatever their number, the sink is then added last.
+    column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1].contiguous()
+
+
+def _by_group(sinks: Tensor | None, scores_SHGTL: Tensor) -> Tensor | None:
+    """[Hq] -> [Hk, G, 1, 1]."""
+    return None if sinks is None else sinks.view(*scores_SHGTL.shape[1:3], 1, 1)
+
+
+def _hide(
+    scores_SHGTL: Tensor, group: Group, first: int, stop: int, window: Window | None, low: int, high: int
+) -> None:
     """Minus infinity for the keys that a row does not see."""
     if group.width == 1 and len(group.slots) == 1:
         scores_SHGTL[..., group.last + 1 - low :] = float("-inf")
         if window is not None:
-            scores_SHGTL[..., : group.last - window + 1 - low] = float("-inf")
+            scores_SHGTL[..., : first_seen(group.last, window) - low] = float("-inf")
     else:
         hidden = hidden_keys(group, scores_SHGTL.device, first, stop, window, low, high)
         scores_SHGTL.masked_fill_(hidden[:, None, None], float("-inf"))

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
 from retrofit.adapters.rows import Block, RowPlan, SequenceRows
+from retrofit.adapters.visibility import Chunk, Window
 from retrofit.errors import RetrofitError, UnsupportedModelError
-from retrofit.runtime.backends.hf.attention import ForwardContext, NoRowPlan
+from retrofit.runtime.backends.hf.attention import ForwardContext
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.refused import has_sliding_window
 
@@ -62,7 +63,7 @@ def check_model(backend: HFBackend) -> dict[int, int]:
     cache = KVCache(2, length)
     middle = length // 2
     first = backend.row_plan([SequenceRows(0, 0, tokens[:middle])])
-    calls: list[tuple[int, int | None]] = []
+    calls: list[tuple[int, Window | None]] = []
     got = _or_refused(name, "a forward of rows", lambda: row_logits(backend, first, cache, calls))
     if differs(got, want[:middle], backend.dtype, routed):
         raise UnsupportedModelError(f"{name}: {why_first(backend, tokens, want, got)}")
@@ -78,8 +79,8 @@ def check_model(backend: HFBackend) -> dict[int, int]:
     for what, right in kinds.items():
         mine, got = got[: len(right)], got[len(right) :]
         if differs(mine, right, backend.dtype, routed):
-            raise UnsupportedModelError(f"{name}: {why_second(backend, what, mine, right)}")
-    return {layer: window for layer, window in calls if window is not None}
+            raise UnsupportedModelError(f"{name}: {why_second(what, mine, right)}")
+    return {layer: window for layer, window in calls if isinstance(window, int)}
 
 
 def check_length(config: Any, context: int) -> int:
@@ -108,13 +109,13 @@ def own_logits(backend: HFBackend, tokens: list[list[int]], **more: Any) -> Tens
 
 
 def row_logits(
-    backend: HFBackend, plan: RowPlan, cache: KVCache, calls: list[tuple[int, int | None]] | None = None
+    backend: HFBackend, plan: RowPlan, cache: KVCache, calls: list[tuple[int, Window | None]] | None = None
 ) -> Tensor:
     """[N, V] of all rows, adapter off.  Raises UnsupportedModelError where layers call our attention wrongly.
 
-    calls: gets (layer, sliding window) of every call.
+    calls: gets (layer, window) of every call.
     """
-    context = ForwardContext(plan, cache, calls=[] if calls is None else calls)
+    context = ForwardContext(plan, cache, calls=[] if calls is None else calls, chunks=backend.chunks)
     with adapter_off(backend):
         hidden = backend.run_trunk(plan, cache, context)
     check_calls(type(backend.model).__name__, backend.config, backend.context_length, context.calls)
@@ -135,7 +136,7 @@ def adapter_off(backend: HFBackend) -> Iterator[None]:
             module.gate = backend.gate
 
 
-def check_calls(name: str, config: Any, context_length: int, calls: list[tuple[int, int | None]]) -> None:
+def check_calls(name: str, config: Any, context_length: int, calls: list[tuple[int, Window | None]]) -> None:
     """Every layer once, and each with its own window."""
     layers = Counter(layer for layer, _ in calls)
     if any(count > 1 for count in layers.values()):
@@ -153,6 +154,8 @@ def check_calls(name: str, config: Any, context_length: int, calls: list[tuple[i
         return
     kinds = getattr(config, "layer_types", None)
     for layer, window in calls:
+        if isinstance(window, Chunk):  # by the configuration, not by the call
+            continue
         slides = kinds is None or kinds[layer] == "sliding_attention"
         if slides and window is None:
             raise UnsupportedModelError(
@@ -197,9 +200,7 @@ def why_first(backend: HFBackend, tokens: list[int], want: Tensor, got: Tensor) 
     )
 
 
-def why_second(backend: HFBackend, what: str, got: Tensor, want: Tensor) -> str:
-    if "position_ids" not in inspect.signature(backend.trunk.forward).parameters:
-        return "it takes positions from the length of its cache, and cannot be told them row by row (position_ids)"
+def why_second(what: str, got: Tensor, want: Tensor) -> str:
     return f"logits of {what} differ from the model's own by {row_errors(got, want).max():.2g} of their spread"
 
 
@@ -207,10 +208,6 @@ def _or_refused(name: str, what: str, run: Callable[[], Tensor]) -> Tensor:
     """What a model's own code trips over is a reason to refuse it; being out of memory is none."""
     try:
         return run()
-    except NoRowPlan as error:
-        raise UnsupportedModelError(
-            f"{name} does not hand keyword arguments on to its attention function, which is how a row plan gets there"
-        ) from error
     except (RetrofitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -10,11 +10,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from retrofit.adapters.live import refuse_adapters
+from retrofit.adapters.visibility import Chunk
 from retrofit.errors import UnsupportedModelError
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 OTHER_LAYERS = {
-    "chunked_attention": "uses chunked attention",
     "window_attention": "attends within windows that do not overlap",
     "indexed_attention": "has sparse attention: an indexer picks the keys that each row sees",
     "minimax_m3_sparse": "has sparse attention: an indexer picks the keys that each row sees",
@@ -24,7 +24,6 @@ OTHER_LAYERS = {
 }
 """Kinds of layers that are no recurrence, and still not something that a row plan can say."""
 ATTENTION_ARGUMENTS = {
-    "s_aux": "has attention sinks",
     "sinks": "has attention sinks",
     "position_bias": "adds a bias of its own to its attention scores",
     "indices": OTHER_LAYERS["indexed_attention"],
@@ -42,8 +41,6 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; retrofit converts decoder-only models")
     kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
-    if getattr(config, "attention_chunk_size", None):
-        kinds.add("chunked_attention")
     recurrent = sorted(kinds - set(OTHER_LAYERS))
     if kinds and not recurrent:
         raise unsupported_yet(name, OTHER_LAYERS[min(kinds)])
@@ -52,8 +49,6 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} has recurrent or linear-attention layers ({', '.join(recurrent) or 'a recurrent state'}), "
             "whose state cannot be rolled back"
         )
-    if any(hasattr(m, "sinks") for m in model.modules()):
-        raise unsupported_yet(name, ATTENTION_ARGUMENTS["sinks"])
     if not model._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{name} does not call transformers' attention interface, which retrofit drives it by"
@@ -76,6 +71,12 @@ def refuse_call(module: Any, attention_mask: Any, arguments: dict[str, Any]) -> 
 
 def unsupported_yet(name: str, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{name} {what}, which retrofit does not support yet")
+
+
+def chunks_of(config: Any) -> dict[int, Chunk]:
+    """layer -> its chunks, of layers that attend within chunks."""
+    size, kinds = getattr(config, "attention_chunk_size", None), getattr(config, "layer_types", None) or []
+    return {n: Chunk(size) for n, kind in enumerate(kinds) if size and kind == "chunked_attention"}
 
 
 def has_sliding_window(config: Any, context: int) -> bool:

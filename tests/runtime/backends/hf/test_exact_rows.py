@@ -18,6 +18,7 @@ from torch import Tensor
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
+from retrofit.adapters.visibility import Chunk
 from retrofit.errors import GateError, UsageError
 from retrofit.runtime.backends.hf import exact_attends, exact_attention, exact_products, exact_rows, parts
 from retrofit.runtime.backends.hf.attention import ForwardContext, row_attention
@@ -68,6 +69,15 @@ ROWS: dict[str, list[SequenceRows]] = {
 }
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"sliding_window": 6},
+    {"sliding_window": 40, "softcap": 3.0},
+    {"sliding_window": Chunk(11), "s_aux": torch.tensor([-1.0, 0.5, 2.0, 4.0])},
+    {"s_aux": torch.tensor([3.0, -2.0, 1.0, 0.0])},
+]
+
+
 def test_columns_are_read_whole_where_a_part_would_be_copied() -> None:
     half, full = torch.bfloat16, torch.float32
     assert [GROUPED.columns(keys, 256, half) for keys in (100, 128, 200, 256, 300)] == [112, 256, 256, 256, 304]
@@ -94,7 +104,7 @@ def test_columns_that_nobody_sees_change_no_bit(count: int) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 @pytest.mark.parametrize("shape", [(4, 2, 8, 8), (3, 3, 12, 12), (3, 3, 12, 10)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 6}, {"sliding_window": 40, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_form_is_the_attention_of_before(
     rows: str, options: Any, shape: Any, form: Any, monkeypatch: Any
@@ -103,6 +113,7 @@ def test_every_form_is_the_attention_of_before(
     monkeypatch.setattr(exact_attention, "TILE", 16)
     form = replace(form, keys=min(form.keys, 32), piece=32)
     heads, kv_heads, width, value_width = shape
+    options = {**options, "s_aux": options["s_aux"][:heads]} if "s_aux" in options else options
     generator = torch.Generator().manual_seed(0)
     plan = RowPlan(ROWS[rows])
     drawn = tuple(

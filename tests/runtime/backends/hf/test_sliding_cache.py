@@ -25,6 +25,7 @@ CASES = {
     "gemma2, soft-capped": ("gemma2", KERNEL),
     "mistral": ("mistral_window", KERNEL),
     "phi3": ("phi3_window", KERNEL),
+    "gpt_oss, sinks": ("gpt_oss", KERNEL),
 }
 CAPACITY = 256
 

@@ -114,8 +114,12 @@ def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Te
     forward = unbound(experts)
     per_row = _gathered_bytes_per_row(experts)
 
-    def split(self: nn.Module, hidden: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def split(
+        self: nn.Module, hidden: Tensor, index_NK: Tensor | None = None, weights_NK: Tensor | None = None
+    ) -> Tensor:
         n, packed = gate.base_rows, self.__dict__.get("retrofit_packed")
+        if index_NK is None or weights_NK is None:
+            return _every_row(self, forward, hidden, n)
         if n is None:
             return (
                 packed(self, hidden, index_NK, weights_NK)
@@ -133,6 +137,16 @@ def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Te
         return (out[0] if len(out) == 1 else torch.cat(out)).reshape(hidden.shape)
 
     return MethodType(split, experts)
+
+
+def _every_row(experts: Any, forward: Callable[..., Tensor], hidden: Tensor, base_rows: int | None) -> Tensor:
+    """[E * N, H] -> [E * N, H]: all rows for the first expert, then for the second, and so on (Llama 4)."""
+    if base_rows is None:
+        return forward(experts, hidden)
+    hidden_ENH = hidden.view(experts.num_experts, -1, hidden.shape[-1])
+    parts = [part for part in (hidden_ENH[:, :base_rows], hidden_ENH[:, base_rows:]) if part.shape[1]]
+    out = [forward(experts, part.reshape(-1, hidden.shape[-1])).view(part.shape) for part in parts]
+    return (out[0] if len(out) == 1 else torch.cat(out, 1)).view(hidden.shape)
 
 
 def _gathered_bytes_per_row(experts: nn.Module) -> int:

@@ -11,21 +11,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrofit.adapters.visibility import Group, base_span, hidden_keys
+from retrofit.adapters.visibility import Group, Window, base_span, hidden_keys, hiding
 from retrofit.runtime.backends.hf.exact_attention import Form
-from retrofit.runtime.backends.hf.parts.call import ROWS, Seen, joined, part, pieces, rectangle, rows_of, seen_of
+from retrofit.runtime.backends.hf.parts.call import (
+    ROWS,
+    Seen,
+    joined,
+    part,
+    pieces,
+    rectangle,
+    rows_of,
+    seen_of,
+    sinks_of,
+)
 
 PARTS = 1 << 23
 """Most numbers that the parts of a call have before they are joined."""
 
 
 def base_attention(
-    group: Group, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, form: Form
+    group: Group,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window | None,
+    scale: float,
+    sinks: Tensor | None,
+    form: Form,
 ) -> Tensor:
     """Base rows [S, Hq, T, D] over the cached keys [S, Hk, L, D], L = form.padded(group.keys) -> [S, Hq, T, D]."""
     S, H, T, D = query.shape
     heads = key.shape[1]
-    window = window if window is not None and group.last >= window else None
+    window = hiding(window, group.last)
     size = max(1, min(ROWS * heads // H, PARTS * form.piece // (S * H * D * key.shape[2])))
     outs = []
     for first in range(0, T, size):
@@ -35,12 +52,13 @@ def base_attention(
         for low, high, seen in _calls(group, first, stop, window, form, heads, H // heads, rows):
             k, v = (pieces(t, low, high, form.piece) for t in (key, value))
             parts.append(part(rows, k, v, seen, scale))
-        outs.append(rectangle(joined(parts), S, H, stop - first))
+        sink = None if sinks is None else sinks_of(sinks, S, heads, stop - first, rows.shape[2])
+        outs.append(rectangle(joined(parts, sink), S, H, stop - first))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
 def _calls(
-    group: Group, first: int, stop: int, window: int | None, form: Form, heads: int, query_heads: int, rows: Tensor
+    group: Group, first: int, stop: int, window: Window | None, form: Form, heads: int, query_heads: int, rows: Tensor
 ) -> list[tuple[int, int, Seen | None]]:
     """(low, high, what is seen) of each call, the same in every layer: first the pieces that all rows see whole."""
     key = ("calls", first, stop, window, heads, query_heads)

@@ -62,18 +62,23 @@ def part(rows: Tensor, key: Tensor, value: Tensor, seen: Seen | None, scale: flo
     return Part(out, sums if seen is None or seen.nothing is None else sums + seen.nothing)
 
 
-def joined(parts: Sequence[Part]) -> Tensor:
+def joined(parts: Sequence[Part], sinks: Tensor | None = None) -> Tensor:
     """[B, M, D]; parts in the order of their keys; every row sees something of some part.
 
+    sinks: [B, M] score of each row that stands for no key.
     Elementwise operations alone, for reductions add in an order that goes by how many rows there are; and in turn, for
     rows beside a row may put parts before, between and behind its own, which weigh nothing and then change nothing.
     """
     out, sums = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
-    if len(out) == 1:
+    if len(out) == 1 and sinks is None:
         return out[0]
-    weights = (sums - sums.amax(0)).exp_().unsqueeze(-1)
+    most = sums.amax(0) if sinks is None else torch.maximum(sums.amax(0), sinks)
+    weights = (sums - most).exp_().unsqueeze(-1)
     made = out.float().mul_(weights) if out.dtype != torch.float32 else out * weights
-    return _in_turn(made).div_(_in_turn(weights)).to(out.dtype)
+    total = _in_turn(weights)
+    if sinks is not None:
+        total = total + (sinks - most).exp_().unsqueeze(-1)
+    return _in_turn(made).div_(total).to(out.dtype)
 
 
 def _in_turn(x: Tensor) -> Tensor:
@@ -103,6 +108,12 @@ def seen_of(hidden_STPL: Tensor, heads: int, group: int, rows: int, dtype: torch
         return x.contiguous()
 
     return Seen(laid_out(mask), laid_out(nothing)[..., 0] if none.any() else None)
+
+
+def sinks_of(sinks_H: Tensor, sequences: int, heads: int, width: int, rows: int) -> Tensor:
+    """fp32 [S * Hk, M] of each row, as `rows_of` lays out `width` rows of each head; 0 of filler up to M = rows."""
+    by_row = sinks_H.float().view(heads, -1, 1).expand(-1, -1, width).flatten(1)
+    return F.pad(by_row, (0, rows - by_row.shape[1])).repeat(sequences, 1)
 
 
 def filled(rows: int, form: Form) -> int:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.rows import RowPlan
-from retrofit.runtime.backends.hf.parts.call import Seen, joined, part, rectangle, rows_of, seen_of
+from retrofit.adapters.visibility import Window, first_seen, hiding
+from retrofit.runtime.backends.hf.parts.call import Seen, joined, part, rectangle, rows_of, seen_of, sinks_of
 
 FEW = 512
 """Cached keys that are copied rather than read by a call of their own."""
@@ -25,15 +26,16 @@ def draft_attention(
     query: Tensor,
     cached: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
-    window: int | None,
+    window: Window | None,
     scale: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Draft rows [S, Hq, T, D] over cached K and V [S, Hk, keys, D] and own ones [S, Hk, R, D] -> [S, Hq, T, D]."""
     group = plan.draft
     assert group is not None
     S, H, T, _ = query.shape
     heads = cached[0].shape[1]
-    window = window if window is not None and group.last >= window else None
+    window = hiding(window, group.last)
     rows = rows_of(query, heads)
     key = ("parts", window, heads, query.dtype)
     if key not in group.masks:
@@ -51,11 +53,12 @@ def draft_attention(
     for (k, v), seen in calls:
         k, v = (t.flatten(0, 1)[None] if S > 1 else t for t in (k, v))
         made.append(part(rows, k, v, seen, scale))
-    return rectangle(joined(made), S, H, T)
+    sink = None if sinks is None else sinks_of(sinks, S, heads, T, rows.shape[2])
+    return rectangle(joined(made, sink), S, H, T)
 
 
 def _layout(
-    plan: RowPlan, window: int | None, heads: int, query_heads: int, rows: Tensor
+    plan: RowPlan, window: Window | None, heads: int, query_heads: int, rows: Tensor
 ) -> tuple[int, int, Seen | None, Seen]:
     """(first key of all, behind the last key that all rows see, the others', the rest's): equal in such layers."""
     group = plan.draft
@@ -63,7 +66,7 @@ def _layout(
     there = group.query >= 0
     low, whole = 0, int(np.where(there, group.limit, group.keys).min())
     if window is not None:
-        low = whole = max(0, int(group.query[there].min()) - window + 1)
+        low = whole = max(0, first_seen(int(group.query[there].min()), window))
     whole = min(whole, group.keys)
     low = min(low, whole)
     if group.keys - low <= FEW:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrofit.adapters.visibility import Group, Paths, base_span
+from retrofit.adapters.visibility import Group, Paths, Window, base_span, first_seen, hiding
 from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.parts.branches import copies
 from retrofit.runtime.backends.hf.parts.call import (
@@ -31,6 +31,7 @@ from retrofit.runtime.backends.hf.parts.call import (
     rectangle,
     rows_of,
     seen_of,
+    sinks_of,
 )
 
 
@@ -42,7 +43,7 @@ class _Heads:
     group: int
     """Query heads of each K/V head."""
     form: Form
-    window: int | None
+    window: Window | None
     dtype: torch.dtype
 
     @property
@@ -74,8 +75,9 @@ def tree_attention(
     query: Tensor,
     cached: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
-    window: int | None,
+    window: Window | None,
     scale: float,
+    sinks: Tensor | None,
     form: Form,
 ) -> Tensor:
     """Base rows [S, Hq, T, D] -> [S, Hq, T, D].
@@ -84,7 +86,7 @@ def tree_attention(
     these rows.
     """
     S, H, T = query.shape[:3]
-    window = window if window is not None and group.last >= window else None
+    window = hiding(window, group.last)
     heads = _Heads(cached[0].shape[1], H // cached[0].shape[1], form, window, query.dtype)
     key = ("tree", heads)
     if key not in group.masks:
@@ -98,7 +100,8 @@ def tree_attention(
     begins = [start // form.piece * form.piece for start in paths.starts]
     sources = [torch.cat([_piece(c, begins, form.piece), o], 2) for c, o in zip(cached, own, strict=True)]
     parts += [_attended(tail, query, sources, heads, scale) for tail in tails]
-    return rectangle(joined(parts), S, H, T)
+    sink = None if sinks is None else sinks_of(sinks, S, heads.kv, T, T * heads.group)
+    return rectangle(joined(parts, sink), S, H, T)
 
 
 def _piece(cached: Tensor, begins: list[int], piece: int) -> Tensor:
@@ -149,7 +152,7 @@ def _shared(group: Group, paths: Paths, heads: _Heads) -> tuple[int, int, list[t
     k = np.arange(low, high)
     hidden = np.broadcast_to(k >= np.asarray(begins)[:, None, None], (len(begins), T, len(k)))
     if heads.window is not None:
-        hidden = hidden | (group.query[:, :, None] - k >= heads.window)
+        hidden = hidden | (k < first_seen(group.query[:, :, None], heads.window))
     calls: list[tuple[int, int, Seen | None]] = []
     for first in range(0, T, heads.most):
         stop, seen = min(first + heads.most, T), None
@@ -189,7 +192,7 @@ def _tail(number: int, chains: list[list[list[int]]], group: Group, paths: Paths
         seen[n, len(copy.rows) :, 0] = True  # filler has to be finite
         for r, (row, places) in enumerate(zip(copy.rows, copy.seen, strict=True)):
             # The places that it sees are those of a chain, from the piece's first on.
-            lowest = 0 if heads.window is None else int(group.query[s, row]) - heads.window + 1 - begin
+            lowest = 0 if heads.window is None else first_seen(int(group.query[s, row]), heads.window) - begin
             seen[n, r, places[max(0, lowest) :]] = True
             where[:, s, row] = n, r
             absent[s, row] = False

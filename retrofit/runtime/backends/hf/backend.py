@@ -170,7 +170,7 @@ class HFBackend:
         """Which experts run: as it was, whatever a `generate` of the user's sets meanwhile."""
         self.sliding: dict[int, int] = {}
         """layer -> its window, of layers that slide; known once the model has been checked."""
-        self._undone = [by_thread(self.config), separate_experts(model, gate), lock_rotation(self.trunk)]
+        self._undone = [by_thread(self.config), separate_experts(model, gate, self.cut), lock_rotation(self.trunk)]
         try:
             self.check_usable()
             self.sliding = check_model(self)

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.instead import instead
 from retrofit.runtime.backends.hf.linear.packing import install
-from retrofit.runtime.backends.hf.linear.products import LINEAR, Cut, Packed, Product, Run, in_cut
+from retrofit.runtime.backends.hf.linear.products import Cut, Packed, Product, Run, in_cut, is_linear
 from retrofit.runtime.backends.levels import Check
 from retrofit.runtime.backends.threads import thread_limit, work_sizes
 
@@ -141,7 +141,9 @@ def router_products(backend: HFBackend, generator: torch.Generator) -> list[Trie
     products: dict[str, Tried] = {}
     for name, module in backend.trunk.named_modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, (*LINEAR, nn.Embedding)) or ".lora_" in name or weight is None or weight.dim() != 2:
+        if is_linear(module) or isinstance(module, nn.Embedding) or ".lora_" in name:
+            continue
+        if weight is None or weight.dim() != 2:
             continue
 
         def look(tiled: bool, module: Any = module, weight: Tensor = weight) -> tuple[tuple[int, ...], int]:

@@ -95,11 +95,14 @@ def can_pack(experts: Any) -> bool:
     return known and all(any(w is not None and type(w.data) is Tensor and w.dim() == 3 for w in one) for one in weights)
 
 
-def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
-    """Make routed experts run base rows and draft rows in calls of their own; returns the undo."""
+def separate_experts(model: PreTrainedModel, gate: Gate, cut: Cut) -> Callable[[], None]:
+    """Make routed experts run base rows and draft rows in calls of their own; returns the undo.
+
+    cut: of experts that all rows go through.
+    """
     undone: list[tuple[nn.Module, Callable[[], None]]] = []
     for module in routed(model).values():
-        undone.append((module, instead(module, _split_rows(module, gate, model.config.get_text_config()))))
+        undone.append((module, instead(module, _split_rows(module, gate, cut, model.config.get_text_config()))))
 
     def undo() -> None:
         for module, one in undone:
@@ -110,7 +113,7 @@ def separate_experts(model: PreTrainedModel, gate: Gate) -> Callable[[], None]:
     return undo
 
 
-def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Tensor]:
+def _split_rows(experts: nn.Module, gate: Gate, cut: Cut, config: Any) -> Callable[..., Tensor]:
     forward = unbound(experts)
     per_row = _gathered_bytes_per_row(experts)
 
@@ -119,7 +122,7 @@ def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Te
     ) -> Tensor:
         n, packed = gate.base_rows, self.__dict__.get("retrofit_packed")
         if index_NK is None or weights_NK is None:
-            return _every_row(self, forward, hidden, n)
+            return forward(self, hidden) if n is None else _every_row(self, forward, hidden, cut)
         if n is None:
             return (
                 packed(self, hidden, index_NK, weights_NK)
@@ -139,14 +142,23 @@ def _split_rows(experts: nn.Module, gate: Gate, config: Any) -> Callable[..., Te
     return MethodType(split, experts)
 
 
-def _every_row(experts: Any, forward: Callable[..., Tensor], hidden: Tensor, base_rows: int | None) -> Tensor:
-    """[E * N, H] -> [E * N, H]: all rows for the first expert, then for the second, and so on (Llama 4)."""
-    if base_rows is None:
-        return forward(experts, hidden)
-    hidden_ENH = hidden.view(experts.num_experts, -1, hidden.shape[-1])
-    parts = [part for part in (hidden_ENH[:, :base_rows], hidden_ENH[:, base_rows:]) if part.shape[1]]
-    out = [forward(experts, part.reshape(-1, hidden.shape[-1])).view(part.shape) for part in parts]
-    return (out[0] if len(out) == 1 else torch.cat(out, 1)).view(hidden.shape)
+def _every_row(experts: Any, forward: Callable[..., Tensor], hidden: Tensor, cut: Cut) -> Tensor:
+    """[E * N, H] -> [E * N, H]: all rows for the first expert, then for the second, and so on (Llama 4).
+
+    That is a product like a linear layer's, of rows that do not depend on each other, and so in the same cut.
+    """
+    E, H = experts.num_experts, hidden.shape[-1]
+
+    def run(rows_NX: Tensor) -> Tensor:
+        return _by_row(forward(experts, rows_NX.view(-1, E, H).transpose(0, 1).reshape(-1, H)), E)
+
+    out = in_cut(run, _by_row(hidden, E), cut)
+    return out.view(-1, E, H).transpose(0, 1).reshape(hidden.shape)
+
+
+def _by_row(hidden: Tensor, experts: int) -> Tensor:
+    """[E * N, H] -> [N, E * H]."""
+    return hidden.view(experts, -1, hidden.shape[-1]).transpose(0, 1).flatten(1)
 
 
 def _gathered_bytes_per_row(experts: nn.Module) -> int:

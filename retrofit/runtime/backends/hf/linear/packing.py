@@ -26,7 +26,7 @@ from retrofit.runtime.backends.hf.instead import instead
 from retrofit.runtime.backends.hf.linear.experts import PackedExperts, can_pack, routed
 from retrofit.runtime.backends.hf.linear.huge_pages import on_huge_pages
 from retrofit.runtime.backends.hf.linear.low_rank import LowRank
-from retrofit.runtime.backends.hf.linear.products import LINEAR, Packed, Product, Shared, matrix
+from retrofit.runtime.backends.hf.linear.products import LINEAR, Packed, Product, Shared, is_linear, matrix
 from retrofit.runtime.backends.hf.load_check import differs, row_logits
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def install(backend: HFBackend) -> None:
     """Let every linear layer of the model run as a `Product` in our forwards.  Done before: nothing happens."""
     if backend.products:
         return
-    layers = {name: m for name, m in backend.trunk.named_modules() if isinstance(m, LINEAR) and ".lora_" not in name}
+    layers = {name: m for name, m in backend.trunk.named_modules() if is_linear(m) and ".lora_" not in name}
     for name, module in {**layers, "vocabulary": backend.head.linear}.items():
-        if isinstance(module, LINEAR) and "forward" not in module.__dict__:
+        if is_linear(module) and "forward" not in module.__dict__:
             product = backend.products[name] = Product(module, backend.gate, backend.cut)
             backend.until_closed(_unless_alone(product, instead(module, product.forward)))
     gated = _gated(backend)

@@ -27,6 +27,13 @@ from retrofit.errors import UsageError
 from retrofit.runtime.backends.hf.linear.low_rank import LowRank
 
 LINEAR = (nn.Linear, Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer and nothing more: Llama 4's routers are linear layers that also choose."""
+    return isinstance(module, LINEAR) and not hasattr(module, "top_k")
+
+
 LAID_OUT_FOR = 16
 """Rows that a packed weight is laid out for; it serves any number."""
 

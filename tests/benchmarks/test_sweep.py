@@ -30,7 +30,7 @@ def test_entries_that_are_identical(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "outcome", "reason"), [
-    ("roberta", "refused", "positions"),
+    ("hrm_text", "refused", "attends 8 times"),
     ("mamba", "refused", "recurrent"),
     ("blt", "not built", "more than a tiny model's"),
     ("roc_bert", "not built", "hardly varies"),

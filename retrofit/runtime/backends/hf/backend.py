@@ -85,6 +85,10 @@ class VocabHead:
         self.linear: nn.Module = model.get_output_embeddings()
         self.project = outermost(model, self.linear, beside=trunk_of(model))
         """What holds it: itself, or in BERT's family a block of its own with a layer before it."""
+        head = getattr(model, "lm_head", None)
+        beside = isinstance(head, nn.Module) and self.linear not in set(head.modules())
+        self.before: nn.Module | None = head if beside else None
+        """The layer before it where it stands beside it (ModernBERT)."""
         config = model.config.get_text_config()
         self.vocab = int(self.linear.weight.shape[0])
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -97,7 +101,7 @@ class VocabHead:
         before = self.gate.base_rows
         self.gate.base_rows = len(hidden_NH)  # ours, and all of them the base's
         try:
-            logits: Tensor = self.project(hidden_NH)
+            logits: Tensor = self.project(hidden_NH if self.before is None else self.before(hidden_NH))
         finally:
             self.gate.base_rows = before
         if self.scale != 1.0:

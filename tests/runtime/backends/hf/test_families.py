@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from decoding import Oracle, poison, random_prompts, randomise, reference_greedy, tokens_of
+from tiny_models import WINDOW, build
 
 from benchmarks import decoders
 from benchmarks.naive_training import dense_draft_rows
@@ -29,7 +30,11 @@ HIDE_THE_PLAN = ("nemotron", "stablelm")
 """Their layers do not hand keyword arguments on."""
 ASK_THE_CACHE = ("bart", "marian")
 """They take positions from the length of their cache: learned ones, and sines."""
-FAMILIES = (*SINKS, *HIDE_THE_PLAN, *ASK_THE_CACHE)
+COUNT_FROM_TWO = ("roberta",)
+"""By itself; `generate` counts for it, from 0."""
+LAYER_BEFORE_THE_HEAD = ("modernbert-decoder",)
+"""Beside it, not around it."""
+FAMILIES = (*SINKS, *HIDE_THE_PLAN, *ASK_THE_CACHE, *COUNT_FROM_TWO, *LAYER_BEFORE_THE_HEAD)
 LENGTHS = (1, 5, 23)
 NEW = 12
 SEEDS = (3, 4, 5)
@@ -83,6 +88,25 @@ def test_nan_in_the_adapter_leaves_base_rows_bitwise_unchanged(name: str) -> Non
         assert bool(out.draft_hidden.isnan().all()) == (change is poison)
     for other, fresh in zip(*found, strict=True):
         assert torch.equal(other, fresh)
+
+
+def test_a_block_across_a_chunks_end_sees_what_the_original_sees() -> None:
+    """Untrained and causal, draft rows that read the text are rows of the original: so are those in the next chunk."""
+    model, tokens = build("llama4"), random_prompts((2 * WINDOW + 5,))[0]
+    with torch.inference_mode():
+        own = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    engine = Engine.from_model(model, layout=DraftLayout(block=8, attention="causal"))
+    for start in (WINDOW - 5, WINDOW - 1, 2 * WINDOW - 3):
+        rows = [
+            SequenceRows(0, 0, tokens[:start]),
+            SequenceRows(0, start, [], [Block(start, tokens[start : start + 8])]),
+        ]
+        cache = KVCache(1, 32)
+        with torch.inference_mode():
+            first, second = (engine.backend.forward(engine.backend.row_plan([one]), cache) for one in rows)
+            drafted = engine.backend.head(second.draft_hidden)
+        torch.testing.assert_close(first.base_logits, own[:start], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(drafted, own[start : start + 8], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("attention_of_block", ["bidirectional", "causal"])

@@ -21,15 +21,13 @@ from retrofit.runtime.backends.hf import load_check
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 
-POSITIONS = "does not count its positions 0, 1, 2"
+TIMES = "attends 8 times in layer 0 of one forward"
 REASONS = {
-    "hrm_text": "attends 8 times in layer 0 of one forward",
+    "hrm_text": TIMES,
     "electra": "has embeddings of width 128 for hidden states of 32",
     "mllama": "2 of 3 layers call transformers' attention interface",
     "doge": "makes an attention mask of its own",
     "deepseek_v32": "has sparse attention: an indexer picks the keys",
-    "roberta": POSITIONS,
-    "modernbert-decoder": "does something after its last norm",
     "mamba": "recurrent",
 }
 
@@ -62,10 +60,10 @@ def test_an_encoder_is_no_decoder() -> None:
 
 
 def test_a_conversion_is_refused_before_anything_is_trained() -> None:
-    model = built("roberta")
+    model = built("hrm_text")
     plan = resolve(None, "tiny", {"data.max_length": 64})
-    with pytest.raises(UnsupportedModelError, match=POSITIONS):
-        attached_to(Base(model, None, "roberta", None, None, {}), plan)
+    with pytest.raises(UnsupportedModelError, match=TIMES):
+        attached_to(Base(model, None, "hrm_text", None, None, {}), plan)
 
 
 # Faults of our own, or of a family not seen yet

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from retrofit.runtime.backends.hf.answers import rows_now
 from retrofit.runtime.backends.hf.block_attention import Call, block_attention, tiles_of
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form, weights_of
+from retrofit.runtime.backends.hf.recurrent.forest import Forest, forest_of
 from retrofit.runtime.backends.hf.refused import refuse_call
 from retrofit.runtime.backends.sizes import size_for
 
@@ -66,6 +68,11 @@ class ForwardContext:
         if self.sliding is None:
             self.sliding = self.plan.counted_from(begins)
         return self.sliding
+
+    @cached_property
+    def forest(self) -> Forest:
+        """The rows as recurrent layers see them."""
+        return forest_of(self.plan)
 
 
 class NoRowPlan(RuntimeError):

@@ -42,6 +42,7 @@ from retrofit.runtime.backends.hf.linear.experts import separate_experts
 from retrofit.runtime.backends.hf.linear.packing import install
 from retrofit.runtime.backends.hf.linear.products import Cut, Product
 from retrofit.runtime.backends.hf.load_check import check_model
+from retrofit.runtime.backends.hf.recurrent import mixers
 from retrofit.runtime.backends.hf.refused import chunks_of, refuse_unsupported
 from retrofit.runtime.backends.hf.rotation import lock_rotation
 from retrofit.runtime.backends.hf.row_positions import asked_of_cache, instead_of_cache
@@ -152,6 +153,9 @@ class HFBackend:
         self.per_layer: Callable[[Tensor], Tensor] | None = per_layer_inputs(self.trunk)
         self.asked_of_cache = asked_of_cache(self.trunk, self.config)
         self.chunks = chunks_of(self.config)
+        self.recurrent = frozenset(mixers.mixers_of(self.trunk))
+        """Layers that have a state in the place of K/V."""
+        self.one_order = not self.recurrent  # they run prompts in chunks, and steps row by row
         self.device = self.embedding.weight.device
         self.dtype = self.embedding.weight.dtype
         self.work_per_row = 2.0 * sum(p.numel() for p in model.parameters())
@@ -175,6 +179,7 @@ class HFBackend:
         self.sliding: dict[int, int] = {}
         """layer -> its window, of layers that slide; known once the model has been checked."""
         self._undone = [by_thread(self.config), separate_experts(model, gate, self.cut), lock_rotation(self.trunk)]
+        self.until_closed(mixers.install(self.trunk))
         try:
             self.check_usable()
             self.sliding = check_model(self)
@@ -300,6 +305,8 @@ class HFBackend:
         context = context or ForwardContext(plan, cache, self.form, chunks=self.chunks)
         for sequence in plan.sequences:
             cache.make_room(sequence.slot, sequence.start, len(sequence.tokens))
+        if self.recurrent:
+            cache.states.begin(plan)
         embeds = self.embed(plan)
         extra = instead_of_cache(self.asked_of_cache, plan.positions)
         if self.per_layer is not None:

@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retrofit.runtime.backends.hf.recurrent.states import States
+
 STEP = 256
 """Keys are cut at multiples of so many positions."""
 ROOM = 512
 """Positions that a sliding layer takes in before what it keeps moves to the front."""
 
-Taken = dict[int, tuple[Tensor, Tensor]]
-"""layer -> K and V [positions, heads, width]."""
+Taken = dict[int, tuple[Tensor, ...]]
+"""layer -> K and V [positions, heads, width]; of a recurrent one, its state."""
 
 
 class KVCache:
@@ -46,6 +48,8 @@ class KVCache:
         """The position in column 0 of each slot's sliding layers."""
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.staged: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states = States(slots)
+        """What recurrent layers have in the place of K and V."""
         self.views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         """(layer, slot) -> that sequence's K and V as [1, heads, columns, width]."""
 
@@ -55,6 +59,7 @@ class KVCache:
 
     def close(self, slot: int) -> None:
         """What a slot holds is overwritten by its next sequence."""
+        self.states.close(slot)
 
     def release(self) -> None:
         """Its memory goes with it."""
@@ -62,7 +67,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Of what has been allocated: a layer is at its first row."""
-        return sum(t.nbytes for pair in self.layers.values() for t in pair)
+        return self.states.nbytes + sum(t.nbytes for pair in self.layers.values() for t in pair)
 
     def columns(self, layer: int) -> int:
         return self.length if layer in self.sliding else self.capacity
@@ -97,23 +102,28 @@ class KVCache:
                     kept[slot, :, : seen.shape[1]] = seen
 
     def take_out(self, slot: int, first: int, stop: int) -> Taken:
-        """layer -> copies of K and V [positions, heads, width].
+        """layer -> copies of K and V [positions, heads, width], or of a state, which has to be that at `stop`.
 
         A sliding layer's begin where it still has them, so they may be fewer; the last of them is the same position.
         """
-        taken = {}
+        taken: Taken = self.states.take_out(slot, stop)
         for layer, (keys, values) in self.layers.items():
             begin = self.begins[slot] if layer in self.sliding else 0
             columns = slice(max(first - begin, 0), max(stop - begin, 0))
             taken[layer] = tuple(t[slot, :, columns].transpose(0, 1).clone() for t in (keys, values))
-        return taken  # type: ignore[return-value]
+        return taken
 
     def put_in(self, slot: int, first: int, kept: Sequence[Taken], stop: int | None = None) -> None:
-        """A sliding layer takes what rows behind the last part see."""
+        """A sliding layer takes what rows behind the last part see; with recurrent layers there is one part, whole."""
+        if self.states.inputs:
+            (whole,), there = kept, self.states.inputs
+            assert stop is not None
+            self.states.put_in(slot, stop, {layer: held for layer, held in whole.items() if layer in there})
+            kept = [{layer: pair for layer, pair in whole.items() if layer not in there}]
         for layer, pair in kept[0].items():
             if layer not in self.layers:
                 self.allocate(layer, *(t.transpose(0, 1)[None] for t in pair))
-        counts = [max((len(keys) for keys, _ in part.values()), default=0) for part in kept]
+        counts = [max((len(pair[0]) for pair in part.values()), default=0) for part in kept]
         if stop is not None:  # of what was taken out whole, each sliding layer may have the end alone
             counts[0] += stop - first - sum(counts)
         stop = first + sum(counts)
@@ -170,6 +180,8 @@ class KVCache:
 
     def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Store staged row rows[n] at (slots[n], positions[n]) in every layer; forget the others."""
+        if self.states.inputs:
+            self.states.keep(rows.tolist(), slots.tolist())
         begins = torch.tensor(self.begins, device=slots.device)
         columns = positions - begins[slots] if self.sliding else positions
         for layer, (key_NHD, value_NHD) in self.staged.items():

@@ -10,8 +10,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from retrofit.adapters.live import refuse_adapters
+from retrofit.adapters.roles import trunk_of
 from retrofit.adapters.visibility import Chunk
 from retrofit.errors import UnsupportedModelError
+from retrofit.runtime.backends.hf.recurrent.mixers import mixers_of
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 OTHER_LAYERS = {
@@ -44,7 +46,9 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     recurrent = sorted(kinds - set(OTHER_LAYERS))
     if kinds and not recurrent:
         raise unsupported_yet(name, OTHER_LAYERS[min(kinds)])
-    if recurrent or getattr(model, "_is_stateful", False):
+    driven = mixers_of(trunk_of(model))
+    known = {config.layer_types[layer] for layer in driven} if driven else set()
+    if not known >= set(recurrent) or (not driven and getattr(model, "_is_stateful", False)):
         raise UnsupportedModelError(
             f"{name} has recurrent or linear-attention layers ({', '.join(recurrent) or 'a recurrent state'}), "
             "whose state cannot be rolled back"

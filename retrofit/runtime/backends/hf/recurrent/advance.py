@@ -1,0 +1,74 @@
+"""Advance states by rows: S <- decay S + left right^T, out = S^T read.
+
+The gated delta rule (Yang et al. 2024, arXiv 2412.06464) and Mamba-2 (Dao and Gu 2024, arXiv 2405.21060) are both of
+this form; they differ in what a row writes on the right.  All is elementwise or a sum in an order of its own, so that a
+row's bits do not depend on how many rows advance beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrofit.runtime.backends.hf.recurrent.forest import Forest, Index
+
+
+@dataclass(frozen=True)
+class Writes:
+    """What rows write: decay [N, H], left [N, H, Dk], right [N, H, Dv], fp32."""
+
+    decay: Tensor
+    left: Tensor
+    right: Tensor
+
+    def some(self, rows: Index) -> Writes:
+        return Writes(self.decay[rows], self.left[rows], self.right[rows])
+
+
+def advance(
+    forest: Forest,
+    states: Tensor,
+    decay: Tensor,
+    left: Tensor,
+    read: Tensor,
+    right_of: Callable[[Tensor, Index], Tensor],
+    width: int,
+) -> tuple[Tensor, Writes]:
+    """Run every row behind the row that it follows: out [N, H, width], zero for filler, and what the rows wrote.
+
+    states [slots, H, Dk, width]: of the committed texts; not changed.  right_of: (decayed states of some rows, which
+    rows) -> what they write on the right.
+    """
+    out, right = (decay.new_zeros(*decay.shape, width) for _ in range(2))
+    state = states
+    for level in forest.levels:
+        rows = level.rows
+        state = state if level.before is None else state[level.before]
+        state = state * decay[rows][..., None, None]
+        right[rows] = written = right_of(state, rows)
+        state = state + left[rows][..., None] * written[..., None, :]
+        out[rows] = folded(state * read[rows][..., None])
+    return out, Writes(decay, left, right)
+
+
+def replay(states: Tensor, writes: Writes) -> None:
+    """Advance states [n, H, Dk, Dv] by one row each, in place, to the bits that `advance` had."""
+    states.mul_(writes.decay[..., None, None])
+    states.add_(writes.left[..., None] * writes.right[..., None, :])
+
+
+def folded(x: Tensor) -> Tensor:
+    """The sum over the second-last dimension, halves added to halves: in the same order whatever x has besides.
+
+    `sum` adds in an order that depends on the shape, and on how many threads share it.
+    """
+    while (n := x.shape[-2]) > 1:
+        half = n // 2
+        rest = x[..., 2 * half :, :]
+        x = x[..., :half, :] + x[..., half : 2 * half, :]
+        if n % 2:
+            x = torch.cat([x, rest], dim=-2)
+    return x[..., 0, :]

@@ -1,0 +1,79 @@
+"""Which layers of a model are recurrent, and how rows get through them.
+
+Their own `forward` runs, over all rows of a forward of ours at once: projections, gates, norms and all that it does row
+by row.  What it calls to look from one row to another are functions of its module; for our forwards it runs with ours
+in their place, and gets them its rows by the keyword that transformers hands on to every layer.  The module itself and
+other threads' forwards keep what they have.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from retrofit.runtime.backends.hf.instead import instead, unbound
+from retrofit.runtime.backends.hf.recurrent.convolution import causal_conv1d_fn
+from retrofit.runtime.backends.hf.recurrent.layer_rows import LayerRows
+from retrofit.runtime.backends.hf.recurrent.rules import mamba2_chunk_scan, torch_chunk_gated_delta_rule
+
+OURS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "causal_conv1d_fn": causal_conv1d_fn,
+    "torch_chunk_gated_delta_rule": torch_chunk_gated_delta_rule,
+    "mamba2_chunk_scan": mamba2_chunk_scan,
+}
+"""Functions of transformers' modules that look across rows, by name -> what makes ours of them."""
+UNUSED = ("causal_conv1d_update", "torch_recurrent_gated_delta_rule", "mamba2_selective_state_update",
+          "mamba2_split_conv1d_scan_combined")  # fmt: skip
+"""Others that they call with a cache of theirs, or in training mode, which forwards of ours have not."""
+ACROSS = ("conv1d", "chunk", "recurrent", "scan", "selective")
+"""What the names of functions say that look across rows."""
+
+
+def mixers_of(trunk: nn.Module) -> dict[int, nn.Module]:
+    """Layer -> its recurrent module, of those that rows get through."""
+    return {int(m.layer_idx): m for m in trunk.modules() if hasattr(m, "layer_idx") and _known(m)}
+
+
+def install(trunk: nn.Module) -> Callable[[], None]:
+    """Let rows of ours through a model's recurrent layers; returns the undo."""
+    undone = [instead(module, _through(module, layer)) for layer, module in mixers_of(trunk).items()]
+
+    def undo() -> None:
+        for one in undone:
+            one()
+
+    return undo
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a module looks across rows by functions that are known here, and by no others."""
+    written = inspect.unwrap(type(module).forward)
+    called = [name for name in written.__code__.co_names if callable(written.__globals__.get(name))]
+    across = {name for name in called if any(word in name for word in ACROSS)}
+    return "causal_conv1d_fn" in across and across <= {*OURS, *UNUSED}
+
+
+def _through(module: nn.Module, layer: int) -> Callable[..., Any]:
+    """The module's `forward`, and in forwards of ours the same code with our functions."""
+    forward, written = unbound(module), inspect.unwrap(type(module).forward)
+    replaced = {name: make(written.__globals__[name]) for name, make in OURS.items() if name in written.__globals__}
+    rows_forward = FunctionType(
+        written.__code__,
+        {**written.__globals__, **replaced},
+        written.__name__,
+        written.__defaults__,
+        written.__closure__,
+    )
+    rows_forward.__kwdefaults__ = written.__kwdefaults__
+
+    def run(self: nn.Module, *arguments: Any, retrofit_rows: Any = None, **named: Any) -> Any:
+        if retrofit_rows is None:
+            return forward(self, *arguments, **named)
+        retrofit_rows.calls.append((layer, None))
+        return rows_forward(self, *arguments, retrofit_rows=LayerRows(retrofit_rows, layer), **named)
+
+    return MethodType(run, module)

@@ -1,0 +1,85 @@
+"""Tiny random models with recurrent layers beside attention, of every family and kind of state that rows get through."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from tiny_models import MOE, NO_SPECIAL_TOKENS, SIZES, VOCABULARY, randomize
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
+    OlmoHybridConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
+
+LAYERS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,  # no power of two: sums over it have a rest
+    "linear_value_head_dim": 8,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_chunk_size": 16}
+
+
+def _qwen3_next(**changes: object) -> PreTrainedConfig:
+    experts = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 24}
+    return Qwen3NextConfig(**{**SIZES, **LAYERS, **DELTA, **experts, "head_dim": 12, **changes})
+
+
+def _qwen3_5(**changes: object) -> PreTrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.5}
+    return Qwen3_5TextConfig(**{**SIZES, **LAYERS, **DELTA, "head_dim": 12, "rope_parameters": rope, **changes})
+
+
+def _olmo_hybrid() -> PreTrainedConfig:
+    return OlmoHybridConfig(**{**SIZES, **LAYERS, **DELTA, "linear_num_key_heads": 4})
+
+
+def _lfm2() -> PreTrainedConfig:
+    kinds = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+    return Lfm2Config(**{**SIZES, **kinds}, conv_L_cache=3, conv_bias=True, block_auto_adjust_ff_dim=False)
+
+
+def _bamba() -> PreTrainedConfig:
+    return BambaConfig(**{**SIZES, "num_hidden_layers": 3}, **MAMBA, attn_layer_indices=[1])
+
+
+def _granitemoehybrid() -> PreTrainedConfig:
+    sizes = {**SIZES, "num_hidden_layers": 3}
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24}
+    return GraniteMoeHybridConfig(
+        **sizes, **MAMBA, **experts, layer_types=kinds, embedding_multiplier=2.0, logits_scaling=0.5
+    )
+
+
+RECURRENT: Mapping[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3_next": _qwen3_next,
+    "qwen3_5": _qwen3_5,
+    "olmo_hybrid": _olmo_hybrid,
+    "lfm2": _lfm2,
+    "bamba": _bamba,
+    "granitemoehybrid": _granitemoehybrid,
+}
+# A row's gates fill whole vectors: then their bits do not depend on where the row stands among others.
+VECTORS = {"linear_num_key_heads": 16, "linear_num_value_heads": 16}
+VARIANTS: Mapping[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3_next_vectors": partial(_qwen3_next, **VECTORS),
+    "qwen3_5_vectors": partial(_qwen3_5, **VECTORS),
+}
+
+
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The tiny model of this name, on the CPU, the same at equal seed."""
+    config = {**RECURRENT, **VARIANTS}[name]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # what is drawn beside weights: decays
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model, seed)
+    return model.to(dtype).eval()

@@ -22,11 +22,26 @@ ROLES = ATTENTION_ROLES + MLP_ROLES
 PROJECTION_TYPES = (nn.Linear, Conv1D)
 
 QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+# Recurrent layers: what is read with, what is written and how much of it, or all of that in one.
+DELTA_QKV = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_qkv")
+MIXER_IN = ("mamba.in_proj", "conv.in_proj")
+DELTA_GATE = ("linear_attn.in_proj_z", "linear_attn.g_proj")
+DELTA_WRITE = (
+    "linear_attn.in_proj_ba", "linear_attn.in_proj_b", "linear_attn.in_proj_a",
+    "linear_attn.b_proj", "linear_attn.a_proj",
+)  # fmt: skip
 # MLA never adapts kv_b_proj: absorbed implementations fold it into the query and the output.
 PROJECTIONS: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj", *QKV, "q_a_proj", "q_b_proj", "q_proj.linear", "self.query"),
-    "k": ("k_proj", *QKV, "kv_a_proj_with_mqa", "kv_proj", "k_proj.linear", "self.key"),
-    "v": ("v_proj", *QKV, "kv_a_proj_with_mqa", "kv_proj", "v_proj.linear", "self.value"),
+    "q": (
+        "q_proj", *QKV, "q_a_proj", "q_b_proj", "q_proj.linear", "self.query", *DELTA_QKV, *DELTA_GATE, *MIXER_IN,
+    ),
+    "k": (
+        "k_proj", *QKV, "kv_a_proj_with_mqa", "kv_proj", "k_proj.linear", "self.key", *DELTA_QKV, *DELTA_WRITE,
+        *MIXER_IN,
+    ),
+    "v": (
+        "v_proj", *QKV, "kv_a_proj_with_mqa", "kv_proj", "v_proj.linear", "self.value", *DELTA_QKV, *MIXER_IN,
+    ),
     "o": (
         "o_proj", "out_proj", "self_attn.dense", "attention.dense", "attn.c_proj", "attention.output.dense",
         "o_proj.linear",

@@ -5,7 +5,8 @@
     piece 2    8000: 0 .. 499      of a long one a part after the other, each over the K/V of those before
     piece 3    8000: 500 .. 999    and so on
 
-What is kept of every row are its K/V and its last hidden state; all else is forgotten from piece to piece.
+What is kept of every row are its K/V, its last hidden state, and what recurrent layers need to make the state behind it
+(`recurrent/anchors.py`); all else is forgotten from piece to piece.
 Not here: what trains on it (`step.py`).
 """
 
@@ -20,6 +21,7 @@ from retrofit.adapters.rows import SequenceRows
 from retrofit.recipes.text.documents import Document
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.cache import KVCache
+from retrofit.runtime.backends.hf.recurrent.anchors import Record
 from retrofit.runtime.backends.sizes import size_for
 
 PIECE_ROWS = {"cpu": 1 << 11, "cuda": 1 << 14}
@@ -34,19 +36,22 @@ Part = tuple[int, int, int]
 def clean_forward(backend: HFBackend, documents: Sequence[Document], forwards: int = 0) -> tuple[KVCache, Tensor]:
     """K/V of every layer and the last hidden states [P, H] of all documents' base rows, without gradient.
 
-    forwards: how many are run at least, where processes have to run as many as each other; the last piece is then
-    computed again.
+    forwards: how many are run at least, where processes have to run as many as each other; the first piece, which begins
+    its documents, is then computed again.
     """
     lengths = [len(document.tokens) for document in documents]
     firsts = [sum(lengths[:number]) for number in range(len(lengths))]
     cache = KVCache(len(documents), max(lengths))
     pieces = pieces_of(lengths, backend.device)
-    pieces += pieces[-1:] * (forwards - len(pieces))
+    pieces += pieces[:1] * (forwards - len(pieces))
+    if backend.recurrent:
+        cache.states.record = Record(len(documents), max(lengths))
     hidden: Tensor | None = None
     with torch.no_grad():
         for piece in pieces:
             rows = [
-                SequenceRows(slot=n, start=start, tokens=documents[n].tokens[start:stop]) for n, start, stop in piece
+                SequenceRows(n, start, documents[n].tokens[start:stop], last_logits_only=True)
+                for n, start, stop in piece
             ]
             found = backend.run_trunk(backend.row_plan(rows), cache)
             hidden = found.new_empty(sum(lengths), found.shape[1]) if hidden is None else hidden

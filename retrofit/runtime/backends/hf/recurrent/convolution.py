@@ -32,7 +32,8 @@ def causal_conv1d_fn(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Inputs [1, C, N] of all rows, weight [C, reach + 1] -> [1, C, N]."""
         if retrofit_rows.plan.prompts:
             return _prompts(retrofit_rows, own, hidden_states, weight, bias, activation)
-        return _steps(retrofit_rows, hidden_states[0].T, weight, bias, activation).T[None]
+        run = _steps if retrofit_rows.states.record is None else _blocks
+        return run(retrofit_rows, hidden_states[0].T, weight, bias, activation).T[None]
 
     return over_rows
 
@@ -52,6 +53,8 @@ def _prompts(
         x = inputs_1CN[:, :, some]
         seen = x if start == 0 else torch.cat([held[slot].T[None], x], dim=2)
         outs.append(own(seen, weight, bias, activation=activation)[:, :, seen.shape[2] - x.shape[2] :])
+        if rows.states.record is not None:
+            rows.states.record.note(rows.layer, slot, start, {"before": x[0].T}, reach)
         held[slot] = F.pad(seen, (max(0, reach - seen.shape[2]), 0))[0, :, -reach:].T
     return rows.whole(outs, 2)
 
@@ -64,7 +67,22 @@ def _steps(rows: LayerRows, inputs_NC: Tensor, weight: Tensor, bias: Tensor | No
     return windowed(torch.cat([before, inputs_NC]), rows.forest.windows(reach), weight, bias, activation)
 
 
-def windowed(inputs_MC: Tensor, windows: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _blocks(rows: LayerRows, inputs_NC: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Blocks on texts that were recorded."""
+    record, blocks, reach = rows.states.record, rows.plan.block_rows, weight.shape[1] - 1
+    assert record is not None
+    own = rows.blocks(inputs_NC)
+    inputs = torch.cat([record.before(rows.layer, blocks, reach), own], dim=1)
+    row = torch.arange(len(own) * blocks.block, device=own.device)
+    first = row + row // blocks.block * reach
+    windows = first + torch.arange(reach + 1, device=own.device)[:, None]
+    out = windowed(inputs.flatten(0, 1), windows, weight, bias, activation)
+    return rows.unblocked(out.view(own.shape))
+
+
+def windowed(
+    inputs_MC: Tensor, windows: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
     """[N, C] of rows whose inputs, oldest first, are those of these numbers [reach + 1, N].
 
     Summed in fp32 and in one order, and rounded where the model's own function rounds.

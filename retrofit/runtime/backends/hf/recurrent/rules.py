@@ -7,7 +7,7 @@ not the bits of one that a prefill of the same text leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.runtime.backends.hf.recurrent.advance import advance, folded
+from retrofit.runtime.backends.hf.recurrent.anchors import Inputs, at_anchors
 from retrofit.runtime.backends.hf.recurrent.forest import Index
 from retrofit.runtime.backends.hf.recurrent.layer_rows import LayerRows
 
@@ -39,19 +40,27 @@ def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
         """query, key [1, N, Hk, Dk], value [1, N, Hv, Dv], g (log of the decay), beta [1, N, Hv] -> [1, N, Hv, Dv]."""
         rows, heads = retrofit_rows, value.shape[2]
         states = rows.states.matrices_of(rows.layer, heads, key.shape[3], value.shape[3], value.device)
+        normed = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
+        inputs = {"query": query, "key": key, "value": value, "g": g, "beta": beta}
         if rows.plan.prompts:
-            outs = []
-            for slot, start, some in rows.prompts():
-                out, states[slot : slot + 1] = own(
-                    *(t[:, some] for t in (query, key, value)),
-                    g=g[:, some],
-                    beta=beta[:, some],
-                    initial_state=None if start == 0 else states[slot : slot + 1],
-                    output_final_state=True,
-                    use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-                )
-                outs.append(out)
-            return rows.whole(outs, 1), None
+
+            def run(begin: Tensor | None, some: Inputs) -> tuple[Tensor, Tensor]:
+                out, state = own(**some, initial_state=begin, output_final_state=True, **normed)
+                return out, state
+
+            return _prompts(rows, states, inputs, ("key", "value", "g", "beta"), run), None
+        if rows.states.record is not None:
+
+            def of_blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
+                if there is None:
+                    out: Tensor = own(**some, chunk_size=some["key"].shape[1], initial_state=begin, **normed)[0]
+                    return out
+                g, beta = (some[name] * there[..., None] for name in ("g", "beta"))  # then they change no state
+                some = {**some, "query": some["key"], "g": g, "beta": beta}
+                state: Tensor = own(**some, initial_state=begin, output_final_state=True, **normed)[1]
+                return state
+
+            return _of_blocks(rows, inputs, of_blocks)[None], None
         q, k, v, decay, write = (t[0].float() for t in (query, key, value, g, beta))
         if use_qk_l2norm_in_kernel:
             q, k = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + NORM_EPS) for t in (q, k))
@@ -86,21 +95,39 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
         """hidden_states [1, N, H, P], dt [1, N, H], A [H], B, C [1, N, groups, state], D [H] -> [1, N, H, P]."""
         rows, heads, width = retrofit_rows, hidden_states.shape[2], hidden_states.shape[3]
         states = rows.states.matrices_of(rows.layer, heads, B.shape[3], width, B.device)
+        inputs = {"hidden_states": hidden_states, "dt": dt, "B": B, "C": C}
         if rows.plan.prompts:
-            same = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "chunk_size": chunk_size, **more}
-            outs = []
-            for slot, start, some in rows.prompts():
-                x, step, left, read = (t[:, some] for t in (hidden_states, dt, B, C))
-                begin = None if start == 0 else states[slot : slot + 1].mT
-                named = {**same, "initial_states": begin, "return_final_states": True}
-                out, state = own(x, step, A, left, read, **named)
-                states[slot] = state[0].mT
-                outs.append(out)
-            return rows.whole(outs, 1)
-        if dt_bias is not None:
-            dt = dt + dt_bias.to(dt.dtype)
-        if dt_softplus:
-            dt = F.softplus(dt)
+            same = {**more, "A": A, "D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "chunk_size": chunk_size}
+
+            def run(begin: Tensor | None, some: Inputs) -> tuple[Tensor, Tensor]:
+                named = {**same, "initial_states": None if begin is None else begin.mT, "return_final_states": True}
+                out, state = own(**some, **named)
+                return out, state.mT
+
+            return _prompts(rows, states, inputs, ("hidden_states", "dt", "B"), run)
+        limits = more.get("dt_limit", (0.0, float("inf")))
+
+        def time_of(dt: Tensor) -> Tensor:
+            dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+            return F.softplus(dt) if dt_softplus else dt
+
+        if rows.states.record is not None:
+
+            def of_blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
+                time = time_of(some["dt"]).clamp(*limits)
+                if there is None:
+                    out: Tensor = own(
+                        **{**some, "dt": time}, A=A, D=D, chunk_size=time.shape[1], initial_states=begin.mT
+                    )
+                    return out
+                # No time passes for rows that are not there.
+                some = {**some, "dt": time * there[..., None], "C": some["B"]}
+                named = {"chunk_size": chunk_size, "initial_states": begin.mT, "return_final_states": True}
+                state: Tensor = own(**some, A=A, **named)[1]
+                return state.mT
+
+            return _of_blocks(rows, inputs, of_blocks)[None]
+        dt = time_of(dt)
         x, time = hidden_states[0].float(), dt[0].float()
         left, read = (t[0].float().repeat_interleave(heads // t.shape[2], dim=1) for t in (B, C))
         written = x * time[..., None]
@@ -108,6 +135,34 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
         return (out if D is None else out + x * D.float()[:, None])[None]
 
     return over_rows
+
+
+def _prompts(
+    rows: LayerRows,
+    states: Tensor,
+    inputs: Inputs,
+    kept: Sequence[str],
+    run: Callable[[Tensor | None, Inputs], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Prompts, one after another; `kept`: the inputs that change the state.  run: (state, inputs) -> (out, state)."""
+    outs = []
+    for slot, start, some in rows.prompts():
+        given = {name: tensor[:, some] for name, tensor in inputs.items()}
+        out, states[slot : slot + 1] = run(None if start == 0 else states[slot : slot + 1], given)
+        outs.append(out)
+        if rows.states.record is not None:
+            rows.states.record.note(rows.layer, slot, start, {name: given[name][0] for name in kept})
+            rows.states.record.passed(rows.layer, slot, start + out.shape[1], states[slot])
+    return rows.whole(outs, 1)
+
+
+def _of_blocks(
+    rows: LayerRows, inputs: Inputs, run: Callable[[Inputs, Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """[N, H, width] of blocks that hang on recorded texts."""
+    assert rows.states.record is not None
+    given = {name: rows.blocks(tensor[0]) for name, tensor in inputs.items()}
+    return rows.unblocked(at_anchors(rows.states.record, rows.layer, rows.plan.block_rows, given, run))
 
 
 def _steps(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from retrofit.adapters.rows import RowPlan
 from retrofit.runtime.backends.hf.recurrent.advance import Writes, replay
+from retrofit.runtime.backends.hf.recurrent.anchors import Record
 
 
 @dataclass(eq=False)
@@ -42,10 +43,13 @@ class States:
         """What the base rows of the newest forward wrote."""
         self.pending: dict[int, tuple[Step, list[int] | None]] = {}
         """Slot -> its base rows of its newest step, from `at` on; None: they branch, and no path was kept."""
+        self.record: Record | None = None
+        """Of texts that blocks hang on anywhere: what all their rows had."""
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.inputs.values(), *self.matrices.values()))
+        recorded = 0 if self.record is None else self.record.nbytes
+        return recorded + sum(t.nbytes for t in (*self.inputs.values(), *self.matrices.values()))
 
     def close(self, slot: int) -> None:
         """Forget what may yet be accepted."""
@@ -56,6 +60,8 @@ class States:
 
         A sequence whose base rows begin at position 0 begins anew.  Raises ValueError for one that goes back.
         """
+        if self.record is not None and plan.base is None:
+            return
         accepted: dict[Step, list[tuple[int, list[int]]]] = {}
         for sequence in plan.sequences:
             slot, start = sequence.slot, sequence.start

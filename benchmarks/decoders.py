@@ -60,6 +60,8 @@ SIZES: Mapping[str, Any] = {
     "pad_token_id": None,
 }
 
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+"""As many layers as there are here would all be recurrent, which not even `generate` decodes."""
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2}
 PADDED = {"text_config": {"pad_token_id": 0}}
 NO_WINDOW = {"sliding_window": CONTEXT}
@@ -67,7 +69,7 @@ NO_WINDOW = {"sliding_window": CONTEXT}
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 ROBERTA = ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl")
 CHANGES: Mapping[str, Mapping[str, Any]] = {
-    "bamba": MAMBA,
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "rope_theta": 10_000.0, "kv_n_heads": 2}},
@@ -80,13 +82,16 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "gemma4_unified": PADDED,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
-    "granitemoehybrid": MAMBA,
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {**MAMBA, **LINEAR},
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"]}),
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mllama": {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
     "zaya": {"num_experts_per_tok": 1},
     "moshi": NO_WINDOW,
+    "nemotron_h": {"layer_types": ["linear_attention", "full_attention", "moe", "mlp"], "num_hidden_layers": 4},
     "phimoe": NO_WINDOW,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), LINEAR),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen4_exp"), {"text_config": LINEAR}),
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
     **{name: {"pad_token_id": 1} for name in ROBERTA},
     "xmod": {"pad_token_id": 1, "default_language": "en_XX"},

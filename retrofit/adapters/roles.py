@@ -24,7 +24,7 @@ PROJECTION_TYPES = (nn.Linear, Conv1D)
 QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 # Recurrent layers: what is read with, what is written and how much of it, or all of that in one.
 DELTA_QKV = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_qkv")
-MIXER_IN = ("mamba.in_proj", "conv.in_proj")
+MIXER_IN = ("mamba.in_proj", "mixer.in_proj", "conv.in_proj")
 DELTA_GATE = ("linear_attn.in_proj_z", "linear_attn.g_proj")
 DELTA_WRITE = (
     "linear_attn.in_proj_ba", "linear_attn.in_proj_b", "linear_attn.in_proj_a",

@@ -113,7 +113,8 @@ def _mixed_forwards(engine: Engine, prompts: Prompts, tail: int) -> list[tuple[T
     """(logits, hidden) of base rows in forwards that hold blocks too: prompt tails verified, a block on each.
 
     The first verifies chains.  The second, where base rows can anchor blocks, verifies trees: every base row follows
-    the first.  The last one runs on the K/V that the others left, so a draft row that reached the cache shows as well.
+    the first, which is kept.  The last one runs on what the others left, so a draft row that reached the cache shows as
+    well; a state that has gone one row on cannot skip any, so behind a tree it runs all rows but the one that was kept.
     """
     longest = max(map(len, prompts)) + engine.layout.block
     cache = engine.backend.new_cache(len(prompts), longest)
@@ -122,7 +123,8 @@ def _mixed_forwards(engine: Engine, prompts: Prompts, tail: int) -> list[tuple[T
     tail = min(tail, min(map(len, prompts)))
     out = []
     try:
-        for step, count in enumerate((tail, tail, 1)):
+        branched = tail > 1 and engine.layout.anchored
+        for step, count in enumerate((tail, tail, tail - 1 if branched else 1)):
             plan, tree = [], step == 1
             for slot, prompt in enumerate(prompts):
                 known = len(prompt) - count
@@ -132,7 +134,7 @@ def _mixed_forwards(engine: Engine, prompts: Prompts, tail: int) -> list[tuple[T
                 parents = [-1, *[0] * (count - 1)] if tree and count > 1 else None
                 blocks = _blocks(engine, known, count, parents)
                 plan.append(SequenceRows(slot, known, list(prompt[known:]), blocks, parents=parents))
-            if tree and (tail < 2 or not engine.layout.anchored):
+            if tree and not branched:
                 continue
             got = engine.backend.forward(engine.backend.row_plan(plan), cache)
             out.append((got.base_logits, got.base_hidden))

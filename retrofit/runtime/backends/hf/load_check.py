@@ -29,7 +29,7 @@ from retrofit.adapters.visibility import Chunk, Window
 from retrofit.errors import RetrofitError, UnsupportedModelError
 from retrofit.runtime.backends.hf.attention import ForwardContext
 from retrofit.runtime.backends.hf.cache import KVCache
-from retrofit.runtime.backends.hf.refused import has_sliding_window
+from retrofit.runtime.backends.hf.refused import ROW_LAYERS, has_sliding_window
 
 if TYPE_CHECKING:
     from retrofit.runtime.backends.hf.backend import HFBackend
@@ -147,9 +147,10 @@ def check_calls(name: str, config: Any, context_length: int, calls: list[tuple[i
             f"{name} attends {times} times in layer {most} of one forward (it runs layers several times, or splits "
             "their attention); retrofit keeps one K/V for each layer"
         )
-    if len(layers) != config.num_hidden_layers:
+    alone = sum(kind in ROW_LAYERS for kind in getattr(config, "layer_types", None) or ())
+    if len(layers) != config.num_hidden_layers - alone:
         raise UnsupportedModelError(
-            f"{name}: {len(layers)} of {config.num_hidden_layers} layers call transformers' attention interface; "
+            f"{name}: {len(layers)} of {config.num_hidden_layers - alone} layers call transformers' attention interface; "
             "retrofit needs all of them"
         )
     if not has_sliding_window(config, context_length):

@@ -16,6 +16,8 @@ from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.hf.recurrent.mixers import mixers_of
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+ROW_LAYERS = {"mlp", "moe"}
+"""Layers of their own that look at each row alone."""
 OTHER_LAYERS = {
     "window_attention": "attends within windows that do not overlap",
     "indexed_attention": "has sparse attention: an indexer picks the keys that each row sees",
@@ -42,13 +44,14 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; retrofit converts decoder-only models")
-    kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
+    kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS - ROW_LAYERS
     recurrent = sorted(kinds - set(OTHER_LAYERS))
     if kinds and not recurrent:
         raise unsupported_yet(name, OTHER_LAYERS[min(kinds)])
     driven = mixers_of(trunk_of(model))
-    known = {config.layer_types[layer] for layer in driven} if driven else set()
-    if not known >= set(recurrent) or (not driven and getattr(model, "_is_stateful", False)):
+    # Where a layer has both, one number stands for its K/V and its state.
+    known = {kind for layer in driven if not (kind := config.layer_types[layer]).startswith("hybrid")}
+    if set(recurrent) - known or (getattr(model, "_is_stateful", False) and not driven):
         raise UnsupportedModelError(
             f"{name} has recurrent or linear-attention layers ({', '.join(recurrent) or 'a recurrent state'}), "
             "whose state cannot be rolled back"

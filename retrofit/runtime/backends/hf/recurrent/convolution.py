@@ -80,9 +80,7 @@ def _blocks(rows: LayerRows, inputs_NC: Tensor, weight: Tensor, bias: Tensor | N
     return rows.unblocked(out.view(own.shape))
 
 
-def windowed(
-    inputs_MC: Tensor, windows: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
-) -> Tensor:
+def windowed(inputs_MC: Tensor, windows: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """[N, C] of rows whose inputs, oldest first, are those of these numbers [reach + 1, N].
 
     Summed in fp32 and in one order, and rounded where the model's own function rounds.

@@ -166,7 +166,6 @@ def _decoder(backend: HFBackend, chain: int, generator: torch.Generator) -> Chec
 
     forward(SequenceRows(0, 0, tokens[:prompt], last_logits_only=True))
     forward(SequenceRows(1, 0, tokens[1 : prompt + 1], last_logits_only=True))
-    alone = torch.cat([forward(SequenceRows(0, prompt + j, [rows[j]])) for j in range(min(ALONE, chain))])
     room = (bucket or 1 << 30) - chain
     drafts = chain if backend.heads is not None and room >= 2 * chain else 0
     beside = min(beside, room - drafts)
@@ -175,13 +174,15 @@ def _decoder(backend: HFBackend, chain: int, generator: torch.Generator) -> Chec
     tried = {f"{chain} together beside others": (*others, SequenceRows(0, prompt, rows, blocks))}
     if chain > 1 and (bucket or 3) >= 3:
         tried["a tree"] = (SequenceRows(0, prompt, [rows[0], siblings[0], rows[1]], parents=[-1, 0, 0]),)
-    differs = None
+    found: list[tuple[str, Tensor]] = []
     for work in work_sizes(backend.device):
         with thread_limit(backend.device, work):
             for name, sequences in tried.items():
                 got = forward(*sequences)
-                got, n = (got[[0, 2]], 2) if name == "a tree" else (got[len(got) - chain :], len(alone))
-                if differs is None and not torch.equal(got[:n], alone[:n]):
-                    differs = name
+                found.append((name, got[[0, 2]] if name == "a tree" else got[len(got) - chain :]))
+    # Last: a state of recurrent layers that has gone on does not come back.
+    alone = torch.cat([forward(SequenceRows(0, prompt + j, [rows[j]])) for j in range(min(ALONE, chain))])
+    pairs = ((name, len(got[:ALONE]), got) for name, got in found)
+    differs = next((name for name, n, got in pairs if not torch.equal(got[:n], alone[:n])), None)
     layers = f"{backend.config.num_hidden_layers} layers"
     return Check("decoder", layers, "library", differs or ", ".join(["one by one", *tried]), differs is None)

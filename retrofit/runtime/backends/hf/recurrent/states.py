@@ -70,6 +70,7 @@ class States:
                 continue
             step, rows = self.pending.pop(slot, (self.step, []))
             count = start - self.at[slot]
+            rows = [] if rows is None and not count else rows
             if rows is None or not 0 <= count <= len(rows):
                 raise ValueError(
                     f"slot {slot} has the state of recurrent layers at position {self.at[slot]}; rows from {start} on "

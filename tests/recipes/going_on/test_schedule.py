@@ -68,6 +68,7 @@ def test_which_steps_have_the_same_rates() -> None:
     assert [same_rates(then, plan, steps) for steps in (0, 80, 81, 82)] == [True, True, True, False]
     assert not same_rates({**then, "train.warmup": 11}, plan, 1)
     assert same_rates({**then, "train.schedule": "cosine"}, plan, 10)
+    assert not same_rates({**then, "train.schedule": "of a later version"}, plan, 1)
 
 
 @pytest.mark.parametrize(

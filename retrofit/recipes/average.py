@@ -141,7 +141,7 @@ def _filled(
     if found is not None:
         calibrate_confidence(attached, found)
     best = max((one for one in taus if one is not None), default=None)
-    if tau is not None and best is not None and tau < best:
+    if tau is not None and best is not None and round(tau, 3) < round(best, 3):
         say(f"note: the mean drafts worse than the best of them alone (tau {tau:.3f} and {best:.3f})")
     return found, taus
 

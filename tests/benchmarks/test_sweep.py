@@ -78,6 +78,17 @@ def test_bars_and_page_count_alike() -> None:
     assert "## Wrong" in page and "## Crash" not in page and "## Not tried" not in page
 
 
+def test_entries_that_were_not_measured_anew_are_kept_and_said_to_be() -> None:
+    old = {"a": {"outcome": "wrong", "reason": "ar"}, "b": {"outcome": "refused", "reason": "this"}}
+    before = {"hardware": {"commit": "c0ffee"}, "figures": {"entries": old}}
+    found = sweep.figures_of({"a": {"outcome": "refused", "reason": "that"}}, before)
+    assert list(found["entries"]) == ["a", "b"] and found["entries"]["b"] is old["b"]
+    assert (found["counts"]["wrong"], found["counts"]["refused"]) == (0, 2)
+    assert found["kept"] == {"entries": 1, "commit": "c0ffee"}
+    page = sweep.page(section("x", 1.0, [Bar("a", "b", "c", None)], found))
+    assert "1 entries are as they were at commit c0ffee." in page and "| `a` | that |" in page
+
+
 # The page in the documentation
 
 

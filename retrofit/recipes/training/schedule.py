@@ -47,7 +47,7 @@ def _decay_begins(train: Train) -> int:
 
 
 def same_rates(settings: Mapping[str, Any], recipe: Recipe, steps: int) -> bool:
-    """Whether the first so many steps had the learning rates that `recipe` gives them.
+    """Whether the first so many steps had the learning rates, and the lengths of blocks, that `recipe` gives them.
 
     settings: what they were trained with, by dotted key.
     """
@@ -55,4 +55,13 @@ def same_rates(settings: Mapping[str, Any], recipe: Recipe, steps: int) -> bool:
     old = recipe.model_copy(update={"train": recipe.train.model_copy(update=then)})
     if old.train.schedule not in SCHEDULES:  # of another version
         return False
-    return all(learning_rate(old, step) == learning_rate(recipe, step) for step in range(steps))
+    return all(
+        learning_rate(old, step) == learning_rate(recipe, step) and block_of(old, step) == block_of(recipe, step)
+        for step in range(steps)
+    )
+
+
+def block_of(recipe: Recipe, step: int) -> int:
+    """How long a step's blocks are, from 0: of `train.curriculum`'s lengths, each has its equal share of the steps."""
+    lengths = (*recipe.train.curriculum, recipe.draft.block)
+    return lengths[min(len(lengths) - 1, step * len(lengths) // recipe.train.steps)]

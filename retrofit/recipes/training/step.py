@@ -42,7 +42,7 @@ from retrofit.recipes.training.checkpoint import RESTART
 from retrofit.recipes.training.clean.forward import clean_forward, pieces_of
 from retrofit.recipes.training.losses.rows import WITH_ENTROPY
 from retrofit.recipes.training.objective import Blocks, Sums, Teacher, backward_diffusion, backward_draft
-from retrofit.recipes.training.schedule import learning_rate
+from retrofit.recipes.training.schedule import block_of, learning_rate
 from retrofit.recipes.training.shares import Shares
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.cache import KVCache
@@ -88,10 +88,8 @@ class Trainer:
 
     @property
     def layout(self) -> DraftLayout:
-        """Of the next step's blocks: of `train.curriculum`'s lengths, each has its equal share of the steps."""
-        lengths = (*self.recipe.train.curriculum, self.recipe.draft.block)
-        stage = min(self.steps_done * len(lengths) // self.recipe.train.steps, len(lengths) - 1)
-        return replace(self.attached.layout, block=lengths[stage])
+        """Of the next step's blocks."""
+        return replace(self.attached.layout, block=block_of(self.recipe, self.steps_done))
 
     def step(self, batches: list[list[tuple[Document, int]]]) -> StepResult:
         """One optimizer step, whatever the loss is."""

@@ -6,7 +6,7 @@ import pytest
 from tiny_conversion import STEPS, curve, interrupted, learned, run, steps
 
 from retrofit.errors import UsageError
-from retrofit.recipes.schema import load_recipe
+from retrofit.recipes.schema import by_key, load_recipe
 from retrofit.recipes.training.schedule import same_rates
 
 CONSTANT = {"train__schedule": "constant"}
@@ -84,3 +84,11 @@ def test_which_steps_have_the_same_rates() -> None:
 def test_a_decay_that_cannot_be(keys: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_recipe("tiny", keys)
+
+
+def test_more_steps_must_not_change_the_blocks_of_those_done() -> None:
+    """Blocks of 2, 4, 8 in 90 steps: 30 each; in 120 steps 40 each, so step 31 would have had another length."""
+    keys = ["draft.block=8", "train.curriculum=[2,4]", "train.schedule=constant", "train.warmup=0"]
+    then = by_key(load_recipe("tiny", [*keys, "train.steps=90"]))
+    plan = load_recipe("tiny", [*keys, "train.steps=120"])
+    assert [same_rates(then, plan, steps) for steps in (0, 30, 31)] == [True, True, False]

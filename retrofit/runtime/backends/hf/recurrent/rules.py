@@ -156,9 +156,7 @@ def _prompts(
     return rows.whole(outs, 1)
 
 
-def _of_blocks(
-    rows: LayerRows, inputs: Inputs, run: Callable[[Inputs, Tensor, Tensor | None], Tensor]
-) -> Tensor:
+def _of_blocks(rows: LayerRows, inputs: Inputs, run: Callable[[Inputs, Tensor, Tensor | None], Tensor]) -> Tensor:
     """[N, H, width] of blocks that hang on recorded texts."""
     assert rows.states.record is not None
     given = {name: rows.blocks(tensor[0]) for name, tensor in inputs.items()}

@@ -5,9 +5,6 @@ Marked `vllm`: `make vllm` runs this.  Needs the package of SmolLM2 (`llm-smollm
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,20 +31,6 @@ SIZES = (
 TOKENS, COUNTED = 32, 64
 """New tokens of each request; of those whose drafts are counted."""
 PROMPTS = 8
-OFFLINE = """
-import json, sys
-from vllm import LLM, SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.openai.cli_args import make_arg_parser
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-words, prompts, tokens = json.loads(sys.argv[1])
-told = make_arg_parser(FlexibleArgumentParser()).parse_args(words[words.index("serve") + 1 :])
-told.model = told.model_tag or told.model
-engine = LLM.from_engine_args(EngineArgs.from_cli_args(told))
-params = SamplingParams(temperature=0, max_tokens=tokens)
-found = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-print(json.dumps([list(one.outputs[0].token_ids) for one in found]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -120,17 +103,3 @@ def test_drafts_are_accepted_as_in_our_two_forwards(answers: Any, prompts: list[
     ends = len(prompts)
     assert cycles == pytest.approx(len(ours), rel=0.05, abs=ends)
     assert slots == pytest.approx(want, rel=0.05, abs=ends / 2)
-
-
-def offline(command: list[str], prompts: list[list[int]]) -> list[list[int]]:
-    """What vLLM answers without a server, set up by the words of a command."""
-    given = json.dumps([command, prompts, TOKENS])
-    done = subprocess.run([sys.executable, "-c", OFFLINE, given], stdout=subprocess.PIPE, text=True, check=True)
-    found: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def test_offline_too(base: Path, prompts: list[list[int]]) -> None:
-    options = ("--dtype", "float32", *SIZES)
-    printed = subprocess.run([*drafting(NAME, options), "--print", "--json"], stdout=subprocess.PIPE, check=True)
-    assert offline(json.loads(printed.stdout), prompts) == offline(plain(base, options), prompts)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SHARED = 32768
 """Numbers from which torch lets a second thread help (at::internal::GRAIN_SIZE)."""
+LANES = 32
+"""Numbers that torch computes together on any CPU, at most."""
 HOMES = ("torch.nn.modules.activation", "transformers.activations")
 """Where the classes of activations are."""
 
@@ -32,6 +34,13 @@ def by_one_thread(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return function(x)
     with thread_limit(x.device, 0.0):
         return function(x)
+
+
+def in_lanes(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An elementwise function of few numbers; alike wherever each stands: on a CPU each fills a vector of its own."""
+    if x.device.type != "cpu":
+        return function(x)
+    return function(x[..., None].expand(*x.shape, LANES).contiguous())[..., 0]
 
 
 def install(backend: HFBackend) -> None:

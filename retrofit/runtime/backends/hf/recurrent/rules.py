@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retrofit.runtime.backends.hf.elementwise import in_lanes
 from retrofit.runtime.backends.hf.recurrent.advance import advance, folded
 from retrofit.runtime.backends.hf.recurrent.anchors import Inputs, at_anchors
 from retrofit.runtime.backends.hf.recurrent.forest import Index
@@ -70,7 +71,8 @@ def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
         def right_of(state: Tensor, some: Index) -> Tensor:
             return (v[some] - folded(state * k[some][..., None])) * write[some][..., None]
 
-        return _steps(rows, states, decay.exp(), k, q, right_of, value.shape[3]).to(query.dtype)[None], None
+        out = _steps(rows, states, in_lanes(torch.exp, decay), k, q, right_of, value.shape[3])
+        return out.to(query.dtype)[None], None
 
     return over_rows
 
@@ -86,7 +88,7 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
         C: Tensor,
         chunk_size: int,
         D: Tensor | None = None,
-        dt_bias: Tensor | None = None,
+        dt_bias: Tensor | float | None = None,
         dt_softplus: bool = False,
         *,
         retrofit_rows: LayerRows,
@@ -105,20 +107,15 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
                 return out, state.mT
 
             return _prompts(rows, states, inputs, ("hidden_states", "dt", "B"), run)
-        limits = more.get("dt_limit", (0.0, float("inf")))
-
-        def time_of(dt: Tensor) -> Tensor:
-            dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-            return F.softplus(dt) if dt_softplus else dt
-
+        dt_bias = dt_bias.to(dt.dtype) if isinstance(dt_bias, Tensor) else 0.0
         if rows.states.record is not None:
 
             def of_blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
-                time = time_of(some["dt"]).clamp(*limits)
+                time = some["dt"] + dt_bias
+                time = (F.softplus(time) if dt_softplus else time).clamp(*more.get("dt_limit", (0.0, float("inf"))))
                 if there is None:
-                    out: Tensor = own(
-                        **{**some, "dt": time}, A=A, D=D, chunk_size=time.shape[1], initial_states=begin.mT
-                    )
+                    some, K = {**some, "dt": time}, time.shape[1]
+                    out: Tensor = own(**some, A=A, D=D, chunk_size=K, initial_states=begin.mT)
                     return out
                 # No time passes for rows that are not there.
                 some = {**some, "dt": time * there[..., None], "C": some["B"]}
@@ -127,11 +124,13 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
                 return state.mT
 
             return _of_blocks(rows, inputs, of_blocks)[None]
-        dt = time_of(dt)
+        dt = dt + dt_bias
+        if dt_softplus:
+            dt = in_lanes(F.softplus, dt)
         x, time = hidden_states[0].float(), dt[0].float()
         left, read = (t[0].float().repeat_interleave(heads // t.shape[2], dim=1) for t in (B, C))
-        written = x * time[..., None]
-        out = _steps(rows, states, (time * A.float()).exp(), left, read, lambda _, some: written[some], width)
+        written, decay = x * time[..., None], in_lanes(torch.exp, time * A.float())
+        out = _steps(rows, states, decay, left, read, lambda _, some: written[some], width)
         return (out if D is None else out + x * D.float()[:, None])[None]
 
     return over_rows

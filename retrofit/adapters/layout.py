@@ -5,6 +5,7 @@
                       sees             | base K/V < p+1                          sees      base K/V < p
 
 Every block starts at the first position whose base K/V it does not see, so one number places it.
+A bidirectional block is so in attention layers only; through recurrent ones it runs from its first row to its last.
 Not here: tensors.  This file imports nothing heavy.
 """
 

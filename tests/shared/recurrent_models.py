@@ -1,10 +1,10 @@
-"""Tiny random models with recurrent layers beside attention, of every family and kind of state that rows get through."""
+"""Tiny random models with recurrent layers beside attention, of every kind of state that rows get through."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from tiny_models import MOE, NO_SPECIAL_TOKENS, SIZES, VOCABULARY, randomize
+from tiny_models import MOE, SIZES, randomize
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,

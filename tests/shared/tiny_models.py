@@ -30,7 +30,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
-    Qwen3NextConfig,
 )
 
 VOCABULARY = 64
@@ -214,21 +213,6 @@ CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def _qwen3_next() -> PreTrainedConfig:
-    return Qwen3NextConfig(
-        **SIZES,
-        **MOE,
-        head_dim=12,
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=4,
-        shared_expert_intermediate_size=24,
-    )
-
-
 def _mamba() -> PreTrainedConfig:
     return MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2, **NO_SPECIAL_TOKENS)
 
@@ -243,7 +227,6 @@ def _falcon() -> PreTrainedConfig:
 
 
 REFUSED_CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
-    "qwen3_next": _qwen3_next,  # linear attention beside full attention
     "mamba": _mamba,  # recurrent, no attention at all
     "bloom": _bloom,  # computes its attention itself (alibi)
     "falcon": _falcon,  # computes its attention itself

@@ -94,7 +94,9 @@ def test_draft_rows_are_those_of_decoding(name: str) -> None:
         for position in range(3, max(ANCHORS[0]) + 1):
             here = blocks(text, (position,)) if position in ANCHORS[0] else []
             out = backend.forward(backend.row_plan([SequenceRows(0, position, [text[position]], here)]), cache)
-            torch.testing.assert_close(out.draft_hidden, trained[row : row + len(out.draft_hidden)], rtol=2e-4, atol=2e-4)
+            torch.testing.assert_close(
+                out.draft_hidden, trained[row : row + len(out.draft_hidden)], rtol=2e-4, atol=2e-4
+            )
             row += len(out.draft_hidden)
     assert row == len(trained)
 

@@ -15,7 +15,6 @@ from retrofit.runtime.backends.hf import backend as hf
 from retrofit.runtime.engine import Engine
 
 REASONS = {
-    "qwen3_next": "Qwen3NextForCausalLM has recurrent or linear-attention layers",
     "mamba": "MambaForCausalLM .*(recurrent|attention interface)",
     "bloom": "BloomForCausalLM does not call transformers' attention interface",
     "falcon": "FalconForCausalLM does not call transformers' attention interface",

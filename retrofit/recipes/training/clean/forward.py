@@ -36,8 +36,8 @@ Part = tuple[int, int, int]
 def clean_forward(backend: HFBackend, documents: Sequence[Document], forwards: int = 0) -> tuple[KVCache, Tensor]:
     """K/V of every layer and the last hidden states [P, H] of all documents' base rows, without gradient.
 
-    forwards: how many are run at least, where processes have to run as many as each other; the first piece, which begins
-    its documents, is then computed again.
+    forwards: how many are run at least, where processes have to run as many as each other; the first piece, which
+    begins its documents, is then computed again.
     """
     lengths = [len(document.tokens) for document in documents]
     firsts = [sum(lengths[:number]) for number in range(len(lengths))]

@@ -116,10 +116,9 @@ class KVCache:
     def put_in(self, slot: int, first: int, kept: Sequence[Taken], stop: int | None = None) -> None:
         """A sliding layer takes what rows behind the last part see; with recurrent layers there is one part, whole."""
         if self.states.inputs:
-            (whole,), there = kept, self.states.inputs
-            assert stop is not None
-            self.states.put_in(slot, stop, {layer: held for layer, held in whole.items() if layer in there})
-            kept = [{layer: pair for layer, pair in whole.items() if layer not in there}]
+            assert stop is not None and len(kept) == 1
+            self.states.put_in(slot, stop, {n: held for n, held in kept[0].items() if n in self.states.inputs})
+            kept = [{n: pair for n, pair in kept[0].items() if n not in self.states.inputs}]
         for layer, pair in kept[0].items():
             if layer not in self.layers:
                 self.allocate(layer, *(t.transpose(0, 1)[None] for t in pair))

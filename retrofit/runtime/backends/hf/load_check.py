@@ -147,10 +147,10 @@ def check_calls(name: str, config: Any, context_length: int, calls: list[tuple[i
             f"{name} attends {times} times in layer {most} of one forward (it runs layers several times, or splits "
             "their attention); retrofit keeps one K/V for each layer"
         )
-    alone = sum(kind in ROW_LAYERS for kind in getattr(config, "layer_types", None) or ())
-    if len(layers) != config.num_hidden_layers - alone:
+    count = config.num_hidden_layers - sum(kind in ROW_LAYERS for kind in getattr(config, "layer_types", None) or ())
+    if len(layers) != count:
         raise UnsupportedModelError(
-            f"{name}: {len(layers)} of {config.num_hidden_layers - alone} layers call transformers' attention interface; "
+            f"{name}: {len(layers)} of {count} layers call transformers' attention interface; "
             "retrofit needs all of them"
         )
     if not has_sliding_window(config, context_length):

@@ -54,7 +54,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     if set(recurrent) - known or (getattr(model, "_is_stateful", False) and not driven):
         raise UnsupportedModelError(
             f"{name} has recurrent or linear-attention layers ({', '.join(recurrent) or 'a recurrent state'}), "
-            "whose state cannot be rolled back"
+            "of a kind that retrofit does not run row by row"
         )
     if not model._can_set_attn_implementation():
         raise UnsupportedModelError(

@@ -35,7 +35,8 @@ ACROSS = ("conv1d", "chunk", "recurrent", "scan", "selective")
 
 def mixers_of(trunk: nn.Module) -> dict[int, nn.Module]:
     """Layer -> its recurrent module, of those that rows get through."""
-    return {int(m.layer_idx): m for m in trunk.modules() if hasattr(m, "layer_idx") and _known(m)}
+    found = {getattr(module, "layer_idx", None): module for module in trunk.modules() if _known(module)}
+    return {int(layer): module for layer, module in found.items() if layer is not None}
 
 
 def install(trunk: nn.Module) -> Callable[[], None]:
@@ -52,6 +53,8 @@ def install(trunk: nn.Module) -> Callable[[], None]:
 def _known(module: nn.Module) -> bool:
     """Whether a module looks across rows by functions that are known here, and by no others."""
     written = inspect.unwrap(type(module).forward)
+    if not inspect.isfunction(written):
+        return False
     called = [name for name in written.__code__.co_names if callable(written.__globals__.get(name))]
     across = {name for name in called if any(word in name for word in ACROSS)}
     return "causal_conv1d_fn" in across and across <= {*OURS, *UNUSED}

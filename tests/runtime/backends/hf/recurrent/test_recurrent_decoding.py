@@ -1,4 +1,4 @@
-"""Recurrent layers in decoding: `self_spec` is the original model, token for token, and a rejected row leaves nothing."""
+"""Recurrent layers in decoding: `self_spec` is the original model, token for token; a rejected row leaves nothing."""
 
 from functools import cache, partial
 from typing import Any

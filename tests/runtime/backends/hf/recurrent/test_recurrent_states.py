@@ -1,4 +1,4 @@
-"""Rollback: whatever was drafted, rejected and hung on the way, a state is that of the accepted text alone, bit for bit.
+"""Rollback: whatever was drafted and rejected on the way, a state is that of the accepted text alone, bit for bit.
 
 The rows' inputs are a function of position and token, so what differs can only come from the states.
 """

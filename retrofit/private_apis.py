@@ -153,8 +153,20 @@ PRIVATE_APIS = (
     ),
     PrivateApi(
         "transformers.PreTrainedModel._is_stateful",
-        "a recurrent state cannot be rolled back, so such a model is refused",
+        "a model with a recurrent state is refused where rows do not get through all of its recurrent layers",
         ("retrofit/runtime/backends/hf/refused.py",),
+    ),
+    *(
+        PrivateApi(
+            f"transformers.models.{family}.modeling_{family}.{name}",
+            "what a recurrent layer calls to look from row to row, where ours stands in; without it the model is refused",
+            ("retrofit/runtime/backends/hf/recurrent/mixers.py",),
+        )
+        for family, name in (
+            ("qwen3_next", "causal_conv1d_fn"),
+            ("qwen3_next", "torch_chunk_gated_delta_rule"),
+            ("bamba", "mamba2_chunk_scan"),
+        )
     ),
     PrivateApi(
         "transformers.PreTrainedModel._can_set_attn_implementation",

@@ -159,7 +159,7 @@ PRIVATE_APIS = (
     *(
         PrivateApi(
             f"transformers.models.{family}.modeling_{family}.{name}",
-            "what a recurrent layer calls to look from row to row, where ours stands in; else the model is refused",
+            "what a recurrent layer calls to look from row to row, where ours stands in; without it a model is refused",
             ("retrofit/runtime/backends/hf/recurrent/mixers.py",),
         )
         for family, name in (

@@ -187,7 +187,7 @@ def _attached(
             fan_in_fan_out=transposed,
         )
         config._register_custom_module({nn.Linear: GatedLoraLinear, Conv1D: GatedLoraLinear})
-        peft_model = get_peft_model(model, config)
+        peft_model = _with_lora(model, config)
         text = model.config.get_text_config()
         heads = Heads(
             text.hidden_size,
@@ -213,6 +213,17 @@ def _attached(
         )
     heads.to(embedding.device)
     return Attached(model, peft_model, gate, heads, layout, trainable)
+
+
+def _with_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """What PEFT makes of the model; it takes no LoRA on the output projections of some recurrent layers."""
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"PEFT puts no LoRA on {type(model).__name__}: {said[:160]}", "choose other adapter.targets"
+        ) from error
 
 
 def count(tensors: Iterable[Tensor]) -> int:

@@ -88,6 +88,7 @@ def _top(data: Data) -> Iterator[str]:
     yield f"<h1>{text(_name(data))}</h1>"
     if found:
         base, machine = (found["base"] or {}).get("model", "a live model"), found["hardware"]
+        base = "its original" if base == _name(data) else base
         yield paragraph(f"beside {text(base)}, on {text(machine['gpu'] or machine['cpu'])}", "faint")
     yield "</header>"
     if data["status"] == "partial":

@@ -50,7 +50,10 @@ def picture(data: Data) -> str:
     name = clean((found.get("artifact") or {}).get("name", "a live engine"), 60)
     base = clean((found.get("base") or {}).get("model", "its original"), 60)
     machine = found.get("hardware", {})
-    title, foot = f"{name} beside {base}", f"{machine.get('gpu') or machine.get('cpu') or ''}"
+    title, foot = (
+        f"{name} beside {'its original' if name == base else base}",
+        f"{machine.get('gpu') or machine.get('cpu') or ''}",
+    )
     some = [] if charts.missing() else list(halves(data))
     height = HEAD + ROW * max((len(half.marks) for half in some), default=0) + FOOT
     parts = [_text(EDGE, 38, title, size=18, weight="bold")]

@@ -124,7 +124,8 @@ def main(model: Path, dtype: str, mode: str, conversations: int, keep: bool) -> 
     for bar in bars:
         say(f"{bar.what}: {bar.figure} (bar {bar.bar})")
     if keep:
-        command = " ".join(["python -m benchmarks.chat", *sys.argv[1:]])
+        given = [model.name if one == str(model) else one for one in sys.argv[1:]]
+        command = " ".join(["python -m benchmarks.chat", *given])
         figures = {"level": level, "settle_seconds": round(settled, 2), "conversations": found}
         write(RESULTS, {f"chat, {name}": section(command, time.perf_counter() - begin, bars, figures)})
     sys.exit(0 if all(bar.met for bar in bars) else 3)

@@ -29,6 +29,12 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 """Bases whose vLLM model was read: decoders with full attention in every layer, embeddings that are not scaled, and
 projections that go by transformers' names."""
 
+STATEFUL = (
+    "BambaForCausalLM", "GraniteMoeHybridForCausalLM", "Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "Lfm3ForCausalLM",
+    "OlmoHybridForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM",
+)  # fmt: skip
+"""Bases that retrofit converts and whose layers have a recurrent state, which UNO's two forwards do not roll back."""
+
 
 def refuse_unfit(name: str, config: Mapping[str, Any], engine: str) -> None:
     """Raise UsageError or UnsupportedModelError for an artifact that an engine cannot draft with.
@@ -45,6 +51,11 @@ def refuse_unfit(name: str, config: Mapping[str, Any], engine: str) -> None:
         raise UnsupportedModelError(
             f"{name} cannot be served by vllm: drafting there is written for {', '.join(ARCHITECTURES)}, "
             f"and its base is {base['architecture']}",
+            "decode it with retrofit: `retrofit generate`",
+        )
+    if engine == "sglang" and base["architecture"] in STATEFUL:
+        raise UnsupportedModelError(
+            f"{name} cannot be served by sglang: drafts that are refused stay in the state of a {base['architecture']}",
             "decode it with retrofit: `retrofit generate`",
         )
     wrong = unfit(config, engine)

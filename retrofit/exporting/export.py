@@ -39,7 +39,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "peft": Format(peft_folder.files, peft_folder.compare),
-    "uno": Format(uno.files, peft_folder.compare, uno.refuse_unfit),
+    "uno": Format(uno.files, uno.compare, uno.refuse_unfit),
     "transformers": Format(transformers_folder.files, transformers_folder.compare),
 }
 

@@ -22,6 +22,7 @@ from retrofit.artifact.folder import Artifact
 from retrofit.errors import GateError, UnsupportedModelError
 from retrofit.exporting import custom_generate
 from retrofit.exporting.peft_folder import Content, fields
+from retrofit.exporting.states import refuse_state
 from retrofit.hub import Base
 from retrofit.runtime.engine import Engine
 
@@ -72,6 +73,7 @@ def compare(folder: Path, base: Base, artifact: Artifact) -> str:
     and what `Engine.from_model` raises.
     """
     model = base.model
+    refuse_state(artifact, model, "transformers")
     vocab = int(model.get_input_embeddings().weight.shape[0])
     prompt = [n * 97 % vocab for n in range(PROBE)]
     common: dict[str, Any] = {"max_new_tokens": NEW, "ignore_eos": True, "original_settings": False, "seed": SEED}

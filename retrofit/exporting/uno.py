@@ -10,10 +10,14 @@ folder (`peft_folder.py`).  Not here: starting that engine.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from retrofit.artifact.engines import unfit
 from retrofit.artifact.folder import Artifact
 from retrofit.errors import UsageError
 from retrofit.exporting import peft_folder
+from retrofit.exporting.states import refuse_state
+from retrofit.hub import Base
 
 README = """---
 library_name: peft
@@ -57,3 +61,9 @@ def refuse_unfit(artifact: Artifact) -> None:
 def files(artifact: Artifact, model: str) -> dict[str, peft_folder.Content]:
     """As `peft_folder.files`."""
     return peft_folder.files(artifact, model, README)
+
+
+def compare(folder: Path, base: Base, artifact: Artifact) -> str:
+    """As `peft_folder.compare`.  Raises UnsupportedModelError too, for a base with a recurrent state."""
+    refuse_state(artifact, base.model, "uno")
+    return peft_folder.compare(folder, base, artifact)

@@ -89,6 +89,9 @@ def read(name: str | Path, offline: bool = False) -> Origin:
         return _of_checkpoint(checkpoint.read(place))
     if found := sorted(place.glob("step-*")):
         raise UsageError(f"{place} holds {len(found)} checkpoints", f"name one: {found[-1]}")
+    if place.name.startswith("step-") and place.parent.is_dir() and not place.exists():
+        kept = ", ".join(sorted(one.name for one in place.parent.glob("step-*")))
+        raise UsageError(f"{place}: there is no such checkpoint", f"{place.parent} holds {kept or 'none'}")
     return _of_artifact(artifact.read(local_folder(name, offline)))
 
 

@@ -272,7 +272,7 @@ def test_an_empty_file_or_section_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a", "must hold sections and keys"),
+        ("- a", "must hold sections such as"),
         ("train: [", "is not valid YAML"),
         ("train:\n  lr: 1\n  lr: 2", "`lr` given twice (line 3)"),
         ("3: 4", "a key must be text (line 1)"),

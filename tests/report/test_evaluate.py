@@ -29,7 +29,7 @@ def test_a_lossless_engine_passes_and_every_figure_comes_from_its_trace(own, mon
     report = small(monkeypatch, own, price=2.0)
     lossless = report.section("losslessness")
     assert [lossless[kind]["bug"] for kind in ("greedy", "sampled")] == [0, 0]
-    assert lossless["greedy"]["texts"] == lossless["greedy"]["equal_texts"] == 8  # two prompts, four strategies
+    assert lossless["greedy"]["texts"] == lossless["greedy"]["equal_texts"] == 10  # two prompts, five strategies
     assert lossless["greedy"]["noise_floor"]["texts"] == 2
     assert gate(report, "lossless_bugs")["ok"] and gate(report, "claimed_sampled")["ok"]
     for one in report.section("acceptance")["by_temperature"]:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import GenerationConfig
 
 from retrofit.artifact import folder as artifacts
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, UnsupportedModelError
 from retrofit.eval.acceptance import looping_share, reference_tokens
 from retrofit.eval.speed import REFERENCE, WAYS, in_turn, ratio_of, synchronize
 from retrofit.hub import load_base
 from retrofit.report.rivals import Rival
 from retrofit.report.sections.speed import LOOKUP_TOKENS
 from retrofit.report.setting import Data, Earlier, Setting, Skipped
+from retrofit.runtime.backends.hf.refused import has_state
 from retrofit.runtime.engine import Engine
 from retrofit.weight_files import dtype_name
 
@@ -101,6 +102,8 @@ def _ways(setting: Setting, skipped: list[Data], open_ones: ExitStack) -> dict[s
         ways |= {name: partial(by_engine, setting.engine, name) for name in _strategies(setting.engine)}
     for rival in setting.against:
         try:
+            if rival.kind != "artifact" and has_state(setting.subject.base(setting.subject.dtype)):
+                raise UnsupportedModelError("transformers drafts for no model with a recurrent state")
             if rival.kind == "lookup":
                 ways["transformers lookup"] = partial(by_transformers, lookup=LOOKUP_TOKENS)
             elif rival.kind == "assisted":

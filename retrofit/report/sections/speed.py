@@ -16,6 +16,7 @@ from retrofit.eval.clocked import by_engine, by_transformers, forget_peak_memory
 from retrofit.eval.latency import Timeline, speed_figures, total_rate
 from retrofit.eval.speed import REFERENCE, WAYS, in_turn, ratio_of
 from retrofit.report.setting import Data, Earlier, Setting, Skipped
+from retrofit.runtime.backends.hf.refused import has_state
 
 REFERENCE_LOOKUP = "transformers_prompt_lookup"
 LOOKUP_TOKENS = 10
@@ -76,7 +77,8 @@ def ways(setting: Setting, temperature: float) -> dict[str, Way]:
     }
     base = setting.subject.base(setting.subject.dtype)
     made[REFERENCE] = partial(by_transformers, base, **common)
-    made[REFERENCE_LOOKUP] = partial(by_transformers, base, lookup=LOOKUP_TOKENS, **common)
+    if not has_state(base):  # transformers cannot take its own drafts back there
+        made[REFERENCE_LOOKUP] = partial(by_transformers, base, lookup=LOOKUP_TOKENS, **common)
     return made
 
 
@@ -84,7 +86,7 @@ def _cell(setting: Setting, texts: Sequence[Texts], temperature: float) -> Data:
     """texts: of each turn."""
     made = ways(setting, temperature)
     if len(texts[0]) > 1:
-        del made[REFERENCE_LOOKUP]  # transformers takes one prompt at a time there
+        made.pop(REFERENCE_LOOKUP, None)  # transformers takes one prompt at a time there
     names, device = list(made), setting.engine.backend.device
     peaks: dict[str, int | None] = {}
     for name in names:

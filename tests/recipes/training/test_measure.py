@@ -37,6 +37,7 @@ class KnownBackend:
     """Hidden states are logits: of a base row those of its token, of a draft row those of its place in the block."""
 
     device = torch.device("cpu")
+    recurrent: frozenset[int] = frozenset()
 
     def row_plan(self, rows: Sequence[SequenceRows]) -> Sequence[SequenceRows]:
         return rows

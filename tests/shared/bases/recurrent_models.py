@@ -1,7 +1,6 @@
 """Tiny random models with recurrent layers beside attention, of every kind of state that rows get through."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from tiny_models import MOE, SIZES, randomize
@@ -27,14 +26,30 @@ DELTA = {
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_chunk_size": 16}
 
 
-def _qwen3_next(**changes: object) -> PreTrainedConfig:
+def _qwen3_next() -> PreTrainedConfig:
     experts = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 24}
-    return Qwen3NextConfig(**{**SIZES, **LAYERS, **DELTA, **experts, "head_dim": 12, **changes})
+    return Qwen3NextConfig(
+        **{
+            **SIZES,
+            **LAYERS,
+            **DELTA,
+            **experts,
+            "head_dim": 12,
+        }
+    )
 
 
-def _qwen3_5(**changes: object) -> PreTrainedConfig:
+def _qwen3_5() -> PreTrainedConfig:
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.5}
-    return Qwen3_5TextConfig(**{**SIZES, **LAYERS, **DELTA, "head_dim": 12, "rope_parameters": rope, **changes})
+    return Qwen3_5TextConfig(
+        **{
+            **SIZES,
+            **LAYERS,
+            **DELTA,
+            "head_dim": 12,
+            "rope_parameters": rope,
+        }
+    )
 
 
 def _olmo_hybrid() -> PreTrainedConfig:
@@ -67,17 +82,11 @@ RECURRENT: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "bamba": _bamba,
     "granitemoehybrid": _granitemoehybrid,
 }
-# A row's gates fill whole vectors: then their bits do not depend on where the row stands among others.
-VECTORS = {"linear_num_key_heads": 16, "linear_num_value_heads": 16}
-VARIANTS: Mapping[str, Callable[[], PreTrainedConfig]] = {
-    "qwen3_next_vectors": partial(_qwen3_next, **VECTORS),
-    "qwen3_5_vectors": partial(_qwen3_5, **VECTORS),
-}
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The tiny model of this name, on the CPU, the same at equal seed."""
-    config = {**RECURRENT, **VARIANTS}[name]()
+    config = RECURRENT[name]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # what is drawn beside weights: decays
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

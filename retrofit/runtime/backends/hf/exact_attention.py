@@ -150,11 +150,12 @@ def tree_attention(
     first = min(paths.starts) // form.piece * form.piece
     shared = _with_values(weights[..., :first].flatten(2, 3), value[:, :, :first], form) if first else None
     # From there on each row has values of its own, and a row of every head of the group is a product.
-    tail = value[:, None, :, first:].repeat(1, T, 1, 1, 1)
+    stop = form.padded(paths.stop)  # behind it, where columns are read whole, nobody sees anything
+    tail = value[:, None, :, first:stop].repeat(1, T, 1, 1, 1)
     sequence = torch.arange(S, device=value.device)[:, None, None]
     moved = own_value.transpose(1, 2)[sequence, paths.rows].transpose(2, 3)
     tail.scatter_(3, (paths.places - first)[:, :, None, :, None].expand_as(moved), moved)
-    apart = weights[..., first:].permute(0, 3, 1, 2, 4).reshape(S * T, Hk, H // Hk, -1)
+    apart = weights[..., first:stop].permute(0, 3, 1, 2, 4).reshape(S * T, Hk, H // Hk, -1)
     if shared is not None:
         shared = shared.view(S, Hk, H // Hk, T, -1).permute(0, 3, 1, 2, 4).reshape(S * T, Hk, H // Hk, -1)
     out = _with_values(apart, tail.flatten(0, 1), form, shared).to(query.dtype)

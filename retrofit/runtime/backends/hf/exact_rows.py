@@ -34,6 +34,8 @@ from retrofit.runtime.backends.threads import thread_limit, work_sizes
 
 CPU_BUCKET_ROWS = 32
 """Rows of every decoding forward at `bucket` on a CPU: extra rows are dearer there."""
+VECTOR = 32
+"""Numbers that an elementwise function takes together on a CPU, at most."""
 PROMPT = 62
 """Tokens before the decoder's rows."""
 ALONE = 3
@@ -112,7 +114,7 @@ def self_test(backend: HFBackend, level: str, drafts: int, rows: int | None = No
     checks += [product.check(least) for product in products]
     if level == "bucket":
         checks += _lone_experts(backend)
-    return [*checks, _decoder(backend, chain, generator)]
+    return [*checks, *_gates(backend, level), _decoder(backend, chain, generator)]
 
 
 def survey(backend: HFBackend, drafts: int, rows: int | None = None) -> list[Priced]:
@@ -148,6 +150,16 @@ def _lone_experts(backend: HFBackend) -> list[Check]:
         if name.rsplit(".", 1)[-1] == "experts" and isinstance(module, nn.ModuleList)
     ]
     return [Check("experts", f"{len(names)} lists of modules", "library", "one expert's rows", False)] if names else []
+
+
+def _gates(backend: HFBackend, level: str) -> list[Check]:
+    """Recurrent layers compute gates by functions that are no modules: on a CPU those of the last rows by another one,
+    where the numbers of all rows fill no vectors."""
+    if not backend.recurrent or backend.device.type != "cpu":
+        return []
+    equal = level == "bucket" and backend.least_rows % VECTOR == 0
+    rows = f"{backend.least_rows} rows, always as many" if level == "bucket" else "any number of rows"
+    return [Check("gates", f"{len(backend.recurrent)} recurrent layers", "library", rows, equal)]
 
 
 def _decoder(backend: HFBackend, chain: int, generator: torch.Generator) -> Check:

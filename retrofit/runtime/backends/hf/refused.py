@@ -36,6 +36,12 @@ ATTENTION_ARGUMENTS = {
 """What some attention modules hand on that changes what a row sees, beyond what the row plan says."""
 
 
+def has_state(model: PreTrainedModel) -> bool:
+    """Whether a layer folds the past into a state: what transformers and other programs roll back by cutting K/V."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    return bool(getattr(model, "_is_stateful", False)) or bool(kinds - ATTENTION_LAYERS - ROW_LAYERS)
+
+
 def refuse_unsupported(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError for what retrofit cannot do, by name; UsageError for a model another engine has."""
     refuse_adapters(model)

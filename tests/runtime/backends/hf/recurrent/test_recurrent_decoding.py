@@ -94,7 +94,7 @@ def test_prefixes_are_not_kept() -> None:
 
 
 def test_half_precision_at_a_level_of_exactness(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("qwen3_5_vectors", dtype=torch.bfloat16)
+    model = build("qwen3_5", dtype=torch.bfloat16)
     try:
         engine = Engine.from_model(model, layout=DraftLayout(block=4), exact="bucket")
     except GateError:
@@ -104,6 +104,12 @@ def test_half_precision_at_a_level_of_exactness(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(modes, "draft_tokens", Oracle(dict(zip(SEEDS, alone, strict=True))))
     for way in ({"strategy": "fused", "tree": 9}, {"strategy": "two_forward"}):
         assert decode(engine, batch_size=3, **way) == alone, way
+
+
+def test_rows_of_any_number_promise_nothing() -> None:
+    """On a CPU the gates of the last rows are computed by another function, where the numbers fill no vectors."""
+    with pytest.raises(GateError, match="gates"):
+        Engine.from_model(build("qwen3_5"), layout=DraftLayout(block=4), exact="invariant")
 
 
 # What the comparison must catch

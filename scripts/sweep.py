@@ -66,7 +66,7 @@ NEW_TOKENS = 20
 BLOCK = 4
 FEW_TOKENS = 5
 """An output of fewer different tokens would hardly notice a wrong mask."""
-LEAST = 115
+LEAST = 125
 """Entries that have to be identical."""
 SECONDS = 240
 """Of one entry, before its process is ended."""

@@ -187,7 +187,7 @@ def test_what_threads_would_share_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
     engine.close()
     engine = opened(model)
     monkeypatch.setattr(answers, "_ASKED", Shared())
-    with pytest.raises(RuntimeError, match="needs a row plan|shape mismatch"):
+    with pytest.raises(RuntimeError, match=r"needs a row plan|shape mismatch"):
         during_a_forward(engine, lambda: own_logits(model))
 
 

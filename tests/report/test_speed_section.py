@@ -59,7 +59,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], **chang
     monkeypatch.setattr(section, "by_transformers", by_transformers)
     engine = KnownEngine(clock, seconds)
     suite = replace(SMALL, **{"speed_tokens": 7, "batches": (1, 4), "contexts": (), "repeats": 2, **changes})
-    subject = SimpleNamespace(run=engine, dtype=None, base=lambda dtype: None)
+    attends = SimpleNamespace(get_text_config=lambda: SimpleNamespace(layer_types=["full_attention"]))
+    subject = SimpleNamespace(run=engine, dtype=None, base=lambda dtype: SimpleNamespace(config=attends))
     setting = SimpleNamespace(
         engine=engine, subject=subject, suite=suite, given=True, prompts=[0, 1], clock=clock, seed=0,
         modes=("ar", "self_spec", "diffusion"), drafter={"strategy": "fused"}, ids=lambda count, room: [[1, 2], [3]],
@@ -148,3 +149,11 @@ def test_a_noisy_run_does_not_let_a_slow_engine_pass():
 def test_a_ticking_clock_counts_reads():
     clock = Ticking()
     assert (clock(), clock()) == (1.0, 2.0)
+
+
+def test_transformers_prompt_lookup_is_left_out_where_it_cannot_take_a_draft_back(monkeypatch):
+    monkeypatch.setattr(section, "has_state", lambda model: True)
+    cells = measured(monkeypatch, {"ar": 1.0, "auto": 1.0, "fused": 1.0, "prompt_lookup": 1.0, "diffusion": 1.0})[
+        "cells"
+    ]
+    assert cells and not any(section.REFERENCE_LOOKUP in cell["ways"] for cell in cells)

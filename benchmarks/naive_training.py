@@ -8,8 +8,8 @@ Nothing is done twice or kept longer than this takes: where it is slow, it is be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from transformers import AttentionInterface
 
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.heads import Heads
+from retrofit.adapters.rows import SequenceRows
 from retrofit.recipes.training.blocks import BlockBatch
 from retrofit.recipes.training.objective import Sums, Teacher
 from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.backends.hf.answers import rows_now
 from retrofit.runtime.backends.hf.attention import ATTENTION, layer_of
 from retrofit.runtime.backends.hf.cache import KVCache
+from retrofit.runtime.engine import Engine
 
 
 class NaiveTrainer(Trainer):
@@ -135,6 +137,19 @@ def dense_draft_rows() -> Iterator[None]:
     finally:
         registered[ATTENTION] = before
         GatedLoraLinear.by_hand = True
+
+
+def rows_and_gradients(
+    engine: Engine, rows: list[SequenceRows], cache: KVCache, weights: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Hidden states of draft rows, and gradients of their squares: by one dense call of attention, and as we train."""
+    results = []
+    for how in (dense_draft_rows(), nullcontext()):
+        with how:
+            hidden = engine.backend.run_trunk(engine.backend.row_plan(rows), cache)
+        taken = torch.autograd.grad(hidden.square().sum(), list(weights), allow_unused=True)
+        results.append([hidden.detach(), *(t for t in taken if t is not None)])
+    return results[0], results[1]
 
 
 def dense_attention(

@@ -20,6 +20,7 @@ from retrofit.artifact.files import sha256
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.recipes import convert as conversion
 from retrofit.recipes.convert import convert
+from retrofit.recipes.origin import read
 from retrofit.recipes.training.checkpoint import folder_of
 from retrofit.recipes.training.session import Session
 
@@ -251,3 +252,10 @@ def test_a_published_recipe_finds_its_text_again(tmp_path: Path, model: Path, te
     assert places == [str(texts), str(rows)]
     on(tmp_path / "three", tmp_path / "one", train__steps=1, data__source=str(texts))
     assert json.loads((tmp_path / "three" / artifact.LOCAL).read_text())["data"] == [str(texts)]
+
+
+def test_a_checkpoint_that_is_gone_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "out.checkpoints" / "step-000006").mkdir(parents=True)
+    with pytest.raises(UsageError, match="step-000004: there is no such checkpoint") as raised:
+        read(tmp_path / "out.checkpoints" / "step-000004")
+    assert "step-000006" in str(raised.value.hint)

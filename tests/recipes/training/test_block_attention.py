@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.naive_training import NaiveTrainer, dense_draft_rows
+from benchmarks.naive_training import NaiveTrainer, rows_and_gradients
 from retrofit.adapters import gated_lora
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
@@ -191,18 +191,9 @@ def test_rows_and_gradients_of_every_architecture(name: str, monkeypatch: pytest
     found = [SequenceRows(s, 0, blocks=blocks([4, 7, 17], [5, 5, 2 + s])) for s in (0, 2)]
     weights = [p for p in engine.attached.parameters() if p.requires_grad and p.shape[0] != VOCABULARY]
     cache, _ = clean_forward(engine.backend, DOCUMENTS)
-    results = []
-    for dense in (True, False):
-        plan = engine.backend.row_plan(found)
-        if dense:
-            with dense_draft_rows():
-                hidden = engine.backend.run_trunk(plan, cache)
-        else:
-            hidden = engine.backend.run_trunk(plan, cache)
-        taken = torch.autograd.grad(hidden.square().sum(), weights, allow_unused=True)
-        results.append([hidden.detach(), *(t for t in taken if t is not None)])
-    assert len(results[0]) > 5
-    for got, want in zip(results[1], results[0], strict=True):
+    dense, ours = rows_and_gradients(engine, found, cache, weights)
+    assert len(dense) > 5
+    for got, want in zip(ours, dense, strict=True):
         assert (got - want).abs().max() <= 2e-4 * want.abs().max()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from retrofit.adapters.live import refuse_adapters
 from retrofit.adapters.roles import trunk_of
@@ -37,9 +37,13 @@ ATTENTION_ARGUMENTS = {
 
 
 def has_state(model: PreTrainedModel) -> bool:
-    """Whether a layer folds the past into a state: what transformers and other programs roll back by cutting K/V."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    return bool(getattr(model, "_is_stateful", False)) or bool(kinds - ATTENTION_LAYERS - ROW_LAYERS)
+    """Whether a layer of a model that is not refused has a state, which others do not roll back as they cut K/V."""
+    return bool(_kinds(model.config.get_text_config()))
+
+
+def _kinds(config: PreTrainedConfig) -> set[str]:
+    """Of the layers that neither attend in a way we know nor look at each row alone."""
+    return set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS - ROW_LAYERS
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
@@ -50,7 +54,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; retrofit converts decoder-only models")
-    kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS - ROW_LAYERS
+    kinds = _kinds(config)
     recurrent = sorted(kinds - set(OTHER_LAYERS))
     if kinds and not recurrent:
         raise unsupported_yet(name, OTHER_LAYERS[min(kinds)])

@@ -14,7 +14,7 @@ from decoding import Oracle, poison, random_prompts, randomise, reference_greedy
 from tiny_models import WINDOW, build
 
 from benchmarks import decoders
-from benchmarks.naive_training import dense_draft_rows
+from benchmarks.naive_training import rows_and_gradients
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.recipes.text.documents import Document
@@ -126,16 +126,7 @@ def test_gradients_are_those_of_one_dense_softmax(
         for s in (0, 1)
     ]
     weights = [p for n, p in engine.attached.peft_model.named_parameters() if ".lora_" in n]
-    results = []
-    for dense in (True, False):
-        plan = engine.backend.row_plan(rows)
-        if dense:
-            with dense_draft_rows():
-                hidden = engine.backend.run_trunk(plan, cache)
-        else:
-            hidden = engine.backend.run_trunk(plan, cache)
-        taken = torch.autograd.grad(hidden.square().sum(), weights, allow_unused=True)
-        results.append([hidden.detach(), *(t for t in taken if t is not None)])
-    assert len(results[0]) > 5
-    for got, want in zip(results[1], results[0], strict=True):
+    dense, ours = rows_and_gradients(engine, rows, cache, weights)
+    assert len(dense) > 5
+    for got, want in zip(ours, dense, strict=True):
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()

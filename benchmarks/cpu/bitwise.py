@@ -27,6 +27,7 @@ from benchmarks.exact import FAMILIES, WIDE, random_family
 from benchmarks.sections import from_tests
 from retrofit.adapters.layout import DraftLayout
 from retrofit.eval.acceptance import reference_tokens
+from retrofit.machine import hardware
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
 
@@ -41,6 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tree 12": {"strategy": "fused", "tree": 12},
     "tree 18": {"strategy": "fused", "tree": 18},
     "tree 48": {"strategy": "fused", "tree": 48},
+    "hybrid": {"strategy": "hybrid"},
     "auto": {"strategy": "auto"},
 }
 BATCHES = (1, 3, 8)
@@ -64,18 +66,17 @@ class Subject:
     original: Callable[[], PreTrainedModel]
 
 
-def bitwise(task: Task) -> tuple[list[Bar], dict[str, Any]]:
-    bars, figures = [], {}
+def bitwise(task: Task) -> Iterator[tuple[list[Bar], dict[str, Any]]]:
+    """Model by model."""
     for subject in subjects(task):
         bar, found = compared(subject, task.full)
         say(f"{bar.what}: {bar.figure}")
-        figures[f"{subject.name}, {subject.dtype}"] = found
-        bars.append(bar)
+        bars = [bar]
         if subject.dtype == "float32":
             equal, total = found["generate"]
             what = f"{subject.name}, float32: ar = generate, greedy"
             bars.append(Bar(what, "all identical", f"{equal}/{total}", equal == total))
-    return bars, figures
+        yield bars, {f"{subject.name}, {subject.dtype}": {**found, "hardware": hardware()}}
 
 
 def tried(full: bool, kept: bool) -> Iterator[tuple[str, int, float]]:

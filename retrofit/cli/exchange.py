@@ -30,6 +30,8 @@ STYLES = ["uno", "nemotron"]
 def push(folder: str, repository: str, as_json: bool, **options: Any) -> None:
     """Put ARTIFACT into REPO, OWNER/NAME on the Hub.
 
+    ARTIFACT is a folder, smollm2-135m, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, which is pulled.
+
     One commit, and none where nothing changed; what was sent is fetched again and compared.  Sent are the files of an
     artifact and its reports, never local.json.  The access token is that of HF_TOKEN or `hf auth login`.
 

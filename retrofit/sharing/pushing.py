@@ -10,7 +10,7 @@ import hashlib
 import mmap
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,11 @@ from retrofit.errors import ArtifactError, GateError, ResourceError, UsageError
 from retrofit.locating import is_path
 from retrofit.sharing.card import published_card
 from retrofit.sharing.faults import LOG_IN, TOKEN, is_passing, status_of
+from retrofit.sharing.gathering import gathered
 from retrofit.sharing.measured import reported
 from retrofit.sharing.names import is_shared
 from retrofit.sharing.names import repository as parsed
+from retrofit.sharing.pulling import local_folder
 from retrofit.sharing.remote import LocalFile, Remote, look
 from retrofit.sharing.waiting import retried
 
@@ -85,24 +87,30 @@ def push(
     the change.  revision: the branch, made if need be.  dry_run: change nothing.  uncertified: also without a valid
     certificate.  The access token is the environment's, or that of `hf auth login`.  What the folder lacks of an
     artifact's files goes from the repository; files of other kinds there stay.
+    folder: of the artifact, or what else names one, as for `Engine.load`.
     Raises UsageError, ArtifactError, GateError for an artifact without a valid certificate, and ResourceError for what
     the Hub did.
     """
-    from huggingface_hub import HfApi
-
-    root, name = Path(folder), parsed(repository).id
+    name = parsed(repository).id
     if name != repository:
         raise UsageError(f"{repository}: a push goes to a branch", "name it with --revision, without the @")
     if create_pr and revision is not None:
         raise UsageError("a pull request is made against the default branch", "leave out --create-pr or --revision")
-    artifact.check(root)
-    config = artifact.read_config(root)
-    _refuse_paths(root, config["base"])
-    valid = _valid_certificate(root)
-    if valid is None and not uncertified:
-        raise GateError(f"{root}: there is no certificate of what is in it that passed", CERTIFY)
-    text = (root / artifact.CARD).read_text(encoding="utf-8")
-    card = published_card(text, name, config, valid, reported(root))
+    place = local_folder(folder)
+    artifact.check(place)
+    _refuse_paths(place, artifact.read_config(place)["base"])
+    with gathered(folder, place) as root:
+        if _valid_certificate(root) is None and not uncertified:
+            raise GateError(f"{folder}: there is no certificate of what is in it that passed", CERTIFY)
+        return _pushed(root, name, public, create_pr, revision, dry_run)
+
+
+def _pushed(root: Path, name: str, public: bool, create_pr: bool, revision: str | None, dry_run: bool) -> Pushed:
+    """As `push` does it, of a folder that may be sent."""
+    from huggingface_hub import HfApi
+
+    valid, text = _valid_certificate(root), (root / artifact.CARD).read_text(encoding="utf-8")
+    card = published_card(text, name, artifact.read_config(root), valid, reported(root))
     sent, left_out = _files(root, card, valid is not None)
     api = HfApi(library_name="retrofit", library_version=__version__)
     _refuse_tokens(sent, _token(needed=not dry_run))
@@ -114,8 +122,7 @@ def push(
         return plan
     branch = branch or _prepared(api, name, public, revision, there)
     commit, pull = _commit(api, name, sent, branch, revision, create_pr)
-    verified = _verify(name, commit, sent)
-    return Pushed(name, url, not public, valid is not None, changes, left_out, card, commit, pull, verified)
+    return replace(plan, commit=commit, pull_request=pull, verified=_verify(name, commit, sent))
 
 
 def _refuse_paths(root: Path, named: Mapping[str, Any]) -> None:

@@ -62,6 +62,7 @@ SIZES: Mapping[str, Any] = {
 
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 """As many layers as there are here would all be recurrent, which not even `generate` decodes."""
+KIMI = {**LINEAR, "linear_num_heads": 4, "linear_head_dim": 8}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2}
 PADDED = {"text_config": {"pad_token_id": 0}}
 NO_WINDOW = {"sliding_window": CONTEXT}
@@ -80,15 +81,26 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma4": PADDED,
     "gemma4_unified": PADDED,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), KIMI),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {**MAMBA, **LINEAR},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_d_state": 16},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "linear_attention"]},
     **{name: {"layer_types": ["conv", "full_attention"]} for name in ("lfm2", "lfm2_moe", "lfm3")},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mllama": {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
     "zaya": {"num_experts_per_tok": 1},
     "moshi": NO_WINDOW,
-    "nemotron_h": {"layer_types": ["linear_attention", "full_attention", "moe", "mlp"], "num_hidden_layers": 4},
+    "nemotron_h": {
+        "layer_types": ["linear_attention", "full_attention", "moe", "mlp"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 16,
+        "moe_shared_expert_intermediate_size": 24,
+    },
     "phimoe": NO_WINDOW,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), LINEAR),
     **{name: {"text_config": LINEAR} for name in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")},

@@ -166,6 +166,8 @@ PRIVATE_APIS = (
             ("qwen3_next", "causal_conv1d_fn"),
             ("qwen3_next", "torch_chunk_gated_delta_rule"),
             ("bamba", "mamba2_chunk_scan"),
+            ("kimi_linear", "chunk_kimi_delta_attention"),
+            ("mamba", "mamba_selective_scan"),
         )
     ),
     PrivateApi(

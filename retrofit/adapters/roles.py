@@ -30,6 +30,8 @@ DELTA_WRITE = (
     "linear_attn.in_proj_ba", "linear_attn.in_proj_b", "linear_attn.in_proj_a",
     "linear_attn.b_proj", "linear_attn.a_proj",
 )  # fmt: skip
+NO_LORA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}, ("out_proj",)
+"""Model types where PEFT refuses LoRA on modules of these names: kernels read their weights past the module."""
 # MLA never adapts kv_b_proj: absorbed implementations fold it into the query and the output.
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     "q": (
@@ -103,10 +105,12 @@ def text_projections(model: nn.Module) -> list[str]:
     """Names of the linear layers within the text decoder's layers; of all of them where those cannot be told."""
     trunk, prefix = trunk_of(model), trunk_name(model)
     head = output_embeddings(model)
+    types, refused = NO_LORA
+    left_out = refused if getattr(getattr(model, "config", None), "model_type", None) in types else ()
     names = [
         f"{prefix}.{name}".removeprefix(".")
         for name, module in trunk.named_modules()
-        if isinstance(module, PROJECTION_TYPES) and module is not head
+        if isinstance(module, PROJECTION_TYPES) and module is not head and name.rsplit(".", 1)[-1] not in left_out
     ]
     layers = f"{prefix}.{layer_list(model, trunk)}.".removeprefix(".")
     inside = [name for name in names if name.startswith(layers)]

@@ -31,7 +31,7 @@ def test_entries_that_are_identical(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "outcome", "reason"), [
     ("hrm_text", "refused", "attends 8 times"),
-    ("mamba", "refused", "recurrent"),
+    ("rwkv", "refused", "recurrent"),
     ("blt", "not built", "more than a tiny model's"),
     ("roc_bert", "not built", "hardly varies"),
 ])  # fmt: skip

@@ -21,7 +21,6 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
-    MambaConfig,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
@@ -30,6 +29,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    RwkvConfig,
 )
 
 VOCABULARY = 64
@@ -213,8 +213,8 @@ CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def _mamba() -> PreTrainedConfig:
-    return MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2, **NO_SPECIAL_TOKENS)
+def _rwkv() -> PreTrainedConfig:
+    return RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, **NO_SPECIAL_TOKENS)
 
 
 def _bloom() -> PreTrainedConfig:
@@ -227,7 +227,7 @@ def _falcon() -> PreTrainedConfig:
 
 
 REFUSED_CONFIGS: Mapping[str, Callable[[], PreTrainedConfig]] = {
-    "mamba": _mamba,  # recurrent, no attention at all
+    "rwkv": _rwkv,  # recurrent, of a kind that is not driven
     "bloom": _bloom,  # computes its attention itself (alibi)
     "falcon": _falcon,  # computes its attention itself
 }

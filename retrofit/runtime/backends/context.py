@@ -6,6 +6,7 @@ dynamic                   max_position_embeddings: beyond it the frequencies of 
 yarn, longrope            factor x original_max_position_embeddings, or max_position_embeddings if that is more:
                           some configurations write the extended length there (DeepSeek, Phi), some the original one
                           (Qwen's instructions for YaRN)
+no layer attends          UNBOUNDED: a state takes in any number of positions
 """
 
 from __future__ import annotations
@@ -16,9 +17,18 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from retrofit.errors import UnsupportedModelError
 
+UNBOUNDED = 1 << 20
+
+
+def attends(config: Any) -> bool:
+    """Whether any layer of this text configuration attends; Mamba's are all recurrent."""
+    return set(getattr(config, "layer_types", None) or ["full_attention"]) != {"linear_attention"}
+
 
 def context_length(config: Any) -> int:
     """Positions that a model of this text configuration computes as it was meant to."""
+    if not attends(config):
+        return UNBOUNDED
     longest = int(config.max_position_embeddings)
     for rope in _ropes(config):
         if rope.get("rope_type") in ("yarn", "longrope") and rope.get("factor"):

@@ -146,7 +146,7 @@ def test_wrong_usage(folder, arguments, message, bare_heap):
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("name", ["mamba", "falcon", "bloom"])
+@pytest.mark.parametrize("name", ["rwkv", "falcon", "bloom"])
 def test_unsupported_models_are_refused(name, tmp_path, bare_heap):
     REFUSED_CONFIGS[name]().save_pretrained(tmp_path / "base")
     done = run(tmp_path / "base", "--dry-run", "-o", tmp_path / "out")

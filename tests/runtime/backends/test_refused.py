@@ -15,7 +15,7 @@ from retrofit.runtime.backends.hf import backend as hf
 from retrofit.runtime.engine import Engine
 
 REASONS = {
-    "mamba": "MambaForCausalLM .*(recurrent|attention interface)",
+    "rwkv": "RwkvForCausalLM .*recurrent",
     "bloom": "BloomForCausalLM does not call transformers' attention interface",
     "falcon": "FalconForCausalLM does not call transformers' attention interface",
 }

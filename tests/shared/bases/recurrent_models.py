@@ -1,14 +1,18 @@
-"""Tiny random models with recurrent layers beside attention, of every kind of state that rows get through."""
+"""Tiny random models with recurrent layers, most beside attention, of every kind of state that rows get through."""
 
 from collections.abc import Callable, Mapping
 
 import torch
-from tiny_models import MOE, SIZES, randomize
+from tiny_models import MLA, MOE, SIZES, randomize
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
+    FalconH1Config,
     GraniteMoeHybridConfig,
+    JambaConfig,
+    KimiLinearConfig,
     Lfm2Config,
+    MambaConfig,
     OlmoHybridConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -74,6 +78,29 @@ def _granitemoehybrid() -> PreTrainedConfig:
     )
 
 
+def _falcon_h1() -> PreTrainedConfig:
+    """Every layer has a state, and attends beside it."""
+    return FalconH1Config(**SIZES, **MAMBA, mamba_d_ssm=64, lm_head_multiplier=0.5, ssm_in_multiplier=0.7)
+
+
+def _mamba() -> PreTrainedConfig:
+    """No layer attends."""
+    return MambaConfig(**{**SIZES, "num_hidden_layers": 3}, state_size=6)
+
+
+def _jamba() -> PreTrainedConfig:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    kinds = {"num_hidden_layers": 3, "attn_layer_period": 2, "attn_layer_offset": 1}
+    return JambaConfig(**{**SIZES, **kinds, **experts}, mamba_d_state=6)
+
+
+def _kimi_linear() -> PreTrainedConfig:
+    """The layer that attends is MLA."""
+    experts = {**MOE, "num_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    heads = {"linear_num_heads": 4, "linear_head_dim": 6}
+    return KimiLinearConfig(**{**SIZES, **LAYERS, **MLA, **experts, **heads}, q_lora_rank=None)
+
+
 RECURRENT: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_next": _qwen3_next,
     "qwen3_5": _qwen3_5,
@@ -81,6 +108,10 @@ RECURRENT: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "lfm2": _lfm2,
     "bamba": _bamba,
     "granitemoehybrid": _granitemoehybrid,
+    "falcon_h1": _falcon_h1,
+    "mamba": _mamba,
+    "jamba": _jamba,
+    "kimi_linear": _kimi_linear,
 }
 
 

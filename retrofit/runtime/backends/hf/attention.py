@@ -55,6 +55,8 @@ class ForwardContext:
     """How base rows attend where their bits must not depend on the rows beside them; None: as is fastest."""
     calls: list[tuple[int, Window | None]] = field(default_factory=list)
     """(layer, window) of every call."""
+    recurrent: list[int] = field(default_factory=list)
+    """Layer of every recurrent module that ran."""
     chunks: Mapping[int, Chunk] = field(default_factory=dict)
     """layer -> its chunks, of layers that attend within chunks: their attention does not say so."""
     sliding: RowPlan | None = None

@@ -93,9 +93,8 @@ class VocabHead:
         config = model.config.get_text_config()
         self.vocab = int(self.linear.weight.shape[0])
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        times, over = (float(getattr(config, name, None) or 1.0) for name in ("logit_scale", "logits_scaling"))
+        self.scale = times * float(getattr(config, "lm_head_multiplier", None) or 1.0) / over
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> [N, V]."""

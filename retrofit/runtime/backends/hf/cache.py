@@ -27,7 +27,12 @@ ROOM = 512
 """Positions that a sliding layer takes in before what it keeps moves to the front."""
 
 Taken = dict[int, tuple[Tensor, ...]]
-"""layer -> K and V [positions, heads, width]; of a recurrent one, its state."""
+"""layer -> K and V [positions, heads, width]; its state, where it has one, under `state_of(layer)`."""
+
+
+def state_of(layer: int) -> int:
+    """What stands for a layer's state beside its K and V: some layers have both."""
+    return ~layer
 
 
 class KVCache:
@@ -106,7 +111,7 @@ class KVCache:
 
         A sliding layer's begin where it still has them, so they may be fewer; the last of them is the same position.
         """
-        taken: Taken = self.states.take_out(slot, stop)
+        taken: Taken = {state_of(layer): held for layer, held in self.states.take_out(slot, stop).items()}
         for layer, (keys, values) in self.layers.items():
             begin = self.begins[slot] if layer in self.sliding else 0
             columns = slice(max(first - begin, 0), max(stop - begin, 0))
@@ -117,8 +122,8 @@ class KVCache:
         """A sliding layer takes what rows behind the last part see; with recurrent layers there is one part, whole."""
         if self.states.inputs:
             assert stop is not None and len(kept) == 1
-            self.states.put_in(slot, stop, {n: held for n, held in kept[0].items() if n in self.states.inputs})
-            kept = [{n: pair for n, pair in kept[0].items() if n not in self.states.inputs}]
+            self.states.put_in(slot, stop, {state_of(n): held for n, held in kept[0].items() if n < 0})
+            kept = [{n: pair for n, pair in kept[0].items() if n >= 0}]
         for layer, pair in kept[0].items():
             if layer not in self.layers:
                 self.allocate(layer, *(t.transpose(0, 1)[None] for t in pair))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrofit.runtime.backends.hf.instead import instead
@@ -37,10 +38,11 @@ def by_one_thread(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def in_lanes(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """An elementwise function of few numbers; alike wherever each stands: on a CPU each fills a vector of its own."""
+    """An elementwise function of x [.., n]; alike whatever stands beside those n: on a CPU they fill whole vectors."""
     if x.device.type != "cpu":
         return function(x)
-    return function(x[..., None].expand(*x.shape, LANES).contiguous())[..., 0]
+    n = x.shape[-1]
+    return by_one_thread(function, F.pad(x, (0, -n % LANES)).contiguous())[..., :n]
 
 
 def install(backend: HFBackend) -> None:

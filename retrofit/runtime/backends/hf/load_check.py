@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,8 @@ def row_logits(
     context = ForwardContext(plan, cache, calls=[] if calls is None else calls, chunks=backend.chunks)
     with adapter_off(backend):
         hidden = backend.run_trunk(plan, cache, context)
-    check_calls(type(backend.model).__name__, backend.config, backend.context_length, context.calls)
+    name = type(backend.model).__name__
+    check_calls(name, backend.config, backend.context_length, context.calls, context.recurrent)
     return backend.head(hidden).float()
 
 
@@ -138,8 +139,10 @@ def adapter_off(backend: HFBackend) -> Iterator[None]:
             module.gate = backend.gate
 
 
-def check_calls(name: str, config: Any, context_length: int, calls: list[tuple[int, Window | None]]) -> None:
-    """Every layer once, and each with its own window."""
+def check_calls(
+    name: str, config: Any, context_length: int, calls: list[tuple[int, Window | None]], recurrent: Sequence[int] = ()
+) -> None:
+    """Every layer once, each with its own window; `recurrent`: layers that advanced a state, which may attend too."""
     layers = Counter(layer for layer, _ in calls)
     if any(count > 1 for count in layers.values()):
         most, times = layers.most_common(1)[0]
@@ -148,7 +151,7 @@ def check_calls(name: str, config: Any, context_length: int, calls: list[tuple[i
             "their attention); retrofit keeps one K/V for each layer"
         )
     count = config.num_hidden_layers - sum(kind in ROW_LAYERS for kind in getattr(config, "layer_types", None) or ())
-    if len(layers) != count:
+    if len(layers.keys() | set(recurrent)) != count:
         raise UnsupportedModelError(
             f"{name}: {len(layers)} of {count} layers call transformers' attention interface; "
             "retrofit needs all of them"

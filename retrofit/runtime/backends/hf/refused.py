@@ -13,6 +13,7 @@ from retrofit.adapters.live import refuse_adapters
 from retrofit.adapters.roles import trunk_of
 from retrofit.adapters.visibility import Chunk
 from retrofit.errors import UnsupportedModelError
+from retrofit.runtime.backends.context import attends
 from retrofit.runtime.backends.hf.recurrent.mixers import mixers_of
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -59,21 +60,20 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     if kinds and not recurrent:
         raise unsupported_yet(name, OTHER_LAYERS[min(kinds)])
     driven = mixers_of(trunk_of(model))
-    # Where a layer has both, one number stands for its K/V and its state.
-    known = {kind for layer in driven if not (kind := config.layer_types[layer]).startswith("hybrid")}
+    known = {config.layer_types[layer] for layer in driven}
     if set(recurrent) - known or (getattr(model, "_is_stateful", False) and not driven):
         raise UnsupportedModelError(
             f"{name} has recurrent or linear-attention layers ({', '.join(recurrent) or 'a recurrent state'}), "
             "of a kind that retrofit does not run row by row"
         )
-    if not model._can_set_attn_implementation():
+    if attends(config) and not model._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{name} does not call transformers' attention interface, which retrofit drives it by"
         )
     width = model.get_input_embeddings().weight.shape[-1]
     if width != config.hidden_size:
         raise unsupported_yet(name, f"has embeddings of width {width} for hidden states of {config.hidden_size}")
-    if not isinstance(getattr(config, "max_position_embeddings", None), int):
+    if attends(config) and not isinstance(getattr(config, "max_position_embeddings", None), int):
         raise UnsupportedModelError(f"{name}: its configuration names no max_position_embeddings, the context length")
 
 

@@ -28,7 +28,7 @@ REASONS = {
     "mllama": "2 of 3 layers call transformers' attention interface",
     "doge": "makes an attention mask of its own",
     "deepseek_v32": "has sparse attention: an indexer picks the keys",
-    "mamba": "recurrent",
+    "rwkv": "recurrent",
 }
 
 

@@ -1,8 +1,10 @@
 """Advance states by rows: S <- decay S + left right^T, out = S^T read.
 
-The gated delta rule (Yang et al. 2024, arXiv 2412.06464) and Mamba-2 (Dao and Gu 2024, arXiv 2405.21060) are both of
-this form; they differ in what a row writes on the right.  All is elementwise or a sum in an order of its own, so that a
-row's bits do not depend on how many rows advance beside it.
+The gated delta rule (Yang et al. 2024, arXiv 2412.06464), Kimi's (arXiv 2510.26692), Mamba (Gu and Dao 2023, arXiv
+2312.00752) and Mamba-2 (Dao and Gu 2024, arXiv 2405.21060) are all of this form.  They differ in what a row writes on
+the right, and in whether each row of S has a decay of its own; in Mamba each channel is a head whose S has one column.
+All is elementwise or a sum in an order of its own, so that a row's bits do not depend on how many rows advance beside
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from retrofit.runtime.backends.hf.recurrent.forest import Forest, Index
 
 @dataclass(frozen=True)
 class Writes:
-    """What rows write: decay [N, H], left [N, H, Dk], right [N, H, Dv], fp32."""
+    """What rows write: decay [N, H, Dk or 1], left [N, H or 1, Dk], right [N, H, Dv], fp32."""
 
     decay: Tensor
     left: Tensor
@@ -39,15 +41,15 @@ def advance(
 ) -> tuple[Tensor, Writes]:
     """Run every row behind the row that it follows: out [N, H, width], zero for filler, and what the rows wrote.
 
-    states [slots, H, Dk, width]: of the committed texts; not changed.  right_of: (decayed states of some rows, which
-    rows) -> what they write on the right.
+    states [slots, H, Dk, width]: of the committed texts; not changed.  decay, left: as in `Writes`; read: as left.
+    right_of: (decayed states of some rows, which rows) -> what they write on the right.
     """
-    out, right = (decay.new_zeros(*decay.shape, width) for _ in range(2))
+    out, right = (decay.new_zeros(*decay.shape[:2], width) for _ in range(2))
     state = states
     for level in forest.levels:
         rows = level.rows
         state = state if level.before is None else state[level.before]
-        state = state * decay[rows][..., None, None]
+        state = state * decay[rows][..., None]
         right[rows] = written = right_of(state, rows)
         state = state + left[rows][..., None] * written[..., None, :]
         out[rows] = folded(state * read[rows][..., None])
@@ -56,7 +58,7 @@ def advance(
 
 def replay(states: Tensor, writes: Writes) -> None:
     """Advance states [n, H, Dk, Dv] by one row each, in place, to the bits that `advance` had."""
-    states.mul_(writes.decay[..., None, None])
+    states.mul_(writes.decay[..., None])
     states.add_(writes.left[..., None] * writes.right[..., None, :])
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """What a layer's functions need; travels through it as `retrofit_rows`."""
+    """What a layer's functions need, as their argument `retrofit_rows`."""
 
     context: ForwardContext
     layer: int

@@ -1,33 +1,43 @@
 """Which layers of a model are recurrent, and how rows get through them.
 
 Their own `forward` runs, over all rows of a forward of ours at once: projections, gates, norms and all that it does row
-by row.  What it calls to look from one row to another are functions of its module; for our forwards it runs with ours
-in their place, and gets them its rows by the keyword that transformers hands on to every layer.  The module itself and
-other threads' forwards keep what they have.
+by row.  What it calls to look from one row to another are functions of its module; in our forwards it runs with ours in
+their place, which know its rows.  The module itself and other threads' forwards keep what they have.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
+from retrofit.runtime.backends.hf.answers import rows_now
 from retrofit.runtime.backends.hf.instead import instead, unbound
 from retrofit.runtime.backends.hf.recurrent.convolution import causal_conv1d_fn
 from retrofit.runtime.backends.hf.recurrent.layer_rows import LayerRows
-from retrofit.runtime.backends.hf.recurrent.rules import mamba2_chunk_scan, torch_chunk_gated_delta_rule
+from retrofit.runtime.backends.hf.recurrent.rules import (
+    mamba2_chunk_scan,
+    mamba_selective_scan,
+    torch_chunk_gated_delta_rule,
+)
 
 OURS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "torch_chunk_gated_delta_rule": torch_chunk_gated_delta_rule,
+    "chunk_kimi_delta_attention": torch_chunk_gated_delta_rule,
+    "mamba_selective_scan": mamba_selective_scan,
     "mamba2_chunk_scan": mamba2_chunk_scan,
 }
 """Functions of transformers' modules that look across rows, by name -> what makes ours of them."""
-UNUSED = ("causal_conv1d_update", "torch_recurrent_gated_delta_rule", "mamba2_selective_state_update",
-          "mamba2_split_conv1d_scan_combined")  # fmt: skip
+UNUSED = (
+    "causal_conv1d_update", "torch_recurrent_gated_delta_rule", "recurrent_kimi_delta_attention",
+    "mamba_selective_state_update", "mamba_inner_fn", "mamba2_selective_state_update",
+    "mamba2_split_conv1d_scan_combined",
+)  # fmt: skip
 """Others that they call with a cache of theirs, or in training mode, which forwards of ours have not."""
 ACROSS = ("conv1d", "chunk", "recurrent", "scan", "selective")
 """What the names of functions say that look across rows."""
@@ -61,22 +71,21 @@ def _known(module: nn.Module) -> bool:
 
 
 def _through(module: nn.Module, layer: int) -> Callable[..., Any]:
-    """The module's `forward`, and in forwards of ours the same code with our functions."""
+    """The module's `forward`, and in forwards of ours the same code with our functions, bound to the rows."""
     forward, written = unbound(module), inspect.unwrap(type(module).forward)
-    replaced = {name: make(written.__globals__[name]) for name, make in OURS.items() if name in written.__globals__}
-    rows_forward = FunctionType(
-        written.__code__,
-        {**written.__globals__, **replaced},
-        written.__name__,
-        written.__defaults__,
-        written.__closure__,
-    )
-    rows_forward.__kwdefaults__ = written.__kwdefaults__
+    made = {name: make(written.__globals__[name]) for name, make in OURS.items() if name in written.__globals__}
 
-    def run(self: nn.Module, *arguments: Any, retrofit_rows: Any = None, **named: Any) -> Any:
-        if retrofit_rows is None:
+    def run(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        context = rows_now()
+        if context is None:
             return forward(self, *arguments, **named)
-        retrofit_rows.calls.append((layer, None))
-        return rows_forward(self, *arguments, retrofit_rows=LayerRows(retrofit_rows, layer), **named)
+        context.recurrent.append(layer)
+        rows = LayerRows(context, layer)
+        ours = {name: partial(function, retrofit_rows=rows) for name, function in made.items()}
+        with_ours = FunctionType(written.__code__, {**written.__globals__, **ours}, written.__name__,
+                                 written.__defaults__, written.__closure__)  # fmt: skip
+        with_ours.__kwdefaults__ = written.__kwdefaults__
+        named.pop("retrofit_rows", None)
+        return with_ours(self, *arguments, **named)
 
     return MethodType(run, module)

@@ -25,7 +25,10 @@ NORM_EPS = 1e-6
 
 
 def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Gated delta rule: a row reads what its key has stored, and writes how far that is from its value."""
+    """Gated delta rule: a row reads what its key has stored, and writes how far that is from its value.
+
+    Kimi's has a decay for each number of a key.
+    """
 
     def over_rows(
         query: Tensor,
@@ -38,7 +41,10 @@ def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
         use_qk_l2norm_in_kernel: bool = False,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """query, key [1, N, Hk, Dk], value [1, N, Hv, Dv], g (log of the decay), beta [1, N, Hv] -> [1, N, Hv, Dv]."""
+        """query, key [1, N, Hk, Dk], value [1, N, Hv, Dv], beta [1, N, Hv] -> [1, N, Hv, Dv].
+
+        g [1, N, Hv] or [1, N, Hv, Dk]: log of the decay.
+        """
         rows, heads = retrofit_rows, value.shape[2]
         states = rows.states.matrices_of(rows.layer, heads, key.shape[3], value.shape[3], value.device)
         normed = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
@@ -56,7 +62,7 @@ def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
                 if there is None:
                     out: Tensor = own(**some, chunk_size=some["key"].shape[1], initial_state=begin, **normed)[0]
                     return out
-                g, beta = (some[name] * there[..., None] for name in ("g", "beta"))  # then they change no state
+                g, beta = (there_alone(some[name], there) for name in ("g", "beta"))
                 some = {**some, "query": some["key"], "g": g, "beta": beta}
                 state: Tensor = own(**some, initial_state=begin, output_final_state=True, **normed)[1]
                 return state
@@ -71,7 +77,9 @@ def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
         def right_of(state: Tensor, some: Index) -> Tensor:
             return (v[some] - folded(state * k[some][..., None])) * write[some][..., None]
 
-        out = _steps(rows, states, in_lanes(torch.exp, decay), k, q, right_of, value.shape[3])
+        decay = in_lanes(torch.exp, decay.flatten(1)).view_as(decay)
+        decay = decay[..., None] if decay.ndim == 2 else decay
+        out = _steps(rows, states, decay, k, q, right_of, value.shape[3])
         return out.to(query.dtype)[None], None
 
     return over_rows
@@ -117,8 +125,7 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
                     some, K = {**some, "dt": time}, time.shape[1]
                     out: Tensor = own(**some, A=A, D=D, chunk_size=K, initial_states=begin.mT)
                     return out
-                # No time passes for rows that are not there.
-                some = {**some, "dt": time * there[..., None], "C": some["B"]}
+                some = {**some, "dt": there_alone(time, there), "C": some["B"]}
                 named = {"chunk_size": chunk_size, "initial_states": begin.mT, "return_final_states": True}
                 state: Tensor = own(**some, A=A, **named)[1]
                 return state.mT
@@ -129,11 +136,81 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
             dt = in_lanes(F.softplus, dt)
         x, time = hidden_states[0].float(), dt[0].float()
         left, read = (t[0].float().repeat_interleave(heads // t.shape[2], dim=1) for t in (B, C))
-        written, decay = x * time[..., None], in_lanes(torch.exp, time * A.float())
+        written, decay = x * time[..., None], in_lanes(torch.exp, time * A.float())[..., None]
         out = _steps(rows, states, decay, left, read, lambda _, some: written[some], width)
         return (out if D is None else out + x * D.float()[:, None])[None]
 
     return over_rows
+
+
+def mamba_selective_scan(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Mamba: each channel has a state of its own and writes its input, scaled by its time step.
+
+    The model's function begins with no state.  The recurrence is linear, so of one that was there before, what has not
+    decayed yet is added.
+    """
+
+    def over_rows(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        *,
+        retrofit_rows: LayerRows,
+        return_last_state: bool = False,
+        **more: Any,
+    ) -> Tensor:
+        """hidden_states, dt, z [1, channels, N], A [channels, S], B, C [1, S, N], D [channels] -> [1, channels, N]."""
+        rows, channels = retrofit_rows, hidden_states.shape[1]
+        states = rows.states.matrices_of(rows.layer, channels, A.shape[1], 1, A.device)
+        inputs = {"hidden_states": hidden_states.mT, "dt": dt.mT, "B": B.mT, "C": C.mT}
+
+        def passed(dt: Tensor) -> Tensor:
+            time = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)
+            return (in_lanes(F.softplus, time) if delta_softplus else time).float()
+
+        def run(begin: Tensor | None, some: Inputs, there: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            time = passed(some["dt"])
+            time = time if there is None else there_alone(time, there)
+            x, *rest = (some[name].mT for name in ("hidden_states", "B", "C"))
+            out, state = own(x, time.mT, A, *rest, D=D, return_last_state=True, **more)
+            out, state = out.mT, state.float()[..., None]
+            if begin is None:
+                return out, state
+            left = torch.exp(A.float() * time.cumsum(1)[..., None]) * begin[:, None, ..., 0]
+            return out + (left @ some["C"].float()[..., None])[..., 0], state + left[:, -1, ..., None]
+
+        if rows.plan.prompts:
+            out = _prompts(rows, states, inputs, ("hidden_states", "dt", "B"), run)
+        elif rows.states.record is not None:
+
+            def of_blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
+                if there is None:
+                    return run(begin, some)[0]
+                return run(begin, {**some, "C": some["B"]}, there)[1]
+
+            out = _of_blocks(rows, inputs, of_blocks)[None]
+        else:
+            x, left, read = (inputs[name][0].float() for name in ("hidden_states", "B", "C"))
+            time = passed(inputs["dt"][0])
+            decay = in_lanes(torch.exp, (time[..., None] * A.float()).flatten(1)).view(*time.shape, -1)
+            written = (x * time)[..., None]
+            out = _steps(rows, states, decay, left[:, None], read[:, None], lambda _, some: written[some], 1)[..., 0]
+            out = (out if D is None else out + x * D.float())[None]
+        out = out if z is None else out * in_lanes(F.silu, z.mT)
+        return out.mT
+
+    return over_rows
+
+
+def there_alone(x: Tensor, there: Tensor) -> Tensor:
+    """x [n, m, ..] of rows that are there [n, m], and 0 of others: they decay nothing and write nothing."""
+    return x * there.view(*there.shape, *[1] * (x.ndim - 2))
 
 
 def _prompts(

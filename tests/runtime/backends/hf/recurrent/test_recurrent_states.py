@@ -17,7 +17,11 @@ from retrofit.runtime.backends.hf.attention import ForwardContext
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.recurrent.convolution import causal_conv1d_fn
 from retrofit.runtime.backends.hf.recurrent.layer_rows import LayerRows
-from retrofit.runtime.backends.hf.recurrent.rules import mamba2_chunk_scan, torch_chunk_gated_delta_rule
+from retrofit.runtime.backends.hf.recurrent.rules import (
+    mamba2_chunk_scan,
+    mamba_selective_scan,
+    torch_chunk_gated_delta_rule,
+)
 
 STEPS = 200
 VOCABULARY = 5
@@ -34,11 +38,13 @@ class Layer:
         self.rule = rule
         self.inputs = torch.randn(*draw, CHANNELS, generator=generator)
         first, second = torch.randn(2, *draw, HEADS, generator=generator)
-        self.gates = (-first.exp(), second.sigmoid()) if rule == "delta" else (first, second)
+        if rule == "kimi":
+            first = torch.randn(*draw, HEADS, WIDE, generator=generator)
+        self.gates = (-first.exp(), second.sigmoid()) if rule in ("delta", "kimi") else (first, second)
         self.weight = torch.randn(CHANNELS, REACH + 1, generator=generator)
 
     def rows(self, cache: KVCache, sequences: list[SequenceRows]) -> Tensor:
-        """[N, HEADS, WIDTH] of all rows."""
+        """[N, HEADS, WIDTH] of all rows; of `mamba` [N, HEADS * WIDTH]."""
         plan = RowPlan(sequences)
         cache.states.begin(plan)
         at = plan.positions[0], plan.ids
@@ -47,7 +53,9 @@ class Layer:
         parts = mixed.transpose(1, 2).split([K_HEADS * WIDE, K_HEADS * WIDE, HEADS * WIDTH], dim=-1)
         q, k, v = (t.unflatten(-1, (-1, w)) for t, w in zip(parts, (WIDE, WIDE, WIDTH), strict=True))
         first, second = (t[at][None] for t in self.gates)
-        if self.rule == "delta":
+        if self.rule == "mamba":
+            return self.mamba(v, q, k, rows)
+        if self.rule in ("delta", "kimi"):
             found = torch_chunk_gated_delta_rule(None)(  # type: ignore[arg-type]
                 q, k, v, first, second, use_qk_l2norm_in_kernel=True, retrofit_rows=rows
             )[0]
@@ -55,6 +63,16 @@ class Layer:
             A, D = -torch.arange(1.0, HEADS + 1), torch.ones(HEADS)
             found = mamba2_chunk_scan(None)(v, first, A, q, k, 4, D=D, dt_softplus=True, retrofit_rows=rows)  # type: ignore[arg-type]
         return found[0]
+
+    def mamba(self, x: Tensor, B: Tensor, C: Tensor, rows: Any) -> Tensor:
+        """Each of HEADS x WIDTH numbers is a channel, which takes its time step from what it writes."""
+        channels = x.flatten(2).mT
+        A, D = -torch.rand(channels.shape[1], WIDE, generator=torch.Generator().manual_seed(1)), channels.new_ones(1)
+        out = mamba_selective_scan(None)(  # type: ignore[arg-type]
+            channels, channels, A, B[:, :, 0].mT, C[:, :, 0].mT, D=D, z=channels, delta_softplus=True,
+            delta_bias=D, retrofit_rows=rows,
+        )  # fmt: skip
+        return out[0].T
 
 
 class Text:
@@ -87,7 +105,7 @@ class Text:
         return path
 
 
-@pytest.mark.parametrize("rule", ["delta", "mamba2"])
+@pytest.mark.parametrize("rule", ["delta", "kimi", "mamba", "mamba2"])
 def test_random_drafts_leave_the_state_of_the_text(rule: str) -> None:
     layer, rng = Layer(rule), random.Random(0)
     cache = KVCache(3, 8)

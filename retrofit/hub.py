@@ -158,6 +158,8 @@ def _load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    kind = AutoModelForCausalLM if header else model_class(config)
+
     declared = getattr(config, "transformers_weights", None)
     options: dict[str, Any] = {}
     if header is None:
@@ -167,7 +169,7 @@ def _load_model(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = kind.from_pretrained(
             **pretrained(place),
             **options,
             config=config,
@@ -192,6 +194,23 @@ def _load_model(
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """What of transformers makes this configuration's model, with its image towers where its files hold them."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    # Where there is a class for the text alone, the files say which of the two they were saved from.
+    if whole is None or own_code or (text is not None and whole not in (config.architectures or ())):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def _dequantising() -> dict[str, Any]:
@@ -288,13 +307,12 @@ def empty_model(
     Raises what `load_config` raises, and UnsupportedModelError.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config, _ = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
     refuse_quantised(name, config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _not_loaded(name, "cpu", error) from error
 

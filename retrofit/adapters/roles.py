@@ -129,10 +129,12 @@ def trunk_of(model: nn.Module) -> nn.Module:
     `get_decoder` takes what is called so, which in ModernBERT is the projection to the vocabulary, or the whole model.
     """
     decoder: nn.Module = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    if output_embeddings(model) not in set(decoder.modules()):
+        return decoder
+    if decoder is not model and isinstance(decoder, PreTrainedModel):
+        return trunk_of(decoder)  # a language model with its head, inside a model of several parts (Llama 4)
     inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-    if output_embeddings(model) in set(decoder.modules()) and len(inside) == 1:
-        return inside[0]
-    return decoder
+    return inside[0] if len(inside) == 1 else decoder
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrofit.adapters.given import Given, seen_until
 from retrofit.adapters.visibility import (
     BlockRows,
     Group,
@@ -70,6 +71,8 @@ class SequenceRows:
     """Prefill: only the last base row's logits are wanted."""
     parents: Sequence[int] | None = None
     """Tree: which base row of this forward each one follows, -1 for the committed prefix.  None: the one before it."""
+    given: Given | None = None
+    """A prompt with images, which the text begins with."""
 
 
 class FlatRows:
@@ -191,14 +194,14 @@ class RowPlan:
         if not seqs:
             return None
         query = [base_positions(s) for s in seqs]
-        limit = [[s.start] * len(q) if self.tree else [t + 1 for t in q] for s, q in zip(seqs, query, strict=True)]
+        limit = [[s.start] * len(q) if self.tree else seen_until(s.given, q) for s, q in zip(seqs, query, strict=True)]
         group = self._group(seqs, query, limit, [[0] * len(q) for q in query])
         if self.tree:
             group.ancestors = np.zeros((len(seqs), group.width, group.width), dtype=bool)
             for n, s in enumerate(seqs):
                 group.ancestors[n, : len(s.tokens), : len(s.tokens)] = _ancestors(s)
         else:
-            group.plain_causal = all(s.start == 0 for s in seqs)
+            group.plain_causal = all(s.start == 0 and s.given is None for s in seqs)
         return group
 
     def _draft_group(self) -> Group | None:

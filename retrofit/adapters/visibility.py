@@ -194,9 +194,9 @@ def base_span(group: Group, first: int, stop: int, window: Window | None, step: 
     else:
         key = ("rows", first, stop)
         if key not in group.masks:
-            query = group.query[:, first:stop]
-            there = query[query >= 0]
-            group.masks[key] = (int(there.min()), int(there.max())) if len(there) else (0, 0)
+            query, limit = group.query[:, first:stop], group.limit[:, first:stop]
+            there = query >= 0
+            group.masks[key] = (int(query[there].min()), int(limit[there].max()) - 1) if there.any() else (0, 0)
         lowest, last = group.masks[key]
     low = 0 if window is None else max(0, first_seen(lowest, window)) // step * step
     return low, last + 1

@@ -18,7 +18,7 @@ from retrofit.runtime.backends.interface import Backend
 from retrofit.runtime.generation_config import read_generation_config
 from retrofit.runtime.options import LARGEST_SEED, as_int, as_list, each, shown, whole
 from retrofit.runtime.params import SamplingParams
-from retrofit.runtime.prompts import encode
+from retrofit.runtime.prompts import MediaPrompt, encode
 from retrofit.runtime.request import Prefix, Request
 from retrofit.runtime.rules.processors import Rules
 from retrofit.runtime.rules.sampling import Processing
@@ -138,8 +138,12 @@ def requests_for(
         params, settings = what.params, what.settings
         if params.stop and tokenizer is None:
             raise UsageError("stop strings need a tokenizer; this engine has none", "give stop_token_ids")
-        with ENCODING:
-            tokens = encode(prompt, f"prompt {number}", tokenizer, backend.input_vocab, params.template)
+        given = None
+        if isinstance(prompt, MediaPrompt):
+            tokens, given = prompt.read(backend, f"prompt {number}")
+        else:
+            with ENCODING:
+                tokens = encode(prompt, f"prompt {number}", tokenizer, backend.input_vocab, params.template)
         limit = _limit(f"prompt {number}", len(tokens), params, settings, context)
         processing, rules = processing_of(params, settings), rules_of(what, backend.head.vocab)
         group = groups.setdefault((processing, rules), len(groups))
@@ -153,7 +157,7 @@ def requests_for(
                     len(requests), list(tokens), seed, min(limit, context - len(tokens)),
                     frozenset() if params.ignore_eos else what.eos, text, frozenset(params.stop_token_ids or ()),
                     limit, number, sample, prefix, processing, rules if rules.active else None, group,
-                    params.logprobs, params.prompt_logprobs,
+                    params.logprobs, params.prompt_logprobs, given,
                 )
             )  # fmt: skip
     return requests

@@ -266,14 +266,14 @@ def speculative_rows(request: Request, plan: StepPlan, layout: DraftLayout, limi
     assert isinstance(plan.hang, tuple)
     if not layout.anchored and plan.hang:
         block = draft_block(request, p, request.tokens[-1], -1, layout, limits, vocab)
-        return SequenceRows(slot=request.slot, start=request.committed, blocks=[block])
+        return SequenceRows(request.slot, request.committed, blocks=[block], given=request.given)
     tokens = [request.tokens[-1], *request.drafts[: plan.verify]]
     depth = list(range(len(tokens))) if tree is None else tree.depths
     blocks = [draft_block(request, p + depth[j] + 1, None, j, layout, limits, vocab) for j in plan.hang]
     parents = None if tree is None or not plan.verify else tree.parents[: len(tokens)]
     if plan.rows is not None and parents == tuple(range(-1, len(tokens) - 1)):
         parents = None  # these drafts happen not to branch
-    return SequenceRows(slot=request.slot, start=request.committed, tokens=tokens, blocks=blocks, parents=parents)
+    return SequenceRows(request.slot, request.committed, tokens, blocks, parents=parents, given=request.given)
 
 
 def draft_block(
@@ -310,13 +310,14 @@ def diffusion_rows(request: Request, layout: DraftLayout, limits: Limits, vocab:
     Gate 1 on all rows of the block, known ones too; the block begins with the seed.
     """
     if MASK not in request.block:
-        return SequenceRows(slot=request.slot, start=request.committed, tokens=list(request.block)), "commit"
+        return SequenceRows(request.slot, request.committed, list(request.block), given=request.given), "commit"
     start = request.position
     inputs = [
         noise_token(request.seed, start + i, vocab) if token == MASK and layout.input == "noise" else token
         for i, token in enumerate(request.block)
     ]
-    return SequenceRows(slot=request.slot, start=request.committed, blocks=[Block(start, inputs)]), "denoise"
+    blocks = [Block(start, inputs)]
+    return SequenceRows(request.slot, request.committed, blocks=blocks, given=request.given), "denoise"
 
 
 def new_block(request: Request, layout: DraftLayout, limits: Limits) -> list[int]:

@@ -3,6 +3,7 @@
     text                raw, special tokens only as the tokenizer itself adds them
     token ids           a list, a numpy array or a tensor of one dimension
     messages            through the chat template; where the last one is the assistant's, it is continued
+    text and images     what the model's own processor makes of them, a mapping with pixels
 
 Prompts come as a list or tuple of these, as a tokenizer's output (`BatchEncoding`: padding is taken off by its
 attention mask, on either side), as a tensor or array [prompts, tokens], or as one prompt's ids alone.
@@ -10,6 +11,7 @@ attention mask, on either side), as a tensor or array [prompts, tokens], or as o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,31 +19,72 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from retrofit.adapters.given import Given
 from retrofit.errors import UsageError
+from retrofit.runtime.backends.interface import Backend
 from retrofit.runtime.chat_template import prompt_tokens
 from retrofit.runtime.options import as_int, shown
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor | np.ndarray[Any, Any]
+Prompt = str | Mapping[str, Any] | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor | np.ndarray[Any, Any]
 Prompts = Sequence[Prompt] | Sequence[int] | Mapping[str, Any] | Tensor | np.ndarray[Any, Any]
 
+MEDIA = re.compile(r"pixel_|image|video|audio|input_features")
+"""Names of what processors add to token ids."""
 HOW = "give a list of prompts: texts, lists of token ids, or lists of messages"
 
 
 def listed(prompts: Any) -> list[Any]:
     """The prompts one by one, not yet encoded.  Raises UsageError for what is no collection of prompts."""
     if isinstance(prompts, Mapping):
-        return _unpadded(prompts)
+        return list(media_prompts(prompts)) if has_media(prompts) else _unpadded(prompts)
     if hasattr(prompts, "tolist"):
         return _rows(prompts, "prompts")
     if isinstance(prompts, str):
         raise UsageError("prompts is a string; give a list of prompts", "put the text into a list: [text]")
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
         raise UsageError(f"prompts is {_kind(prompts)}", HOW)
-    if prompts and all(isinstance(message, Mapping) for message in prompts):
+    if prompts and all(isinstance(message, Mapping) and not has_media(message) for message in prompts):
         raise UsageError("prompts is one conversation; give a list of prompts", "put its messages into a list of lists")
     if prompts and all(as_int(token) is not None for token in prompts):
         return [list(prompts)]
-    return list(prompts)
+    return [one for prompt in prompts for one in (media_prompts(prompt) if has_media(prompt) else [prompt])]
+
+
+def has_media(given: Any) -> bool:
+    """Whether this is a processor's output with more than text in it."""
+    return isinstance(given, Mapping) and any(
+        MEDIA.search(str(name)) and value is not None for name, value in given.items()
+    )
+
+
+class MediaPrompt:
+    """One prompt of a processor's output, which is read whole, once."""
+
+    def __init__(self, inputs: Mapping[str, Any], row: int, read: list[tuple[list[int], Given]]):
+        """read: shared by the prompts of one output; filled by whoever is the first to be read."""
+        self.inputs, self.row, self._read = inputs, row, read
+
+    def read(self, backend: Backend, name: str) -> tuple[list[int], Given]:
+        """Token ids, and the prompt as the text decoder takes it in.  Raises UsageError, UnsupportedModelError."""
+        if not self._read:
+            self._read += backend.read_prompts(self.inputs)
+        tokens, given = self._read[self.row]
+        wrong = next((t for t in tokens if not 0 <= t < backend.input_vocab), None)
+        if wrong is not None:
+            raise UsageError(f"{name} holds token id {wrong}; the vocabulary has {backend.input_vocab}")
+        return tokens, given
+
+
+def media_prompts(inputs: Mapping[str, Any]) -> Sequence[MediaPrompt]:
+    """The prompts of a processor's output.  Raises UsageError where it is none of tensors."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise UsageError(
+            "prompts with images need input_ids as a tensor [prompts, tokens]",
+            'give what the model\'s own processor returns with return_tensors="pt"',
+        )
+    read: list[tuple[list[int], Given]] = []
+    return [MediaPrompt(inputs, row, read) for row in range(len(ids))]
 
 
 def encode(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrofit.adapters.given import Given
 from retrofit.runtime.results import Logprobs, Stats
 from retrofit.runtime.rules.continuations import Continuations
 from retrofit.runtime.rules.lookup import Lookup
@@ -57,6 +58,8 @@ class Request:
     """So many likeliest tokens are told with each emitted one; None: no log-probabilities."""
     prompt_top: int | None = None
     """The same for the tokens of the prompt."""
+    given: Given | None = None
+    """The prompt as the text decoder takes it in, where it has images."""
 
     slot: int = -1
     tokens: list[int] = field(default_factory=list)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from retrofit.adapters.attach import Attached, count
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.artifact.files import AT_ONCE
-from retrofit.hub import Base
+from retrofit.hub import Base, model_class
 from retrofit.recipes.dry_run.rehearsal import BASE, Rehearsal, rehearsal
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
@@ -216,7 +216,7 @@ def _whole(plan: Recipe, config: PreTrainedConfig, device: str, around: Surround
 
 def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: str) -> tuple[Attached, Trainer]:
     """A conversion from the base without its adapter to what is measured at the end."""
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, plan.dtype))
+    model = model_class(config).from_config(config, dtype=getattr(torch, plan.dtype))
     stage.phase(ATTACHING, OTHER)
     base = Base(model, None, plan.base.model, None, None, {})
     attached, backend = attached_to(base, plan)

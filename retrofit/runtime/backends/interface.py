@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from retrofit.adapters.given import Given
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.backends.turns import Turns
@@ -142,6 +143,12 @@ class Backend(Protocol):
 
     def new_cache(self, slots: int, capacity: int) -> Cache:
         """A cache for so many sequences of up to `capacity` positions, until it is released."""
+
+    def read_prompts(self, inputs: Mapping[str, Any]) -> list[tuple[list[int], Given]]:
+        """Token ids of each prompt of a processor's output, and the prompt as the text decoder takes it in.
+
+        Raises UsageError for what the model refuses, or where the backend takes text alone; UnsupportedModelError.
+        """
 
     def row_plan(self, sequences: list[SequenceRows]) -> Any:
         """What `forward` of this backend takes."""

@@ -113,9 +113,13 @@ def _next_prompts(run: Run, pending: Sequence[Request]) -> tuple[list[Request], 
         begin_with(run, r, found)
         # Long RoPE factors are chosen by the largest position of a forward, so such a sequence goes in one piece.
         count = left if r.long_rope else min(left, room)
+        if r.given is not None and not r.long_rope:
+            count = r.given.whole(r.committed, count)
+            if not count:
+                break  # an image that does not fit beside the others
         part = r.tokens[r.committed : r.committed + count]
         ran.append(r)
-        rows.append(SequenceRows(slot=r.slot, start=r.committed, tokens=part, last_logits_only=True))
+        rows.append(SequenceRows(r.slot, r.committed, part, last_logits_only=True, given=r.given))
         r.committed += count
         # A token emitted by re-running a sequence at a longrope crossing costs a decode forward.
         r.stats.count("prefill" if r.output_index == 0 else "ar", count)

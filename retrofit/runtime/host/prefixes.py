@@ -80,6 +80,7 @@ def waits_for(run: Run, request: Request, kept: int, ran: Sequence[Request], row
     first, stop = kept, kept + run.pieces.size
     return stop < len(request.prompt) and any(
         part.start < stop
+        and other.given is None
         and other.tokens[first:stop] == request.prompt[first:stop]
         and other.tokens[:first] == request.prompt[:first]
         for other, part in zip(ran, rows, strict=True)
@@ -95,7 +96,7 @@ def begin_with(run: Run, request: Request, found: Sequence[Kept]) -> None:
 
 
 def _may_copy(request: Request) -> bool:
-    return request.committed == request.output_index == 0 and request.prompt_top is None
+    return request.committed == request.output_index == 0 and request.prompt_top is None and request.given is None
 
 
 def keep_text(run: Run, requests: Sequence[Request]) -> None:
@@ -107,6 +108,8 @@ def keep_text(run: Run, requests: Sequence[Request]) -> None:
     if run.pieces is None:
         return
     for r in requests:
+        if r.given is not None:
+            continue  # equal token ids may stand for another image
         end = min(r.committed, len(r.tokens))
         if end - r.kept >= run.pieces.size:
             end -= end % run.pieces.size

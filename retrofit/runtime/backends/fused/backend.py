@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from retrofit.adapters.given import Given
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import FlatRows, SequenceRows
@@ -183,6 +184,9 @@ class FusedGQA:
         ):
             return DeviceSteps(run, requests, slots, on_device)
         return HostSteps(run, on_host)
+
+    def read_prompts(self, inputs: Mapping[str, Any]) -> list[tuple[list[int], Given]]:
+        raise UsageError("the fused backend takes text alone, and these prompts hold images", "use backend='hf'")
 
     def row_plan(self, sequences: list[SequenceRows]) -> FlatRows:
         return FlatRows(sequences)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from retrofit.adapters.attach import WRAPPING, Attached
 from retrofit.adapters.gated_lora import Gate, GatedLoraLinear
+from retrofit.adapters.given import Given
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.roles import trunk_of
 from retrofit.adapters.rows import RowPlan, SequenceRows, is_prefill
@@ -38,6 +39,8 @@ from retrofit.runtime.backends.hf.answers import answering, by_thread
 from retrofit.runtime.backends.hf.attention import ATTENTION, ForwardContext
 from retrofit.runtime.backends.hf.cache import STEP, KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form
+from retrofit.runtime.backends.hf.given.reading import read_prompts
+from retrofit.runtime.backends.hf.given.rows import with_given
 from retrofit.runtime.backends.hf.linear.experts import separate_experts
 from retrofit.runtime.backends.hf.linear.packing import install
 from retrofit.runtime.backends.hf.linear.products import Cut, Product
@@ -130,6 +133,8 @@ class HFBackend:
     """Whether products read packed weights; `packing.py` sets it."""
     why_plain: str | None = None
     """Why they do not, where packing was tried in vain."""
+    gives_checked = False
+    """Whether a prompt with images was decoded both ways, by the model and as rows."""
 
     def __init__(self, model: PreTrainedModel, gate: Gate, heads: Heads | None = None, causal_blocks: bool = False):
         """Raises UnsupportedModelError, naming what it is, for a model that cannot be driven by row plans."""
@@ -279,6 +284,10 @@ class HFBackend:
     def choose(self, scores: Tensor, params: Processing, seed: Tensor, index: Tensor) -> Tensor:
         return choose(scores, params, seed, index)
 
+    def read_prompts(self, inputs: Mapping[str, Any]) -> list[tuple[list[int], Given]]:
+        with self.turns.turn():
+            return read_prompts(self, inputs)
+
     def row_plan(self, sequences: list[SequenceRows]) -> RowPlan:
         # At `invariant` the rows of a prompt have the bits of a step's, so that others may copy what they left.
         least = 1 if is_prefill(sequences) and self.exact != "invariant" else self.least_rows
@@ -306,18 +315,13 @@ class HFBackend:
             cache.make_room(sequence.slot, sequence.start, len(sequence.tokens))
         if self.recurrent:
             cache.states.begin(plan)
-        embeds = self.embed(plan)
-        extra = instead_of_cache(self.asked_of_cache, plan.positions)
+        arguments = {"inputs_embeds": self.embed(plan)[None], "position_ids": plan.positions}
+        arguments |= instead_of_cache(self.asked_of_cache, plan.positions)
         if self.per_layer is not None:
-            extra["per_layer_inputs"] = self.per_layer(plan.ids[None])
+            arguments["per_layer_inputs"] = self.per_layer(plan.ids[None])
+        arguments = with_given(plan, arguments)
         with self.switched(context):
-            hidden: Tensor = self.trunk(
-                inputs_embeds=embeds[None],
-                position_ids=plan.positions,
-                use_cache=False,
-                retrofit_rows=context,
-                **extra,
-            ).last_hidden_state[0]
+            hidden: Tensor = self.trunk(use_cache=False, retrofit_rows=context, **arguments).last_hidden_state[0]
         if self.trunk.training:
             raise UsageError(
                 f"this {type(self.model).__name__} was put into training mode while an engine decodes with it",

@@ -67,8 +67,8 @@ def push(folder: str, repository: str, as_json: bool, **options: Any) -> None:
 def pull(repository: str, out: str | None, overwrite: bool, offline: bool, as_json: bool) -> None:
     """Fetch the artifact in REPO on the Hub and print its folder.
 
-    REPO is OWNER/NAME or OWNER/NAME@REVISION.  The artifact is there whole and checked, or not at all.  Only
-    safetensors, JSON, YAML, Markdown, HTML and SVG are fetched.
+    REPO is OWNER/NAME or OWNER/NAME@REVISION, or smollm2-135m, which ships with retrofit.  The artifact is there whole
+    and checked, or not at all.  Only safetensors, JSON, YAML, Markdown, HTML and SVG are fetched.
     `retrofit generate`, `chat` and `inspect` take REPO too, and pull it by themselves.
 
     \b

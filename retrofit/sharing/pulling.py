@@ -47,12 +47,12 @@ def pull(repository: str, out: str | Path | None = None, *, overwrite: bool = Fa
     """Fetch an artifact, OWNER/NAME or OWNER/NAME@REVISION, and return its folder.
 
     out: where to put it, as `convert` does; None: in the cache, where `Engine.load` looks for it.  What is there
-    already and whole is not fetched again.
+    already and whole is not fetched again; nor is an artifact that ships with retrofit, given by its name.
     Raises UsageError, ArtifactError for what is no intact artifact, ResourceError.
     """
     if out is not None:
         artifact.check_writable(Path(out), overwrite)
-    kept = _kept(parsed(repository), offline, whole=True)
+    kept = shipped_artifact(repository) or _kept(parsed(repository), offline, whole=True)
     if out is None:
         return kept
     out = Path(out)

@@ -80,6 +80,12 @@ def test_an_artifact_of_the_hub_is_pushed_by_its_name(hub: Hub, folder: Path) ->
     assert local_folder("user/copy").is_dir()
 
 
+def test_what_ships_is_pulled_by_its_name_without_the_hub(hub: Hub, shipped: Path, tmp_path: Path) -> None:
+    assert pull(SHIPPED) == shipped
+    assert contents(pull(SHIPPED, tmp_path / "copy")) == contents(shipped)
+    assert hub.log == []
+
+
 def test_the_certificate_that_failed_last_counts(hub: Hub, shipped: Path) -> None:
     certify(shipped)
     found_out(shipped, ok=False)

@@ -122,8 +122,8 @@ class Chat:
 
     def _options_of_mode(self) -> dict[str, Any]:
         """The options without those that /mode has left without a meaning."""
-        others = {"self_spec": ("threshold",), "diffusion": ("strategy", "prepare", "tree", "logprobs")}
-        left_out = others.get(self.options["mode"], ("threshold", "strategy", "prepare", "tree"))
+        others = {"self_spec": ("threshold", "tolerance"), "diffusion": ("strategy", "prepare", "tree", "logprobs")}
+        left_out = others.get(self.options["mode"], ("threshold", "tolerance", "strategy", "prepare", "tree"))
         return {name: value for name, value in self.options.items() if name not in left_out}
 
     def command(self, line: str) -> bool:

@@ -166,10 +166,20 @@ def answering_options(function: Any) -> Any:
 
 
 GENERATION = (
-    *("mode", "strategy", "prepare", "tree", "threshold", "max_new_tokens", "min_new_tokens", "stop", "stop_token_ids"),
+    *("mode", "strategy", "prepare", "tree", "threshold", "tolerance", "max_new_tokens", "min_new_tokens", "stop"),
+    "stop_token_ids",
     *("ignore_eos", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "logprobs", "original_settings", "template"),
 )
+
+
+OF_DIFFUSION = (
+    click.option("--threshold", type=click.FloatRange(0, 1),
+                 help="Of diffusion: confidence from which a token is filled in.  [default: 0]"),
+    click.option("--tolerance", type=click.FloatRange(min=0), metavar="NATS",
+                 help="Of diffusion: by how much, in log-probability, a token may fall short of the original's "
+                      "own choice to be kept; 0 gives the text of ar, inf keeps all.  [default: 0.1]"),
+)  # fmt: skip
 
 
 def generation_options(function: Any) -> Any:
@@ -218,8 +228,7 @@ def generation_options(function: Any) -> Any:
                      help="Argument of the chat template, such as enable_thinking=false; may be repeated."),
         click.option("--original-settings/--no-original-settings", default=True, show_default=True,
                      help="Follow the base's generation_config in what it forbids, forces and penalises."),
-        click.option("--threshold", type=click.FloatRange(0, 1),
-                     help="Of diffusion: confidence from which a token is kept.  [default: 0.9]"),
+        *OF_DIFFUSION,
     )  # fmt: skip
 
     @wraps(function)

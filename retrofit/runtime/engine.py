@@ -30,15 +30,13 @@ from retrofit.runtime.loading import check_options as check_loading
 from retrofit.runtime.loading import fits_fused, fused_backend, prepare, untrained, with_adapter
 from retrofit.runtime.options import Decoding, check_options, flag
 from retrofit.runtime.params import Keywords
-from retrofit.runtime.plan import Cycle, Limits, fixed_cycle
+from retrofit.runtime.plan import Cycle, Limits, cycle_of
 from retrofit.runtime.prefixes.pieces import Pieces
 from retrofit.runtime.prefixes.reuse import check_budget, pieces_for, pieces_of
 from retrofit.runtime.prompts import Prompts, listed
 from retrofit.runtime.reading import Reader, in_thread
 from retrofit.runtime.request import Request
 from retrofit.runtime.results import Event, Result
-from retrofit.runtime.rules.sampling import Processing
-from retrofit.runtime.rules.tree import ROWS, fixed_tree
 from retrofit.runtime.run import Run
 from retrofit.runtime.scheduler import Scheduler
 from retrofit.sharing.pulling import local_folder
@@ -237,6 +235,7 @@ class Engine:
         prepare: str | int | None = None,
         tree: int | None = None,
         threshold: float | None = None,
+        tolerance: float | None = None,
         batch_size: int = 8,
         original_settings: bool = True,
         **keywords: Unpack[Keywords],
@@ -253,13 +252,13 @@ class Engine:
         Of self_spec: strategy auto (default), fused, two_forward, prompt_lookup or hybrid; of fused: prepare, for which
         accept lengths to draft ahead, all (default), last or so many; tree, how many draft nodes to verify, 0 for one
         chain, None for as many as fit into ROWS rows where candidates' chances are known; of hybrid: in as many rows.
-        threshold, of diffusion: confidence from which a token is kept, 0.9.
+        Of diffusion: threshold, confidence from which a token is filled in, by default SURE; tolerance, by how many
+        nats it may fall short of the base's own choice to be kept, by default SHORT: 0 gives ar's text, inf keeps all.
         Raises UsageError for wrong options, for options that mean nothing beside the others, and for prompts that are
         none or are longer than the context.
         """
-        events = self._decode(
-            prompts, params, mode, (strategy, prepare, tree, batch_size, threshold), original_settings, keywords, None
-        )
+        how = (strategy, prepare, tree, batch_size, threshold, tolerance)
+        events = self._decode(prompts, params, mode, how, original_settings, keywords, None)
         return [event.result for event in sorted(events, key=lambda e: (e.index, e.sample)) if event.result is not None]
 
     def stream(
@@ -272,6 +271,7 @@ class Engine:
         prepare: str | int | None = None,
         tree: int | None = None,
         threshold: float | None = None,
+        tolerance: float | None = None,
         batch_size: int = 8,
         original_settings: bool = True,
         with_text: bool = True,
@@ -281,10 +281,8 @@ class Engine:
 
         with_text: text comes with the tokens, as soon as later tokens cannot change it.
         """
-        return self._decode(
-            prompts, params, mode, (strategy, prepare, tree, batch_size, threshold), original_settings, keywords,
-            flag("with_text", with_text),
-        )  # fmt: skip
+        how = (strategy, prepare, tree, batch_size, threshold, tolerance)
+        return self._decode(prompts, params, mode, how, original_settings, keywords, flag("with_text", with_text))
 
     def astream(
         self,
@@ -322,7 +320,8 @@ class Engine:
         requests = requests_for(texts, asked, self.backend, self.limits.context, self.tokenizer, bool(with_text))
         warn_of_differences(self.config.get("template"), self.tokenizer, zip(texts, asked, strict=True), self._told)
         slots = min(way.batch_size, max(1, len(requests)), self.backend.most_rows or way.batch_size)
-        return self._events(way, self._cycle(way, typical(requests), slots), requests, slots, with_text)
+        cycle = cycle_of(way, self.layout, self._acceptance, self.backend, typical(requests), slots)
+        return self._events(way, cycle, requests, slots, with_text)
 
     def _events(
         self, way: Decoding, cycle: Cycle | None, requests: list[Request], slots: int, with_text: bool | None
@@ -332,8 +331,8 @@ class Engine:
             cache = self.backend.new_cache(slots, longest)
         confident = way.name == "auto" or (way.mode == "self_spec" and isinstance(way.prepare, int))
         run = Run(
-            self.backend, cache, typical(requests), self.layout, self.limits, way.name, cycle, way.threshold, confident,
-            **needs(requests), pieces=pieces_of(self.backend, self.prefixes),
+            self.backend, cache, typical(requests), self.layout, self.limits, way.name, cycle, way.threshold,
+            way.tolerance, confident, **needs(requests), pieces=pieces_of(self.backend, self.prefixes),
         )  # fmt: skip
         try:
             with turn():
@@ -341,25 +340,6 @@ class Engine:
             yield from self._loop(run, steps, requests, slots, with_text)
         finally:
             cache.release()
-
-    def _cycle(self, way: Decoding, processing: Processing, slots: int) -> Cycle | None:
-        """The plans of `ar` or of a fixed strategy.  Raises UsageError for a tree that the backend cannot verify."""
-        if way.name in ("auto", "diffusion"):
-            return None
-        grown, most = None, self.backend.most_nodes
-        if way.name in ("fused", "hybrid"):
-            sampled, rows = processing.temperature > 0, self._rows_each(slots)
-            grown = fixed_tree(self.layout, self._acceptance, way.prepare, way.tree, sampled, rows)
-        if grown is not None and most is not None and grown.nodes > most:
-            raise UsageError(
-                f"tree is {grown.nodes}; the {self.backend.name} backend verifies up to {most} draft nodes"
-            )
-        return fixed_cycle(way.name, way.prepare, self.layout, grown)
-
-    def _rows_each(self, requests: int) -> int:
-        """Rows that a request may have in a forward, if so many run."""
-        most = self.backend.most_rows
-        return ROWS if most is None else min(ROWS, most // self.backend.lanes(requests))
 
     def _loop(
         self, run: Run, steps: Stepper, requests: list[Request], slots: int, with_text: bool | None

@@ -21,8 +21,10 @@ MODES = ("ar", "diffusion", "self_spec")
 STRATEGIES = ("auto", "fused", "two_forward", "prompt_lookup", "hybrid")
 MOST_NODES = 1024
 LARGEST_SEED = 2**63 - 1
-SURE = 0.9
-"""Diffusion: confidence from which a token is kept."""
+SURE = 0.0
+"""Diffusion: confidence from which a token is filled in."""
+SHORT = 0.1
+"""Diffusion: by how much a token may fall short of the base's own choice to be kept.  Unit: nats."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
@@ -38,6 +40,7 @@ class Decoding:
     tree: int | None
     batch_size: int
     threshold: float
+    tolerance: float
 
     @property
     def name(self) -> str:
@@ -122,7 +125,14 @@ def as_list(value: Any) -> list[Any] | None:
 
 
 def check_options(
-    mode: Any, layout: DraftLayout, strategy: Any, prepare: Any, tree: Any, batch_size: Any, threshold: Any
+    mode: Any,
+    layout: DraftLayout,
+    strategy: Any,
+    prepare: Any,
+    tree: Any,
+    batch_size: Any,
+    threshold: Any,
+    tolerance: Any = None,
 ) -> Decoding:
     """How to decode, with the defaults of what was not given.
 
@@ -141,17 +151,21 @@ def check_options(
     sure = SURE if threshold is None else number("threshold", threshold)
     if not 0 <= sure <= 1:
         raise UsageError(f"threshold is {shown(threshold)}; it is a probability, 0 to 1")
-    given = {"strategy": strategy, "prepare": prepare, "tree": tree, "threshold": threshold}
+    short = SHORT if tolerance is None else number("tolerance", tolerance)
+    if not short >= 0:
+        raise UsageError(f"tolerance is {shown(tolerance)}; it is a number of nats from 0, or inf")
+    given = {"strategy": strategy, "prepare": prepare, "tree": tree, "threshold": threshold, "tolerance": tolerance}
     _check_meaning(mode, given)
     if strategy in ("fused", "hybrid") and not layout.anchored:
         raise UsageError(f"strategy {strategy} needs an artifact with draft.seed_row base", "use two_forward or auto")
-    return Decoding(mode, strategy or "auto", "all" if prepare is None else prepare, nodes, requests, sure)
+    return Decoding(mode, strategy or "auto", "all" if prepare is None else prepare, nodes, requests, sure, short)
 
 
 def _check_meaning(mode: str, given: dict[str, Any]) -> None:
     """Raises UsageError for an option that was given and changes nothing."""
-    if mode != "diffusion" and given["threshold"] is not None:
-        raise UsageError(f"threshold means nothing in mode {mode}", "it is diffusion's; leave it out")
+    for name in ("threshold", "tolerance"):
+        if mode != "diffusion" and given[name] is not None:
+            raise UsageError(f"{name} means nothing in mode {mode}", "it is diffusion's; leave it out")
     for name in ("strategy", "prepare", "tree"):
         if mode != "self_spec" and given[name] is not None:
             raise UsageError(f"{name} means nothing in mode {mode}", "it is self_spec's; leave it out")

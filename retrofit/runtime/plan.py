@@ -21,15 +21,19 @@ Rows at or beyond the context limit are never planned, nor is what the remaining
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
+from retrofit.errors import UsageError
+from retrofit.runtime.backends.interface import Backend
+from retrofit.runtime.options import Decoding
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.sampling import hash_bits_plain
-from retrofit.runtime.rules.tree import ROWS, SEED_ALONE, DraftTree
+from retrofit.runtime.rules.sampling import Processing, hash_bits_plain
+from retrofit.runtime.rules.tree import ROWS, SEED_ALONE, DraftTree, fixed_tree
 
 Hang = str | int | tuple[int, ...]
 """Base rows that blocks hang on: "all", "last", the likeliest so many, or just these.  Of a chain a row's number is the
@@ -132,6 +136,29 @@ def fixed_cycle(strategy: str, prepare: str | int, layout: DraftLayout, tree: Dr
     if strategy == "hybrid":
         return hybrid(layout, tree)
     return fused(layout.drafts if tree is None else tree.nodes, prepare, tree)
+
+
+def cycle_of(
+    way: Decoding,
+    layout: DraftLayout,
+    acceptance: Mapping[str, Any],
+    backend: Backend,
+    processing: Processing,
+    slots: int,
+) -> Cycle | None:
+    """The plans of `ar` or of a fixed strategy; None: of others.  acceptance: what the artifact says of its candidates.
+
+    Raises UsageError for a tree that the backend cannot verify.
+    """
+    if way.name in ("auto", "diffusion"):
+        return None
+    grown, most = None, backend.most_nodes
+    if way.name in ("fused", "hybrid"):
+        room = ROWS if backend.most_rows is None else min(ROWS, backend.most_rows // backend.lanes(slots))
+        grown = fixed_tree(layout, acceptance, way.prepare, way.tree, processing.temperature > 0, room)
+    if grown is not None and most is not None and grown.nodes > most:
+        raise UsageError(f"tree is {grown.nodes}; the {backend.name} backend verifies up to {most} draft nodes")
+    return fixed_cycle(way.name, way.prepare, layout, grown)
 
 
 def cut(plan: StepPlan, layout: DraftLayout, rows: int | None) -> StepPlan:
@@ -304,23 +331,25 @@ def noise_token(seed: int, position: int, vocab: int) -> int:
     return hash_bits_plain(seed, position, 0) % vocab
 
 
-def diffusion_rows(request: Request, layout: DraftLayout, limits: Limits, vocab: int) -> tuple[SequenceRows, str]:
-    """A `denoise` forward while the block has masks, then a `commit` forward of base rows over the full block.
+def diffusion_rows(
+    request: Request, layout: DraftLayout, limits: Limits, vocab: int, revised: bool, room: int | None
+) -> tuple[SequenceRows, str]:
+    """A `commit` forward of base rows over the seed and what was filled in behind it, and the blocks that hang on it.
 
-    Gate 1 on all rows of the block, known ones too; the block begins with the seed.
+    One block, or where the base may take tokens back (revised) one on each end, the likeliest of them if there is not
+    room for all.  Where the seed is a draft row a `denoise` forward comes first, whose block hangs on none: anchor -1.
+    room: rows that it may have; None: any number.
     """
-    if MASK not in request.block:
-        return SequenceRows(request.slot, request.committed, list(request.block), given=request.given), "commit"
-    start = request.position
-    inputs = [
-        noise_token(request.seed, start + i, vocab) if token == MASK and layout.input == "noise" else token
-        for i, token in enumerate(request.block)
-    ]
-    blocks = [Block(start, inputs)]
-    return SequenceRows(request.slot, request.committed, blocks=blocks, given=request.given), "denoise"
-
-
-def new_block(request: Request, layout: DraftLayout, limits: Limits) -> list[int]:
-    """The next block to denoise: the seed, then masks, cut to the context and, as it is filled whole, to the budget."""
-    size = min(layout.block, request.remaining + 1, limits.end(request) - request.position)
-    return [request.tokens[-1]] + [MASK] * (size - 1)
+    seed = request.tokens[-1]
+    if not layout.anchored and not request.block and useful(request, (0,), layout, limits):
+        block = draft_block(request, request.position, seed, -1, layout, limits, vocab)
+        return SequenceRows(request.slot, request.committed, blocks=[block], given=request.given), "denoise"
+    tokens = list(request.block) or [seed]
+    last = len(tokens) - 1
+    ends: Sequence[int] = ()
+    if layout.anchored:
+        most = last + 1 if room is None else max(0, room - len(tokens)) // layout.block
+        ends = likeliest_lengths(request.confidence, last, most) if revised else (last,)[:most]
+    hang = useful(request, ends, layout, limits)
+    blocks = [draft_block(request, request.position + j + 1, None, j, layout, limits, vocab) for j in hang]
+    return SequenceRows(request.slot, request.committed, tokens, blocks, given=request.given), "commit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,9 @@ class Run:
     cycle: Cycle | None = None
     """The plans of a fixed strategy, for any number of rows; None: `auto`, which chooses, and `diffusion`."""
     threshold: float = 0.9
-    """Diffusion: confidence from which a position is committed."""
+    """Diffusion: confidence from which a position is filled."""
+    tolerance: float = math.inf
+    """Diffusion: by how much a token may fall short of the base's own choice, in log-probability, to be kept."""
     with_confidence: bool = False
     mixed: bool = False
     """Whether requests differ in processing or rules, so that rows are processed group by group."""

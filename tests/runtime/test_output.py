@@ -164,16 +164,33 @@ def test_a_sequence_run_again_at_a_longrope_boundary_counts_as_decoding() -> Non
 
 
 def test_statistics_of_diffusion_count_denoise_and_commit_forwards() -> None:
-    """Threshold 0 fills a block (seed + 3 tokens) by one denoise forward; its commit forward emits the next."""
-    (result,) = random_engine().generate(prompts()[:1], "diffusion", max_new_tokens=9, threshold=0.0)
-    assert result.stats.forwards == {"prefill": 1, "denoise": 2, "commit": 2}
-    assert (result.stats.tokens, result.stats.rows) == (8, 4 * 4)
-    # 9 tokens: 1, then 3 + 1 by each pair; with 8 the second block exhausts the budget, and owes no commit.
-    (result,) = random_engine().generate(prompts()[:1], "diffusion", max_new_tokens=8, threshold=0.0)
-    assert result.stats.forwards == {"prefill": 1, "denoise": 2, "commit": 1}
-    # Confidence above 1 is never reached: one position a forward.
-    (result,) = random_engine().generate(prompts()[:1], "diffusion", max_new_tokens=9, threshold=1.0)
-    assert result.stats.forwards == {"prefill": 1, "denoise": 6, "commit": 2}
+    """The first commit is of the seed alone; on each hangs a block of 4 whose 4 tokens the next commits at once."""
+
+    def decoded(engine: Engine, most: int, threshold: float = 0.0) -> Result:
+        options: dict[str, Any] = {"max_new_tokens": most, "threshold": threshold, "tolerance": float("inf")}
+        return engine.generate(prompts()[:1], "diffusion", **options)[0]
+
+    result = decoded(random_engine(), 12)
+    assert result.stats.forwards == {"prefill": 1, "commit": 3}
+    assert (result.stats.tokens, result.stats.rows) == (11, (1 + 4) + (5 + 4) + 5)
+    # 11 tokens: of the last block 4 exhaust the budget, and owe no commit
+    assert decoded(random_engine(), 11).stats.forwards == {"prefill": 1, "commit": 2}
+    # Confidence above 1 is never reached: every token is the base's
+    result = decoded(random_engine(), 9, 1.0)
+    assert result.stats.forwards == {"prefill": 1, "commit": 8} and result.tokens == free_run()[0][:9]
+    # Where the seed is a draft row no block hangs on a commit
+    result = decoded(random_engine(seed_row="draft"), 12)
+    assert result.stats.forwards == {"prefill": 1, "denoise": 2, "commit": 3}
+    assert (result.stats.tokens, result.stats.rows) == (11, 2 * 4 + 2 * 5 + 1)
+
+
+def test_statistics_of_diffusion_whose_tokens_the_base_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block hangs on each end that a commit may have, as long as two tokens remain after it."""
+    perfect(monkeypatch, free_run())
+    (result,) = random_engine().generate(prompts()[:1], "diffusion", tolerance=0.0, max_new_tokens=12)
+    assert result.tokens == free_run()[0][:12]
+    assert result.stats.forwards == {"prefill": 1, "commit": 3}
+    assert result.stats.rows == (1 + 4) + (5 + 5 * 4) + (5 + 3 * 4)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

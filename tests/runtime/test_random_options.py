@@ -116,6 +116,18 @@ def test_diffusion_of_a_batch_is_that_of_each_alone() -> None:
     assert differences(engine().generate(prompts[:50], some, "diffusion", batch_size=16), want) == []
 
 
+@pytest.mark.parametrize("mistakes", [0.2, None], ids=["some right", "of the model"])
+def test_diffusion_that_tolerates_nothing_is_ar(mistakes: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base takes back every token but its own, drawn ones too; steps that fill nothing more make no difference."""
+    prompts, params = asked()
+    some, want = [replace(one, logprobs=None) for one in params], alone()
+    if mistakes is not None:
+        Oracle(truths(want, params), mistakes).plant(monkeypatch)
+    got = engine().generate(prompts[:100], some[:100], "diffusion", batch_size=16, tolerance=0.0)
+    plain = [replace(one, logprobs=None) for one in want[: outputs(100)]]
+    assert differences(got, plain) == []
+
+
 def outputs(prompts: int) -> int:
     return sum(params.n for params in asked()[1][:prompts])
 

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from retrofit.adapters.heads import Heads
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import modes
+from retrofit.runtime.host import diffusion, modes
 from retrofit.runtime.host.drafting import Drafted, Slots
 from retrofit.runtime.rules.sampling import Processing
 
@@ -110,8 +110,10 @@ class Oracle:
         return torch.tensor(tokens)[:, None].expand(-1, P, -1), chances
 
     def plant(self, patch: Any) -> None:
-        """Let all drafts be this one's, those of `hybrid` too."""
+        """Let all drafts be this one's, those of `hybrid` and of diffusion too."""
         patch.setattr(modes, "draft_tokens", self)
+        surely = lambda _, r, slot, trunk: (self.token(r.seed, r.output_index + slot - 1), 1.0)  # noqa: E731
+        patch.setattr(diffusion, "best_of_slot", surely)
         patch.setattr(Slots, "likeliest", lambda slots, *given: self.likeliest(slots, *given))
 
     def __call__(

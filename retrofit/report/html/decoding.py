@@ -190,7 +190,8 @@ def diffusion(found: Data) -> str:
         for point in found["points"] if point["tpf"] is not None
     ]  # fmt: skip
     drawn = drawing(
-        "What speed costs in agreement", "Each point is a threshold; further right are fewer forwards.",
+        "What speed costs in agreement",
+        "Each point is a threshold, and what reaches it is kept; further right are fewer forwards.",
         charts.curve, points, across="tokens per forward", up="agreement, %",
     )  # fmt: skip
     rows = [

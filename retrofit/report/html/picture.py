@@ -20,7 +20,7 @@ Data = Mapping[str, Any]
 FASTEST = (("the original", "transformers"), ("ar", "ar"), ("self_spec", "auto"), ("diffusion", "diffusion"))
 """A mode's name and the way of decoding that stands for it."""
 SURE = 0.9
-"""Threshold that diffusion has where nobody gives one."""
+"""Threshold of the sweep that is drawn."""
 WIDE, EDGE, HEAD, FOOT = 840, 24, 104, 52
 """Of the picture, in pixels: its width, and the room around and between, above and below its two halves."""
 WITHOUT = "Drawn with matplotlib, which is not installed here: pip install 'retrofit-lm[report]'"

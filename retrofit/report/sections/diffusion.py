@@ -1,5 +1,7 @@
 """Diffusion: threshold against tokens per forward, and against how often the original would have said the same.
 
+What reaches the threshold is kept, whatever the base would have said: without the tolerance that decoding has.
+
 Agreement is the share of tokens that are the base's own first choice behind the text so far, in percent.  It is no
 quality score: a text may be as good and say other things.
 """
@@ -29,7 +31,8 @@ def diffusion(setting: Setting, earlier: Earlier) -> Data:
     runs: list[tuple[float | None, list[Result]]] = []
     for threshold in (None, *suite.thresholds):
         results = setting.engine.generate(
-            prompts, "ar" if threshold is None else "diffusion", threshold=threshold, max_new_tokens=suite.tokens,
+            prompts, "ar" if threshold is None else "diffusion", threshold=threshold,
+            tolerance=None if threshold is None else math.inf, max_new_tokens=suite.tokens,
             batch_size=BATCH, ignore_eos=True, original_settings=False,
         )  # fmt: skip
         runs.append((threshold, results))

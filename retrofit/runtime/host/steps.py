@@ -59,7 +59,7 @@ class HostSteps:
             sides = [[r for r in running if (r.position >= boundary) == side] for side in (False, True)]
         if most is None:
             return [side for side in sides if side]
-        size = max(1, most // self.run.layout.block) if self.run.strategy == "diffusion" else most
+        size = max(1, most // (1 + self.run.layout.block)) if self.run.strategy == "diffusion" else most
         return [side[i : i + size] for side in sides for i in range(0, len(side), size)]
 
     def _restarted(self, running: list[Request]) -> list[Request]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
-from retrofit.adapters.rows import MASK
 from retrofit.runtime.host import drafting
 from retrofit.runtime.host.diffusion import _end_early, _fill
 from retrofit.runtime.host.drafting import draft_tokens
@@ -202,55 +201,39 @@ def test_rules_and_a_bias_look_at_the_whole_vocabulary(monkeypatch: pytest.Monke
 # Filling a block in mode `diffusion`
 
 
-def filled(run: Run, block: list[int], hidden: Tensor, seed: int = 0) -> list[int]:
-    one = request(block[0], seed=seed)
-    one.block = list(block)
-    _fill(run, one, hidden)
+def opened(run: Run, hidden: Tensor, most: int = 20) -> list[int]:
+    one = request(3, most)
+    _fill(run, one, hidden, revised=run.tolerance < float("inf"))
     return one.block
 
 
-def test_what_is_sure_enough_is_filled_in_and_the_surest_in_any_case() -> None:
+def test_a_block_is_filled_up_to_the_first_slot_that_is_not_sure_enough() -> None:
     """A row predicts the token after it.  Of weight w, a token has e^w / (e^w + 7): w = 5 gives .955, 4 gives .886."""
-    open_block = [3, MASK, MASK, MASK]
     run = known_run(0.0, threshold=0.9)
-    assert filled(run, open_block, best(4, 5, 6) * 5) == [3, 4, 5, 6]
-    assert filled(run, open_block, best(4, 5, 6) * torch.tensor([[4.0], [5.0], [4.0]])) == [3, MASK, 5, MASK]
-    assert filled(run, open_block, best(4, 5, 6) * torch.tensor([[1.0], [2.0], [3.0]])) == [3, MASK, MASK, 6]
-    assert filled(run, [3, MASK, 5, MASK], best(4, 5, 6) * 5) == [3, 4, 5, 6]
-    assert filled(run, [3, MASK, 1, MASK], best(4, 5, 6) * torch.tensor([[2.0], [9.0], [1.0]])) == [3, 4, 1, MASK]
-    # all have exactly 1/8
-    assert filled(known_run(0.0, threshold=0.125), open_block, torch.zeros(3, V)) == [3, 0, 0, 0]
+    assert opened(run, best(4, 5, 6) * 5) == [3, 4, 5, 6]
+    assert opened(run, best(4, 5, 6) * torch.tensor([[5.0], [4.0], [5.0]])) == [3, 4]
+    assert opened(run, best(4, 5, 6) * 4) == [3]
+    assert opened(known_run(0.0, threshold=0.0), torch.zeros(3, V)) == [3, 0, 0, 0]
+    assert opened(known_run(5.0, threshold=0.9), torch.zeros(3, V)) == [3, 4, 5, 6], "behind what was filled in"
+    late = known_run(0.0, threshold=0.9, layout=DraftLayout(4, shift=0, seed_row="draft"))
+    assert opened(late, best(7, 4, 5, 6) * 5) == [3, 4, 5, 6], "a row of shift 0 predicts its own token"
 
 
-def test_a_row_of_shift_0_predicts_its_own_token() -> None:
-    run = known_run(0.0, layout=DraftLayout(4, shift=0, seed_row="draft"))
-    assert filled(run, [3, MASK, MASK, MASK], best(7, 4, 5, 6) * 5) == [3, 4, 5, 6]
-
-
-def test_a_left_neighbour_that_is_masked_is_unknown() -> None:
-    """After t comes t + 1; after a token that is not known, 6."""
-    run = known_run(5.0, threshold=0.9)
-    run.backend.heads.markov_w2[6, V] = 5.0
-    assert filled(run, [3, MASK, MASK, MASK], torch.zeros(3, V)) == [3, 4, 6, 6]
-    assert filled(run, [3, 1, MASK, MASK], torch.zeros(3, V)) == [3, 1, 2, 6]
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_filled_tokens_are_drawn_with_the_noise_of_their_outputs_and_as_sure_as_without_it(seed: int) -> None:
-    run = known_run(0.0, Processing(temperature=0.7), threshold=0.0)
-    trunk = best(6, 6, 6)
-    want = [int((trunk[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
-    assert filled(run, [3, MASK, MASK, MASK], trunk, seed) == [3, *want]
-    # untempered, one of weight 4 has .886 and stays open beside a surer one, though at T = 0.7 it would have .977
-    run = known_run(0.0, Processing(temperature=0.7), threshold=0.9)
-    got = filled(run, [3, MASK, MASK, MASK], best(4, 5, 6) * torch.tensor([[4.0], [40.0], [4.0]]), seed)
-    assert got == [3, MASK, 5, MASK]
+def test_no_more_is_filled_than_the_budget_and_the_context_can_use() -> None:
+    """Of 5 tokens 2 are emitted.  A base that may take tokens back emits one of its own behind them."""
+    run = known_run(0.0, threshold=0.0)
+    assert len(opened(run, best(4, 5, 6), most=5)) == 1 + 3
+    assert len(opened(run, best(4, 5, 6), most=4)) == 1 + 2
+    run.tolerance = 0.0
+    assert len(opened(run, best(4, 5, 6), most=5)) == 1 + 2
+    run.limits = Limits(5)  # the seed stands at 3
+    assert len(opened(run, best(4, 5, 6))) == 1 + 1
 
 
 def test_a_block_ends_its_request_where_nothing_more_can_come() -> None:
     for block, most, eos, emitted, reason in (
-        ([3, 4, 5, MASK], 20, 5, [4, 5], "stop"),
-        ([3, MASK, 5, MASK], 20, 5, [], None),  # what is left of EOS is not known yet
+        ([3, 4, 5], 20, 5, [4, 5], "stop"),
+        ([3, 4, 5, 6], 20, 5, [4, 5], "stop"),
         ([3, 4, 5, 6], 5, 7, [4, 5, 6], "length"),  # three tokens were left: no forward to commit them
         ([3, 4, 5, 6], 6, 7, [], None),
     ):

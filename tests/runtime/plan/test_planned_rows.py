@@ -15,7 +15,6 @@ from retrofit.runtime.plan import (
     fixed_cycle,
     likeliest_lengths,
     max_verify,
-    new_block,
     noise_token,
     planned,
     speculative_rows,
@@ -107,27 +106,32 @@ def test_planned_rows_stay_below_context_boundary_and_budget(layout: DraftLayout
 def test_diffusion_rows_stay_below_context_and_boundary(layout: DraftLayout) -> None:
     kinds = set()
     for request, limits, rng in states(layout):
-        request.block = new_block(request, layout, limits)
-        assert request.block[0] == request.tokens[-1]
-        assert set(request.block[1:]) <= {MASK}
-        assert 1 <= len(request.block) <= min(layout.block, request.remaining + 1)
-        for i in range(1, len(request.block)):
-            if rng.random() < 0.6:
-                request.block[i] = rng.randrange(64)
-        rows, kind = diffusion_rows(request, layout, limits, 64)
+        end, seed = limits.end(request), request.tokens[-1]
+        filled = min(layout.drafts, request.remaining, end - request.position - 1)
+        if filled > 0 and rng.random() < 0.7:  # as a pass leaves it
+            request.block = [seed, *(rng.randrange(64) for _ in range(rng.randint(0, filled)))]
+            request.confidence = [rng.random() for _ in request.block[1:]]
+        revised, room = rng.random() < 0.5, rng.choice([None, rng.randint(1, 40)])
+        rows, kind = diffusion_rows(request, layout, limits, 64, revised, room)
         kinds.add(kind)
-        assert (kind == "commit") is (MASK not in request.block)
-        (inputs, start) = (
-            (rows.tokens, rows.start) if kind == "commit" else (rows.blocks[0].inputs, rows.blocks[0].start)
-        )
-        assert start == request.position and len(inputs) == len(request.block)
-        assert start + len(inputs) <= limits.end(request)
-        noise = [noise_token(request.seed, start + i, 64) for i in range(len(inputs))]
-        assert list(inputs) == [
-            n if token == MASK and layout.input == "noise" else token
-            for token, n in zip(request.block, noise, strict=True)
-        ]
-    assert "commit" in kinds
+        assert rows.start == request.position
+        assert all(b.start + len(b.inputs) <= end for b in rows.blocks)
+        if kind == "denoise":
+            assert not layout.anchored and not request.block and not rows.tokens
+            (block,) = rows.blocks
+            assert (block.start, block.inputs[0], block.anchor) == (request.position, seed, -1)
+            assert len(block.inputs) > layout.first_drafting_row
+            continue
+        assert list(rows.tokens) == (request.block or [seed])
+        assert rows.start + len(rows.tokens) <= end
+        ends = [block.anchor for block in rows.blocks]
+        assert set(ends) <= set(range(len(rows.tokens))) if revised else set(ends) <= {len(rows.tokens) - 1}
+        assert not ends or layout.anchored
+        assert all(b.start == rows.start + b.anchor + 1 for b in rows.blocks)
+        assert room is None or not ends or len(rows.tokens) + layout.block * len(ends) <= room
+        kinds.add("hung" if ends else "bare")
+    assert {"commit", "bare"} <= kinds and ("hung" in kinds) is layout.anchored
+    assert ("denoise" in kinds) is not layout.anchored
 
 
 def test_likeliest_lengths_against_the_probabilities() -> None:

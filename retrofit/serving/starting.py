@@ -8,6 +8,7 @@ from retrofit.artifact import folder as artifacts
 from retrofit.artifact.engines import refuse_unfit
 from retrofit.gguf_files import is_gguf
 from retrofit.hub import load_base
+from retrofit.named_bases import EMBEDDED, embedded_folder
 from retrofit.runtime.loading import check_same_base
 from retrofit.serving import sglang
 from retrofit.serving.unpacking import unpacked
@@ -30,10 +31,10 @@ def words(name: str, engine: str, options: Sequence[str], *, base: str | None, o
     place = base or artifacts.base_of(artifact.folder, artifact.config)
     revision = None if base else named["revision"]
     if engine == "sglang":
-        return sglang.command(place, revision, block, options)
+        model = str(embedded_folder()) if place == EMBEDDED else place  # a name that only retrofit has
+        return sglang.command(model, revision, block, options)
     check(installed())
     loaded = load_base(place, revision, offline=offline, with_model=False)
     check_same_base(loaded, artifact)
-    model = unpacked(loaded, offline) if loaded.place is not None and is_gguf(loaded.place) else loaded.place
-    folder = artifact.folder.absolute()
-    return vllm.command(folder, str(model), artifacts.published_name(named), block, options)
+    folder = unpacked(loaded, offline) if loaded.place is not None and is_gguf(loaded.place) else loaded.place
+    return vllm.command(artifact.folder.absolute(), str(folder), artifacts.published_name(named), block, options)

@@ -12,6 +12,7 @@ from commands import refused, run
 
 from retrofit.artifact import engines
 from retrofit.errors import ResourceError, UnsupportedModelError, UsageError
+from retrofit.named_bases import embedded_folder
 from retrofit.serving.vllm import plugin, versions
 
 pytestmark = pytest.mark.usefixtures("somewhere")
@@ -119,6 +120,14 @@ def test_sglangs_command(tmp_path, base):
         *("--speculative-algorithm", "UNO", "--speculative-num-draft-tokens", "8"),
         *("--uno-lora-path", "out", "--port", "1"),
     ]
+
+
+def test_sglang_is_given_the_folder_of_the_base_that_ships(tmp_path):
+    config = changed("draft", {**CONFIG["draft"], "input": "noise", "attention": "causal"})
+    config["adapter"] = {**config["adapter"], "markov_rank": 0, "confidence": False}
+    artifact = write(tmp_path / "uno", config=config)
+    told = shlex.split(run("serve", artifact, "--engine", "sglang", "--uno-lora-path", "out").stdout)
+    assert told[told.index("--model-path") + 1] == str(embedded_folder())
 
 
 FAKE = """

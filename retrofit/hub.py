@@ -23,13 +23,12 @@ from retrofit.gguf_files import (
     refuse_unread,
 )
 from retrofit.locating import locate
+from retrofit.quantised.methods import KEPT, check_kind, precision_of, stored_method
 from retrofit.weight_files import config_hash, file_fingerprint, weight_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-UNQUANTISED = "take the original weights, in bfloat16"
-DEQUANTISE = "take the original weights, in bfloat16, or unpack these once: docs/bases.md has the lines"
 FOREIGN = (
     ("_orig_mod.", "saved from a compiled model; save `model._orig_mod`, or take `_orig_mod.` out of the names"),
     ("base_model.model.", "saved from a PEFT model; merge its adapter first (`merge_and_unload`), then save it"),
@@ -51,6 +50,8 @@ class Base:
     revision: str | None
     place: Path | None
     fingerprint: dict[str, str | None]
+    precision: str | None = None
+    """What its linear layers are held in, as `precision_of` has it; None where they are plain."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -87,15 +88,30 @@ def load_base(
     offline: bool = False,
     need_tokenizer: bool = True,
     with_model: bool = True,
+    quantization: str | None = None,
 ) -> Base:
     """Load model and tokenizer.  Raises UsageError, ResourceError or UnsupportedModelError; never half-loads.
 
     with_model False: files, configuration and tokenizer only, for a backend that reads the weights itself.
+    quantization: what linear layers are quantised to while they are loaded, one of `quantised.methods.KINDS`.
     """
     check_device(device)
+    if quantization is not None:
+        check_kind(quantization)
     place, header = _model_place(name, revision, offline, code=trust_remote_code)
     with nullcontext() if header is None else read_once():
-        return _opened(name, revision, place, header, dtype, device, trust_remote_code, need_tokenizer, with_model)
+        wanted = _Wanted(dtype, device, trust_remote_code, quantization)
+        return _opened(name, revision, place, header, wanted, need_tokenizer, with_model)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """How a model is to be loaded; see `load_base`."""
+
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    quantization: str | None
 
 
 def _opened(
@@ -103,57 +119,39 @@ def _opened(
     revision: str | None,
     place: Path,
     header: Header | None,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
+    wanted: _Wanted,
     need_tokenizer: bool,
     with_model: bool,
 ) -> Base:
     from transformers import AutoConfig, AutoTokenizer
 
+    options = {**pretrained(place), "trust_remote_code": wanted.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(**pretrained(place), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**options)
     except Exception as error:
-        raise _not_loaded(name, device, error) from error
-    refuse_quantised(name, config)
-    described = config.to_dict()
+        raise _not_loaded(name, wanted.device, error) from error
+    method = stored_method(name, config)
+    if method is not None and wanted.quantization is not None:
+        raise UsageError(f"{name} is quantised already ({method})", "leave base.quantization out")
+    precision, described = precision_of(config, wanted.quantization), config.to_dict()
     fingerprint = gguf_fingerprint(place, header, described) if header else file_fingerprint(place, described)
-    model = _load_model(name, place, header, config, dtype, device, trust_remote_code) if with_model else None
+    model = _load_model(name, place, header, config, wanted, method) if with_model else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**pretrained(place), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**options)
     except Exception as error:
         if need_tokenizer or out_of_memory(error) is not None:
             raise _no_tokenizer(name, error) from error
         tokenizer = None
-    return Base(model, tokenizer, name, revision, place, fingerprint)
-
-
-def refuse_quantised(name: str, config: PreTrainedConfig) -> None:
-    """Raise UnsupportedModelError for a configuration of quantised weights, by the name of their type."""
-    found = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-    if found is None:
-        return
-    settings = found if isinstance(found, dict) else found.to_dict()
-    method = str(settings.get("quant_method", "an unnamed method"))
-    if method == "fp8" and settings.get("weight_block_size"):
-        size = " x ".join(str(side) for side in settings["weight_block_size"])
-        problem = f"{name} is quantised to fp8 in blocks of {size}, which retrofit does not run"
-        raise UnsupportedModelError(problem, DEQUANTISE)
-    raise UnsupportedModelError(f"{name} is quantised ({method}), which retrofit does not support yet", UNQUANTISED)
+    return Base(model, tokenizer, name, revision, place, fingerprint, precision)
 
 
 def _load_model(
-    name: str,
-    place: Path,
-    header: Header | None,
-    config: PreTrainedConfig,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
+    name: str, place: Path, header: Header | None, config: PreTrainedConfig, wanted: _Wanted, method: str | None
 ) -> PreTrainedModel:
-    """The model with exactly the tensors of its files, each in its place.  header: that of a GGUF file."""
+    """The model with exactly the tensors of its files, each in its place.
+
+    header: that of a GGUF file.  method: how the files are quantised, None where they are not.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -164,8 +162,12 @@ def _load_model(
     options: dict[str, Any] = {}
     if header is None:
         config.transformers_weights = weight_source(place)
+        options |= _unpacking(method)
     else:
         options |= _dequantising()
+    dtype, device = wanted.dtype, wanted.device
+    if wanted.quantization is not None:  # from the type of the file, whatever the rest is to run in
+        dtype = "auto" if header is None else "bfloat16"
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -174,7 +176,7 @@ def _load_model(
             **options,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=wanted.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
@@ -185,6 +187,9 @@ def _load_model(
                 del model.config.transformers_weights
         else:
             refuse_unread(name, place, header, model)
+        if method is not None or wanted.quantization is not None:
+            _hold_quantised(model, wanted, method)
+        if method is not None or header is not None:
             _forget_quantisation(model)
         return model.to(device).eval()
     except RetrofitError:
@@ -211,6 +216,30 @@ def model_class(config: PreTrainedConfig) -> Any:
     if whole is None or own_code or (text is not None and whole not in (config.architectures or ())):
         return AutoModelForCausalLM
     return AutoModelForImageTextToText
+
+
+def _hold_quantised(model: PreTrainedModel, wanted: _Wanted, method: str | None) -> None:
+    """Linear layers of ours, with the bits that were asked for or that the files hold."""
+    import torch
+
+    from retrofit.quantised import loading
+
+    dtype = model.dtype if wanted.dtype == "auto" else getattr(torch, wanted.dtype)
+    if wanted.quantization is not None:
+        loading.quantise(model, wanted.quantization, dtype)
+    elif method in KEPT:
+        loading.take_over(model, dtype)
+
+
+def _unpacking(method: str | None) -> dict[str, Any]:
+    """How `from_pretrained` is told to unpack the weights of a method that is unpacked."""
+    import transformers
+
+    kinds = {
+        "fp8": lambda: transformers.FineGrainedFP8Config(dequantize=True),
+        "compressed-tensors": lambda: transformers.CompressedTensorsConfig(dequantize=True),
+    }
+    return {"quantization_config": kinds[method]()} if method in kinds else {}
 
 
 def _dequantising() -> dict[str, Any]:
@@ -309,7 +338,7 @@ def empty_model(
     import torch
 
     config, _ = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
-    refuse_quantised(name, config)
+    stored_method(name, config)
     try:
         with torch.device("meta"):
             return model_class(config).from_config(config, trust_remote_code=trust_remote_code)

@@ -181,6 +181,11 @@ PRIVATE_APIS = (
         ("retrofit/eval/weights.py",),
     ),
     PrivateApi(
+        "transformers.PreTrainedModel._keep_in_fp32_modules",
+        "weights that stay in fp32 whatever the rest runs in",
+        ("retrofit/quantised/loading.py",),
+    ),
+    PrivateApi(
         "transformers.core_model_loading.revert_weight_conversion",
         "turns experts that were fused at load back into the tensors of the checkpoint",
         ("retrofit/eval/weights.py",),

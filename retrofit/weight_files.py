@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from math import prod
@@ -26,6 +27,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COMPUTED = r"rotary_emb\.inv_freq$"
 """Tensors that old checkpoints hold and transformers computes anew, whatever the model."""
+SCALES = r"\.(SCB|weight_format|weight_\w+|_weight_\w+|input_scale|weight\.\w+(\.\w+)?)$"
+"""Names of what quantised weights have beside them, as bitsandbytes, torchao and compressed-tensors give them."""
 AGAIN = "download or copy the model again"
 
 
@@ -144,7 +147,8 @@ def file_fingerprint(
     """What tells one base from another at load, cheaply: hashes of config, safetensors headers and 1-D tensors.
 
     Fine-tunes of one architecture share config and headers, but not their norm weights.  files: other than
-    `weight_files`.  Raises what that raises.
+    `weight_files`.  Raises what that raises.  What quantised weights have beside them does not count among 1-D tensors,
+    so that two precisions of one model have the same there.
     """
     headers, norms = [], hashlib.sha256()
     for path in sorted(weight_files(folder) if files is None else files):
@@ -152,7 +156,7 @@ def file_fingerprint(
             for name in sorted(tensors.keys()):
                 part = tensors.get_slice(name)
                 headers.append((name, str(part.get_dtype()), tuple(part.get_shape())))
-                if len(part.get_shape()) == 1:
+                if len(part.get_shape()) == 1 and not re.search(SCALES, name):
                     norms.update(name.encode() + tensors.get_tensor(name).float().numpy().tobytes())
     return {
         "config": config_hash(config),

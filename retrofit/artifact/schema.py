@@ -126,6 +126,7 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, dict),
         "an object: each argument of the template, and the value it had in training or a list of those that were mixed",
     ),
+    "base.quantization": (_text, "what the base's linear layers were held in"),
     "base.gguf.file": (_text, "the name of a file"),
     "base.gguf.sha256": (_text, "a sha256"),
     "base.gguf.kind": (_text, "the type most of its weights are stored in"),

@@ -16,6 +16,7 @@ import click
 from retrofit.cli.output import quieten_libraries, say
 from retrofit.errors import UsageError
 from retrofit.progress import silent
+from retrofit.quantised.methods import ASKED
 
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
@@ -27,6 +28,7 @@ MODES = ["ar", "diffusion", "self_spec"]
 STRATEGIES = ["auto", "fused", "two_forward", "prompt_lookup", "hybrid"]
 BACKENDS = ["auto", "hf", "fused"]
 EXACT = ["auto", "off", "bucket", "invariant"]
+QUANTIZATION = list(ASKED)
 PACKED: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 """--packed, as `Engine.load` takes it."""
 
@@ -68,6 +70,7 @@ class Loading:
     backend: str = "auto"
     exact: str = "auto"
     packed: str = "auto"
+    quantization: str = "auto"
     prefix_cache: str = "auto"
 
     @property
@@ -86,6 +89,7 @@ class Loading:
             "backend": self.backend,
             "exact": self.exact,
             "packed": PACKED[self.packed],
+            "quantization": self.quantization,
             "offline": self.offline,
             "trust_remote_code": self.trust_remote_code,
         }
@@ -96,9 +100,21 @@ class Loading:
         from retrofit import Engine
 
         engine = Engine.load(artifact, base=base, prefix_cache=self.prefix_cache, **self.keywords)
+        if (other := other_precision(engine)) is not None:
+            say(f"note: {other}")
         for setting in engine.not_honoured:
             say(f"note: of the base's generation_config {setting} is not followed")
         return engine
+
+
+def other_precision(engine: Engine) -> str | None:
+    """That the base is held in another precision than the adapter was trained on, if it is."""
+    assert engine.base is not None
+    trained, held = engine.config["base"].get("quantization"), engine.base.precision
+    if trained == held:
+        return None
+    told = [one or "plain weights" for one in (trained, held)]
+    return f"trained on {told[0]}, running on {told[1]}: texts are this base's own, and drafts may come true less often"
 
 
 def say_differences(engine: Engine, template: dict[str, Any] | None) -> None:
@@ -137,8 +153,11 @@ def engine_options(function: Any) -> Any:
     """`loading_options` of a command that decodes: --backend, --exact and --packed too."""
 
     @wraps(function)
-    def run(*arguments: Any, loading: Loading, backend: str, exact: str, packed: str, **options: Any) -> Any:
-        return function(*arguments, loading=replace(loading, backend=backend, exact=exact, packed=packed), **options)
+    def run(
+        *arguments: Any, loading: Loading, backend: str, exact: str, packed: str, quantization: str, **options: Any
+    ) -> Any:
+        loading = replace(loading, backend=backend, exact=exact, packed=packed, quantization=quantization)
+        return function(*arguments, loading=loading, **options)
 
     added = _options(
         click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
@@ -147,6 +166,8 @@ def engine_options(function: Any) -> Any:
                      help="Whether a row's bits may depend on the rows beside it; see `retrofit doctor`."),
         click.option("--packed", type=click.Choice(list(PACKED)), default="auto", show_default=True,
                      help="Hold weights as a CPU multiplies them fastest; auto is on where this machine can."),
+        click.option("--quantization", type=click.Choice(QUANTIZATION), default="auto", show_default=True,
+                     help="Few bits a weight for the base's linear layers; auto is as the adapter was trained."),
     )(run)  # fmt: skip
     return loading_options(added)
 

@@ -57,12 +57,15 @@ def quieten_libraries() -> None:
     quieten_hub()
     if click.get_current_context().meta.get(VERBOSE):
         return
+    import logging as standard
     import warnings
 
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # what they lack elsewhere, said at import
+        standard.getLogger(name).setLevel(standard.ERROR)
 
 
 def decodes_as(engine: Engine) -> str:

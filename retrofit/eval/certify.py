@@ -148,6 +148,7 @@ def certify(
     backend: str = "auto",
     exact: str = "auto",
     packed: bool | str = "auto",
+    quantization: str = "auto",
     base: str | Path | None = None,
     prompts: Sequence[str | Sequence[int]] | None = None,
     offline: bool = False,
@@ -159,10 +160,10 @@ def certify(
     Writes nothing; see `Certificate.save`.
 
     level: quick = 8 prompts of 64 new tokens, full = 64 of 128.  device, dtype: where and in what type a
-    folder is loaded (an engine stays as it is).  backend, exact, packed: as `Engine.load`, which the folder is loaded
-    by: what is certified is what runs.  base: folder, GGUF file or Hub id of the original checkpoint; a folder knows
-    its own, a live engine needs it for the check of the base weights.  prompts: texts or token ids in place of held-out
-    text of the recipe's source.  progress: on stderr, as `retrofit.progress` shows it.
+    folder is loaded (an engine stays as it is).  backend, exact, packed, quantization: as `Engine.load`, by which the
+    folder is loaded: what is certified is what runs.  base: folder, GGUF file or Hub id of the original checkpoint; a
+    folder knows its own, a live engine needs it for the check of the base weights.  prompts: texts or token ids in
+    place of held-out text of the recipe's source.  progress: on stderr, as `retrofit.progress` shows it.
 
     A check that fails is part of the answer; raises only what loading raises (UsageError, ArtifactError,
     ResourceError, UnsupportedModelError, and GateError for a level that does not hold here).
@@ -190,9 +191,9 @@ def certify(
         if isinstance(target, Engine):
             engine = target
         else:
-            named = None if base is None else str(base)
-            options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code}
-            engine = Engine.load(target, device, dtype, exact, backend, packed=packed, base=named, **options)
+            options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code, "packed": packed}
+            options |= {"base": None if base is None else str(base), "quantization": quantization}
+            engine = Engine.load(target, device, dtype, exact, backend, **options)
         subject = Subject(engine, _checkpoint(engine, base, offline), trust_remote_code, folder)
         room = max(1, engine.limits.context - size.tokens)
         texts = token_prompts(engine, prompts, size.prompts, room, trained_on_stdlib(folder, engine))
@@ -250,7 +251,8 @@ def _base_weights(subject: Subject) -> Verdict:
     if backend.name == "fused":
         found = weights.compare_fused(backend, subject.checkpoint)
     else:
-        found = weights.compare_base(subject.run.attached.model, subject.checkpoint)
+        precision = None if subject.run.base is None else subject.run.base.precision
+        found = weights.compare_base(subject.run.attached.model, subject.checkpoint, precision)
     bad = {kind: found[kind] for kind in ("changed", "not_loaded", "not_in_checkpoint") if found[kind]}
     recorded = subject.run.config.get("base", {}).get("gguf", {}).get("sha256")
     other = "file_sha256" in found and recorded not in (None, found["file_sha256"])

@@ -24,6 +24,7 @@ from retrofit.gguf_files import is_gguf
 from retrofit.hub import check_device, load_base, resolved_device
 from retrofit.named_bases import EMBEDDED
 from retrofit.progress import progress as shown
+from retrofit.quantised.methods import NONE, resolved
 from retrofit.sharing.pulling import local_folder
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class _Asked:
     backend: str
     exact: str
     packed: bool | str
+    quantization: str | None
     offline: bool
     trust_remote_code: bool
     stage: Callable[[str], None]
@@ -128,6 +130,7 @@ def diagnose(
     backend: str = "auto",
     exact: str = "auto",
     packed: bool | str = "auto",
+    quantization: str = "auto",
     offline: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
@@ -148,7 +151,9 @@ def diagnose(
         def stage(name: str) -> None:
             work.advance(1 if work.text else 0, name)
 
-        return _tested(_Asked(device, dtype, backend, exact, packed, offline, trust_remote_code, stage), artifact, base)
+        held = resolved(quantization, artifact.config["base"] if artifact else {})
+        asked = _Asked(device, dtype, backend, exact, packed, held, offline, trust_remote_code, stage)
+        return _tested(asked, artifact, base)
 
 
 def _tested(asked: _Asked, artifact: artifacts.Artifact | None, base: str | None) -> Diagnosis:
@@ -192,6 +197,8 @@ def _lacking(asked: _Asked) -> RetrofitError | None:
     """What keeps our kernels from running, whatever the model."""
     if asked.backend == "hf":
         return ResourceError("the hf backend was asked for")
+    if asked.quantization is not None:
+        return UnsupportedModelError(f"our kernels hold plain weights, not {asked.quantization}")
     try:
         from retrofit.runtime.kernels.interpreter import interpreted
 
@@ -223,11 +230,13 @@ def _own_modules(asked: _Asked, artifact: artifacts.Artifact | None, base: str |
     asked.stage("loading the base")
     if artifact is not None:
         options |= {"exact": "off", "backend": "hf", "packed": asked.packed}
-        engine = Engine.load(artifact.folder, asked.device, dtype, base=base, **options)
+        held = asked.quantization or NONE
+        engine = Engine.load(artifact.folder, asked.device, dtype, base=base, quantization=held, **options)
         name = base or str(artifact.folder)
     else:
         name = base or EMBEDDED
-        loaded = load_base(name, dtype=dtype, device=asked.device, need_tokenizer=False, **options)
+        options |= {"need_tokenizer": False, "quantization": asked.quantization}
+        loaded = load_base(name, dtype=dtype, device=asked.device, **options)
         engine = Engine.from_model(loaded.model, exact="off")
     with engine:
         backend: HFBackend = engine.backend  # type: ignore[assignment]

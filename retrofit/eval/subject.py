@@ -25,6 +25,7 @@ from retrofit.errors import DataError, ResourceError, UsageError
 from retrofit.eval.weights import artifact_shapes, base_state
 from retrofit.hub import load_base
 from retrofit.machine import free_memory
+from retrofit.quantised.methods import KINDS
 from retrofit.recipes.text.library import held_out_prompts
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
@@ -68,6 +69,12 @@ class Subject:
     def device(self) -> torch.device:
         return self.run.backend.device
 
+    @property
+    def quantization(self) -> str | None:
+        """What linear layers are quantised to while the base is loaded."""
+        precision = None if self.run.base is None else self.run.base.precision
+        return precision if precision in KINDS else None
+
     def base(self, dtype: torch.dtype) -> PreTrainedModel:
         """A separate copy of the base, no adapter, generation defaults neutral.  One is kept at a time.
 
@@ -110,6 +117,7 @@ class Subject:
                 device=str(self.device),
                 trust_remote_code=self.trust_remote_code,
                 need_tokenizer=False,
+                quantization=self.quantization,
             ).model
         else:
             own = self.run.attached.model

@@ -19,6 +19,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from retrofit.artifact.files import sha256
 from retrofit.artifact.folder import ADAPTER, HEADS
 from retrofit.gguf_files import dequantised, is_gguf
+from retrofit.hub import load_base
+from retrofit.quantised.methods import KINDS
 from retrofit.weight_files import COMPUTED, dtype_name, opened, weight_files
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from retrofit.runtime.backends.fused.backend import FusedGQA
     from retrofit.runtime.engine import Engine
 
+AS_STORED = tuple(f"stored: bitsandbytes {kind}" for kind in ("nf4", "fp4", "int8"))
+"""Precisions whose tensors have in the file the names that they have in the model."""
 Shapes = Mapping[str, tuple[int, ...]]
 LISTED = 8
 """So many names of a kind are written into a certificate; the count is always whole."""
@@ -40,16 +44,28 @@ def base_state(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def compare_base(model: PreTrainedModel, checkpoint: Path) -> dict[str, Any]:
+def compare_base(model: PreTrainedModel, checkpoint: Path, precision: str | None = None) -> dict[str, Any]:
     """Every tensor of the loaded base against the checkpoint's; see `compare`.
 
     Tensors that transformers splits or fuses while loading (routed experts) are turned back first.  A GGUF file is
-    dequantised anew, into the model's type.
+    dequantised anew, into the model's type.  precision: of `Base`; what a layer holds that was quantised or unpacked
+    while it was loaded is compared with what loading the checkpoint anew makes.
     """
+    if precision is not None and precision not in AS_STORED:
+        fresh = load_base(
+            str(checkpoint),
+            dtype=dtype_name(model.dtype),
+            need_tokenizer=False,
+            quantization=precision if precision in KINDS else None,
+        ).model
+        found = compare_tensors(base_state(model), fresh.state_dict().items(), "", ())
+        return found | ({"file_sha256": sha256(checkpoint)} if is_gguf(checkpoint) else {})
     if is_gguf(checkpoint):
         fresh = dequantised(checkpoint, model, model.dtype)
         return compare_tensors(base_state(model), fresh.items(), "", ()) | {"file_sha256": sha256(checkpoint)}
-    loaded = revert_weight_conversion(model, base_state(model))
+    loaded = base_state(model)
+    if precision is None:
+        loaded = revert_weight_conversion(model, loaded)
     return compare(loaded, checkpoint, f"{model.base_model_prefix}.", model._keys_to_ignore_on_load_unexpected or ())
 
 

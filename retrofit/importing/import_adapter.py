@@ -95,6 +95,7 @@ def import_adapter(
         device=resolved_device(device),
         offline=offline,
         trust_remote_code=trust_remote_code,
+        quantization=plan.base.quantization,
         need_tokenizer=measure or (isinstance(mask_token, str) and not mask_token.isdecimal()),
     )
     masked = _mask(loaded, mask_token) if plan.draft.input == "mask" else None

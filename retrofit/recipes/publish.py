@@ -113,6 +113,7 @@ def _config(
         "base": {
             **named,
             "dtype": dtype_name(attached.model.dtype),
+            **({} if base.precision is None else {"quantization": base.precision}),
             "fingerprint": base.fingerprint,
             "architecture": type(attached.model).__name__,
         },

@@ -43,6 +43,8 @@ class Base(Section):
     """Branch, tag or commit of a Hub model; null is its default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the base runs in; `auto` is what `train.precision` says."""
+    quantization: Literal["nf4", "int8", "int8wo", "int4wo"] | None = None
+    """Few bits a weight for its linear layers: nf4 and int8 of bitsandbytes, int8wo and int4wo of torchao."""
 
 
 class Adapter(Section):

@@ -129,6 +129,7 @@ def evaluate(
     backend: str = "auto",
     exact: str = "auto",
     packed: bool | str = "auto",
+    quantization: str = "auto",
     base: str | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -155,7 +156,7 @@ def evaluate(
     rows = None if prompts is None else _rows(prompts)
     loading: dict[str, Any] = {
         "device": device, "dtype": dtype, "backend": backend, "exact": exact, "packed": packed, "base": base,
-        "trust_remote_code": trust_remote_code,
+        "quantization": quantization, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     folder = None if isinstance(target, Engine) else _folder(target, out, offline)
     loaded = target if isinstance(target, Engine) else Engine.load(target, offline=offline, **loading)

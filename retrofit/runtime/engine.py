@@ -26,8 +26,8 @@ from retrofit.runtime.backends.hf.exact_rows import Settled
 from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend, Stepper
 from retrofit.runtime.chat_template import warn_of_differences
 from retrofit.runtime.host.modes import prefill_step
+from retrofit.runtime.loading import asked_base, fits_fused, fused_backend, prepare, untrained, with_adapter
 from retrofit.runtime.loading import check_options as check_loading
-from retrofit.runtime.loading import fits_fused, fused_backend, prepare, untrained, with_adapter
 from retrofit.runtime.options import Decoding, check_options, flag
 from retrofit.runtime.params import Keywords
 from retrofit.runtime.plan import Cycle, Limits, cycle_of
@@ -90,6 +90,7 @@ class Engine:
         rows: int | None = None,
         packed: bool | str = "auto",
         base: str | None = None,
+        quantization: str = "auto",
         offline: bool = False,
         trust_remote_code: bool = False,
         prefix_cache: int | str = "auto",
@@ -98,6 +99,7 @@ class Engine:
 
         path: its folder, smollm2-135m, which ships with retrofit, or OWNER/NAME[@REVISION] on the Hub.  base: folder,
         GGUF file or Hub id in place of its own.  device auto: a GPU if there is one.  dtype auto: of its training.
+        quantization: nf4, int8, int8wo or int4wo, as a recipe's base.quantization; none; auto: of its training.
         backend: hf (transformers' modules), fused (our kernels, on a GPU), auto (fused on a GPU in half precision,
         where it knows the model).  exact: how far rows are guaranteed not to depend on the rows beside them: off,
         bucket (every decoding forward has `rows` rows), invariant (any number of rows).  auto is bucket on the fused
@@ -115,18 +117,14 @@ class Engine:
         budget = check_budget(prefix_cache)
         device = resolved_device(device)
         artifact = artifacts.read(local_folder(path, offline))
-        named = artifact.config["base"]
-        name, revision = (
-            base or artifacts.base_of(artifact.folder, artifact.config),
-            None if base else named.get("revision"),
-        )
-        dtype = named.get("dtype", "auto") if dtype == "auto" else dtype
+        name, revision, dtype, held = asked_base(artifact, base, dtype, quantization, backend)
         if backend == "auto":
-            backend = "fused" if fits_fused(name, revision, device, dtype, offline) else "hf"
+            fits = held is None and fits_fused(name, revision, device, dtype, offline)
+            backend = "fused" if fits else "hf"
             check_loading(backend, exact, dtype, packed)
         options: dict[str, Any] = {"offline": offline, "trust_remote_code": trust_remote_code, "need_tokenizer": False}
         if backend == "hf":
-            loaded = load_base(name, revision, dtype=dtype, device=device, **options)
+            loaded = load_base(name, revision, dtype=dtype, device=device, quantization=held, **options)
             return cls._with_artifact(loaded, artifact, exact, rows, packed, alone=True)._keeping(budget)
         files = load_base(name, revision, device=device, with_model=False, **options)
         fused = fused_backend(

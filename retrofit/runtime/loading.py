@@ -16,11 +16,12 @@ from retrofit.adapters.attach import Attached, attach
 from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES
-from retrofit.artifact.folder import Artifact
+from retrofit.artifact.folder import Artifact, base_of
 from retrofit.errors import ArtifactError, ResourceError, UnsupportedModelError, UsageError, out_of_memory
 from retrofit.gguf_files import is_gguf
 from retrofit.hub import Base, check_device, refuse_unloaded
 from retrofit.locating import locate
+from retrofit.quantised.methods import resolved
 from retrofit.runtime.backends.hf.backend import HFBackend, wrap
 from retrofit.runtime.backends.hf.exact_rows import Settled, settle
 from retrofit.runtime.backends.hf.linear.packing import PACKED, own_memory, pack
@@ -52,10 +53,32 @@ def check_options(backend: str, exact: str, dtype: str, packed: bool | str = "au
         raise UsageError("packed=True is of the hf backend, on a CPU", "give backend='hf', or leave packed at 'auto'")
 
 
+def asked_base(
+    artifact: Artifact, base: str | None, dtype: str, quantization: str, backend: str
+) -> tuple[str, str | None, str, str | None]:
+    """Name, revision and type of the base that an artifact is to run on, and what its linear layers are held in.
+
+    Raises UsageError for a quantisation that does not exist, or beside our own kernels.
+    """
+    named = artifact.config["base"]
+    held = resolved(quantization, named)
+    if held is not None and backend == "fused":
+        raise UsageError(
+            f"the fused backend holds plain weights, not {held}", "use backend='hf', or quantization='none'"
+        )
+    name = base or base_of(artifact.folder, artifact.config)
+    revision = None if base else named.get("revision")
+    return name, revision, named.get("dtype", "auto") if dtype == "auto" else dtype, held
+
+
 def check_same_base(base: Base, artifact: Artifact) -> None:
     """Raises ArtifactError when the artifact was made for another base."""
     named = artifact.config["base"]
     differs = same_base(named["fingerprint"], base.fingerprint)
+    stored = [str(one).startswith("stored:") for one in (named.get("quantization"), base.precision)]
+    if differs == "headers" and any(stored):  # of another precision; norms tell fine-tunes apart
+        theirs, ours = (one.get("norms") for one in (named["fingerprint"], base.fingerprint))
+        differs = None if theirs == ours else "norms"
     if differs and base.place is not None and not is_gguf(base.place):
         # Older artifacts took every safetensors file for the model's, such as a second copy of its weights.
         every = file_fingerprint(base.place, {}, list(base.place.glob("*.safetensors")))

@@ -306,7 +306,7 @@ def test_devices_that_are_not_served(device: str, tmp_path: Path, monkeypatch: p
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     base = saved(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="quantised") as caught:
         load(base)

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {"errors": 0, "adapters": 2, "runtime": 3, "recipes": 4, "report": 6}
 LAYERS |= dict.fromkeys(("eval", "tasks", "exporting", "importing", "serving"), 5)
 BELOW = ("artifact", "gguf_files", "hub", "launch", "locating", "machine", "named_bases", "progress", "weight_files")
-LAYERS |= dict.fromkeys((*BELOW, "sharing"), 1)
+LAYERS |= dict.fromkeys((*BELOW, "quantised", "sharing"), 1)
 FACE = 7
 
 

@@ -22,9 +22,10 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from retrofit.errors import ResourceError, out_of_memory
 from retrofit.gguf_files import is_gguf, pretrained
-from retrofit.hub import check_device, load_config, refuse_quantised, resolved_device
+from retrofit.hub import check_device, load_config, resolved_device
 from retrofit.locating import expanded
 from retrofit.machine import cache_folder, free_memory, resident
+from retrofit.quantised.methods import stored_method
 from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
 from retrofit.recipes.schema import Data, Recipe
@@ -68,7 +69,7 @@ def dry_run(
     python = resident()
     name, revision = plan.base.model, plan.base.revision
     config, place = load_config(name, revision, trust_remote_code=trust_remote_code, offline=offline)
-    refuse_quantised(name, config)
+    stored_method(name, config)
     files = weights_here(place)
     around = surroundings(config, place, trust_remote_code)
     say("looking at the text")

@@ -25,6 +25,7 @@ from retrofit.artifact.files import json_line, room
 from retrofit.errors import ResourceError, TrainingError
 from retrofit.machine import cache_folder
 from retrofit.progress import progress
+from retrofit.quantised.linear import stored_parts
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.faults import Skipped, read_or_skip
@@ -241,7 +242,7 @@ def _entry(line: bytes) -> tuple[str, list[int]] | None:
 def weights_key(attached: Attached) -> str:
     """What tells one base from another, live ones too: shape, type and evenly spaced values of every tensor."""
     digest = hashlib.sha256()
-    for parameter in attached.base_parameters():
+    for parameter in [*attached.base_parameters(), *stored_parts(attached.model)]:
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED)]
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -72,6 +72,7 @@ def open_base(
         offline=offline,
         trust_remote_code=trust_remote_code,
         need_tokenizer=need_tokenizer,
+        quantization=plan.base.quantization,
     )
 
 

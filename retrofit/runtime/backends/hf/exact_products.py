@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from retrofit.quantised.linear import Dense, QuantisedLinear
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.instead import instead
 from retrofit.runtime.backends.hf.linear.packing import install
@@ -198,6 +199,8 @@ def cancelled(rows: int, width: int, dtype: torch.dtype, device: torch.device, g
 def _with_weight(module: Any, weight: Tensor) -> Any:
     """The module with another weight and without a bias; the one in the model stays as it is."""
     other = copy.copy(module)
+    if isinstance(other, QuantisedLinear):
+        other.held = Dense(weight)
     other.__dict__.pop("forward", None)  # what stands before its class's own goes by the model's weight
     parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     kept = {n: None if p is None else torch.zeros_like(p) for n, p in module._parameters.items()}

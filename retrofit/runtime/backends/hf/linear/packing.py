@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.rows import SequenceRows
 from retrofit.errors import ResourceError, RetrofitError
+from retrofit.quantised.linear import quantised_layers
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.instead import instead
 from retrofit.runtime.backends.hf.linear.experts import PackedExperts, can_pack, routed
@@ -72,6 +73,8 @@ def refused(backend: HFBackend) -> str | None:
     """Why this model's weights cannot be packed on this machine."""
     if backend.device.type != "cpu":
         return f"packed products are for CPUs; this model is on {backend.device}"
+    if quantised_layers(backend.trunk):
+        return "its weights are quantised, and packed ones would take up what that spares"
     if backend.dtype not in TYPES:
         return f"there are no packed products in {str(backend.dtype).removeprefix('torch.')}"
     return missing(backend.dtype)

@@ -93,6 +93,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "mllama": {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
     "zaya": {"num_experts_per_tok": 1},
     "moshi": NO_WINDOW,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "nemotron_h": {
         "layer_types": ["linear_attention", "full_attention", "moe", "mlp"],
         "num_hidden_layers": 4,

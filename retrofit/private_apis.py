@@ -171,6 +171,11 @@ PRIVATE_APIS = (
         )
     ),
     PrivateApi(
+        "transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru._rnn_scan",
+        "the one method of an RG-LRU that looks from row to row, where ours stands in",
+        ("retrofit/runtime/backends/hf/recurrent/own_layers.py",),
+    ),
+    PrivateApi(
         "transformers.PreTrainedModel._can_set_attn_implementation",
         "a model that does not call the attention interface is refused",
         ("retrofit/runtime/backends/hf/refused.py",),

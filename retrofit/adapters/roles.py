@@ -24,7 +24,9 @@ PROJECTION_TYPES = (nn.Linear, Conv1D)
 QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 # Recurrent layers: what is read with, what is written and how much of it, or all of that in one.
 DELTA_QKV = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_qkv")
-MIXER_IN = ("mamba.in_proj", "mixer.in_proj", "conv.in_proj")
+MIXER_IN = (
+    "mamba.in_proj", "mixer.in_proj", "conv.in_proj", "temporal_block.linear_x", "temporal_block.linear_y",
+)  # fmt: skip
 DELTA_GATE = ("linear_attn.in_proj_z", "linear_attn.g_proj")
 DELTA_WRITE = (
     "linear_attn.in_proj_ba", "linear_attn.in_proj_b", "linear_attn.in_proj_a",
@@ -46,7 +48,7 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "o": (
         "o_proj", "out_proj", "self_attn.dense", "attention.dense", "attn.c_proj", "attention.output.dense",
-        "o_proj.linear",
+        "o_proj.linear", "temporal_block.linear_out",
     ),
     "gate": ("gate_proj", "gate_up_proj", "w1"),
     "up": ("up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "intermediate.dense", "w3"),

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from recurrent_models import any_tiny
 from tiny_conversion import RECIPE, run, tokenizer
-from tiny_models import build
 
 from retrofit.artifact import folder as artifact
 from retrofit.recipes.convert import convert
@@ -101,7 +101,7 @@ def values(ended: list[Ended | None]) -> list[Any]:
 
 def saved_model(folder: Path, name: str = "llama") -> Path:
     """A tiny model as files."""
-    build(name).save_pretrained(folder)
+    any_tiny(name).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, build
+from recurrent_models import any_tiny
+from tiny_models import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -57,11 +58,11 @@ def write_texts(folder: Path) -> Path:
 
 
 def run(out: Path, texts: Path, **options: Any) -> artifact.Artifact:
-    """Convert a tiny model; the options are those of `convert`, or recipe keys with `__` for the dot."""
+    """Convert a tiny model, `base`; other options are those of `convert`, or recipe keys with `__` for the dot."""
     recipe = {key.replace("__", "."): options.pop(key) for key in list(options) if "__" in key}
     overrides = {**RECIPE, "data.source": str(texts), **recipe}
     options = {"quiet": True, "tokenizer": tokenizer(), **options}
-    return convert(build("llama"), "tiny", out, overrides, **options)
+    return convert(any_tiny(options.pop("base", "llama")), "tiny", out, overrides, **options)
 
 
 def die_in(function: str, call: int) -> None:

@@ -6,7 +6,7 @@ dynamic                   max_position_embeddings: beyond it the frequencies of 
 yarn, longrope            factor x original_max_position_embeddings, or max_position_embeddings if that is more:
                           some configurations write the extended length there (DeepSeek, Phi), some the original one
                           (Qwen's instructions for YaRN)
-no layer attends          UNBOUNDED: a state takes in any number of positions
+none named                UNBOUNDED: states and windows take in any number of positions
 """
 
 from __future__ import annotations
@@ -22,12 +22,22 @@ UNBOUNDED = 1 << 20
 
 def attends(config: Any) -> bool:
     """Whether any layer of this text configuration attends; Mamba's are all recurrent."""
-    return set(getattr(config, "layer_types", None) or ["full_attention"]) != {"linear_attention"}
+    return _kinds(config) != {"linear_attention"}
+
+
+def names_context(config: Any) -> bool:
+    """Whether this text configuration says how long a text may be, or need not: no layer sees all of it."""
+    named = isinstance(getattr(config, "max_position_embeddings", None), int)
+    return named or _kinds(config) <= {"linear_attention", "sliding_attention"}
+
+
+def _kinds(config: Any) -> set[str]:
+    return set(getattr(config, "layer_types", None) or ["full_attention"])
 
 
 def context_length(config: Any) -> int:
     """Positions that a model of this text configuration computes as it was meant to."""
-    if not attends(config):
+    if not isinstance(getattr(config, "max_position_embeddings", None), int):
         return UNBOUNDED
     longest = int(config.max_position_embeddings)
     for rope in _ropes(config):

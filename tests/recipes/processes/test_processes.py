@@ -85,6 +85,13 @@ def test_several_processes_have_the_losses_of_one(
             assert held == whole
 
 
+def test_two_processes_convert_a_hybrid_as_one_does(tmp_path: Path, texts: Path) -> None:
+    model, few = saved_model(tmp_path / "model", "qwen3_5"), {**TEN, "train__steps": 4}
+    run_folder(tmp_path / "one", model, texts, **few)
+    values(together(converts, tmp_path / "out", model, texts, few))
+    assert losses_differ(tmp_path / "out", tmp_path / "one") < 1e-5
+
+
 def convert_and_look(out: Path, model: Path, texts: Path) -> tuple[int, int]:
     """Bytes of the layers' weights, and those that this process held in training."""
     held: list[tuple[int, int]] = []

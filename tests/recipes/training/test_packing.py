@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from decoding import random_prompts, randomise
+from recurrent_models import any_tiny
 from tiny_models import WINDOW, build
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from retrofit.recipes.training.step import StepResult, Trainer
 from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.engine import Engine
 
-NAMES = ["llama", "llama_rope_yarn", "mistral_window", "gemma2", "deepseek_v3", "qwen3_moe"]
+NAMES = ["llama", "llama_rope_yarn", "mistral_window", "gemma2", "deepseek_v3", "qwen3_moe", "qwen3_5"]
 LENGTHS = (5, 31, 12, 2, 23, 9)
 
 # Sums over the same numbers in another order: fp32 rounding of values that are themselves sums of thousands.
@@ -45,7 +46,7 @@ DOCUMENTS = [
 def step(name: str, groups: list[list[Document]], **overrides: Any) -> tuple[list[Tensor], StepResult]:
     """Gradients and report of one optimizer step over the documents, each inner list packed into one forward."""
     layout = DraftLayout(4)
-    engine = randomise(Engine.from_model(build(name), layout=layout), seed=3)
+    engine = randomise(Engine.from_model(any_tiny(name), layout=layout), seed=3)
     settings = {"draft.block": 4, "train.anchors": 8, "train.clip": 1e9, "objective.diffusion_share": 0.5, **overrides}
     trainer = Trainer(engine.attached, engine.backend, load_recipe("tiny", settings))
     taken: list[Tensor] = []

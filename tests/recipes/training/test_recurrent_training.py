@@ -19,7 +19,8 @@ from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.runtime.backends.hf.recurrent import anchors, layer_rows
 from retrofit.runtime.engine import Engine
 
-FAMILIES = ("qwen3_next", "olmo_hybrid", "lfm2", "bamba", "falcon_h1", "jamba", "kimi_linear")
+FAMILIES = ("qwen3_next", "olmo_hybrid", "lfm2", "bamba", "falcon_h1", "jamba", "kimi_linear",
+            "minimax", "recurrent_gemma")  # fmt: skip
 TEXTS = random_prompts((41, 17), seed=5)
 ANCHORS = ((5, 15, 20, 38), (0, 8, 14))  # by a kept state, on it, far from one; at the end of a text
 BLOCK = 4

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from tiny_models import MLA, MOE, SIZES, randomize
+from tiny_models import build as build_attending
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
@@ -13,11 +14,13 @@ from transformers import (
     KimiLinearConfig,
     Lfm2Config,
     MambaConfig,
+    MiniMaxConfig,
     OlmoHybridConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
 )
 
 LAYERS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -101,6 +104,21 @@ def _kimi_linear() -> PreTrainedConfig:
     return KimiLinearConfig(**{**SIZES, **LAYERS, **MLA, **experts, **heads}, q_lora_rank=None)
 
 
+def _minimax() -> PreTrainedConfig:
+    """Lightning attention; prompts run in blocks."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return MiniMaxConfig(**{**SIZES, **LAYERS, **experts}, head_dim=6, block_size=16, linear_attn_alpha_factor=0.8)
+
+
+def _recurrent_gemma() -> PreTrainedConfig:
+    """RG-LRU, and a layer that slides; its configuration names no context."""
+    kinds = {"num_hidden_layers": 3, "block_types": ["recurrent", "attention", "recurrent"]}
+    sizes = {name: size for name, size in SIZES.items() if name != "max_position_embeddings"}
+    return RecurrentGemmaConfig(
+        **{**sizes, **kinds, "intermediate_size": 96}, lru_width=32, attention_window_size=8, logits_soft_cap=2.0
+    )
+
+
 RECURRENT: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_next": _qwen3_next,
     "qwen3_5": _qwen3_5,
@@ -112,6 +130,8 @@ RECURRENT: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "mamba": _mamba,
     "jamba": _jamba,
     "kimi_linear": _kimi_linear,
+    "minimax": _minimax,
+    "recurrent_gemma": _recurrent_gemma,
 }
 
 
@@ -123,3 +143,8 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model, seed)
     return model.to(dtype).eval()
+
+
+def any_tiny(name: str) -> PreTrainedModel:
+    """One of these, or of those that only attend."""
+    return build(name) if name in RECURRENT else build_attending(name)

@@ -95,7 +95,8 @@ class VocabHead:
         """The layer before it where it stands beside it (ModernBERT)."""
         config = model.config.get_text_config()
         self.vocab = int(self.linear.weight.shape[0])
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        self.softcap: float | None = softcap or getattr(config, "logits_soft_cap", None)  # RecurrentGemma
         times, over = (float(getattr(config, name, None) or 1.0) for name in ("logit_scale", "logits_scaling"))
         self.scale = times * float(getattr(config, "lm_head_multiplier", None) or 1.0) / over
 

@@ -120,7 +120,7 @@ class KVCache:
 
     def put_in(self, slot: int, first: int, kept: Sequence[Taken], stop: int | None = None) -> None:
         """A sliding layer takes what rows behind the last part see; with recurrent layers there is one part, whole."""
-        if self.states.inputs:
+        if self.states.layers:
             assert stop is not None and len(kept) == 1
             self.states.put_in(slot, stop, {state_of(n): held for n, held in kept[0].items() if n < 0})
             kept = [{n: pair for n, pair in kept[0].items() if n >= 0}]
@@ -184,7 +184,7 @@ class KVCache:
 
     def store(self, rows: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Store staged row rows[n] at (slots[n], positions[n]) in every layer; forget the others."""
-        if self.states.inputs:
+        if self.states.layers:
             self.states.keep(rows.tolist(), slots.tolist())
         begins = torch.tensor(self.begins, device=slots.device)
         columns = positions - begins[slots] if self.sliding else positions

@@ -13,7 +13,7 @@ from retrofit.adapters.live import refuse_adapters
 from retrofit.adapters.roles import trunk_of
 from retrofit.adapters.visibility import Chunk
 from retrofit.errors import UnsupportedModelError
-from retrofit.runtime.backends.context import attends
+from retrofit.runtime.backends.context import attends, names_context
 from retrofit.runtime.backends.hf.recurrent.mixers import mixers_of
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -73,7 +73,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     width = model.get_input_embeddings().weight.shape[-1]
     if width != config.hidden_size:
         raise unsupported_yet(name, f"has embeddings of width {width} for hidden states of {config.hidden_size}")
-    if attends(config) and not isinstance(getattr(config, "max_position_embeddings", None), int):
+    if not names_context(config):
         raise UnsupportedModelError(f"{name}: its configuration names no max_position_embeddings, the context length")
 
 

@@ -156,10 +156,10 @@ def test_nothing_draws_from_a_global_generator(tmp_path: Path, texts: Path) -> N
 
 
 def killed(
-    out: Path, texts: Path, function: str | None = None, call: int = 0, after: float | None = None
+    out: Path, texts: Path, function: str | None = None, call: int = 0, after: float | None = None, **options: Any
 ) -> int | None:
     """Exit code of a process that converts; it is killed by itself, or after some seconds, or ends."""
-    process = PROCESSES.Process(target=child, args=(out, texts, function, call))
+    process = PROCESSES.Process(target=child, args=(out, texts, function, call), kwargs=options)
     process.start()
     process.join(after if after is not None else 60)
     if process.is_alive():
@@ -182,6 +182,16 @@ def test_killed_while_a_checkpoint_is_written(
     assert killed(out, texts, function, call) == -signal.SIGKILL
     assert killed(out, texts) == 0
     assert same(out, straight)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+def test_a_hybrid_is_killed_and_gone_on_with(tmp_path: Path, texts: Path) -> None:
+    hybrid = {"base": "qwen3_5", "adapter__targets": ["q", "o"], "train__steps": 4}
+    run(tmp_path / "straight", texts, **hybrid)
+    assert killed(tmp_path / "out", texts, "write_file", 8, **hybrid) == -signal.SIGKILL
+    assert steps(tmp_path / "out") == [2]
+    assert killed(tmp_path / "out", texts, **hybrid) == 0
+    assert same(tmp_path / "out", tmp_path / "straight")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")

@@ -19,6 +19,7 @@ from retrofit.runtime.backends.hf.answers import rows_now
 from retrofit.runtime.backends.hf.instead import instead, unbound
 from retrofit.runtime.backends.hf.recurrent.convolution import causal_conv1d_fn
 from retrofit.runtime.backends.hf.recurrent.layer_rows import LayerRows
+from retrofit.runtime.backends.hf.recurrent.own_layers import lightning_attention, recurrent_block
 from retrofit.runtime.backends.hf.recurrent.rules import (
     mamba2_chunk_scan,
     mamba_selective_scan,
@@ -33,6 +34,11 @@ OURS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "mamba2_chunk_scan": mamba2_chunk_scan,
 }
 """Functions of transformers' modules that look across rows, by name -> what makes ours of them."""
+OWN_LAYERS: dict[str, Callable[..., Any]] = {
+    "MiniMaxLightningAttention": lightning_attention,
+    "RecurrentGemmaRecurrentBlock": recurrent_block,
+}
+"""Class of a layer whose recurrence is in its `forward` -> what runs in its place: (layer, hidden states, rows, ..)."""
 UNUSED = (
     "causal_conv1d_update", "torch_recurrent_gated_delta_rule", "recurrent_kimi_delta_attention",
     "mamba_selective_state_update", "mamba_inner_fn", "mamba2_selective_state_update",
@@ -45,8 +51,15 @@ ACROSS = ("conv1d", "chunk", "recurrent", "scan", "selective")
 
 def mixers_of(trunk: nn.Module) -> dict[int, nn.Module]:
     """Layer -> its recurrent module, of those that rows get through."""
-    found = {getattr(module, "layer_idx", None): module for module in trunk.modules() if _known(module)}
-    return {int(layer): module for layer, module in found.items() if layer is not None}
+    found = {_layer_of(name, module): module for name, module in trunk.named_modules() if _known(module)}
+    return {layer: module for layer, module in found.items() if layer is not None}
+
+
+def _layer_of(name: str, module: nn.Module) -> int | None:
+    """The number that the module has, or the last one in its name."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    known = getattr(module, "layer_idx", numbers[-1] if numbers else None)
+    return None if known is None else int(known)
 
 
 def install(trunk: nn.Module) -> Callable[[], None]:
@@ -62,6 +75,8 @@ def install(trunk: nn.Module) -> Callable[[], None]:
 
 def _known(module: nn.Module) -> bool:
     """Whether a module looks across rows by functions that are known here, and by no others."""
+    if type(module).__name__ in OWN_LAYERS:
+        return True
     written = inspect.unwrap(type(module).forward)
     if not inspect.isfunction(written):
         return False
@@ -72,7 +87,10 @@ def _known(module: nn.Module) -> bool:
 
 def _through(module: nn.Module, layer: int) -> Callable[..., Any]:
     """The module's `forward`, and in forwards of ours the same code with our functions, bound to the rows."""
-    forward, written = unbound(module), inspect.unwrap(type(module).forward)
+    forward, own = unbound(module), OWN_LAYERS.get(type(module).__name__)
+    if own is not None:
+        return MethodType(_own_layer(forward, own, layer), module)
+    written = inspect.unwrap(type(module).forward)
     made = {name: make(written.__globals__[name]) for name, make in OURS.items() if name in written.__globals__}
 
     def run(self: nn.Module, *arguments: Any, **named: Any) -> Any:
@@ -89,3 +107,17 @@ def _through(module: nn.Module, layer: int) -> Callable[..., Any]:
         return with_ours(self, *arguments, **named)
 
     return MethodType(run, module)
+
+
+def _own_layer(forward: Callable[..., Any], own: Callable[..., Any], layer: int) -> Callable[..., Any]:
+    """A method: the layer's `forward`, and in forwards of ours what runs in its place."""
+
+    def run(self: nn.Module, hidden_states: Any = None, **named: Any) -> Any:
+        context = rows_now()
+        if context is None:
+            return forward(self, hidden_states, **named)
+        context.recurrent.append(layer)
+        named.pop("retrofit_rows", None)
+        return own(self, hidden_states, LayerRows(context, layer), **named)
+
+    return run

@@ -55,10 +55,10 @@ def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
                 out, state = own(**some, initial_state=begin, output_final_state=True, **normed)
                 return out, state
 
-            return _prompts(rows, states, inputs, ("key", "value", "g", "beta"), run), None
+            return of_prompts(rows, states, inputs, ("key", "value", "g", "beta"), run), None
         if rows.states.record is not None:
 
-            def of_blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
+            def blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
                 if there is None:
                     out: Tensor = own(**some, chunk_size=some["key"].shape[1], initial_state=begin, **normed)[0]
                     return out
@@ -67,7 +67,7 @@ def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
                 state: Tensor = own(**some, initial_state=begin, output_final_state=True, **normed)[1]
                 return state
 
-            return _of_blocks(rows, inputs, of_blocks)[None], None
+            return of_blocks(rows, inputs, blocks)[None], None
         q, k, v, decay, write = (t[0].float() for t in (query, key, value, g, beta))
         if use_qk_l2norm_in_kernel:
             q, k = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + NORM_EPS) for t in (q, k))
@@ -79,7 +79,7 @@ def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
 
         decay = in_lanes(torch.exp, decay.flatten(1)).view_as(decay)
         decay = decay[..., None] if decay.ndim == 2 else decay
-        out = _steps(rows, states, decay, k, q, right_of, value.shape[3])
+        out = of_steps(rows, states, decay, k, q, right_of, value.shape[3])
         return out.to(query.dtype)[None], None
 
     return over_rows
@@ -114,11 +114,11 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
                 out, state = own(**some, **named)
                 return out, state.mT
 
-            return _prompts(rows, states, inputs, ("hidden_states", "dt", "B"), run)
+            return of_prompts(rows, states, inputs, ("hidden_states", "dt", "B"), run)
         dt_bias = dt_bias.to(dt.dtype) if isinstance(dt_bias, Tensor) else 0.0
         if rows.states.record is not None:
 
-            def of_blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
+            def blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
                 time = some["dt"] + dt_bias
                 time = (F.softplus(time) if dt_softplus else time).clamp(*more.get("dt_limit", (0.0, float("inf"))))
                 if there is None:
@@ -130,14 +130,14 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
                 state: Tensor = own(**some, A=A, **named)[1]
                 return state.mT
 
-            return _of_blocks(rows, inputs, of_blocks)[None]
+            return of_blocks(rows, inputs, blocks)[None]
         dt = dt + dt_bias
         if dt_softplus:
             dt = in_lanes(F.softplus, dt)
         x, time = hidden_states[0].float(), dt[0].float()
         left, read = (t[0].float().repeat_interleave(heads // t.shape[2], dim=1) for t in (B, C))
         written, decay = x * time[..., None], in_lanes(torch.exp, time * A.float())[..., None]
-        out = _steps(rows, states, decay, left, read, lambda _, some: written[some], width)
+        out = of_steps(rows, states, decay, left, read, lambda _, some: written[some], width)
         return (out if D is None else out + x * D.float()[:, None])[None]
 
     return over_rows
@@ -186,21 +186,21 @@ def mamba_selective_scan(own: Callable[..., Any]) -> Callable[..., Any]:
             return out + (left @ some["C"].float()[..., None])[..., 0], state + left[:, -1, ..., None]
 
         if rows.plan.prompts:
-            out = _prompts(rows, states, inputs, ("hidden_states", "dt", "B"), run)
+            out = of_prompts(rows, states, inputs, ("hidden_states", "dt", "B"), run)
         elif rows.states.record is not None:
 
-            def of_blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
+            def blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
                 if there is None:
                     return run(begin, some)[0]
                 return run(begin, {**some, "C": some["B"]}, there)[1]
 
-            out = _of_blocks(rows, inputs, of_blocks)[None]
+            out = of_blocks(rows, inputs, blocks)[None]
         else:
             x, left, read = (inputs[name][0].float() for name in ("hidden_states", "B", "C"))
             time = passed(inputs["dt"][0])
             decay = in_lanes(torch.exp, (time[..., None] * A.float()).flatten(1)).view(*time.shape, -1)
             written = (x * time)[..., None]
-            out = _steps(rows, states, decay, left[:, None], read[:, None], lambda _, some: written[some], 1)[..., 0]
+            out = of_steps(rows, states, decay, left[:, None], read[:, None], lambda _, some: written[some], 1)[..., 0]
             out = (out if D is None else out + x * D.float())[None]
         out = out if z is None else out * in_lanes(F.silu, z.mT)
         return out.mT
@@ -213,7 +213,7 @@ def there_alone(x: Tensor, there: Tensor) -> Tensor:
     return x * there.view(*there.shape, *[1] * (x.ndim - 2))
 
 
-def _prompts(
+def of_prompts(
     rows: LayerRows,
     states: Tensor,
     inputs: Inputs,
@@ -232,14 +232,14 @@ def _prompts(
     return rows.whole(outs, 1)
 
 
-def _of_blocks(rows: LayerRows, inputs: Inputs, run: Callable[[Inputs, Tensor, Tensor | None], Tensor]) -> Tensor:
+def of_blocks(rows: LayerRows, inputs: Inputs, run: Callable[[Inputs, Tensor, Tensor | None], Tensor]) -> Tensor:
     """[N, H, width] of blocks that hang on recorded texts."""
     assert rows.states.record is not None
     given = {name: rows.blocks(tensor[0]) for name, tensor in inputs.items()}
     return rows.unblocked(at_anchors(rows.states.record, rows.layer, rows.plan.block_rows, given, run))
 
 
-def _steps(
+def of_steps(
     rows: LayerRows,
     states: Tensor,
     decay: Tensor,

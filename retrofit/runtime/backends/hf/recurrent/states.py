@@ -51,6 +51,11 @@ class States:
         recorded = 0 if self.record is None else self.record.nbytes
         return recorded + sum(t.nbytes for t in (*self.inputs.values(), *self.matrices.values()))
 
+    @property
+    def layers(self) -> set[int]:
+        """Those that have a state; not every one convolves, nor does every one have a matrix."""
+        return self.inputs.keys() | self.matrices.keys()
+
     def close(self, slot: int) -> None:
         """Forget what may yet be accepted."""
         self.pending.pop(slot, None)
@@ -102,20 +107,17 @@ class States:
 
     def take_out(self, slot: int, stop: int) -> dict[int, tuple[Tensor, ...]]:
         """Layer -> copies of its state.  Raises ValueError where that is not the one at position `stop`."""
-        if self.inputs and self.at[slot] != stop:
+        if self.layers and self.at[slot] != stop:
             raise ValueError(f"slot {slot} has the state of recurrent layers at position {self.at[slot]}, not {stop}")
-        return {
-            layer: tuple(held[layer][slot].clone() for held in (self.inputs, self.matrices) if layer in held)
-            for layer in self.inputs
-        }
+        return {layer: tuple(held[slot].clone() for held in self._held(layer)) for layer in self.layers}
 
     def put_in(self, slot: int, stop: int, taken: dict[int, tuple[Tensor, ...]]) -> None:
         """What was taken out of another slot: the state at position `stop`."""
         self.pending.pop(slot, None)
         self.at[slot] = stop
         for layer, tensors in taken.items():
-            for held, tensor in zip((self.inputs, self.matrices), tensors, strict=False):
-                held[layer][slot] = tensor
+            for held, tensor in zip(self._held(layer), tensors, strict=True):
+                held[slot] = tensor
 
     def inputs_of(self, layer: int, row_NC: Tensor, reach: int) -> Tensor:
         """[slots, reach, C] for inputs that look like these rows."""
@@ -128,6 +130,9 @@ class States:
         if layer not in self.matrices:
             self.matrices[layer] = torch.zeros(self.slots, heads, left, right, device=device)
         return self.matrices[layer]
+
+    def _held(self, layer: int) -> list[Tensor]:
+        return [held[layer] for held in (self.inputs, self.matrices) if layer in held]
 
     def _reset(self, slot: int) -> None:
         self.pending.pop(slot, None)

@@ -6,6 +6,7 @@ The rows' inputs are a function of position and token, so what differs can only 
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from retrofit.runtime.backends.hf.attention import ForwardContext
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.recurrent.convolution import causal_conv1d_fn
 from retrofit.runtime.backends.hf.recurrent.layer_rows import LayerRows
+from retrofit.runtime.backends.hf.recurrent.own_layers import _WithScan, lightning_attention
 from retrofit.runtime.backends.hf.recurrent.rules import (
     mamba2_chunk_scan,
     mamba_selective_scan,
@@ -53,6 +55,10 @@ class Layer:
         parts = mixed.transpose(1, 2).split([K_HEADS * WIDE, K_HEADS * WIDE, HEADS * WIDTH], dim=-1)
         q, k, v = (t.unflatten(-1, (-1, w)) for t, w in zip(parts, (WIDE, WIDE, WIDTH), strict=True))
         first, second = (t[at][None] for t in self.gates)
+        if self.rule == "lightning":
+            return self.lightning(q, k, v, rows)
+        if self.rule == "rg-lru":
+            return self.rg_lru(v.flatten(2), rows)
         if self.rule == "mamba":
             return self.mamba(v, q, k, rows)
         if self.rule in ("delta", "kimi"):
@@ -73,6 +79,20 @@ class Layer:
             delta_bias=D, retrofit_rows=rows,
         )  # fmt: skip
         return out[0].T
+
+    def lightning(self, q: Tensor, k: Tensor, v: Tensor, rows: Any) -> Tensor:
+        """The layer around it is left out."""
+        parts = torch.cat([q, k, v[..., :WIDE]], dim=-1).flatten(2)
+        same = torch.nn.Identity()
+        layer = SimpleNamespace(
+            num_attention_heads=HEADS, head_dim=WIDE, act_fn=same, qkv_proj=same, norm=same, out_proj=same,
+            output_gate=lambda x: x[..., : HEADS * WIDE], slope_rate=torch.arange(1.0, HEADS + 1) / 8,
+        )  # fmt: skip
+        return lightning_attention(layer, parts, rows)[0][0]
+
+    def rg_lru(self, x: Tensor, rows: Any) -> Tensor:
+        none = torch.zeros(1, x.shape[1], 1, dtype=torch.bool)
+        return _WithScan(torch.nn.Identity(), rows)._rnn_scan(x, x.sigmoid(), none, None)[0][0]
 
 
 class Text:
@@ -105,7 +125,7 @@ class Text:
         return path
 
 
-@pytest.mark.parametrize("rule", ["delta", "kimi", "mamba", "mamba2"])
+@pytest.mark.parametrize("rule", ["delta", "kimi", "mamba", "mamba2", "lightning", "rg-lru"])
 def test_random_drafts_leave_the_state_of_the_text(rule: str) -> None:
     layer, rng = Layer(rule), random.Random(0)
     cache = KVCache(3, 8)

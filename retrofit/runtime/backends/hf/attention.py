@@ -30,6 +30,8 @@ from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form, weights_of
 from retrofit.runtime.backends.hf.recurrent.forest import Forest, forest_of
 from retrofit.runtime.backends.hf.refused import refuse_call
+from retrofit.runtime.backends.hf.sparse.attention import picked_attention
+from retrofit.runtime.backends.hf.sparse.indexers import NO_MASK, Picked
 from retrofit.runtime.backends.sizes import size_for
 
 How = tuple[Window | None, float, float | None, Tensor | None]
@@ -39,6 +41,8 @@ LARGE_MASK = 1 << 22
 """Rows times keys of one sequence from which base rows are masked in pieces."""
 LARGE_SCORES = 1 << 24
 """Heads times rows times keys of one sequence from which scores, where they are made, are made in pieces."""
+INDICES = ("indices", "block_indices")
+"""Arguments in which attention modules hand on what their indexer picked."""
 FEW_SCORES = {"cpu": 1 << 21, "cuda": 0}
 """Up to so many scores draft rows attend by one dense call while training too: many small steps would take longer."""
 PIECE = 1 << 22
@@ -138,13 +142,14 @@ def row_attention(
     context = rows_now() if retrofit_rows is None else retrofit_rows  # not every model hands keyword arguments on
     if context is None:
         raise NoRowPlan("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
-    refuse_call(module, attention_mask, kwargs)
+    picked = next((kwargs.pop(name).mask for name in INDICES if isinstance(kwargs.get(name), Picked)), None)
+    refuse_call(module, None if attention_mask is NO_MASK else attention_mask, kwargs)
     cache, layer = context.cache, layer_of(module)
     plan = context.plan_at(layer)
     window = context.chunks.get(layer) if sliding_window is None else sliding_window
     context.calls.append((layer, window))
     how = (window, scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
-    if plan.base is not None and (plan.alone or (context.form is not None and plan.prompts)):
+    if plan.base is not None and picked is None and (plan.alone or (context.form is not None and plan.prompts)):
         return _alone(context, plan, layer, query, key, value, how)[None], None
     if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
         group = plan.draft
@@ -163,7 +168,11 @@ def row_attention(
         else:
             cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
         rows = plan.base.rectangle(query_NHD[:n])
-        out.append(plan.base.flatten(_base_group(context, plan, layer, rows, tree, how)))
+        if picked is None:
+            made = _base_group(context, plan, layer, rows, tree, how)
+        else:
+            made = picked_attention(attend, context, plan, layer, rows, tree, how, picked)
+        out.append(plan.base.flatten(made))
     if first_draft > n:
         out.append(value_NHD.new_zeros(first_draft - n, query.shape[1], value.shape[-1]))
     if plan.draft is not None:

@@ -49,6 +49,7 @@ from retrofit.runtime.backends.hf.recurrent import mixers
 from retrofit.runtime.backends.hf.refused import chunks_of, refuse_unsupported
 from retrofit.runtime.backends.hf.rotation import lock_rotation
 from retrofit.runtime.backends.hf.row_positions import asked_of_cache, instead_of_cache
+from retrofit.runtime.backends.hf.sparse import indexers
 from retrofit.runtime.backends.interface import EXACT_PREFILL_ROWS, PREFILL_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns
 from retrofit.runtime.rules.sampling import Processing, choose
@@ -160,7 +161,10 @@ class HFBackend:
         self.chunks = chunks_of(self.config)
         self.recurrent = frozenset(mixers.mixers_of(self.trunk))
         """Layers that have a state in the place of K/V."""
-        self.one_order = not self.recurrent  # they run prompts in chunks, and steps row by row
+        self.indexed = bool(indexers.indexers_of(self.trunk))
+        """Whether layers attend to what an indexer picks."""
+        # Recurrent layers run prompts in chunks, and steps row by row; so do indexers.
+        self.one_order = not (self.recurrent or self.indexed)
         self.device = self.embedding.weight.device
         self.dtype = self.embedding.weight.dtype
         self.work_per_row = 2.0 * sum(p.numel() for p in model.parameters())
@@ -185,6 +189,7 @@ class HFBackend:
         """layer -> its window, of layers that slide; known once the model has been checked."""
         self._undone = [by_thread(self.config), separate_experts(model, gate, self.cut), lock_rotation(self.trunk)]
         self.until_closed(mixers.install(self.trunk))
+        self.until_closed(indexers.install(self.trunk))
         try:
             self.check_usable()
             self.sliding = check_model(self)
@@ -316,10 +321,12 @@ class HFBackend:
             cache.make_room(sequence.slot, sequence.start, len(sequence.tokens))
         if self.recurrent:
             cache.states.begin(plan)
-        arguments = {"inputs_embeds": self.embed(plan)[None], "position_ids": plan.positions}
+        arguments: dict[str, Any] = {"inputs_embeds": self.embed(plan)[None], "position_ids": plan.positions}
         arguments |= instead_of_cache(self.asked_of_cache, plan.positions)
         if self.per_layer is not None:
             arguments["per_layer_inputs"] = self.per_layer(plan.ids[None])
+        if self.indexed:
+            arguments["attention_mask"] = indexers.masks()
         arguments = with_given(plan, arguments)
         with self.switched(context):
             hidden: Tensor = self.trunk(use_cache=False, retrofit_rows=context, **arguments).last_hidden_state[0]

@@ -23,6 +23,7 @@ from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.exact_attention import FORMS, Form
 from retrofit.runtime.backends.hf.exact_products import NEARLY, cancelled, cancelling
 from retrofit.runtime.backends.hf.refused import has_sliding_window
+from retrofit.runtime.backends.hf.sparse.indexers import INDEX, every_key
 from retrofit.runtime.backends.levels import Check
 from retrofit.runtime.backends.threads import thread_limit, work_sizes
 
@@ -59,6 +60,8 @@ class _Shape(NamedTuple):
     window: Window | None
     softcap: float | None
     sinks: bool
+    picked: bool
+    """Whether an indexer picks the keys."""
 
 
 def _shapes(backend: HFBackend) -> list[_Shape]:
@@ -67,13 +70,15 @@ def _shapes(backend: HFBackend) -> list[_Shape]:
     backend.hold("off", None)
     backend.forward(backend.row_plan([SequenceRows(0, 0, [0] * 2)]), cache)
     heads = backend.config.num_attention_heads
-    found = {(heads, k.shape[1], k.shape[3], v.shape[3]) for k, v in cache.layers.values()}
+    found = {(heads, k.shape[1], k.shape[3], v.shape[3]) for layer, (k, v) in cache.layers.items() if layer < INDEX}
     slides = has_sliding_window(backend.config, backend.context_length)
     windows = {None, backend.config.sliding_window if slides else None, *backend.chunks.values()}
     softcap = getattr(backend.config, "attn_logit_softcapping", None)
     # Where some layers have sinks and others do not, every size is tried in both ways.
     sinks = {module.sinks is not None for module in backend.trunk.modules() if hasattr(module, "sinks")} or {False}
-    return [_Shape(*sizes, w, softcap, has) for sizes in sorted(found) for w in windows for has in sorted(sinks)]
+    picked = (False, True) if backend.indexed else (False,)
+    ways = [(w, softcap, has, by) for w in windows for has in sorted(sinks) for by in picked]
+    return [_Shape(*sizes, *way) for sizes in sorted(found) for way in ways]
 
 
 @dataclass
@@ -90,6 +95,8 @@ class _Attending:
     """q, k and v of the chain's rows, each [heads, chain, width]."""
     beside: tuple[Tensor, ...]
     """The same of other rows."""
+    picked: bool
+    """Whether they attend as if an indexer had picked all keys."""
 
     @property
     def chain(self) -> int:
@@ -102,12 +109,13 @@ class _Attending:
             torch.where((numbers >= 0)[:, None], own[:, numbers.clamp(min=0)], other[:, (-1 - numbers).clamp(min=0)])
             for own, other in zip(self.own, self.beside, strict=True)
         )
-        context = ForwardContext(RowPlan([s for s, _ in sequences], query.device), self.cache, self.form)
+        plan = RowPlan([s for s, _ in sequences], query.device)
+        context = ForwardContext(plan, self.cache, self.form)
         attend: Any = row_attention  # of a module that it asks for its number only
         layer = SimpleNamespace(layer_idx=0)
         return attend(
             layer, query[None], key[None], value[None], None, sliding_window=self.window, softcap=self.softcap,
-            s_aux=self.sinks, retrofit_rows=context,
+            s_aux=self.sinks, retrofit_rows=context, indices=every_key(plan) if self.picked else None,
         )[0][0]  # fmt: skip
 
     def rows(self, slot: int, first: int = 0, count: int | None = None) -> tuple[SequenceRows, list[int]]:
@@ -157,13 +165,14 @@ def _attends(backend: HFBackend, form: Form, shape: _Shape, generator: torch.Gen
     said += f", chunks of {shape.window.size}" if isinstance(shape.window, Chunk) else ""
     said += f", window {shape.window}" if isinstance(shape.window, int) else ""
     said += ", sinks" if shape.sinks else ""
+    said += ", picked keys" if shape.picked else ""
     tried = f"alone, 2 to {ATTENDING} rows, beside others, another slot, a tree; at {', '.join(map(str, STARTS))}"
     return Check("attention", said, form.name, differs or tried, differs is None)
 
 
 def _drawn(backend: HFBackend, form: Form, shape: _Shape, start: int, generator: torch.Generator) -> str | None:
     """What `differing` says of random rows in which most of every sum cancels out, so that its order shows."""
-    heads, kv_heads, width, value_width, window, softcap, has_sinks = shape
+    heads, kv_heads, width, value_width, window, softcap, has_sinks, picked = shape
     length, dtype, device = start + ATTENDING, backend.dtype, backend.device
     key = cancelling(kv_heads * length, width, torch.empty(0, dtype=dtype, device=device), generator)
     key = key.view(kv_heads, length, width)
@@ -188,4 +197,4 @@ def _drawn(backend: HFBackend, form: Form, shape: _Shape, start: int, generator:
     own = query, key[:, start:], value[:, start:]
     beside = tuple(torch.randn(t.shape, device=device, generator=generator).to(dtype) for t in own)
     sinks = torch.randn(heads, device=device, generator=generator).to(dtype) if has_sinks else None
-    return _Attending(form, window, softcap, sinks, start, cache, own, beside).differing()
+    return _Attending(form, window, softcap, sinks, start, cache, own, beside, picked).differing()

@@ -97,10 +97,11 @@ def base_attention(
     softcap: float | None,
     sinks: Tensor | None,
     form: Form,
+    picked: Tensor | None = None,
 ) -> Tensor:
     """Base rows [S, Hq, T, D] over the cached keys [S, Hk, L, .], L = form.columns(group.keys, ..) -> [S, Hq, T, Dv].
 
-    For forwards whose drafts do not branch.
+    For forwards whose drafts do not branch.  picked: bool [S, 1 or Hk, T, P], positions that an indexer picked.
     """
     S, H, T = query.shape[:3]
     window = hiding(window, group.last)
@@ -112,6 +113,8 @@ def base_attention(
         high = form.columns(high, key.shape[2], query.dtype) if low == 0 else form.padded(high)
         scores = _scores(query[:, :, first:stop], key[:, :, low:high], scale, softcap, form)
         _hide(scores, group, first, stop, window, low, high)
+        if picked is not None:
+            _leave_picked(scores, picked[:, :, first:stop], low, high)
         weights = weights_of(scores, _by_group(sinks, scores)).to(query.dtype).flatten(2, 3)
         out = _with_values(weights, value[:, :, low:high], form).to(query.dtype)
         outs.append(out.reshape(S, H, stop - first, -1))
@@ -129,6 +132,7 @@ def tree_attention(
     softcap: float | None,
     sinks: Tensor | None,
     form: Form,
+    picked: Tensor | None = None,
 ) -> Tensor:
     """Base rows [S, Hq, T, D] of a forward whose drafts branch -> [S, Hq, T, Dv].
 
@@ -145,6 +149,8 @@ def tree_attention(
     along = _scores(query, filled, scale, softcap, form).gather(-1, rows)
     along.masked_fill_(~paths.seen(window)[:, None, None], float("-inf"))
     scores.scatter_(-1, paths.places[:, None, None].expand_as(along), along)
+    if picked is not None:
+        _leave_picked(scores, picked, 0, scores.shape[-1])
     weights = weights_of(scores, _by_group(sinks, scores)).to(query.dtype)
 
     first = min(paths.starts) // form.piece * form.piece
@@ -190,6 +196,12 @@ def _hide(
     else:
         hidden = hidden_keys(group, scores_SHGTL.device, first, stop, window, low, high)
         scores_SHGTL.masked_fill_(hidden[:, None, None], float("-inf"))
+
+
+def _leave_picked(scores_SHGTL: Tensor, picked_SHTP: Tensor, low: int, high: int) -> None:
+    """Minus infinity for the keys `low` to `high` that were not picked."""
+    there = F.pad(picked_SHTP, (0, max(0, high - picked_SHTP.shape[3])))[..., low:high]
+    scores_SHGTL.masked_fill_(~there[:, :, None], float("-inf"))
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None, form: Form) -> Tensor:

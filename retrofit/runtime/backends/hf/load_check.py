@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 ROWS = 12
 SMALL = 64
+NARROWING = ("window", "chunk", "index_topk", "index_block_size")
+"""What the configuration calls how much a row sees."""
 FEWEST = 4
 BESIDE = 3
 """Rows of the other sequence."""
@@ -76,6 +78,8 @@ def check_model(backend: HFBackend) -> dict[int, int]:
         "rows of a second sequence": own[1, :BESIDE],
         "draft rows": want[[p for places in drafts for p in places]],
     }
+    if backend.indexed and length > most_picked(backend.config):
+        del kinds["draft rows"]  # they see more than the model's own rows
     for what, right in kinds.items():
         mine, got = got[: len(right)], got[len(right) :]
         if differs(mine, right, backend.dtype, routed):
@@ -88,9 +92,15 @@ def check_length(config: Any, context: int) -> int:
     small = [
         value
         for key, value in vars(config).items()
-        if ("window" in key or "chunk" in key) and type(value) is int and 0 < value <= SMALL
+        if any(word in key for word in NARROWING) and type(value) is int and 0 < value <= SMALL
     ]
     return min(context, max([ROWS, *(2 * (value + 3) for value in small)]))
+
+
+def most_picked(config: Any) -> int:
+    """From how many positions on an indexer may leave some out."""
+    blocks = getattr(config, "index_topk_blocks", None)
+    return int(config.index_topk if blocks is None else config.index_block_size * blocks)
 
 
 def draft_places(middle: int, length: int, causal: bool) -> list[list[int]]:

@@ -15,6 +15,7 @@ from retrofit.adapters.visibility import Chunk
 from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.context import attends, names_context
 from retrofit.runtime.backends.hf.recurrent.mixers import mixers_of
+from retrofit.runtime.backends.hf.sparse.indexers import indexers_of
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROW_LAYERS = {"mlp", "moe"}
@@ -28,6 +29,8 @@ OTHER_LAYERS = {
     "reference_sliding_attention": "slides over generated tokens only",
 }
 """Kinds of layers that are no recurrence, and still not something that a row plan can say."""
+INDEXED = {"indexed_attention", "minimax_m3_sparse"}
+"""Of those, what runs where the indexers are known (`sparse/indexers.py`)."""
 ATTENTION_ARGUMENTS = {
     "sinks": "has attention sinks",
     "position_bias": "adds a bias of its own to its attention scores",
@@ -39,7 +42,7 @@ ATTENTION_ARGUMENTS = {
 
 def has_state(model: PreTrainedModel) -> bool:
     """Whether a layer of a model that is not refused has a state, which others do not roll back as they cut K/V."""
-    return bool(_kinds(model.config.get_text_config()))
+    return bool(_kinds(model.config.get_text_config()) - INDEXED)
 
 
 def _kinds(config: PreTrainedConfig) -> set[str]:
@@ -56,6 +59,8 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; retrofit converts decoder-only models")
     kinds = _kinds(config)
+    if indexers_of(trunk_of(model)):
+        kinds -= INDEXED
     recurrent = sorted(kinds - set(OTHER_LAYERS))
     if kinds and not recurrent:
         raise unsupported_yet(name, OTHER_LAYERS[min(kinds)])

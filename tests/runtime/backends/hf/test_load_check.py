@@ -27,7 +27,7 @@ REASONS = {
     "electra": "has embeddings of width 128 for hidden states of 32",
     "mllama": "2 of 3 layers call transformers' attention interface",
     "doge": "makes an attention mask of its own",
-    "deepseek_v32": "has sparse attention: an indexer picks the keys",
+    "deepseek_v4": "attends to compressed keys",
     "rwkv": "recurrent",
 }
 

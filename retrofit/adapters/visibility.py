@@ -202,6 +202,16 @@ def base_span(group: Group, first: int, stop: int, window: Window | None, step: 
     return low, last + 1
 
 
+def seen_by_all(group: Group, first: int, stop: int) -> int:
+    """So many first cached keys are seen by each of base rows `first` to `stop`, where no window hides any."""
+    key = ("seen by all", first, stop)
+    if key not in group.masks:
+        query, limit = group.query[:, first:stop], group.limit[:, first:stop]
+        group.masks[key] = int(np.where(query >= 0, limit, group.keys).min())
+    found: int = group.masks[key]
+    return found
+
+
 def hidden_keys(
     group: Group, device: torch.device, first: int, stop: int, window: Window | None, low: int, high: int
 ) -> Tensor:

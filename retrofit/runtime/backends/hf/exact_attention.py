@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrofit.adapters.visibility import Group, Paths, Window, base_span, first_seen, hidden_keys, hiding
+from retrofit.adapters.visibility import Group, Paths, Window, base_span, first_seen, hidden_keys, hiding, seen_by_all
 from retrofit.runtime.backends.hf.elementwise import by_one_thread
 from retrofit.runtime.backends.levels import HALF
 
@@ -148,7 +148,9 @@ def tree_attention(
     rows = paths.rows[:, None, None].expand(S, Hk, H // Hk, *paths.rows.shape[1:])
     along = _scores(query, filled, scale, softcap, form).gather(-1, rows)
     along.masked_fill_(~paths.seen(window)[:, None, None], float("-inf"))
-    scores.scatter_(-1, paths.places[:, None, None].expand_as(along), along)
+    depth = paths.rows.shape[-1]
+    for s, start in enumerate(paths.starts):  # neighbours: `scatter_` would take ten times as long
+        scores[s, ..., start : start + depth] = along[s]
     if picked is not None:
         _leave_picked(scores, picked, 0, scores.shape[-1])
     weights = weights_of(scores, _by_group(sinks, scores)).to(query.dtype)
@@ -157,15 +159,24 @@ def tree_attention(
     shared = _with_values(weights[..., :first].flatten(2, 3), value[:, :, :first], form) if first else None
     # From there on each row has values of its own, and a row of every head of the group is a product.
     stop = form.padded(paths.stop)  # behind it, where columns are read whole, nobody sees anything
-    tail = value[:, None, :, first:stop].repeat(1, T, 1, 1, 1)
-    sequence = torch.arange(S, device=value.device)[:, None, None]
-    moved = own_value.transpose(1, 2)[sequence, paths.rows].transpose(2, 3)
-    tail.scatter_(3, (paths.places - first)[:, :, None, :, None].expand_as(moved), moved)
+    tail = _room(group, (S, T, Hk, stop - first, value.shape[-1]), value)
+    tail.copy_(value[:, None, :, first:stop])
+    for s, start in enumerate(paths.starts):
+        tail[s, :, :, start - first : start - first + depth] = own_value[s, :, paths.rows[s]].permute(1, 0, 2, 3)
     apart = weights[..., first:stop].permute(0, 3, 1, 2, 4).reshape(S * T, Hk, H // Hk, -1)
     if shared is not None:
         shared = shared.view(S, Hk, H // Hk, T, -1).permute(0, 3, 1, 2, 4).reshape(S * T, Hk, H // Hk, -1)
     out = _with_values(apart, tail.flatten(0, 1), form, shared).to(query.dtype)
     return out.reshape(S, T, H, -1).transpose(1, 2)
+
+
+def _room(group: Group, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory that every layer of a forward writes anew: to be given it takes as long as to write it."""
+    key = ("room", shape, like.dtype)
+    if key not in group.masks:
+        group.masks[key] = like.new_empty(shape)
+    found: Tensor = group.masks[key]
+    return found
 
 
 def weights_of(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -194,8 +205,9 @@ def _hide(
         if window is not None:
             scores_SHGTL[..., : first_seen(group.last, window) - low] = float("-inf")
     else:
-        hidden = hidden_keys(group, scores_SHGTL.device, first, stop, window, low, high)
-        scores_SHGTL.masked_fill_(hidden[:, None, None], float("-inf"))
+        whole = max(low, seen_by_all(group, first, stop)) if window is None else low
+        hidden = hidden_keys(group, scores_SHGTL.device, first, stop, window, whole, high)
+        scores_SHGTL[..., whole - low :].masked_fill_(hidden[:, None, None], float("-inf"))
 
 
 def _leave_picked(scores_SHGTL: Tensor, picked_SHTP: Tensor, low: int, high: int) -> None:

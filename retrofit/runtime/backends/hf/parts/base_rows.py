@@ -7,11 +7,10 @@ Not here: forwards whose drafts branch (`tree_rows.py`).
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from retrofit.adapters.visibility import Group, Window, base_span, hidden_keys, hiding
+from retrofit.adapters.visibility import Group, Window, base_span, hidden_keys, hiding, seen_by_all
 from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.parts.call import (
     ROWS,
@@ -67,9 +66,7 @@ def _calls(
         high = form.padded(high)
         whole = low
         if window is None and stop - first > 1:  # one row's mask is small
-            query, limit = group.query[:, first:stop], group.limit[:, first:stop]
-            least = int(np.where(query >= 0, limit, group.keys).min())
-            whole = max(low, least // form.piece * form.piece)
+            whole = max(low, seen_by_all(group, first, stop) // form.piece * form.piece)
         calls: list[tuple[int, int, Seen | None]] = [(low, whole, None)] if whole > low else []
         if high > whole:
             hidden = hidden_keys(group, rows.device, first, stop, window, whole, high).unflatten(2, (-1, form.piece))

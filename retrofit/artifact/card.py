@@ -14,8 +14,7 @@ library_name: retrofit
 # {model}, retrofitted
 
 Adapter for self-speculative decoding of `{model}`, made with retrofit {version} (`pip install retrofit-lm`).{origin}
-The base weights are untouched: mode `ar` is the original model, mode `self_spec` gives its output with fewer forwards.
-
+{promise}
 ```python
 import retrofit
 engine = retrofit.Engine.load("PATH-OF-THIS-FOLDER"{base})
@@ -23,7 +22,7 @@ print(engine.generate(["Once upon a time"], mode="self_spec")[0].text)
 ```
 
 `adapter/` is for retrofit alone, which applies it to draft rows only. To other programs it says that it is an Activated
-LoRA whose invocation tokens never occur: plain PEFT leaves the original model as it is, and vLLM refuses the folder.
+LoRA whose invocation tokens never occur: plain PEFT leaves the {left} model as it is, and vLLM refuses the folder.
 
 | measured on held-out text, teacher-forced | by slot |
 | --- | --- |
@@ -31,6 +30,19 @@ LoRA whose invocation tokens never occur: plain PEFT leaves the original model a
 | sampled acceptance, 1 - TV | {sampled} |
 
 {contexts}Draft block {block}; adapter and heads {added:,} parameters, {share:.2%} of the base.
+"""
+FROZEN = (
+    "The base weights are untouched: mode `ar` is the original model, mode `self_spec` gives its output with fewer "
+    "forwards.\n"
+)
+OWN = """The model was trained along; what came out is in `model/`, a plain transformers folder.  Its output is its own:
+mode `self_spec` gives the output of mode `ar` with fewer forwards, and neither is that of `{model}`.
+
+| drift from `{model}` on {tokens:,} tokens of held-out text | |
+| --- | --- |
+| KL divergence from it, nats per token | {kl:.4f} |
+| same most likely next token | {agreement:.1%} |
+| perplexity, its perplexity | {perplexity:.2f}, {original_perplexity:.2f} |
 """
 
 
@@ -47,6 +59,7 @@ def card(
     share: float,
     imported: Mapping[str, Any] | None = None,
     origin: Mapping[str, Any] | None = None,
+    drift: Mapping[str, Any] | None = None,
 ) -> str:
     """The card's text.
 
@@ -54,12 +67,15 @@ def card(
     on_hub: whether the name is a Hub id.  greedy, sampled: acceptance by slot, None where not measured; by_context:
     the same by length of context, as `retrofit.json` has it.  added: parameters of adapter and heads; share: of the
     base's.  imported: as `retrofit.json` has it, where the adapter was not trained here; origin: its `from` or
-    `averaged`, where it did not begin untrained.
+    `averaged`, where it did not begin untrained; drift: where the base was trained along.
     """
+    relation = "adapter" if drift is None else "finetune"
     return CARD.format(
         model=model,
-        known=f"base_model: {model}\nbase_model_relation: adapter\n" if on_hub else "",
-        base=', base="PATH-OF-THE-BASE"' if local else "",
+        known=f"base_model: {model}\nbase_model_relation: {relation}\n" if on_hub else "",
+        base=', base="PATH-OF-THE-BASE"' if local and drift is None else "",
+        left="original" if drift is None else "own",
+        promise=FROZEN if drift is None else OWN.format(model=model, **drift),
         version=__version__,
         origin=_began(origin or {}) if imported is None else _origin(imported),
         greedy="not measured" if greedy is None else greedy,

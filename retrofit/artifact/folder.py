@@ -5,6 +5,7 @@
                                because transformers would load it from the root, ungated
     heads.safetensors          mask vector, Markov and confidence heads
     recipe.yaml                the fully resolved recipe
+    model/                     of the profile `joint`: the base as it was trained along, a plain transformers folder
     manifest.sha256.json       size and sha256 of the files above; checked on every load
     README.md                  the card, for people to read and edit; in no manifest
     local.json                 where this machine has the base and the text; for `Engine.load` here, never to be
@@ -21,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.artifact.beside import beside
 from retrofit.artifact.files import disk, json_bytes, replace_file, sha256, sync_folder, write_file
+from retrofit.artifact.own import MODEL, own_names, written_model
 from retrofit.artifact.safety import AGAIN, check_safetensors, load_json, names_in, reading, stays_inside
-from retrofit.artifact.schema import FORMAT, check_adapter_config, check_config
+from retrofit.artifact.schema import FORMATS, check_adapter_config, check_config
 from retrofit.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -74,13 +76,15 @@ def write(
     card: str,
     added: Mapping[str, bytes] | None = None,
     local: Mapping[str, Any] | None = None,
+    model: tuple[Callable[[Path], Mapping[str, Any]], int] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a new artifact, all of it or nothing, and return its folder.
 
     `added` are files in the root as `add` takes them, there from the start; `local` is what local.json holds, if it is
-    to be there.  A folder that exists is refused
-    unless it is empty, or is an artifact and `overwrite` is set; then it is replaced whole, with what was added
+    to be there.  `model`, of the profile `joint`: what writes the files of model/ into a new folder and returns what
+    `base` of the config says beside what it says already, and about how many bytes they are.  A folder that exists is
+    refused unless it is empty, or is an artifact and `overwrite` is set; then it is replaced whole, with what was added
     to it.  Raises UsageError for a folder that may not be written, ArtifactError for a config that `read` would
     refuse, ResourceError when the disk is full or not writable; none of them leaves anything behind.
     """
@@ -88,10 +92,10 @@ def write(
 
     folder = Path(folder)
     check_writable(folder, overwrite)
-    check_config(dict(config), folder / CONFIG)
+    if model is None:
+        check_config(dict(config), folder / CONFIG)
     check_adapter_config(dict(adapter_config), folder / ADAPTER_CONFIG)
     contents = {
-        CONFIG: json_bytes(config),
         ADAPTER_CONFIG: json_bytes(adapter_config),
         RECIPE: recipe_yaml.encode(),
         CARD: card.encode(),
@@ -102,12 +106,17 @@ def write(
     for name, data in (added or {}).items():
         contents |= {name: data, f"{name}.sha256": _beside_hash(name, data)}
     size = sum(t.numel() * t.element_size() for tensors in weights.values() for t in tensors.values())
-    size += sum(map(len, contents.values()))
+    size += sum(map(len, contents.values())) + (0 if model is None else model[1])
     with beside(folder, size) as new, disk(folder, size):
         (new / ADAPTER).parent.mkdir(parents=True)
+        held, own = ({}, {}) if model is None else written_model(new, model[0])
+        config = {**config, "base": {**config["base"], **own}}
+        check_config(config, folder / CONFIG)
+        contents[CONFIG] = json_bytes(config)
         written = {name: write_file(new / name, data) for name, data in contents.items()}
         written |= {name: write_file(new / name, pieces(tensors)) for name, tensors in weights.items()}
-        manifest = {"files": {name: written[name] for name in LOAD_BEARING}, "format": FORMAT}
+        files = {name: written[name] for name in LOAD_BEARING} | held
+        manifest = {"files": files, "format": FORMATS[config["profile"]]}
         write_file(new / MANIFEST, json_bytes(manifest))
         for inside in (new / "adapter", new):
             sync_folder(inside)
@@ -124,9 +133,10 @@ def check(folder: str | Path) -> None:
     root = Path(folder)
     _exists(root)
     names = names_in(root)
-    read_config(root)
+    config = read_config(root)
     expected = recorded(root)
-    for name in LOAD_BEARING:
+    own_names(root, names, list(expected), config["profile"])
+    for name in expected:
         path = root / name
         if name not in names:
             raise ArtifactError(f"{path}: missing", AGAIN)
@@ -173,12 +183,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def base_of(folder: str | Path, config: Mapping[str, Any]) -> str:
-    """The base of an artifact, as one loads it here: what `retrofit.json` names, or the place that local.json does.
+    """The base of an artifact, as one loads it here: what `retrofit.json` names, the place that local.json does, or the
+    model that it has of its own.
 
     Raises UsageError where the artifact was made of a folder or file that is not here, ArtifactError for a local.json
     that is none.
     """
     named = config["base"]
+    if config["profile"] == "joint":
+        return str(Path(folder) / MODEL)
     if named.get("local") is not True:
         return published_name(named)
     path = Path(folder) / LOCAL
@@ -211,7 +224,7 @@ def add(folder: str | Path, name: str, data: bytes | str) -> Path:
     if not parts or name.startswith("/") or "\\" in name or ".." in parts:
         raise UsageError(f"{name}: not a name inside an artifact")
     name = "/".join(parts)
-    if name in (*LOAD_BEARING, MANIFEST, LOCAL):
+    if name in (*LOAD_BEARING, MANIFEST, LOCAL) or parts[0] == MODEL:
         raise UsageError(f"{name}: part of what was trained, cannot be replaced", "write a new artifact")
     if PurePosixPath(name).suffix not in ADDED_SUFFIXES:
         raise UsageError(f"{name}: an artifact takes {', '.join(ADDED_SUFFIXES)} only")
@@ -295,10 +308,11 @@ def recorded(root: Path) -> dict[str, tuple[int, str]]:
     """(size, sha256) of every load-bearing file, as the manifest has them.  Raises ArtifactError."""
     path = root / MANIFEST
     content = load_json(path)
-    files = content.get("files")
-    names = sorted(files) if isinstance(files, dict) else []
-    as_written = json_bytes({"files": files, "format": FORMAT}) == path.read_bytes()
-    if names != sorted(LOAD_BEARING) or not as_written:
+    files, version = content.get("files"), content.get("format")
+    names = [name for name in files if not name.startswith(f"{MODEL}/")] if isinstance(files, dict) else []
+    as_written = json_bytes({"files": files, "format": version}) == path.read_bytes()
+    known = type(version) is int and version in FORMATS.values()
+    if sorted(names) != sorted(LOAD_BEARING) or not (as_written and known):
         raise ArtifactError(f"{path}: damaged or altered: not as retrofit writes it", AGAIN)
     recorded = {}
     for name, entry in content["files"].items():

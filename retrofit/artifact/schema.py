@@ -9,7 +9,9 @@ from typing import Any
 from retrofit.artifact.safety import AGAIN
 from retrofit.errors import ArtifactError
 
-FORMAT = 1
+FORMATS = {"frozen": 1, "joint": 2}
+"""Profile -> format of its artifacts: one with a model of its own is more than an earlier retrofit knows."""
+FORMAT = FORMATS["frozen"]
 MOST_ROWS, MOST_RANKS, MOST_ALPHA = 128, 1024, 8192
 """Of `draft.block`, of ranks, and of alpha: what a recipe may ask for, too."""
 
@@ -48,6 +50,10 @@ def _count_to(most: int, least: int = 1) -> Callable[[Any], bool]:
 
 def _positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _figure(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float("inf")
 
 
 def _each(tests: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
@@ -144,6 +150,14 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "from.sha256": (_text, "the sha256 of that one's manifest"),
     "from.base": (_text, "what the base of that artifact is called"),
     "from.steps": (_count, "the optimizer steps behind it"),
+    "original.model": (_text, "what the model it was trained from is called"),
+    "original.revision": (_text_or_none, "text or null"),
+    "original.fingerprint": (lambda value: isinstance(value, dict), "an object of hashes"),
+    "drift.kl": (_figure, "a number from 0: nats per token"),
+    "drift.agreement": (lambda value: _figure(value) and value <= 1, "a number from 0 to 1"),
+    "drift.perplexity": (_positive, "a number above 0"),
+    "drift.original_perplexity": (_positive, "a number above 0"),
+    "drift.tokens": (_count, "a whole number from 0"),
     "averaged": (
         _each({"kind": _text, "sha256": _text, "steps": _count, "weight": _positive}),
         "a list of objects with `kind`, `sha256`, `steps` and `weight`, whose mean its weights are",
@@ -154,6 +168,8 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """Keys that artifacts may lack: those written before there was such a key, or without a reason for it."""
+OWN = tuple(key for key in OPTIONAL if key.startswith(("original.", "drift.")))
+"""Of those, the keys that an artifact of the profile `joint` has and no other."""
 
 
 def check_adapter_config(content: Mapping[str, Any], path: Path) -> None:
@@ -182,10 +198,12 @@ def _shown(value: Any) -> str:
 def check_config(content: Mapping[str, Any], path: Path) -> None:
     """Refuse a `retrofit.json` of another format, or without a key of SCHEMA; it may have OPTIONAL ones and more."""
     version = content.get("format")
-    if not _one_of(FORMAT)(version):
-        newer = type(version) is int and version > FORMAT
+    if not _one_of(*FORMATS.values())(version):
+        newer = type(version) is int and version > max(FORMATS.values())
         hint = "upgrade retrofit" if newer else AGAIN
-        raise ArtifactError(f"{path}: format {version!r}; this retrofit reads format {FORMAT}", hint)
+        known = " and ".join(str(one) for one in FORMATS.values())
+        raise ArtifactError(f"{path}: format {version!r}; this retrofit reads format {known}", hint)
+    needed = {*SCHEMA, *(OWN if version == FORMATS["joint"] else ())}
     for key, (test, wanted) in {**SCHEMA, **OPTIONAL}.items():
         value: Any = content
         there = True
@@ -194,10 +212,12 @@ def check_config(content: Mapping[str, Any], path: Path) -> None:
             if not there:
                 break
             value = value[part]
-        if not there and key in SCHEMA:
+        if not there and key in needed:
             raise ArtifactError(f"{path}: `{key}` is missing", AGAIN)
         if there and not test(value):
             raise ArtifactError(f"{path}: `{key}` must be {wanted}, not {_shown(value)}", AGAIN)
+    if version != FORMATS[content["profile"]]:
+        raise ArtifactError(f"{path}: `profile` {content['profile']} does not go with format {version}", AGAIN)
     unknown = sorted(key for key in content["draft"] if f"draft.{key}" not in SCHEMA)
     if unknown:  # a layout that this version does not know
         raise ArtifactError(f"{path}: `draft` has an unknown key, {_shown(unknown[0])}", "upgrade retrofit")

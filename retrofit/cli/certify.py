@@ -7,6 +7,7 @@ from typing import Literal
 
 import click
 
+from retrofit.artifact.own import told
 from retrofit.cli.options import CONTEXT, Loading, artifact_argument, base_option, engine_options, output_options
 from retrofit.cli.output import is_quiet, quieten_libraries, say
 from retrofit.cli.tables import print_table
@@ -44,7 +45,8 @@ def certify(
     Runs the checks on this machine, writes certificate.json into the artifact (of one that ships with
     retrofit: into the cache), and exits with 3 when one of them is not met. What is certified is what runs:
     the backend, the type and the level of exactness that `retrofit generate` takes with the same options;
-    the certificate names them.
+    the certificate names them. Of an artifact of the profile joint it is of kind own: lossless against the
+    output of its own model, in ARTIFACT/model, not of the original, from which it says how far that is.
 
     \b
     Example:
@@ -63,6 +65,9 @@ def certify(
     else:
         print_table([(f"{check.status:<8}", check.name, check.detail) for check in certificate.checks])
     say(f"certified was {certificate.what}")
+    if certificate.kind == "own":
+        original, drift = certificate.subject["original"]["model"], certificate.subject["drift"]
+        say(f"kind own: against its own `ar`, not that of {original}; drift from it: {told(drift)}")
     say(f"wrote {path}")
     certificate.require()
 

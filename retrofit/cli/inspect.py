@@ -66,6 +66,7 @@ def facts_of(described: dict[str, Any]) -> dict[str, str]:
         **({"began with": _began(described["from"])} if "from" in described else {}),
         **({"mean of": "; ".join(map(_began, described["averaged"]))} if "averaged" in described else {}),
         "base": f"{base['model']}{revision} ({base['architecture']})",
+        **_own(described),
         **({"file": _file(base["gguf"])} if "gguf" in base else {}),
         "parameters": f"{parameters['base']:,} in the base",
         "fingerprint": ", ".join(f"{key} {str(value)[:12]}" for key, value in base["fingerprint"].items()),
@@ -80,6 +81,17 @@ def facts_of(described: dict[str, Any]) -> dict[str, str]:
         "certificate": _verdict(described["certificate"]),
     }
     return {name: _printable(text) for name, text in told.items()}
+
+
+def _own(described: dict[str, Any]) -> dict[str, str]:
+    """Of a model that was trained along."""
+    from retrofit.artifact.own import told
+
+    if "drift" not in described:
+        return {}
+    original = described["original"]
+    revision = f" @ {original['revision']}" if original["revision"] else ""
+    return {"trained from": f"{original['model']}{revision}", "drift": told(described["drift"])}
 
 
 def _printable(text: str) -> str:
@@ -108,4 +120,5 @@ def _verdict(content: dict[str, Any] | None) -> str:
     if content is None:
         return "none (`retrofit certify` makes one)"
     level = f" (level {content['level']})" if "level" in content else ""
-    return f"{'ok' if content.get('ok') is True else 'NOT OK'}{level}"
+    own = ", of kind own: against its own ar" if content.get("kind") == "own" else ""
+    return f"{'ok' if content.get('ok') is True else 'NOT OK'}{level}{own}"

@@ -10,6 +10,9 @@
     sampled-fp32   `self_spec` equals `ar` at equal seed, token for token
     distribution   `ar` draws from the model's distribution
 
+Of an artifact of the profile `joint` the base is the model that was trained along, in its model/: the certificate is of
+kind `own`, proves `self_spec` lossless against that model's `ar`, and says how far both are from the original, `drift`.
+
 The certificate is `ok` when every check passed; one that could not run, or had no promise to hold the engine to, is
 `skipped`, and then it is not.  It holds for the backend and the level of exactness that it names.
 """
@@ -33,6 +36,7 @@ import transformers
 from retrofit import __version__
 from retrofit.artifact import folder as artifacts
 from retrofit.artifact.files import disk, replace_file
+from retrofit.artifact.own import MODEL
 from retrofit.errors import GateError, ResourceError, UsageError
 from retrofit.eval import exactness, weights
 from retrofit.eval.audit import audit
@@ -99,6 +103,11 @@ class Certificate:
         return f"the {where['backend']} backend, exact={where['exact']}, in {where['dtype']} on {where['device']}"
 
     @property
+    def kind(self) -> str:
+        """`original`: `ar` is the original model's own decoding; `own`: that of a model that was trained along."""
+        return "own" if self.subject.get("drift") is not None else "original"
+
+    @property
     def ok(self) -> bool:
         """Every check passed; a skipped one is not passed."""
         return bool(self.checks) and all(check.status == "passed" for check in self.checks)
@@ -111,6 +120,7 @@ class Certificate:
         return {
             "version": VERSION,
             "ok": self.ok,
+            "kind": self.kind,
             "level": self.level,
             "date": self.date,
             **self.subject,
@@ -234,8 +244,10 @@ def _artifact(target: str | Path | Engine) -> Verdict:
         rank = target.attached.peft_model.peft_config["default"].r
         markov_rank = 0 if markov is None else int(markov.shape[1])
     else:
-        adapter = artifacts.read_config(target)["adapter"]
-        files = weights.artifact_shapes(Path(target))
+        config = artifacts.read_config(target)
+        adapter, files = config["adapter"], weights.artifact_shapes(Path(target))
+        if config["profile"] == "joint":  # its own model is compared as the base
+            files = {name: shapes for name, shapes in files.items() if not name.startswith(f"{MODEL}/")}
         rank, markov_rank = adapter["rank"], adapter["markov_rank"]
     foreign = weights.foreign_tensors(files, rank, markov_rank)
     count = sum(map(len, files.values()))
@@ -272,16 +284,19 @@ def _checkpoint(engine: Engine, base: str | Path | None, offline: bool) -> Path 
 def _subject(folder: Path | None, engine: Engine | None) -> dict[str, Any]:
     base: dict[str, Any] | None = None
     manifest = None
+    own: dict[str, Any] = {}
     if folder is not None:
-        base = artifacts.read_config(folder)["base"]
+        config = artifacts.read_config(folder)
+        base, own = config["base"], {key: config[key] for key in ("original", "drift") if key in config}
         manifest = hashlib.sha256((folder / artifacts.MANIFEST).read_bytes()).hexdigest()
     elif engine is not None and engine.base is not None:
+        own = {key: engine.config[key] for key in ("original", "drift") if key in engine.config}
         base = {
             "model": engine.base.name,
             "revision": engine.base.revision,
             "fingerprint": engine.base.fingerprint,
         }
-    return {"base": base, "manifest_sha256": manifest}
+    return {"base": base, **own, "manifest_sha256": manifest}
 
 
 def _environment_of(subject: Subject) -> dict[str, Any]:

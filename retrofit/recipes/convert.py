@@ -21,12 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
 from retrofit.artifact.files import check_parent
+from retrofit.artifact.own import told
 from retrofit.errors import GateError, TrainingError, UsageError
 from retrofit.hub import Base, resolved_device
 from retrofit.progress import progress as shown
 from retrofit.recipes import origin as origins
 from retrofit.recipes.naming import resolved_name
 from retrofit.recipes.origin import Origin
+from retrofit.recipes.own_model import own_model
 from retrofit.recipes.processes import Processes, joined
 from retrofit.recipes.publish import publish, recorded
 from retrofit.recipes.schema import Recipe, by_key
@@ -38,6 +40,8 @@ from retrofit.recipes.training import tracking
 from retrofit.recipes.training.checkpoint import RESTART, Checkpoint, Checkpoints, folder_of
 from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.interrupts import Interrupts
+from retrofit.recipes.training.joint.drift import with_drift
+from retrofit.recipes.training.joint.trainer import JointTrainer, trainer_for
 from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance, in_line
 from retrofit.recipes.training.order import Order
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
@@ -47,12 +51,11 @@ from retrofit.recipes.training.progress import progress
 from retrofit.recipes.training.session import ORIGIN, Session
 from retrofit.recipes.training.shards import shard
 from retrofit.recipes.training.shares import check_processes, loading_device, same_start, shared_checkpoints
-from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.backends.hf.backend import HFBackend
 
 PROBES = ("train.probe_every", "train.probe_prompts", "train.probe_tokens")
 """Keys of a recipe that change no weights, unless probes decide when to stop or what to publish."""
-NOT_TRAINING = ("adapter.dtype", "train.save_every", "train.checkpointing", *PROBES)
+NOT_TRAINING = ("adapter.dtype", "joint.max_drift", "train.save_every", "train.checkpointing", *PROBES)
 """Keys of a recipe that may change between two runs of one conversion."""
 
 Resume = Literal["auto", "force", "never"]
@@ -88,7 +91,8 @@ def convert(
     another conversion, which is gone on with as that one would have; model and recipe are its own where none is given.
     track: `trackio`, `wandb` or `tensorboard`, which then gets the figures of every step too.
     Raises UsageError, DataError, ResourceError, UnsupportedModelError, TrainingError; no artifact is written then.
-    Raises GateError if the base's own loss moved, which would mean that training touched it.  Ctrl-C and SIGTERM
+    Raises GateError if the base's own loss moved, which would mean that training touched it; in the profile `joint`,
+    which trains it along, if it drifted further than `joint.max_drift`, or merging moved it.  Ctrl-C and SIGTERM
     leave a checkpoint and raise KeyboardInterrupt and SystemExit(143), with a note that says how to go on; so does any
     other error in the middle of training, where that can be.
 
@@ -215,7 +219,11 @@ def _run(job: _Job, interrupts: Interrupts) -> None:
         _look(job, session, held_out)
         before = _logits_hash(job.backend, first)
         _train(job, session, tracker, interrupts)
-        if _logits_hash(job.backend, first) != before:
+        step = session.published["step"]
+        own = own_model(session.trainer, job.base, job.plan, first, held_out[:MEASURED], step)
+        if own is not None:
+            _say(job.quiet)(f"drift from {job.base.name}: {told(own.drift)}")
+        elif _logits_hash(job.backend, first) != before:
             raise GateError("the base model's own logits moved during training", "this is a bug; please report it")
         measured = _measured(job, held_out)
         with interrupts.held():
@@ -223,7 +231,7 @@ def _run(job: _Job, interrupts: Interrupts) -> None:
                 publish(
                     job.out, job.plan, job.base, job.attached, measured, recorded(session),
                     estimated=session.published["accept"], metrics=session.metrics(), overwrite=job.overwrite,
-                    origin=None if job.origin is None else {"from": job.origin.recorded()},
+                    origin=None if job.origin is None else {"from": job.origin.recorded()}, own=own,
                 )  # fmt: skip
             written = True
             if job.keep:
@@ -252,8 +260,11 @@ def _session(job: _Job, interrupts: Interrupts, held_out: list[Document], text: 
         whole=plan.data.responses == "keep",
         first=0 if job.origin is None else job.origin.epochs,
     )
-    trainer = Trainer(attached, job.backend, plan, job.processes)
+    trainer = trainer_for(attached, job.backend, plan, job.processes)
     probe = live_probe(plan, held_out, job.backend, attached, job.base.tokenizer, job.processes)
+    if isinstance(trainer, JointTrainer) and probe is not None:
+        most = plan.joint.max_drift
+        probe = with_drift(probe, job.backend, trainer.weights, held_out[:MEASURED], most, lambda: trainer.steps_done)
     settings = _settings(job)
     session = Session(trainer, order, job.saved, interrupts, settings, job.started, job.skipped, probe)
     newest = job.saved.newest(_say(job.quiet)) if job.resume != "never" else None
@@ -282,7 +293,7 @@ def _announce(job: _Job, session: Session) -> None:
     trainer, say = session.trainer, _say(job.quiet)
     say(
         f"base {job.base.name} ({count(job.attached.base_parameters()):,} parameters), "
-        f"training {count(trainer.trained):,} ({job.attached.share:.2%})"
+        f"training {count(trainer.trained):,} ({count(trainer.trained) / count(job.attached.base_parameters()):.2%})"
     )
     if _begins(job, session):
         assert job.origin is not None
@@ -368,7 +379,9 @@ def _settings(job: _Job) -> dict[str, Any]:
     """What decides the outcome of training, by dotted key."""
     train = job.plan.train
     free = set(NOT_TRAINING) - set(PROBES if train.patience or train.publish == "best" else ())
-    settings = {key: value for key, value in by_key(job.plan).items() if key not in free}
+    kept = {key: value for key, value in by_key(job.plan).items() if key not in free}
+    along = job.plan.profile == "joint"
+    settings = {key: value for key, value in kept.items() if along or not key.startswith("joint.")}
     fingerprint = {f"base.fingerprint.{key}": value for key, value in job.base.fingerprint.items()}
     skip_bad = job.skipped is not None
     began = {} if job.origin is None else {ORIGIN: job.origin.sha256}

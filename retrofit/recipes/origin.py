@@ -97,6 +97,11 @@ def read(name: str | Path, offline: bool = False) -> Origin:
 
 def _of_artifact(found: artifact.Artifact) -> Origin:
     config = found.config
+    if config["profile"] == "joint":
+        raise UsageError(
+            f"{found.folder} is of the profile joint, which cannot be gone on from or averaged yet",
+            "name an artifact of the profile frozen",
+        )
     training, before = config["training"], config.get("from", {})
     earlier = before.get("steps", 0) if before.get("kind") == "artifact" else 0  # those of a checkpoint are in `steps`
     return Origin(
@@ -115,6 +120,11 @@ def _of_artifact(found: artifact.Artifact) -> Origin:
 
 def _of_checkpoint(found: checkpoint.Checkpoint) -> Origin:
     settings = found.state["settings"]
+    if settings["profile"] == "joint":
+        raise UsageError(
+            f"{found.folder} is of the profile joint, which cannot be gone on from elsewhere or averaged yet",
+            "run its own `retrofit convert` again, which goes on from it",
+        )
 
     def section(name: str) -> dict[str, Any]:
         return {key.removeprefix(f"{name}."): settings[key] for key in settings if key.startswith(f"{name}.")}
@@ -171,7 +181,9 @@ def _base_here(origin: Origin) -> str:
 
 
 def check_recipe(origin: Origin, plan: Recipe) -> None:
-    """Raises UsageError for a recipe whose adapter is another one, naming every key."""
+    """Raises UsageError for a recipe whose adapter is another one, naming every key, and for the profile `joint`."""
+    if plan.profile == "joint":
+        raise UsageError("profile joint does not begin with an artifact or a checkpoint yet", "leave --from out")
     wanted = plan.adapter.model_dump(mode="json")
     other = other_keys(origin.adapter, wanted)
     if other:

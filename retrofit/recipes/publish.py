@@ -24,6 +24,7 @@ from retrofit.runtime.chat_template import identity
 from retrofit.weight_files import dtype_name
 
 if TYPE_CHECKING:
+    from retrofit.recipes.own_model import OwnModel
     from retrofit.recipes.training.session import Session
 
 
@@ -39,12 +40,14 @@ def publish(
     metrics: bytes | None = None,
     imported: Mapping[str, Any] | None = None,
     origin: Mapping[str, Any] | None = None,
+    own: OwnModel | None = None,
     overwrite: bool,
 ) -> None:
     """Write the artifact, whole.  Raises what `artifact.write` raises.
 
     measured: None, or of no block, where there was no text; estimated: acceptance by slot for that case.  training,
-    imported: as `retrofit.json` has them; origin: its `from` or `averaged`.  metrics: what metrics.jsonl holds, if it
+    imported: as `retrofit.json` has them; origin: its `from` or `averaged`.  own: the model of the profile `joint`.
+    metrics: what metrics.jsonl holds, if it
     is to be there.
     """
     held = getattr(torch, plan.adapter.dtype)
@@ -68,18 +71,20 @@ def publish(
         share=attached.share,
         imported=imported,
         origin=origin,
+        drift=None if own is None else own.drift,
     )
     parts = {"acceptance": acceptance, "training": dict(training)}
     artifact.write(
         out,
-        adapter_config=attached.adapter_config(None if named["local"] else named["model"]),
+        adapter_config=attached.adapter_config(None if named["local"] or own is not None else named["model"]),
         adapter_state=attached.adapter_state(held),
         heads=attached.heads_state(held),
-        config={**_config(plan, base, named, attached, imported), **(origin or {}), **parts},
+        config={**_config(plan, base, named, attached, imported), **(origin or {}), **_own(own, base, named), **parts},
         recipe_yaml=dump_recipe(published_recipe(plan, named)),
         card=text,
         added=None if metrics is None else {"metrics.jsonl": metrics},
         local=local_places(plan, base, named),
+        model=None if own is None else (own.write, own.size),
         overwrite=overwrite,
     )
 
@@ -102,16 +107,21 @@ def recorded(session: Session) -> dict[str, Any]:
     }
 
 
+def _own(own: OwnModel | None, base: Base, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What `retrofit.json` says of the model that a model of its own was trained from."""
+    return {} if own is None else {"original": {**named, "fingerprint": base.fingerprint}, "drift": own.recorded()}
+
+
 def _config(
     plan: Recipe, base: Base, named: dict[str, Any], attached: Attached, imported: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What `retrofit.json` says of base, adapter and layout.  With which template others trained is not known."""
     template = identity(base.tokenizer, plan.data.template) if imported is None else None
     return {
-        "format": artifact.FORMAT,
+        "format": artifact.FORMATS[plan.profile],
         "retrofit": __version__,
         "base": {
-            **named,
+            **(named if plan.profile == "frozen" else {}),
             "dtype": dtype_name(attached.model.dtype),
             **({} if base.precision is None else {"quantization": base.precision}),
             "fingerprint": base.fingerprint,

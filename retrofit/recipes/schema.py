@@ -3,8 +3,9 @@
 A recipe is one YAML file of sections and keys.  Unknown keys, wrong types and values out of range are refused
 together, in one `UsageError` that names each key by its dotted path.  A loaded `Recipe` is frozen.  The text
 under each field is its help.
-Not here: YAML itself (`yaml_text.py`), overrides (`overrides.py`), the wording of errors (`problems.py`), reading data,
-loading models, judging whether a recipe fits a model.
+Not here: the section of the profile `joint` (`sections.py`), YAML itself (`yaml_text.py`), overrides
+(`overrides.py`), the wording of errors (`problems.py`), reading data, loading models, judging whether a recipe fits a
+model.
 """
 
 from __future__ import annotations
@@ -13,25 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from retrofit.artifact.schema import MOST_ALPHA, MOST_RANKS, MOST_ROWS
 from retrofit.errors import UsageError
 from retrofit.recipes import problems as faults
 from retrofit.recipes import yaml_text
 from retrofit.recipes.overrides import apply
+from retrofit.recipes.sections import Joint, Section
 
 FOLDER = Path(__file__).parent / "named"
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-
-
-class Section(BaseModel):
-    """A frozen group of keys that knows no others, and reads `true` or `"3"` as neither number."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Base(Section):
@@ -147,7 +141,7 @@ class Data(Section):
     ask: Literal["chat", "text"] = "chat"
     """A `prompt` alone is what a user says, put through the chat template where there is one; or the beginning of a
     text."""
-    template: dict[str, Any] = {}
+    template: dict[str, Any] = Field({})
     """Arguments of the chat template, such as `data.template.enable_thinking=false`; of a list of values each document
     has one."""
     prompts: int = Field(1000, ge=1)
@@ -275,12 +269,14 @@ class Recipe(Section):
 
     base: Base = Base()
     profile: Literal["frozen", "joint"] = "frozen"
-    """`frozen` leaves the base bit-identical; `joint` trains it along."""
+    """`frozen` leaves the base bit-identical; `joint` trains it along, and the artifact holds it: its output is its own
+    and no longer the original's (section `joint`)."""
     adapter: Adapter = Adapter()
     draft: Draft = Draft()
     objective: Objective = Objective()
     data: Data = Data()
     train: Train = Train()
+    joint: Joint = Joint()
 
     @property
     def dtype(self) -> str:
@@ -312,6 +308,8 @@ class Recipe(Section):
                 "train.probe_every: probes decode held-out documents, and data.held_out is 0; "
                 "raise data.held_out or set train.probe_every to 0"
             )
+        if self.profile == "joint" and not self.data.held_out:
+            problems.append("data.held_out: 0 leaves no text to measure drift on, which profile joint does; raise it")
         if problems:
             raise ValueError("\n".join(problems))
         return self

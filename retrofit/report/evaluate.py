@@ -19,7 +19,14 @@ import torch
 
 from retrofit import __version__
 from retrofit.artifact import folder as artifacts
-from retrofit.errors import GateError, ResourceError, RetrofitError, UsageError, out_of_memory
+from retrofit.errors import (
+    GateError,
+    ResourceError,
+    RetrofitError,
+    UnsupportedModelError,
+    UsageError,
+    out_of_memory,
+)
 from retrofit.eval.subject import Subject, trained_on_stdlib
 from retrofit.progress import progress as shown
 from retrofit.report import document
@@ -159,6 +166,7 @@ def evaluate(
         "quantization": quantization, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     folder = None if isinstance(target, Engine) else _folder(target, out, offline)
+    _refuse_own(target.config if isinstance(target, Engine) else artifacts.read_config(local_folder(target, offline)))
     loaded = target if isinstance(target, Engine) else Engine.load(target, offline=offline, **loading)
     try:
         subject = Subject(loaded, loaded.base.place if loaded.base else None, trust_remote_code, folder)
@@ -167,6 +175,15 @@ def evaluate(
     finally:
         if folder is not None:
             loaded.close()
+
+
+def _refuse_own(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError for an artifact whose model was trained along."""
+    if config.get("profile") == "joint":
+        raise UnsupportedModelError(
+            "the report holds an artifact beside its original, and one of the profile joint is not to equal it",
+            "`retrofit certify` proves it against its own `ar`, `retrofit inspect` says how far it drifted",
+        )
 
 
 def _folder(target: str | Path, out: str | Path | None, offline: bool) -> Path:

@@ -17,6 +17,7 @@ from retrofit.adapters.heads import Heads, load_heads
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES
 from retrofit.artifact.folder import Artifact, base_of
+from retrofit.artifact.own import MODEL
 from retrofit.errors import ArtifactError, ResourceError, UnsupportedModelError, UsageError, out_of_memory
 from retrofit.gguf_files import is_gguf
 from retrofit.hub import Base, check_device, refuse_unloaded
@@ -74,6 +75,8 @@ def asked_base(
 def check_same_base(base: Base, artifact: Artifact) -> None:
     """Raises ArtifactError when the artifact was made for another base."""
     named = artifact.config["base"]
+    if artifact.config["profile"] == "joint" and base.place is not None:
+        _refuse_other_model(base, artifact)
     differs = same_base(named["fingerprint"], base.fingerprint)
     stored = [str(one).startswith("stored:") for one in (named.get("quantization"), base.precision)]
     if differs == "headers" and any(stored):  # of another precision; norms tell fine-tunes apart
@@ -89,6 +92,20 @@ def check_same_base(base: Base, artifact: Artifact) -> None:
         raise ArtifactError(
             f"{artifact.folder} belongs to another base: {base.name} differs from {named['model']} in its {differs}",
             f"give {made_for} with --base, or convert this one",
+        )
+
+
+def _refuse_other_model(base: Base, artifact: Artifact) -> None:
+    """Raises ArtifactError unless the base is the model that an artifact has of its own.
+
+    Hashes of configuration and norms would not do: a LoRA changes neither.
+    """
+    own = artifact.folder / MODEL
+    assert base.place is not None
+    if base.place.resolve() != own.resolve():
+        raise ArtifactError(
+            f"{artifact.folder} has a model of its own, {own}, and drafts for no other; {base.name} is another",
+            "leave --base out",
         )
 
 

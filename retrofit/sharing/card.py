@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from retrofit.artifact.folder import CARD, published_name
+from retrofit.artifact.own import MODEL, told
 from retrofit.errors import UsageError
 from retrofit.named_bases import EMBEDDED, PACKAGED
 from retrofit.sharing.measured import Reported, model_index, summary
@@ -44,7 +45,7 @@ def published_card(
     """
     found = HEADER.match(text)
     header, body = _header(found[1] if found else ""), text[found.end() :] if found else text
-    header |= {"library_name": "retrofit", "pipeline_tag": "text-generation", **_base(config["base"])}
+    header |= {"library_name": "retrofit", "pipeline_tag": "text-generation", **_base(config)}
     if "base_model_relation" not in header:
         header.pop("base_model", None)  # a name that is none on the Hub leads to another model there, or nowhere
     header["tags"] = sorted({*TAGS, *_listed(header.get("tags"))})
@@ -71,11 +72,12 @@ def _header(text: str) -> dict[str, Any]:
     return content
 
 
-def _base(named: Mapping[str, Any]) -> dict[str, Any]:
-    """How the Hub knows the base; nothing for one that it does not have."""
+def _base(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the Hub knows the base, or what a model of its own was trained from; nothing for one it does not have."""
+    named = config.get("original", config["base"])
     if named.get("local") is True or REPOSITORY.fullmatch(named["model"]) is None:
         return {}
-    return {"base_model": named["model"], "base_model_relation": "adapter"}
+    return {"base_model": named["model"], "base_model_relation": "finetune" if "original" in config else "adapter"}
 
 
 def _listed(value: Any) -> list[str]:
@@ -88,9 +90,9 @@ def _part(
     certificate: Mapping[str, Any] | None,
     report: Reported | None,
 ) -> str:
-    return f"""{_verdict(certificate)}
+    return f"""{_verdict(certificate, config)}
 
-Its base is {_where(config["base"])}; any other is refused when it is loaded.
+{_about_base(config)}
 
 {usage(repository, config)}{summary(report)}"""
 
@@ -106,7 +108,16 @@ def _where(named: Mapping[str, Any]) -> str:
     return f"{name} at revision `{named['revision']}`" if named.get("revision") else name
 
 
-def _verdict(certificate: Mapping[str, Any] | None) -> str:
+def _about_base(config: Mapping[str, Any]) -> str:
+    if "original" not in config:
+        return f"Its base is {_where(config['base'])}; any other is refused when it is loaded."
+    return (
+        f"Its model is its own, in `{MODEL}/`, trained from {_where(config['original'])}; its output is not that of "
+        f"the original: {told(config['drift'])}."
+    )
+
+
+def _verdict(certificate: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:
     if certificate is None:
         return NOT_CERTIFIED
     where = ", ".join(
@@ -119,7 +130,8 @@ def _verdict(certificate: Mapping[str, Any] | None) -> str:
     level = f", level {certificate['level']}" if certificate.get("level") else ""
     date = f", {certificate['date']}" if certificate.get("date") else ""
     ran = f" What was certified: {where}." if where else ""
+    own = "its own " if "original" in config else ""
     return (
         f"**Certified** by `retrofit certify`{level}{date}: {count}, among them that `self_spec` gives the output of "
-        f"`ar`.{ran} `certificate.json` has the figures."
+        f"{own}`ar`.{ran} `certificate.json` has the figures."
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from retrofit.artifact.folder import CARD, LOAD_BEARING, MANIFEST
+from retrofit.artifact.own import ADAPTERS, FILE
 from retrofit.errors import UsageError
 
 REPOSITORY = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
@@ -46,4 +47,5 @@ def on_hub(name: str | Path) -> Repository | None:
 
 def is_shared(name: str) -> bool:
     """Whether a file of an artifact, by its POSIX path, is pushed and fetched.  Any other stays where it is."""
-    return name in (*LOAD_BEARING, MANIFEST, CARD) or ADDED.fullmatch(name) is not None
+    of_model = FILE.fullmatch(name) is not None and name not in ADAPTERS
+    return name in (*LOAD_BEARING, MANIFEST, CARD) or of_model or ADDED.fullmatch(name) is not None

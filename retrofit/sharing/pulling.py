@@ -225,5 +225,7 @@ def _check_sizes(new: Path, files: dict[str, RemoteFile]) -> None:
     """Before anything large is fetched: the configuration is one, and the manifest is of these files."""
     artifact.read_config(new)
     for name, (size, _) in artifact.recorded(new).items():
+        if name not in files:
+            raise ArtifactError(f"{name}: is not there, though the manifest names it", OWNER)
         if files[name].size != size:
             raise ArtifactError(f"{name}: has {files[name].size:,} bytes, the manifest says {size:,}", OWNER)

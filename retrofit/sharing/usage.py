@@ -32,6 +32,14 @@ config.alora_invocation_tokens = None
 model = PeftModel.from_pretrained(base, "{repository}", subfolder="adapter", config=config)
 ```"""
 
+TRANSFORMERS = """Its model is an ordinary one to any other program, without the drafts:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{repository}", subfolder="model")
+```"""
+
 VLLM = """vLLM drafts with it (`pip install "retrofit-lm[vllm]"`):
 
 ```sh
@@ -58,7 +66,9 @@ def usage(repository: str, config: Mapping[str, Any]) -> str:
         "revision": f", revision={json.dumps(revision)}" if revision and not local else "",
     }
     parts = [RETROFIT]
-    if local or ("/" in named["model"] and "gguf" not in named):
+    if config["profile"] == "joint":
+        parts.append(TRANSFORMERS)
+    elif local or ("/" in named["model"] and "gguf" not in named):
         parts.append(PEFT)
     parts += [text for engine, text in (("vllm", VLLM), ("sglang", SGLANG)) if fits(config, engine)]
     return "\n\n".join(part.format(**fields) for part in parts)

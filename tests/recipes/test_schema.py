@@ -128,7 +128,7 @@ def test_unknown_keys_suggest_what_was_meant(key, meant):
 
 def test_unknown_keys_like_no_other_list_what_there_is():
     assert problem("draft.foo=1").endswith("`draft` has block, input, attention, shift, seed_row")
-    assert problem("foo=1").endswith("a recipe has base, profile, adapter, draft, objective, data, train")
+    assert problem("foo=1").endswith("a recipe has base, profile, adapter, draft, objective, data, train, joint")
 
 
 @pytest.mark.parametrize(

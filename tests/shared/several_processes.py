@@ -108,7 +108,7 @@ def saved_model(folder: Path, name: str = "llama") -> Path:
 
 def run_folder(out: Path, model: Path, texts: Path, **options: Any) -> artifact.Artifact:
     """As `tiny_conversion.run`, of a model in a folder."""
-    recipe = {key.replace("__", "."): options.pop(key) for key in list(options) if "__" in key}
+    recipe = {key.replace("__", "."): options.pop(key) for key in list(options) if "__" in key or key == "profile"}
     overrides = {**RECIPE, "data.source": str(texts), **recipe}
     return convert(str(model), "tiny", out, overrides, quiet=True, offline=True, **options)
 

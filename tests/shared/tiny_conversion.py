@@ -59,7 +59,7 @@ def write_texts(folder: Path) -> Path:
 
 def run(out: Path, texts: Path, **options: Any) -> artifact.Artifact:
     """Convert a tiny model, `base`; other options are those of `convert`, or recipe keys with `__` for the dot."""
-    recipe = {key.replace("__", "."): options.pop(key) for key in list(options) if "__" in key}
+    recipe = {key.replace("__", "."): options.pop(key) for key in list(options) if "__" in key or key == "profile"}
     overrides = {**RECIPE, "data.source": str(texts), **recipe}
     options = {"quiet": True, "tokenizer": tokenizer(), **options}
     return convert(any_tiny(options.pop("base", "llama")), "tiny", out, overrides, **options)

@@ -28,6 +28,7 @@ from retrofit.recipes.dry_run.rehearsal import BASE, Rehearsal, rehearsal
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.regenerate import BATCH
+from retrofit.recipes.training.joint.trainer import JointTrainer, trainer_for
 from retrofit.recipes.training.measure import held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER
 from retrofit.recipes.training.prepare import attached_to
@@ -37,11 +38,12 @@ from retrofit.runtime.backends.hf.cache import KVCache
 
 ADAPTER, GRADIENTS, MOMENTS = "adapter weights", "gradients", "optimizer moments"
 CLEAN, DRAFT, LOSS, OTHER = "clean forward", "draft rows", "logits of a chunk", "other tensors"
+ORIGINAL = "the original's weights"
 TEXT, FILES, CUDA = "text and tokenizer", "files in memory", "CUDA context (not measured)"
 KEPT = "freed, not given back"
 
 LOADING, ATTACHING, BUFFERS = "loading the base", "attaching the adapter", "beginning a step"
-CLEAN_FORWARD = "clean forward"
+CLEAN_FORWARD, CLEAN_AGAIN, MERGING = "clean forward", "clean half, backward", "merging"
 FORWARD, CHUNKS, BACKWARD = "draft rows, forward", "loss, chunk by chunk", "draft rows, backward"
 ADDING, STEP = "adding up gradients", "optimizer step"
 SAVING, MEASURING = "writing a checkpoint", "measuring at the end"
@@ -80,11 +82,13 @@ class Parameters:
     mask_vector: int
     markov_head: int
     confidence_head: int
+    along: int
+    """Of the base's, or of a LoRA on all rows; 0 in the profile `frozen`."""
     modules: dict[str, int]
 
     @property
     def trained(self) -> int:
-        return self.lora + self.mask_vector + self.markov_head + self.confidence_head
+        return self.lora + self.mask_vector + self.markov_head + self.confidence_head + self.along
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ def _whole(plan: Recipe, config: PreTrainedConfig, device: str, around: Surround
         base = _bytes(attached.base_parameters()) + _bytes(attached.model.buffers())
         weights = _bytes(trainer.trained)
         moments = _bytes(t for state in trainer.optimizer.state.values() for t in state.values())
-        parameters, dtype = _parameters(attached), attached.model.dtype
+        parameters, dtype = _parameters(attached, trainer), attached.model.dtype
     on_host = kind == "cpu"
     stored = getattr(torch, around.stored) if around.stored else dtype
     file = base * stored.itemsize // dtype.itemsize if on_host and stored != dtype else 0
@@ -204,7 +208,8 @@ def _whole(plan: Recipe, config: PreTrainedConfig, device: str, around: Surround
         if plan.train.save_every:
             documents = SHUFFLE_BUFFER * plan.data.max_length * PACKED_TOKEN
             phases[SAVING] = {**rest, FILES: min(AT_ONCE, moments) + documents}
-        phases[PUBLISHING] = {**rest, FILES: min(AT_ONCE, weights)}
+        model = base if plan.profile == "joint" else 0  # transformers makes the whole file in memory
+        phases[PUBLISHING] = {**rest, FILES: min(AT_ONCE, weights) + model}
     beside = {TEXT: _text(plan) + around.tokenizer} if on_host else {CUDA: CUDA_CONTEXT}
     moments_by_phase = {}
     for name, holds in phases.items():
@@ -221,8 +226,12 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: st
     base = Base(model, None, plan.base.model, None, None, {})
     attached, backend = attached_to(base, plan)
     stage.label(ADAPTER, attached.parameters())
-    trainer = Trainer(attached, backend, plan)
-    trainer.optimizer.param_groups[0]["foreach"] = kind != "cpu"  # PyTorch's choice: all parameters at once on a GPU
+    stage.phase(ATTACHING, ORIGINAL)
+    trainer = trainer_for(attached, backend, plan)
+    stage.label(ADAPTER, trainer.trained)
+    stage.label(BASE, attached.base_parameters())
+    for group in trainer.optimizer.param_groups:
+        group["foreach"] = kind != "cpu"  # PyTorch's choice: all parameters at once on a GPU
     run, add_up = backend.run_trunk, trainer.set_gradients
 
     def added_up(*sums: Any) -> None:
@@ -240,6 +249,9 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: st
         trainer.update()
         stage.label(MOMENTS, [t for state in trainer.optimizer.state.values() for t in state.values()])
     stage.phase(REST, OTHER)
+    if isinstance(trainer, JointTrainer):
+        stage.phase(MERGING, ORIGINAL)
+        trainer.weights.merge()
     if plan.data.responses == "regenerate":
         stage.phase(WRITING, CLEAN)
         _write_responses(plan, backend)
@@ -259,8 +271,11 @@ def _with_phases(stage: Rehearsal, trainer: Trainer, run: Callable[..., Tensor])
 
     def run_trunk(rows: RowPlan, cache: KVCache) -> Tensor:
         stage.label(GRADIENTS, [p.grad for p in trainer.trained])
-        if rows.draft is None:
+        if rows.draft is None and not torch.is_grad_enabled():
             stage.phase(CLEAN_FORWARD, CLEAN)
+            return run(rows, cache)
+        if rows.draft is None:
+            stage.phase(CLEAN_AGAIN, CLEAN)
             return run(rows, cache)
         stage.phase(FORWARD, DRAFT)
         hidden = run(rows, cache)
@@ -294,7 +309,7 @@ def _text(plan: Recipe) -> int:
     return window * (SHUFFLE_BUFFER + plan.train.batch_size * plan.train.accumulation)
 
 
-def _parameters(attached: Attached) -> Parameters:
+def _parameters(attached: Attached, trainer: Trainer | None = None) -> Parameters:
     heads = attached.heads
     named = dict(heads.named_parameters())
     markov = count(p for name, p in named.items() if name.startswith("markov"))
@@ -302,7 +317,11 @@ def _parameters(attached: Attached) -> Parameters:
     lora = count(attached.lora_parameters())
     modules = Counter(n.rsplit(".", 1)[-1] for n, m in attached.peft_model.named_modules() if hasattr(m, "lora_A"))
     base = count(attached.base_parameters())
-    return Parameters(base, lora, count([heads.mask_vector]), markov, confidence, dict(sorted(modules.items())))
+    along = count(trainer.weights.forwarded) if isinstance(trainer, JointTrainer) else 0
+    if isinstance(trainer, JointTrainer) and not trainer.recipe.joint.gated:
+        lora = 0
+    vector = count([heads.mask_vector])
+    return Parameters(base, lora, vector, markov, confidence, along, dict(sorted(modules.items())))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -33,10 +33,10 @@ from retrofit.recipes.text.documents import FILE_SUFFIXES, HUB_ID, documents
 from retrofit.recipes.text.faults import Skipped
 from retrofit.recipes.text.prompts import PREFIX
 from retrofit.recipes.training.checkpoint import KEPT
+from retrofit.recipes.training.joint.trainer import trainer_for
 from retrofit.recipes.training.measure import MEASURED, held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
-from retrofit.recipes.training.step import Trainer
 from retrofit.weight_files import dtype_name, stored_dtype, weights_here
 
 PROBE_SECONDS = 20.0
@@ -186,7 +186,7 @@ def _disk(
         "checkpoint": checkpoint,
         "checkpoints_kept": kept,
         "checkpoints": (kept + 1) * checkpoint,
-        "artifact": found.weights,
+        "artifact": found.weights + (found.base if plan.profile == "joint" else 0),
         "download": 0 if files else _download(found, config, folder),
         "free": shutil.disk_usage(place).free,
     }
@@ -248,7 +248,7 @@ def _time(
     try:
         base = open_base(None, plan, device, offline, trust_remote_code, need_tokenizer=False)
         attached, backend = attached_to(base, plan)
-        trainer = Trainer(attached, backend, plan)
+        trainer = trainer_for(attached, backend, plan)
         full = windows_of(plan, backend.head.vocab, 0)[:batch]
 
         def step(count: int) -> tuple[float, float, int]:

@@ -37,8 +37,10 @@ def _columns(rows: list[tuple[str, str, str]]) -> list[str]:
 def _parameter_lines(counted: dict[str, Any]) -> list[str]:
     modules = ", ".join(f"{count} {name}" for name, count in counted["modules"].items())
     names = {"base": "base", "lora": "LoRA", "mask_vector": "mask vector", "markov_head": "Markov head"}
-    names |= {"confidence_head": "confidence head", "trained": "trained"}
-    notes = {"lora": f"on {modules}", "trained": f"{counted['share']:.2%} of the base"}
+    names |= {"confidence_head": "confidence head", **({"along": "trained along"} if counted["along"] else {})}
+    names |= {"trained": "trained"}
+    notes = {"lora": f"on {modules}", "along": "the base's, or a LoRA on all rows"}
+    notes |= {"trained": f"{counted['share']:.2%} of the base"}
     return _columns([(label, f"{counted[key]:,}", notes.get(key, "")) for key, label in names.items()])
 
 

@@ -6,7 +6,7 @@ L_draft: all-masked blocks against the base's own distribution p at the same pos
          loss is one of `losses/rows.py`, a slot's share one of `losses/slots.py`.
 L_diff:  partly masked blocks against the data: CE weighted (K-1)/m, m of K-1 tokens masked (MDLM-style ELBO weight).
 L_conf:  BCE of the confidence head to the greedy hit 1[argmax q = argmax p] and to the sampled one, 1 - TV(p, q).
-L_AR:    next-token CE of the base rows; no gradient in the `frozen` profile.
+L_AR:    next-token CE of the base rows; no gradient in the `frozen` profile, and `joint/` has what `joint` makes of it.
 
 Every term is a sum over its tokens and a denominator of its own; the caller divides once all sums are in, so that
 accumulation steps and ranks add up exactly.  Rows meet the vocabulary in chunks, so [rows, V] never exists whole.
@@ -27,6 +27,7 @@ from torch import Tensor
 from retrofit.adapters.heads import Heads
 from retrofit.recipes.training.losses.rows import data_loss, dot, draft_loss
 from retrofit.recipes.training.losses.slots import SLOT_WEIGHTS
+from retrofit.runtime.backends.hf.backend import VocabHead
 from retrofit.runtime.backends.sizes import size_for
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -43,6 +44,8 @@ class Sums:
 
     ar: float = 0.0
     ar_count: int = 0
+    kl: float = 0.0
+    """Divergence of base rows from the original's; of the `joint` profile, where it has the denominator of `ar`."""
     diff: float = 0.0
     diff_count: int = 0
     draft: float = 0.0
@@ -52,15 +55,24 @@ class Sums:
     accept: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[D, 3] per slot: sum of (1 - TV), greedy hits, eligible rows."""
 
-    def loss(self, alpha: float, beta: float, gamma: float) -> dict[str, float]:
-        """The four terms and their weighted sum, each divided by its own denominator."""
+    def loss(
+        self, alpha: float, beta: float, gamma: float, anchors: tuple[float, float] | None = None
+    ) -> dict[str, float]:
+        """The four terms and their weighted sum, each divided by its own denominator.
+
+        anchors: of the `joint` profile, the weights in L_AR of `ar` and of `kl`, which is then among the terms.
+        """
         parts = {
             "ar": self.ar / max(self.ar_count, 1),
             "diff": self.diff / max(self.diff_count, 1),
             "draft": self.draft / max(self.draft_weight, 1e-9),
             "conf": self.conf / max(self.conf_count, 1),
         }
-        parts["total"] = parts["ar"] + alpha * parts["diff"] + beta * parts["draft"] + gamma * parts["conf"]
+        first = parts["ar"]
+        if anchors is not None:
+            parts["kl"] = self.kl / max(self.ar_count, 1)
+            first = anchors[0] * parts["ar"] + anchors[1] * parts["kl"]
+        parts["total"] = first + alpha * parts["diff"] + beta * parts["draft"] + gamma * parts["conf"]
         return parts
 
 
@@ -194,6 +206,7 @@ class Drafts:
     def __init__(self, hidden_NH: Tensor, previous_N: Tensor, project: Callable[[Tensor], Tensor], heads: Heads):
         self.hidden, self.previous, self.heads = hidden_NH.detach().requires_grad_(), previous_N, heads
         self.trunk = project(self.hidden)
+        self._projection = project.trained() if isinstance(project, VocabHead) else []
         self.logits = self.trunk.detach().float()
         """[N, V] in fp32."""
         self.first: Tensor | None = None
@@ -207,6 +220,10 @@ class Drafts:
         if self.first is not None and w1 is not None and w2 is not None:
             _gradient(w2).addmm_(gradient_NV.T, self.first * weight)
             _gradient(w1).index_add_(0, self.previous, (gradient_NV @ w2.detach()) * weight)
+        if self._projection:  # of the `joint` profile: the vocabulary's weights get theirs
+            self.trunk.backward((gradient_NV * weight).to(self.trunk.dtype))
+            assert self.hidden.grad is not None
+            return self.hidden.grad
         (got,) = torch.autograd.grad(self.trunk, self.hidden, gradient_NV.to(self.trunk.dtype))
         return got * weight.to(got.dtype)
 

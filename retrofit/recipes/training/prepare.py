@@ -17,6 +17,7 @@ from retrofit.adapters.live import refuse_live
 from retrofit.errors import UsageError
 from retrofit.hub import Base, live_fingerprint, load_base
 from retrofit.recipes.schema import Recipe, load_recipe
+from retrofit.recipes.training.joint.model_folder import refuse_unwritable
 from retrofit.recipes.training.recompute import recompute_layers
 from retrofit.runtime.backends.context import context_length
 from retrofit.runtime.backends.hf.backend import HFBackend, wrap
@@ -43,8 +44,6 @@ def resolve(
         plan = load_recipe(name, overrides)
     if isinstance(model, str):
         plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": model})})
-    if plan.profile == "joint":
-        raise UsageError("profile joint is not built yet", "use profile=frozen, which keeps the base bit-identical")
     return plan
 
 
@@ -83,6 +82,8 @@ def attached_to(base: Base, plan: Recipe) -> tuple[Attached, HFBackend]:
     """
     layout = DraftLayout(**plan.draft.model_dump())
     refuse_unsupported(base.model)
+    if plan.profile == "joint":
+        refuse_unwritable(base.model)
     context = context_length(base.model.config.get_text_config())
     if layout.block >= context:
         raise UsageError(f"draft.block is {layout.block}, the context of {base.name} is {context}", "lower draft.block")

@@ -196,6 +196,7 @@ class Session:
         with torch.no_grad():
             for name, parameter in zip(self.trainer.names, self.trainer.trained, strict=True):
                 parameter.copy_(weights[name])
+        self.trainer.follow()
 
     def _needed(self, history: Sequence[Mapping[str, Any]]) -> list[int]:
         """The step to publish, if it is not simply the last one."""

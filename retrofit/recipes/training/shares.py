@@ -53,6 +53,8 @@ def check_processes(plan: Recipe, live: bool, processes: Processes | None) -> No
             f"train.batch_size is {batch_size}, but there are {size} processes: each needs a sequence",
             f"add train.batch_size={size}, or start {batch_size} process{'es' if batch_size > 1 else ''}",
         )
+    if processes.sharded and plan.profile == "joint":
+        raise UsageError("profile joint does not go with FSDP", "start the processes without FSDP, or use one")
     if processes.sharded and live:
         raise UsageError("FSDP cannot split a live model", "give the model's folder or Hub id")
     if processes.sharded and plan.data.responses == "regenerate":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,19 +73,36 @@ class Trainer:
     Between two steps, and until `update` is called, all that the training has learned is in `state()`.
     """
 
+    anchors: tuple[float, float] | None = None
+    """Weights in L_AR of the cross-entropy to the text and of the divergence from the original; None: not trained."""
+
     def __init__(self, attached: Attached, backend: HFBackend, recipe: Recipe, processes: Processes | None = None):
         self.attached, self.backend, self.recipe, self.processes = attached, backend, recipe, processes
-        trained = {name: p for name, p in attached.named().items() if p.requires_grad}
+        trained = self._trained()
         self.names, self.trained = list(trained), list(trained.values())
+        self.forwarded = self.trained
+        """What the model computes with and gets gradients, of each parameter that the optimizer moves."""
         confidence = {
             id(attached.heads.confidence_weight),
             id(getattr(attached.heads, "confidence_bias", None)),
         }
         self.is_confidence = [id(p) in confidence for p in self.trained]
         # Vectors and head tables are not matrices acting on activations: no weight decay anywhere, plain AdamW.
-        self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.train.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        groups = self._groups()
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.train.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.steps_done = 0
         self._seconds_clean = 0.0
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """All that the optimizer moves, by name."""
+        return {name: p for name, p in self.attached.named().items() if p.requires_grad}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, in the order of `trained`; `rate`: what the learning rate is multiplied by."""
+        return [{"params": self.trained, "rate": 1.0}]
+
+    def follow(self) -> None:
+        """Let the model compute with what was moved, or read."""
 
     @property
     def layout(self) -> DraftLayout:
@@ -119,18 +137,20 @@ class Trainer:
             both, drafts = [*draft_gradients, *diff_gradients], self.layout.drafts
             clean_rows, draft_rows = shares.add_up(sums, drafts, (clean_rows, draft_rows), both)
         self.set_gradients(sums, draft_gradients, diff_gradients)
+        self._add_base_gradients(sums)
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip))
         objective = self.recipe.objective
-        loss = sums.loss(objective.alpha, objective.beta, objective.gamma)
+        loss = sums.loss(objective.alpha, objective.beta, objective.gamma, self.anchors)
         seconds = self._seconds_clean if self.backend.device.type == "cpu" else None
         return StepResult(loss, norm, sums, clean_rows, draft_rows, anchors, seconds)
 
     def update(self) -> None:
         """Move the weights by the gradients."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.steps_done)
+            group["lr"] = learning_rate(self.recipe, self.steps_done) * group["rate"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.follow()
         self.steps_done += 1
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -161,6 +181,7 @@ class Trainer:
             for number, name in enumerate(self.names)
         }
         self.optimizer.load_state_dict(optimizer)
+        self.follow()
         self.steps_done = steps_done
 
     def _accumulate(
@@ -176,7 +197,7 @@ class Trainer:
         rngs = [document_rng(recipe.train.seed, epoch, document.id) for document, epoch in batch]
         give_back()
         begin = time.perf_counter()
-        cache, clean_hidden = clean_forward(backend, documents, self._forwards(documents))
+        cache, clean_hidden = self._clean(documents, sums)
         self._seconds_clean += time.perf_counter() - begin
         with_entropy = recipe.objective.draft_loss in WITH_ENTROPY
         teacher = Teacher(clean_hidden, backend.head, self.attached.heads.vocab, with_entropy)
@@ -216,11 +237,18 @@ class Trainer:
             missed = missed_anchors(first_group, best.cpu().numpy(), len(documents))
             rows += len(run("missed", again, missed)[0]) * layout.block
         teacher.forget()
-        _move_gradients(self.trained, draft_gradients)
+        self._move_gradients("draft", draft_gradients)
         if diffusion:
             rows += len(run("masked", diffusion)[0]) * layout.block
-            _move_gradients(self.trained, diff_gradients)
+            self._move_gradients("diff", diff_gradients)
         return int(clean_hidden.shape[0]), rows
+
+    def _clean(self, documents: list[Document], sums: Sums) -> tuple[KVCache, Tensor]:
+        """The clean half of a batch: what `clean_forward` returns."""
+        return clean_forward(self.backend, documents, self._forwards(documents))
+
+    def _add_base_gradients(self, sums: Sums) -> None:
+        """Of the weights that base rows run through; they have none in the `frozen` profile."""
 
     def _forwards(self, documents: list[Document]) -> int:
         """How many the clean rows of a batch take at least: as many as another process runs that shares the layers."""
@@ -243,6 +271,13 @@ class Trainer:
         drafting.backward(gradient)
         return best
 
+    def _move_gradients(self, term: str, buffers: list[Tensor]) -> None:
+        """Move gradients into the buffers of the term they belong to."""
+        for p, buffer in zip(self.forwarded, buffers, strict=True):
+            if p.grad is not None:
+                buffer += p.grad
+                p.grad = None
+
     def set_gradients(self, sums: Sums, draft_gradients: list[Tensor], diff_gradients: list[Tensor]) -> None:
         """The gradients of the whole loss, each term's divided by its denominator."""
         objective = self.recipe.objective
@@ -253,14 +288,6 @@ class Trainer:
             self.trained, draft_gradients, diff_gradients, self.is_confidence, strict=True
         ):
             p.grad = from_draft * confidence if is_confidence else from_draft * draft + from_diff * diff
-
-
-def _move_gradients(parameters: list[nn.Parameter], buffers: list[Tensor]) -> None:
-    """Move gradients into the buffers of the term they belong to."""
-    for p, buffer in zip(parameters, buffers, strict=True):
-        if p.grad is not None:
-            buffer += p.grad
-            p.grad = None
 
 
 def slot_report(sums: Sums) -> dict[str, list[float]]:

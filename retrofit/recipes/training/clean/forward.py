@@ -61,10 +61,11 @@ def clean_forward(backend: HFBackend, documents: Sequence[Document], forwards: i
     return cache, hidden
 
 
-def pieces_of(lengths: Sequence[int], device: torch.device) -> list[list[Part]]:
+def pieces_of(lengths: Sequence[int], device: torch.device, multiple: int = 1) -> list[list[Part]]:
     """The parts of documents of these lengths that each forward computes, shortest documents first.
 
-    What counts is the rectangle that attention makes of a piece: its documents times the longest of them.
+    What counts is the rectangle that attention makes of a piece: its documents times the longest of them.  multiple:
+    parts of a longer document begin at multiples of so many tokens.
     """
     most = size_for(PIECE_ROWS, device)
     pieces: list[list[Part]] = []
@@ -73,6 +74,7 @@ def pieces_of(lengths: Sequence[int], device: torch.device) -> list[list[Part]]:
         length = lengths[number]
         if length > most:
             rows = max(1, min(most, size_for(PIECE_MASK, device) // length))
+            rows = max(rows // multiple, 1) * multiple
             pieces += [[(number, start, min(start + rows, length))] for start in range(0, length, rows)]
             continue
         if together and (len(together) + 1) * length > most:

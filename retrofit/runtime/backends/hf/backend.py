@@ -101,6 +101,11 @@ class VocabHead:
         times, over = (float(getattr(config, name, None) or 1.0) for name in ("logit_scale", "logits_scaling"))
         self.scale = times * float(getattr(config, "lm_head_multiplier", None) or 1.0) / over
 
+    def trained(self) -> list[nn.Parameter]:
+        """Its parameters that require gradients."""
+        modules = [self.project] if self.before is None else [self.project, self.before]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> [N, V]."""
         before = self.gate.base_rows

@@ -1,13 +1,14 @@
-"""Attention of draft rows in training: frozen keys below each block, and the block itself, under one softmax.
+"""Attention of draft rows in training: the cache's keys below each block, and the block itself, under one softmax.
 
-    a tile: some blocks of one sequence     far: keys of the cache, no gradient   near: the block's own rows
+    a tile: some blocks of one sequence     far: keys of the cache                near: the block's own rows
                                             low ......................... high
     rows of a block that starts at 20       seen up to 19 | hidden                all, or those to the left
     rows of a block that starts at 31       seen up to 30         | hidden        all, or those to the left
     rows of a block that starts at 47       seen up to 46                         all, or those to the left
 
 A tile reads the keys up to the last that any of its blocks sees, from the first inside the sliding window; scores exist
-for one tile at a time and are made anew in the backward pass, and nothing is computed for the gradient of frozen keys.
+for one tile at a time and are made anew in the backward pass, and nothing is computed for the gradient of far keys
+where nobody asks for it, as in the `frozen` profile.
 So time follows what is seen, and memory is linear in length.  Far and near are normalised apart and mixed by their
 shares of the whole sum, so that the keys of the cache are read in place.  Plain torch, any device.
 
@@ -113,7 +114,7 @@ def _tile(rows: BlockRows, first: int, stop: int, window: Window | None, causal:
 def block_attention(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, call: Call) -> Tensor:
     """query [Hq, N, D], key [Hk, N, D] and value [Hk, N, Dv] of draft rows -> [Hq, N, Dv].
 
-    keys [slots, Hk, capacity, D] and values [slots, Hk, capacity, Dv] are a cache layer; they get no gradient.
+    keys [slots, Hk, capacity, D] and values [slots, Hk, capacity, Dv] are a cache layer.
     """
     out: Tensor = _BlockAttention.apply(query, key, value, keys, values, call)
     return out
@@ -156,6 +157,10 @@ class _BlockAttention(torch.autograd.Function):
         query, key, value, keys, values, out, far_share, lse = ctx.saved_tensors
         call: Call = ctx.call
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        d_keys, d_values = (
+            torch.zeros(t.shape, device=t.device) if wanted else None  # fp32: many blocks add to one key
+            for t, wanted in zip((keys, values), ctx.needs_input_grad[3:5], strict=True)
+        )
         for tile in call.tiles:
             view = _View(tile, call)
             q, k, v, given = view.rows(query), view.block(key), view.block(value), view.rows(gradient)
@@ -175,9 +180,16 @@ class _BlockAttention(torch.autograd.Function):
                 far = torch.softmax(far, dim=-1)
                 d_far = product(given, view.cached(values).transpose(1, 2)).sub_(mean).mul_(far)
                 d_far = (d_far if slope is None else d_far.mul_(slope)).to(q.dtype)
-                into = torch.bmm(d_far, seen).float().mul_(view.rows(far_share[..., None])).add_(into)
+                share = view.rows(far_share[..., None])
+                if d_values is not None:
+                    view.cached(d_values).add_(product(far.mul(share).to(q.dtype).transpose(1, 2), given))
+                if d_keys is not None:
+                    shared = d_far.mul(share.to(q.dtype)).transpose(1, 2)
+                    view.cached(d_keys).add_(product(shared, q), alpha=call.scaling)
+                into = torch.bmm(d_far, seen).float().mul_(share).add_(into)
             view.put(d_query, into.mul_(call.scaling))
-        return d_query, d_key, d_value, None, None, None
+        far_gradients = (None if d is None else d.to(t.dtype) for d, t in ((d_keys, keys), (d_values, values)))
+        return d_query, d_key, d_value, *far_gradients, None
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class Record:
         """(layer, name of an input) -> [slots, length, ..]; the convolution's is "before", its reach more in front."""
         self.states: dict[int, Tensor] = {}
         """Layer -> [slots, n, H, Dk, Dv] after 0, STRIDE, 2 STRIDE, .. rows."""
+        self.watched = False
+        """Whether gradients of all that is kept here are wanted."""
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +88,7 @@ def at_anchors(
     names = list(block_inputs)
 
     def piece(some: slice, *tensors: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and record.watched):
             states = _state_at(record, layer, slots[some], starts[some], names, run)
         return run(dict(zip(names, tensors, strict=True)), states, None)
 

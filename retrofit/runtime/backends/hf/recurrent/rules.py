@@ -224,7 +224,10 @@ def of_prompts(
     outs = []
     for slot, start, some in rows.prompts():
         given = {name: tensor[:, some] for name, tensor in inputs.items()}
-        out, states[slot : slot + 1] = run(None if start == 0 else states[slot : slot + 1], given)
+        before = None if start == 0 else states[slot : slot + 1]
+        if before is not None and before.requires_grad:
+            before = before.clone()  # the state behind these rows is written over it
+        out, states[slot : slot + 1] = run(before, given)
         outs.append(out)
         if rows.states.record is not None:
             rows.states.record.note(rows.layer, slot, start, {name: given[name][0] for name in kept})

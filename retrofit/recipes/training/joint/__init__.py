@@ -1,0 +1,1 @@
+"""The profile `joint`: the base's own weights are trained along."""

@@ -15,8 +15,8 @@ from retrofit.hub import Base
 from retrofit.recipes.dry_run import estimate
 from retrofit.recipes.dry_run.rehearsal import Holdings, rehearsal
 from retrofit.recipes.schema import load_recipe
+from retrofit.recipes.training.joint.trainer import trainer_for
 from retrofit.recipes.training.prepare import attached_to
-from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.rules.sampling import gumbel_noise
 
 MODELS = ["llama", "qwen3_moe", "deepseek_v3"]
@@ -29,7 +29,7 @@ def small(*overrides):
 def real_trainer(name, plan):
     model = ARCHITECTURES[name]()
     attached, backend = attached_to(Base(model, None, name, None, None, {}), plan)
-    return Trainer(attached, backend, plan)
+    return trainer_for(attached, backend, plan)
 
 
 def real_peak(trainer, plan):
@@ -50,8 +50,9 @@ def real_peak(trainer, plan):
 def rehearsed_peak(name, plan):
     """The same of a rehearsal."""
     found = estimate.estimate(plan, CONFIGS[name]())
-    rest = {estimate.BASE, estimate.ADAPTER, estimate.MOMENTS, estimate.TEXT}
-    in_step = (estimate.BUFFERS, estimate.CLEAN_FORWARD, estimate.FORWARD, estimate.CHUNKS, estimate.BACKWARD)
+    rest = {estimate.BASE, estimate.ADAPTER, estimate.MOMENTS, estimate.TEXT, estimate.ORIGINAL}
+    in_step = [estimate.BUFFERS, estimate.CLEAN_FORWARD, estimate.FORWARD, estimate.CHUNKS, estimate.BACKWARD]
+    in_step += [estimate.CLEAN_AGAIN] if plan.profile == "joint" else []
     phases = [found.phases[phase].holds for phase in in_step]
     return max(sum(size for kind, size in holds.items() if kind not in rest) for holds in phases)
 
@@ -93,6 +94,16 @@ def test_recipes_are_followed(overrides, bare_heap):
     assert rehearsed_peak("qwen3", plan) == pytest.approx(
         real_peak(real_trainer("qwen3", plan), plan), rel=0.07 if plan.train.checkpointing else 0.04
     )
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_training_the_base_along_is_rehearsed_too(name, weights, bare_heap):
+    plan = small("profile=joint", f"joint.weights={weights}", "joint.rank=4")
+    assert rehearsed_peak(name, plan) == pytest.approx(real_peak(real_trainer(name, plan), plan), rel=0.05)
+    found = estimate.estimate(plan, CONFIGS[name]())
+    assert found.parameters.trained == count(real_trainer(name, plan).trained)
+    assert found.phases[estimate.MEASURING].holds[estimate.ORIGINAL] > 0
 
 
 def test_recomputed_layers_take_less(bare_heap):

@@ -146,6 +146,10 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "acceptance.ranks": (lambda value: isinstance(value, dict), "an object"),
     "acceptance.ranks.greedy": (_lists_of_chances, "a list for each slot of numbers from 0 to 1"),
     "acceptance.ranks.sampled": (_lists_of_chances, "a list for each slot of numbers from 0 to 1"),
+    "infill.rows": (
+        _count_to(4 * MOST_ROWS, least=4),
+        f"a whole number from 4 to {4 * MOST_ROWS}: rows of the blocks that learned to fill a gap before known text",
+    ),
     "from.kind": (_one_of("artifact", "checkpoint"), "artifact or checkpoint, which its training began with"),
     "from.sha256": (_text, "the sha256 of that one's manifest"),
     "from.base": (_text, "what the base of that artifact is called"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from retrofit.cli.errors import not_text
 from retrofit.cli.options import (
     CONTEXT,
+    GENERATION,
     Loading,
     answering_options,
     artifact_argument,
@@ -26,7 +30,7 @@ from retrofit.cli.output import Totals, decodes_as, emit_json, result_json, say
 from retrofit.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrofit.runtime.engine import Event, Result
+    from retrofit.runtime.engine import Engine, Event, Result
 
 
 @click.command(context_settings=CONTEXT)
@@ -39,6 +43,9 @@ if TYPE_CHECKING:
 @click.option("-n", "n", type=click.IntRange(min=1), default=1, show_default=True,
               help="Outputs of each prompt, which is read once; they differ with a --temperature.")  # fmt: skip
 @click.option("--chat", "as_chat", is_flag=True, help="Each PROMPT is a user's message, for the chat template.")
+@click.option("--prefix", metavar="TEXT", help="What stands before a gap to fill; with --suffix.")
+@click.option("--suffix", metavar="TEXT", help="What stands behind it; the gap gets up to --max-new-tokens.")
+@click.option("--revise", metavar="TEXT", help="A text whose [[marked span]] is kept or replaced by what is likelier.")
 @system_option
 @base_option
 @seed_option
@@ -51,6 +58,9 @@ def generate(
     batch_size: int,
     n: int,
     as_chat: bool,
+    prefix: str | None,
+    suffix: str | None,
+    revise: str | None,
     system: str | None,
     base: str | None,
     seed: int,
@@ -64,13 +74,21 @@ def generate(
     --system they are messages for the model's chat template.  One output is streamed; several are printed in
     their order, each under a header.  With --json every result is one line.
 
+    With --prefix and --suffix what is printed fits between them, with --revise it is the whole text; both need an
+    artifact that was converted with objective.infill_share above 0, and are greedy.
+
     \b
     Examples:
       retrofit generate tiny-retrofit "def area(radius):"
       cat prompt.txt | retrofit generate tiny-retrofit --mode ar --temperature 0.8 --seed 7
       retrofit generate tiny-retrofit --json "import os" "class Stack:" > results.jsonl
       retrofit generate qwen-retrofit --chat --system "Answer in one word." -n 3 --temperature 1 "A colour?"
+      retrofit generate tiny-retrofit --prefix "def area(radius):" --suffix "radius ** 2" --max-new-tokens 8
+      retrofit generate tiny-retrofit --revise "import os, [[syss]]"
     """
+    if gap := _gap(prefix, suffix, revise, prompts):
+        _fill(gap, loading.engine(folder, base), options["max_new_tokens"], as_json)
+        return
     texts = [_stdin() if prompt == "-" else prompt for prompt in prompts or ("-",)]
     as_chat = as_chat or system is not None
     if options["template"] is not None and not as_chat:
@@ -91,6 +109,60 @@ def generate(
             output = f", output {result.sample + 1}" if n > 1 else ""
             click.echo(f"==> prompt {result.index + 1}{output} <==\n{result.text}")
     say(f"{totals.line()}; {decodes_as(engine)}")
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """What stands before and behind a gap, and what is in it now."""
+
+    prefix: str
+    suffix: str
+    now: str | None = None
+
+
+def _gap(prefix: str | None, suffix: str | None, revise: str | None, prompts: tuple[str, ...]) -> _Gap | None:
+    """The gap to fill; None: nobody asked.  Raises UsageError for what does not make one, or means nothing for it."""
+    given = {"--prefix": prefix, "--suffix": suffix, "--revise": revise}
+    named = [name for name, value in given.items() if value is not None]
+    if not named:
+        return None
+    if named not in (["--prefix", "--suffix"], ["--revise"]):
+        raise UsageError(f"{' and '.join(named)} make no gap", "give --prefix and --suffix, or --revise alone")
+    if prompts:
+        raise UsageError(f"a PROMPT means nothing beside {named[0]}", "leave it out")
+    context = click.get_current_context()
+    taken = {"mode", "max_new_tokens"}
+    for name in (*GENERATION, "batch_size", "n", "as_chat", "system", "seed"):
+        if name not in taken and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            flag = next(p.opts[-1] for p in context.command.params if p.name == name)
+            raise UsageError(f"{flag} means nothing beside {named[0]}: a gap is filled greedily, by one rule")
+    if context.get_parameter_source("mode") is not ParameterSource.DEFAULT and context.params["mode"] != "diffusion":
+        raise UsageError(f"a gap is filled by mode diffusion, not {context.params['mode']}", "leave --mode out")
+    if revise is None:
+        return _Gap(prefix or "", suffix or "")
+    parts = re.split(r"\[\[(.*?)\]\]", revise, flags=re.DOTALL)
+    if len(parts) != 3 or not parts[1]:
+        raise UsageError(f"--revise marks {len(parts) // 2} spans; it must mark one", 'such as "import os, [[syss]]"')
+    return _Gap(parts[0], parts[2], parts[1])
+
+
+def _fill(gap: _Gap, engine: Engine, longest: int | None, as_json: bool) -> None:
+    """Fill the gap and print it, or the whole text where one was to be revised."""
+    begin = time.perf_counter()
+    found = engine.infill(gap.prefix, gap.suffix, longest=longest, given=gap.now)
+    seconds = time.perf_counter() - begin
+    origins = {"filled": "filled by the drafter", "ar": "as ar goes on", "given": "what stood there"}
+    if as_json:
+        candidates = [
+            {"tokens": one.tokens, "origin": one.origin, "log_probability": round(one.log_probability, 4)}
+            for one in found.candidates
+        ]
+        said = {"text": found.text, "tokens": found.tokens, "candidates": candidates, "forwards": found.forwards}
+        emit_json({"prefix": gap.prefix, "suffix": gap.suffix, **said, "seconds": round(seconds, 3)})
+    else:
+        click.echo(found.text if gap.now is None else f"{gap.prefix}{found.text}{gap.suffix}")
+    best = found.candidates[0]
+    say(f"{origins[best.origin]}, the likeliest of {len(found.candidates)} candidates, in {seconds:.2f} s")
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:

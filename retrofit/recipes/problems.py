@@ -52,6 +52,25 @@ def nothing_trained(alpha: float, beta: float, share: float, anchors: int, block
     ]
 
 
+def infill_faults(share: float, diffusion_share: float, draft: Any) -> list[str]:
+    """What keeps blocks from learning to fill a gap; at most one line.  draft: the recipe's section of that name."""
+    if not share:
+        return []
+    if draft.attention == "causal":
+        return [
+            "objective.infill_share: with draft.attention causal no row sees what stands behind it, so there is "
+            "nothing to learn; set it to 0 or draft.attention to bidirectional"
+        ]
+    if draft.input == "noise":
+        return [
+            "objective.infill_share: with draft.input noise a row cannot tell a missing token from a known one; "
+            "set it to 0 or draft.input to mask"
+        ]
+    if not diffusion_share:
+        return ["objective.infill_share: is a share of L_diff's rows, and objective.diffusion_share is 0; raise that"]
+    return []
+
+
 def curriculum_faults(lengths: Sequence[int], block: int, shift: int) -> list[str]:
     """What is wrong with the lengths that blocks have before `draft.block`; at most one line."""
     least = 2 - shift  # with shift 0 the first row drafts nothing

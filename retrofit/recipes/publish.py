@@ -19,6 +19,7 @@ from retrofit.hub import Base
 from retrofit.named_bases import is_named
 from retrofit.recipes.naming import local_places, published_base, published_recipe
 from retrofit.recipes.schema import Recipe, dump_recipe
+from retrofit.recipes.training.blocks import gap_layout
 from retrofit.recipes.training.measure import HeldOut
 from retrofit.runtime.chat_template import identity
 from retrofit.weight_files import dtype_name
@@ -131,6 +132,7 @@ def _config(
         **({} if imported is None else {"imported": dict(imported)}),
         "profile": plan.profile,
         "draft": attached.layout.to_dict(),
+        **({"infill": {"rows": gap_layout(attached.layout).block}} if plan.objective.infill_share else {}),
         "adapter": {
             "rank": plan.adapter.rank,
             "alpha": plan.adapter.alpha,

@@ -101,6 +101,8 @@ class Objective(Section):
     """Weight of L_conf, which trains the confidence head alone."""
     diffusion_share: float = Field(0.25, ge=0, le=1)
     """Share of the blocks that train L_diff; the others train L_draft."""
+    infill_share: float = Field(0.0, ge=0, le=1)
+    """Share of L_diff's rows in blocks that see the text behind a gap: `retrofit generate --suffix` needs some."""
     draft_loss: Literal["tv_ce", "tv", "kl", "lk", "ce"] = "tv_ce"
     """`tv_ce` is 0.9 total variation + 0.1 cross-entropy to the base's most likely token, `lk` that cross-entropy + a
     blend of `kl` and `tv` that leans to `tv` as drafts get better, `ce` the cross-entropy to the text."""
@@ -299,6 +301,7 @@ class Recipe(Section):
                 "set it to 0 or raise draft.block"
             )
         weights = self.objective
+        problems += faults.infill_faults(weights.infill_share, weights.diffusion_share, self.draft)
         problems += faults.curriculum_faults(self.train.curriculum, self.draft.block, self.draft.shift)
         problems += faults.nothing_trained(
             weights.alpha, weights.beta, weights.diffusion_share, self.train.anchors, self.draft.block

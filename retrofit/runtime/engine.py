@@ -25,6 +25,7 @@ from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.runtime.backends.hf.exact_rows import Settled
 from retrofit.runtime.backends.interface import BUCKET_ROWS, Backend, Stepper
 from retrofit.runtime.chat_template import warn_of_differences
+from retrofit.runtime.host.infilling import Filled, infill
 from retrofit.runtime.host.modes import prefill_step
 from retrofit.runtime.loading import asked_base, fits_fused, fused_backend, prepare, untrained, with_adapter
 from retrofit.runtime.loading import check_options as check_loading
@@ -33,7 +34,7 @@ from retrofit.runtime.params import Keywords
 from retrofit.runtime.plan import Cycle, Limits, cycle_of
 from retrofit.runtime.prefixes.pieces import Pieces
 from retrofit.runtime.prefixes.reuse import check_budget, pieces_for, pieces_of
-from retrofit.runtime.prompts import Prompts, listed
+from retrofit.runtime.prompts import Prompt, Prompts, listed
 from retrofit.runtime.reading import Reader, in_thread
 from retrofit.runtime.request import Request
 from retrofit.runtime.results import Event, Result
@@ -281,6 +282,16 @@ class Engine:
         """
         how = (strategy, prepare, tree, batch_size, threshold, tolerance)
         return self._decode(prompts, params, mode, how, original_settings, keywords, flag("with_text", with_text))
+
+    def infill(self, prefix: Prompt, suffix: Prompt, **options: Any) -> Filled:
+        """The likeliest text between two others, greedily: `Filled`, with all candidates and what they cost.
+
+        prefix, suffix: text or token ids.  longest: most tokens between them, or lengths: the ones to try; by default
+        1 to as many as the artifact has learned.  given: what stands there now, judged beside the others.
+        Raises UsageError where the artifact or the backend cannot, and for what is no such text.
+        """
+        self.backend.check_usable()
+        return infill(self, prefix, suffix, **options)
 
     def astream(
         self,

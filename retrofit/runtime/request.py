@@ -82,7 +82,8 @@ class Request:
     confidence: list[float] = field(default_factory=list)
     """Per draft: probability that it is accepted, given all before it are.  Empty without a confidence head."""
     block: list[int] = field(default_factory=list)
-    """Diffusion: the seed, then what was filled in and is to be committed; empty: nothing was."""
+    """Diffusion: the seed, then what was filled in and is to be committed; empty: nothing.  Infilling: the gap between
+    the seed and known tokens, `MASK` where unknown."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     """The stop token or string that ended it."""

@@ -193,3 +193,50 @@ def test_options_that_mean_nothing_are_refused(made, options, message):
 def test_chat_refuses_wrong_commands(made, line):
     result = run("chat", made, "-q", stdin=f"{line}\n")
     assert line.split()[0] in refused(result, 2)
+
+
+@pytest.fixture(scope="module")
+def filling(tmp_path_factory, base):
+    return save_artifact(tmp_path_factory.mktemp("filling") / "made", base, infill={"rows": 16})
+
+
+def test_a_gap_is_filled_and_printed_alone(filling):
+    ends = ["--prefix", "def area(", "--suffix", "return radius"]
+    found = engine.Engine.load(filling).infill("def area(", "return radius", longest=3)
+    result = run("generate", filling, *ends, "--max-new-tokens", 3)
+    assert result.stdout == f"{found.text}\n" and "the likeliest of" in result.stderr
+    told = json.loads(done("generate", filling, *ends, "--max-new-tokens", 3, "--json"))
+    assert (told["tokens"], told["text"]) == (found.tokens, found.text)
+    assert [c["tokens"] for c in told["candidates"]] == [c.tokens for c in found.candidates]
+
+
+def test_a_marked_span_is_revised_inside_its_text(filling):
+    found = engine.Engine.load(filling).infill("def area(", "): return", given="xx")
+    assert done("generate", filling, "--revise", "def area([[xx]]): return") == f"def area({found.text}): return\n"
+    told = json.loads(done("generate", filling, "--revise", "def area([[xx]]): return", "--json"))
+    assert "given" in [c["origin"] for c in told["candidates"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prefix", "a"], "--prefix make no gap"),
+        (["--prefix", "a", "--suffix", "b", "--revise", "[[a]]"], "make no gap"),
+        (["--revise", "no span"], "--revise marks 0 spans; it must mark one"),
+        (["--revise", "[[a]] and [[b]]"], "--revise marks 2 spans"),
+        (["--revise", "a [[]] b"], "it must mark one"),
+        (["--revise", "[[a]] b"], "prefix is empty"),
+        (["--revise", "a [[b]]"], "suffix is empty"),
+        (["--revise", "a [[b]] c", "a prompt"], "a PROMPT means nothing beside --revise"),
+        (["--revise", "a [[b]] c", "--temperature", 1], "--temperature means nothing beside --revise"),
+        (["--revise", "a [[b]] c", "--mode", "ar"], "a gap is filled by mode diffusion, not ar"),
+        (["--revise", "a [[b]] c", "--max-new-tokens", 9], "the length of a gap is 9"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_what_makes_no_gap_is_refused(filling, options, message):
+    assert message in refused(run("generate", filling, *options), 2)
+
+
+def test_an_artifact_that_has_not_learned_to_fill_gaps_says_so(made):
+    assert "objective.infill_share" in refused(run("generate", made, "--prefix", "a", "--suffix", "b"), 2)

@@ -213,6 +213,15 @@ def test_a_section_is_no_value():
             ["train.curriculum=[1, 2]", "draft.shift=0", "draft.seed_row=draft"],
             "train.curriculum: the lengths 1, 2 do not rise from 2 or more to less than draft.block 4",
         ),
+        (
+            ["objective.infill_share=.5", "draft.attention=causal"],
+            "with draft.attention causal no row sees what",
+        ),
+        (
+            ["objective.infill_share=.5", "draft.input=noise"],
+            "with draft.input noise a row cannot tell",
+        ),
+        (["objective.infill_share=.5", "objective.diffusion_share=0"], "is a share of L_diff's rows"),
         (["objective.alpha=0", "objective.beta=0"], "objective: nothing trains the drafts: 16 of"),
     ],
 )

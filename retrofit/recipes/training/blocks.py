@@ -8,6 +8,9 @@
       L_diff block, x3 x4 masked       input         | x1  x2  M   M
       (the loss sits LEFT of a mask)   weight        | 0   w   w   -       w = (K-1)/m
                                        previous      | x1  x2  ?   -       ? = still masked, "unknown"
+      gap block of 4 K rows, for       input         | x1  x2  M   M   x5  x6 .. x16
+      infilling: x2..x4 to be filled,  weight        | 0   w   w   -   -   -      tokens behind the gap stay known
+      x3 x4 of them still masked
 
 With shift 0 a row's source is the position before its own, and the first row drafts nothing.  Everything random is
 keyed by (seed, epoch, document id), so neither packing nor the number of processes changes it.
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -68,6 +71,26 @@ def shares(anchors: int, diffusion_share: float, block: int) -> tuple[int, int, 
     return uniform, anchors - diffusion - uniform, diffusion
 
 
+GAP_BLOCK = 4
+"""How many times as long as a draft block a gap block is: half of it for the gap, the rest for the text behind."""
+
+
+def gap_layout(layout: DraftLayout) -> DraftLayout:
+    """Of blocks that train to fill a gap with the text behind it in view."""
+    return replace(layout, block=GAP_BLOCK * layout.block)
+
+
+def longest_gap(rows: int) -> int:
+    """Most tokens that are missing in a gap block of so many rows.  Unit: tokens."""
+    return rows // 2
+
+
+def gaps(diffusion: int, share: float) -> tuple[int, int]:
+    """(gap blocks, L_diff blocks of the usual length) in the rows of `diffusion` of the latter; a share > 0 has one."""
+    count = max(1, round(share * diffusion / GAP_BLOCK)) if share and diffusion else 0
+    return count, max(0, diffusion - GAP_BLOCK * count)
+
+
 def eligible_anchors(response: Sequence[bool]) -> np.ndarray:
     """Positions p whose next token is a response token: response tokens and the last prompt token."""
     return np.flatnonzero(np.asarray(response[1:], dtype=bool))
@@ -95,8 +118,12 @@ def add_sequence(
     rng: np.random.Generator,
     vocab: int,
     diffusion: bool,
+    gap: bool = False,
 ) -> None:
-    """Append one document's blocks.  first_clean_row: where its tokens begin among the clean rows of the batch."""
+    """Append one document's blocks.  first_clean_row: where its tokens begin among the clean rows of the batch.
+
+    gap: of `diffusion`, what is masked lies in one stretch at the beginning, and the rest is there.
+    """
     layout, T = batch.layout, len(tokens)
     x, is_response = np.asarray(tokens), np.asarray(response, dtype=bool)
     blocks: list[Block] = []
@@ -108,7 +135,7 @@ def add_sequence(
         known[0] = diffusion or not layout.anchored
         weight = np.zeros(layout.block)
         if diffusion:
-            masked = _masked_slots(layout.block, rng)
+            masked = _gap_slots(layout.block, rng) if gap else _masked_slots(layout.block, rng)
             known[1:] = ~masked
             weight = _loss_rows(masked, layout.shift)
         position = start + np.arange(layout.block)
@@ -156,6 +183,14 @@ def _masked_slots(block: int, rng: np.random.Generator) -> np.ndarray:
     if block > 1:
         m = int(rng.integers(1, block))
         masked[rng.choice(block - 1, size=m, replace=False)] = True
+    return masked
+
+
+def _gap_slots(block: int, rng: np.random.Generator) -> np.ndarray:
+    """[block-1] which are masked: some, U{1..g}, of a gap of g ~ U{1..longest} tokens behind the first."""
+    masked = np.zeros(block - 1, dtype=bool)
+    gap = int(rng.integers(1, longest_gap(block) + 1))
+    masked[rng.choice(gap, size=int(rng.integers(1, gap + 1)), replace=False)] = True
     return masked
 
 

@@ -1,10 +1,11 @@
 """Train the adapter: one clean forward without gradient per batch, many draft blocks on it.
 
     clean forward (base rows, no gradient)  ->  K/V of every layer, and the teacher's hidden states (`clean/`)
-    draft rows of three groups, each forward + backward over the same K/V:
+    draft rows of these groups, each forward + backward over the same K/V:
         uniform anchors -> L_draft, L_conf     their misses become
         missed anchors  -> L_draft, L_conf
         masked blocks   -> L_diff
+        gap blocks      -> L_diff              where the recipe asks for them
 
 A batch is packed: its documents run end to end in one forward, without padding, each a sequence of its own whose
 positions begin at 0 and whose rows see nothing of the others; so how they are grouped changes no loss and no gradient.
@@ -36,6 +37,8 @@ from retrofit.recipes.training.blocks import (
     add_sequence,
     choose_anchors,
     eligible_anchors,
+    gap_layout,
+    gaps,
     missed_anchors,
     shares,
 )
@@ -204,27 +207,22 @@ class Trainer:
         candidates = [eligible_anchors(document.response) for document in documents]
         blocks = recipe.train.anchors * recipe.draft.block // layout.block
         uniform, again, diffusion = shares(blocks, recipe.objective.diffusion_share, layout.block)
+        filling, masked = gaps(diffusion, recipe.objective.infill_share)
         used: list[dict[str, list[int]]] = [{} for _ in documents]
         anchors.extend(used)
 
         def run(kind: str, count: int, wanted: list[list[int]] | None = None) -> tuple[BlockBatch, Tensor | None]:
-            masked = kind == "masked"
-            group = BlockBatch(layout, self.attached.heads.unknown)
+            masked, gap = kind in ("masked", "gap"), kind == "gap"
+            group = BlockBatch(gap_layout(layout) if gap else layout, self.attached.heads.unknown)
             first = 0
             for s, document in enumerate(documents):
                 pool = candidates[s] if wanted is None or not wanted[s] else np.intersect1d(wanted[s], candidates[s])
                 chosen = choose_anchors(pool if len(pool) else candidates[s], count, rngs[s]).tolist()
                 used[s][kind] = chosen
                 add_sequence(
-                    group,
-                    document.tokens,
-                    document.response,
-                    chosen,
-                    first,
-                    rngs[s],
-                    self.attached.heads.vocab,
-                    masked,
-                )
+                    group, document.tokens, document.response, chosen, first, rngs[s], self.attached.heads.vocab,
+                    masked, gap,
+                )  # fmt: skip
                 first += len(document.tokens)
             if not len(group):
                 return group, None
@@ -238,9 +236,11 @@ class Trainer:
             rows += len(run("missed", again, missed)[0]) * layout.block
         teacher.forget()
         self._move_gradients("draft", draft_gradients)
-        if diffusion:
-            rows += len(run("masked", diffusion)[0]) * layout.block
-            self._move_gradients("diff", diff_gradients)
+        for kind, count in (("masked", masked), ("gap", filling)):
+            if count:
+                group, _ = run(kind, count)
+                rows += len(group) * group.layout.block
+                self._move_gradients("diff", diff_gradients)
         return int(clean_hidden.shape[0]), rows
 
     def _clean(self, documents: list[Document], sums: Sums) -> tuple[KVCache, Tensor]:

@@ -218,6 +218,7 @@ STEPS: dict[str, tuple[str, DraftLayout, dict[str, Any]]] = {
     "mla": ("deepseek_v3", DraftLayout(4), {"objective.draft_loss": "tv_ce"}),
     "moe": ("qwen3_moe", DraftLayout(4), {}),
     "sinks": ("gpt_oss", DraftLayout(4), {}),
+    "gaps": ("gemma2", DraftLayout(4), {"objective.infill_share": 0.5, "objective.diffusion_share": 0.6}),
     "chunks": ("llama4", DraftLayout(5), {"objective.draft_loss": "tv_ce"}),
 }
 

@@ -13,6 +13,9 @@ from retrofit.recipes.training.blocks import (
     add_sequence,
     choose_anchors,
     eligible_anchors,
+    gap_layout,
+    gaps,
+    longest_gap,
     missed_anchors,
 )
 
@@ -85,6 +88,33 @@ def test_l_diff_weights(layout: DraftLayout) -> None:
             assert previous[row] == (64 if i - 1 in masked else tokens[block.start + i - 1])
         assert eligible.sum() == 5, "the denominator counts every token that could have been masked"
     assert all(150 < counts[m] < 250 for m in range(1, 6))
+
+
+@pytest.mark.parametrize("layout", [DraftLayout(4), DraftLayout(4, shift=0, seed_row="draft")], ids=["1", "0"])
+def test_gap_blocks_end_in_text_that_is_there(layout: DraftLayout) -> None:
+    """16 rows: the seed, a gap of 1 to 8 tokens of which some are masked still, and the text behind; weight 15 / m."""
+    wide, tokens, furthest = gap_layout(layout), list(range(60)), 0
+    batch = BlockBatch(wide, 64)
+    add_sequence(batch, tokens, [True] * 60, [3] * 400, 0, document_rng(0, 0, "a"), 64, True, gap=True)
+    for block, weight, eligible in zip(batch.sequences[0], batch.weight, batch.eligible, strict=True):
+        masked = [i for i, token in enumerate(block.inputs) if token == MASK]
+        known = [i for i in range(16) if i not in masked]
+        assert [block.inputs[i] for i in known] == [tokens[block.start + i] for i in known]
+        assert len(block.inputs) == 16 and min(masked) >= 1 and max(masked) <= longest_gap(16) == 8
+        furthest = max(furthest, max(masked))
+        want = np.zeros(wide.drafts)
+        want[[i - wide.shift - wide.first_drafting_row for i in masked]] = 15 / len(masked)
+        np.testing.assert_allclose(weight, want, rtol=1e-6)
+        assert eligible.sum() == 15
+    assert furthest == 8
+
+
+def test_gap_blocks_take_the_rows_of_four() -> None:
+    assert gaps(16, 0.0) == (0, 16)
+    assert gaps(16, 0.5) == (2, 8)
+    assert gaps(16, 1.0) == (4, 0)
+    assert gaps(3, 0.1) == (1, 0), "a share has one"
+    assert gaps(0, 0.5) == (0, 0)
 
 
 def test_missed_anchors_are_where_decoding_hangs_its_next_block() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +19,9 @@ from retrofit.recipes.training.blocks import (
     add_sequence,
 )
 from retrofit.recipes.training.clean.forward import clean_forward
-from retrofit.runtime import plan
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
-from retrofit.runtime.host import diffusion
+from retrofit.runtime.host.infilling import fill_surest
 from retrofit.runtime.plan import StepPlan, speculative_rows
 from retrofit.runtime.request import Request
 from retrofit.runtime.rules.sampling import Processing
@@ -145,7 +143,7 @@ def test_a_fused_forward_runs_the_blocks_of_training(name: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
 def test_denoising_gives_the_logits_of_l_diff(layout: DraftLayout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows that fill masked slots in diffusion decoding are those under L_diff's weight, with the same logits."""
+    """The rows that fill masked slots of a gap are those under L_diff's weight, with the same logits."""
     engine = engine_for("llama", layout)
     heads = engine.attached.heads
     group, tensors, _, trained, _ = training_blocks(engine, diffusion=True)
@@ -171,17 +169,14 @@ def test_denoising_gives_the_logits_of_l_diff(layout: DraftLayout, monkeypatch: 
             if whole and masked.any() and live.sum() == masked.sum():
                 request = decoding_request(tokens, block.start, 0)
                 request.block = [MASK if m else t for m, t in zip(masked, tokens[block.start :], strict=False)]
-                run = Run(engine.backend, committed(engine, tokens, block.start), Processing(), layout, engine.limits)
-
-                def same_noise(*args: Any, block: Block = block) -> tuple[SequenceRows, str]:
-                    rows, kind = plan.diffusion_rows(*args)
-                    return as_in_training(rows, [block]), kind
-
-                with monkeypatch.context() as patch, torch.inference_mode():
-                    patch.setattr(diffusion, "diffusion_rows", same_noise)
+                cache = committed(engine, tokens, block.start)
+                run = Run(engine.backend, cache, Processing(), layout, engine.limits, threshold=2.0)  # none is filled
+                rows = SequenceRows(slot=request.slot, start=request.committed, blocks=[block])
+                with torch.inference_mode():
                     recorded.clear()
-                    diffusion.diffusion_step(run, [request])
-                torch.testing.assert_close(recorded[0], trained[number, live], rtol=2e-4, atol=2e-4)
+                    out = engine.backend.forward(engine.backend.row_plan([rows]), cache)
+                    fill_surest(run, request, out.draft_hidden)
+                torch.testing.assert_close(torch.cat(recorded), trained[number, live], rtol=2e-4, atol=2e-4)
                 compared += 1
             number += 1
     assert compared >= 2

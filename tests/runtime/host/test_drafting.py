@@ -9,9 +9,11 @@ from torch import Tensor
 
 from retrofit.adapters.heads import Heads
 from retrofit.adapters.layout import DraftLayout
+from retrofit.adapters.rows import MASK
 from retrofit.runtime.host import drafting
 from retrofit.runtime.host.diffusion import _end_early, _fill
 from retrofit.runtime.host.drafting import draft_tokens
+from retrofit.runtime.host.infilling import fill_surest
 from retrofit.runtime.host.modes import Hanging, _draft
 from retrofit.runtime.plan import Limits
 from retrofit.runtime.request import Request
@@ -228,6 +230,56 @@ def test_no_more_is_filled_than_the_budget_and_the_context_can_use() -> None:
     assert len(opened(run, best(4, 5, 6), most=5)) == 1 + 2
     run.limits = Limits(5)  # the seed stands at 3
     assert len(opened(run, best(4, 5, 6))) == 1 + 1
+
+
+# Filling a gap
+
+
+def filled(run: Run, block: list[int], hidden: Tensor, seed: int = 0) -> list[int]:
+    one = request(block[0], seed=seed)
+    one.block = list(block)
+    fill_surest(run, one, hidden)
+    return one.block
+
+
+def test_what_is_sure_enough_is_filled_in_and_the_surest_in_any_case() -> None:
+    """A row predicts the token after it.  Of weight w, a token has e^w / (e^w + 7): w = 5 gives .955, 4 gives .886."""
+    open_block = [3, MASK, MASK, MASK]
+    run = known_run(0.0, threshold=0.9)
+    assert filled(run, open_block, best(4, 5, 6) * 5) == [3, 4, 5, 6]
+    assert filled(run, open_block, best(4, 5, 6) * torch.tensor([[4.0], [5.0], [4.0]])) == [3, MASK, 5, MASK]
+    assert filled(run, open_block, best(4, 5, 6) * torch.tensor([[1.0], [2.0], [3.0]])) == [3, MASK, MASK, 6]
+    assert filled(run, [3, MASK, 5, MASK], best(4, 5, 6) * 5) == [3, 4, 5, 6]
+    assert filled(run, [3, MASK, 1, MASK], best(4, 5, 6) * torch.tensor([[2.0], [9.0], [1.0]])) == [3, 4, 1, MASK]
+    # all have exactly 1/8
+    assert filled(known_run(0.0, threshold=0.125), open_block, torch.zeros(3, V)) == [3, 0, 0, 0]
+
+
+def test_a_row_of_shift_0_predicts_its_own_token() -> None:
+    run = known_run(0.0, layout=DraftLayout(4, shift=0, seed_row="draft"))
+    assert filled(run, [3, MASK, MASK, MASK], best(7, 4, 5, 6) * 5) == [3, 4, 5, 6]
+
+
+def test_a_left_neighbour_counts_once_it_is_filled_and_is_unknown_till_then() -> None:
+    """After t comes t + 1; after a token that is not known, 6."""
+    run = known_run(5.0, threshold=0.9)
+    run.backend.heads.markov_w2[6, V] = 5.0
+    assert filled(run, [3, MASK, MASK, MASK], torch.zeros(3, V)) == [3, 4, 5, 6]
+    assert filled(run, [3, 1, MASK, MASK], torch.zeros(3, V)) == [3, 1, 2, 3]
+    unsure = best(0, 0, 0) * torch.tensor([[4.0], [0.0], [0.0]])
+    assert filled(run, [3, MASK, MASK, MASK], unsure) == [3, MASK, 6, 7]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_filled_tokens_are_drawn_with_the_noise_of_their_outputs_and_as_sure_as_without_it(seed: int) -> None:
+    run = known_run(0.0, Processing(temperature=0.7), threshold=0.0)
+    trunk = best(6, 6, 6)
+    want = [int((trunk[0] / 0.7 + noise(seed, index)).argmax()) for index in (2, 3, 4)]
+    assert filled(run, [3, MASK, MASK, MASK], trunk, seed) == [3, *want]
+    # untempered, one of weight 4 has .886 and stays open beside a surer one, though at T = 0.7 it would have .977
+    run = known_run(0.0, Processing(temperature=0.7), threshold=0.9)
+    got = filled(run, [3, MASK, MASK, MASK], best(4, 5, 6) * torch.tensor([[4.0], [40.0], [4.0]]), seed)
+    assert got == [3, MASK, 5, MASK]
 
 
 def test_a_block_ends_its_request_where_nothing_more_can_come() -> None:

@@ -206,6 +206,8 @@ def _hide(
             scores_SHGTL[..., : first_seen(group.last, window) - low] = float("-inf")
     else:
         whole = max(low, seen_by_all(group, first, stop)) if window is None else low
+        if whole == high:
+            return
         hidden = hidden_keys(group, scores_SHGTL.device, first, stop, window, whole, high)
         scores_SHGTL[..., whole - low :].masked_fill_(hidden[:, None, None], float("-inf"))
 

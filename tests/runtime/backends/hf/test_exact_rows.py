@@ -56,6 +56,7 @@ def filled_cache(heads: int, width: int, value_width: int, generator: torch.Gene
 ROWS: dict[str, list[SequenceRows]] = {
     "one row": [SequenceRows(0, 50, [0])],
     "a chain": [SequenceRows(1, 33, [0] * 5)],
+    "nothing hidden": [SequenceRows(0, 31, [0]), SequenceRows(1, 31, [0])],
     "prompts": [SequenceRows(0, 0, [0] * 80), SequenceRows(1, 0, [0] * 71)],
     "ragged": [SequenceRows(0, 9, [0] * 3), SequenceRows(1, 70, [0] * 6)],
     "a tree": [SequenceRows(0, 31, [0] * 6, parents=[-1, 0, 0, 1, 2, 4])],

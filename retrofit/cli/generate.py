@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 )
 @click.option("-n", "n", type=click.IntRange(min=1), default=1, show_default=True,
               help="Outputs of each prompt, which is read once; they differ with a --temperature.")  # fmt: skip
+@click.option("--image", "images", multiple=True, metavar="FILE",
+              type=click.Path(path_type=Path),
+              help="An image for the PROMPT, where the base takes images; repeatable.  The PROMPT is a user's message "
+                   "then, as with --chat.")  # fmt: skip
 @click.option("--chat", "as_chat", is_flag=True, help="Each PROMPT is a user's message, for the chat template.")
 @click.option("--prefix", metavar="TEXT", help="What stands before a gap to fill; with --suffix.")
 @click.option("--suffix", metavar="TEXT", help="What stands behind it; the gap gets up to --max-new-tokens.")
@@ -57,6 +62,7 @@ def generate(
     options: dict[str, Any],
     batch_size: int,
     n: int,
+    images: tuple[Path, ...],
     as_chat: bool,
     prefix: str | None,
     suffix: str | None,
@@ -85,20 +91,32 @@ def generate(
       retrofit generate qwen-retrofit --chat --system "Answer in one word." -n 3 --temperature 1 "A colour?"
       retrofit generate tiny-retrofit --prefix "def area(radius):" --suffix "radius ** 2" --max-new-tokens 8
       retrofit generate tiny-retrofit --revise "import os, [[syss]]"
+      retrofit generate qwen-vl-retrofit --image cat.jpg "What does it look at?"
     """
     if gap := _gap(prefix, suffix, revise, prompts):
         _fill(gap, loading.engine(folder, base), options["max_new_tokens"], as_json)
         return
     texts = [_stdin() if prompt == "-" else prompt for prompt in prompts or ("-",)]
-    as_chat = as_chat or system is not None
+    if images and len(texts) > 1:
+        raise UsageError(f"--image belongs to one PROMPT, and {len(texts)} are given", "run one at a time")
+    as_chat = as_chat or system is not None or bool(images)
     if options["template"] is not None and not as_chat:
         raise UsageError("--template is for the chat template, which raw text does not go through", "add --chat")
-    asked = [_messages(text, system) for text in texts] if as_chat else texts
     engine = loading.engine(folder, base)
+    asked: Any = [_messages(text, system) for text in texts] if as_chat else texts
+    if images:
+        from retrofit.processors import image_prompt
+
+        asked = image_prompt(engine.base, texts[0], images, system, options["template"], loading.trust_remote_code)
     alone = len(texts) == n == 1
     events = engine.stream(asked, seed=seed, batch_size=batch_size, with_text=alone and not as_json, n=n, **options)
     if as_chat:
         say_differences(engine, options["template"])
+    say(f"{_printed(events, n, alone, as_json).line()}; {decodes_as(engine)}")
+
+
+def _printed(events: Iterator[Event], n: int, alone: bool, as_json: bool) -> Totals:
+    """Print what comes, and return how much it was."""
     totals = Totals()
     for result in _finished(events, totals, n):
         if as_json:
@@ -108,7 +126,7 @@ def generate(
         else:
             output = f", output {result.sample + 1}" if n > 1 else ""
             click.echo(f"==> prompt {result.index + 1}{output} <==\n{result.text}")
-    say(f"{totals.line()}; {decodes_as(engine)}")
+    return totals
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,7 @@ def _gap(prefix: str | None, suffix: str | None, revise: str | None, prompts: tu
         raise UsageError(f"a PROMPT means nothing beside {named[0]}", "leave it out")
     context = click.get_current_context()
     taken = {"mode", "max_new_tokens"}
-    for name in (*GENERATION, "batch_size", "n", "as_chat", "system", "seed"):
+    for name in (*GENERATION, "batch_size", "n", "images", "as_chat", "system", "seed"):
         if name not in taken and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             flag = next(p.opts[-1] for p in context.command.params if p.name == name)
             raise UsageError(f"{flag} means nothing beside {named[0]}: a gap is filled greedily, by one rule")

@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import its own layer and those below.  Others (`__init__.py`, `cli/`) are the face, on top.
 LAYERS = {"errors": 0, "adapters": 2, "runtime": 3, "recipes": 4, "report": 6}
 LAYERS |= dict.fromkeys(("eval", "tasks", "exporting", "importing", "serving"), 5)
-BELOW = ("artifact", "gguf_files", "hub", "launch", "locating", "machine", "named_bases", "progress", "weight_files")
+BELOW = ("artifact", "gguf_files", "hub", "launch", "locating", "machine", "named_bases", "processors", "progress",
+         "weight_files")  # fmt: skip
 LAYERS |= dict.fromkeys((*BELOW, "quantised", "sharing"), 1)
 FACE = 7
 

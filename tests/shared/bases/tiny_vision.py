@@ -35,6 +35,10 @@ Processor = Callable[..., BatchFeature]
 QWEN = {"image": "<|image_pad|>", "video": "<|video_pad|>", "start": "<|vision_start|>", "end": "<|vision_end|>"}
 GEMMA = {"boi_token": "<boi>", "image_token": "<img>", "eoi_token": "<eoi>"}
 PIXTRAL = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<boi>{% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,?"
 
 
@@ -134,12 +138,16 @@ def _gemma3(image_tokens: int = 4) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def _gemma3_processor(image_tokens: int = 4) -> Processor:
-    """The model's own."""
+def gemma3_processor(image_tokens: int = 4) -> Gemma3Processor:
+    """The model's own, with a chat template."""
     side = 4 * int(image_tokens**0.5)
     images = Gemma3ImageProcessorPil(size={"height": side, "width": side})
     text = tokenizer(list(GEMMA.values()), extra_special_tokens=GEMMA)
-    made = Gemma3Processor(images, text, image_seq_length=image_tokens)
+    return Gemma3Processor(images, text, image_seq_length=image_tokens, chat_template=TEMPLATE)
+
+
+def _gemma3_processor(image_tokens: int = 4) -> Processor:
+    made = gemma3_processor(image_tokens)
 
     def processor(images: list[Image.Image], text_: list[str]) -> BatchFeature:
         given = iter(images)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,20 +31,26 @@ class Writes:
         return Writes(self.decay[rows], self.left[rows], self.right[rows])
 
 
-def advance(
-    forest: Forest,
-    states: Tensor,
-    decay: Tensor,
-    left: Tensor,
-    read: Tensor,
-    right_of: Callable[[Tensor, Index], Tensor],
-    width: int,
-) -> tuple[Tensor, Writes]:
+class Told(NamedTuple):
+    """What rows [N, ..] do to their states; decay and left as in `Writes`."""
+
+    decay: Tensor
+    left: Tensor
+    right_of: Callable[[Tensor, Any], Tensor]
+    """(decayed states of some rows, an index of those) -> what they write on the right."""
+
+    def passed(self, state: Tensor, some: Any) -> Tensor:
+        """The states behind some rows, from those before them."""
+        state = state * self.decay[some][..., None]
+        return state + self.left[some][..., None] * self.right_of(state, some)[..., None, :]
+
+
+def advance(forest: Forest, states: Tensor, told: Told, read: Tensor, width: int) -> tuple[Tensor, Writes]:
     """Run every row behind the row that it follows: out [N, H, width], zero for filler, and what the rows wrote.
 
-    states [slots, H, Dk, width]: of the committed texts; not changed.  decay, left: as in `Writes`; read: as left.
-    right_of: (decayed states of some rows, which rows) -> what they write on the right.
+    states [slots, H, Dk, width]: of the committed texts; not changed.  read [N, H or 1, Dk].
     """
+    decay, left, right_of = told
     out, right = (decay.new_zeros(*decay.shape[:2], width) for _ in range(2))
     state = states
     for level in forest.levels:

@@ -1,23 +1,24 @@
 """States at anchors: what a text that was run whole leaves behind, so that blocks can hang anywhere on it.
 
 A state after every row would be too much, so of each layer are kept the inputs of every row and a state every STRIDE
-positions; the state at an anchor is made from the one before it, by the model's own function over the rows between.
-Blocks are run in pieces of so many states as fit, and again on the way back, when their gradients are wanted: what
-stands in memory is the inputs of all rows, and the states of one piece.
+positions; the states at anchors are made from the kept one before them, row by row through the rows between, once for
+all anchors that it serves.  Blocks are run in pieces of so many states as fit, and again on the way back, when their
+gradients are wanted: what stands in memory is the inputs of all rows, and the states of one piece.
 
-    position     0 ... 255 | 256 ... 300 | 301 ... 308
-                   kept ^     rows run ^    block that hangs on 300
+    position     0 ... 255 | 256 ... 280 ... 300 | 301 ... 308
+                   kept ^     rows run ^ state ^    block that hangs on 300
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from retrofit.runtime.backends.hf.recurrent.advance import Told
 from retrofit.runtime.backends.sizes import size_for
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 STRIDE = 256
 """Positions from one kept state to the next; a multiple of the chunks that the models' functions work in."""
+SPAN = 16
+"""Rows whose states stand together on the way back, where gradients of the text's own rows are wanted."""
 PIECE_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
 """Of the states that are there at once."""
 
@@ -75,25 +78,25 @@ def at_anchors(
     layer: int,
     blocks: BlockRows,
     block_inputs: dict[str, Tensor],
-    run: Callable[[Inputs, Tensor, Tensor | None], Tensor],
+    run: Callable[[Inputs, Tensor], Tensor],
+    told: Callable[[Inputs], Told],
 ) -> Tensor:
     """What a rule makes of blocks that hang on recorded texts: [n, K, H, width].
 
-    block_inputs: [n, K, ..] of each argument.  run: (inputs, states before them, [n, m] which of their rows are there,
-    or None: all) -> outputs, or where some are not, the states behind those that are.
+    block_inputs: [n, K, ..] of each argument.  run: (inputs, states before them) -> outputs.  told: what rows with such
+    inputs [rows, texts, ..] do to states.
     """
-    slots, starts = _places(blocks)
     one = record.states[layer][0, 0]
     most = max(1, size_for(PIECE_BYTES, one.device) // one.nbytes)
     names = list(block_inputs)
 
     def piece(some: slice, *tensors: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and record.watched):
-            states = _state_at(record, layer, slots[some], starts[some], names, run)
-        return run(dict(zip(names, tensors, strict=True)), states, None)
+            states = _states_at(record, layer, blocks.slots[some], blocks.starts[some], told)
+        return run(dict(zip(names, tensors, strict=True)), states)
 
     outs = []
-    for first in range(0, len(slots), most):
+    for first in range(0, len(blocks.slots), most):
         some = slice(first, first + most)
         tensors = [given[some] for given in block_inputs.values()]
         if torch.is_grad_enabled():
@@ -103,24 +106,47 @@ def at_anchors(
     return torch.cat(outs)
 
 
-def _state_at(
-    record: Record,
-    layer: int,
-    slots: Tensor,
-    starts: Tensor,
-    names: list[str],
-    run: Callable[[Inputs, Tensor, Tensor | None], Tensor],
+def _states_at(
+    record: Record, layer: int, slots: Sequence[int], starts: Sequence[int], told: Callable[[Inputs], Told]
 ) -> Tensor:
-    """[n, H, Dk, Dv] the states before these positions."""
-    states = record.states[layer][slots, starts // STRIDE]
-    missing = starts % STRIDE
-    rows = torch.arange(int(missing.max()), device=starts.device)
-    if not len(rows):
-        return states
-    there = rows < missing[:, None]
-    places = torch.where(there, (starts - missing)[:, None] + rows, 0)
-    inputs = {name: record.rows[layer, name][slots[:, None], places] for name in names if (layer, name) in record.rows}
-    return run(inputs, states, there)
+    """[n, H, Dk, Dv] the states before these positions.
+
+    Row by row through the stretches behind kept states, and not by the model's function for each anchor: of a text of
+    256 positions with 64 anchors that would be 32 times the rows.
+    """
+    stretches = sorted({(slot, start // STRIDE) for slot, start in zip(slots, starts, strict=True)})
+    number = {stretch: n for n, stretch in enumerate(stretches)}
+    reached: dict[int, list[tuple[int, int]]] = {}
+    for n, (slot, start) in enumerate(zip(slots, starts, strict=True)):
+        reached.setdefault(start % STRIDE, []).append((n, number[slot, start // STRIDE]))
+    device = record.states[layer].device
+    slot_G, kept_G = torch.tensor(stretches, device=device).T
+    state, count = record.states[layer][slot_G, kept_G], max(reached)
+    rows = (kept_G * STRIDE + torch.arange(count, device=device)[:, None]).clamp_max(record.length - 1)
+    inputs = {name: given[slot_G, rows] for (n, name), given in record.rows.items() if n == layer and name != "before"}
+    does = told(inputs)
+
+    def wanted(row: int, state: Tensor) -> list[Tensor]:
+        """Of the anchors before this row."""
+        return [state[[of for _, of in reached[row]]]] if row in reached else []
+
+    def span(first: int, state: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The state behind so many rows from `first` on, and those of anchors among them."""
+        found = []
+        for row in range(first, min(first + SPAN, count)):
+            state = does.passed(state, row)
+            found += wanted(row + 1, state)
+        return state, found
+
+    found = wanted(0, state)
+    for first in range(0, count, SPAN):
+        if torch.is_grad_enabled():
+            state, more = checkpoint(span, first, state, use_reentrant=False, preserve_rng_state=False)
+        else:
+            state, more = span(first, state)
+        found += more
+    order = [n for row in sorted(reached) for n, _ in reached[row]]
+    return torch.cat(found)[torch.tensor(order, device=device).argsort()]
 
 
 def _places(blocks: BlockRows) -> tuple[Tensor, Tensor]:

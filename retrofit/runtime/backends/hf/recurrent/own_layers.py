@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retrofit.runtime.backends.hf.recurrent.advance import Told
 from retrofit.runtime.backends.hf.recurrent.anchors import Inputs
 from retrofit.runtime.backends.hf.recurrent.convolution import causal_conv1d_fn
 from retrofit.runtime.backends.hf.recurrent.layer_rows import LayerRows
-from retrofit.runtime.backends.hf.recurrent.rules import of_blocks, of_prompts, of_steps, there_alone
+from retrofit.runtime.backends.hf.recurrent.rules import alone, of_blocks, of_prompts, of_steps
 
 
 def lightning_attention(layer: Any, hidden_1NH: Tensor, rows: LayerRows, **_: Any) -> tuple[Tensor, None]:
@@ -37,46 +38,34 @@ def lightning_attention(layer: Any, hidden_1NH: Tensor, rows: LayerRows, **_: An
         assert state is not None
         return torch.cat(outs, dim=1), state
 
-    def blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
-        if there is None:
-            return decayed_sums(some, slope, begin)[0]
-        return decayed_sums({**some, "query": some["key"]}, slope, begin, there)[1]
+    def told(some: Inputs) -> Told:
+        k, v = some["key"], some["value"]
+        return Told(torch.exp(-slope).expand(k.shape[:-1])[..., None], k, lambda _, at: v[at])
 
     if rows.plan.prompts:
         out = of_prompts(rows, states, inputs, ("key", "value"), run)
     elif rows.states.record is not None:
-        out = of_blocks(rows, inputs, blocks)[None]
+        out = of_blocks(rows, inputs, lambda some, begin: decayed_sums(some, slope, begin)[0], told)[None]
     else:
-        q, k, v = (inputs[name][0] for name in names)
-        decay = torch.exp(-slope).expand(len(q), heads)[..., None]
-        out = of_steps(rows, states, decay, k, q, lambda _, some: v[some], width)[None]
+        out = of_steps(rows, states, told(alone(inputs)), inputs["query"][0], width)[None]
     out = layer.norm(out.flatten(2).to(hidden_1NH.dtype))
     return layer.out_proj(torch.sigmoid(layer.output_gate(hidden_1NH)) * out), None
 
 
-def decayed_sums(
-    inputs: Inputs, slope: Tensor, begin: Tensor | None, there: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def decayed_sums(inputs: Inputs, slope: Tensor, begin: Tensor | None) -> tuple[Tensor, Tensor]:
     """query, key, value [n, m, H, D], slope [H] -> outputs [n, m, H, D] and the states [n, H, D, D] behind them.
 
-    begin: states before; None: zero.  there [n, m]: rows that are there, the first ones; None: all.
+    begin: states before; None: zero.
     """
     q, k, v = (inputs[name].transpose(1, 2) for name in ("query", "key", "value"))
     n, heads, m, width = k.shape
-    if there is None:
-        time = torch.arange(1, m + 1, device=k.device).expand(n, m)
-    else:
-        time, k = there.long().cumsum(1), there_alone(k.transpose(1, 2), there).transpose(1, 2)
     state = k.new_zeros(n, heads, width, width) if begin is None else begin
-    passed = time[:, None].float()  # [n, 1, m]
-    slope = slope[:, None]
-    apart = passed[..., :, None] - passed[..., None, :]
-    causal = torch.ones(m, m, dtype=torch.bool, device=k.device).tril()
-    weights = torch.where(causal, torch.exp(-slope[..., None] * apart.clamp_min(0)), 0.0)
+    passed, slope = torch.arange(1, m + 1, device=k.device), slope[:, None]
+    apart = (passed[:, None] - passed).clamp_min(0)
+    weights = torch.exp(-slope[..., None] * apart).tril()
     out = (q @ k.mT * weights) @ v + (q @ state) * torch.exp(-slope * passed)[..., None]
-    last = passed[..., -1:]
-    left = torch.exp(-slope * (last - passed))[..., None]
-    return out.transpose(1, 2), state * torch.exp(-slope * last)[..., None] + (k * left).mT @ v
+    left = torch.exp(-slope * (m - passed))[..., None]
+    return out.transpose(1, 2), state * torch.exp(-slope * m)[..., None] + (k * left).mT @ v
 
 
 def recurrent_block(
@@ -113,11 +102,10 @@ class _WithScan:
         if rows.plan.prompts:
             out = of_prompts(rows, states, inputs, tuple(inputs), self._scanned)
         elif rows.states.record is not None:
-            out = of_blocks(rows, inputs, self._of_blocks)[None]
+            out = of_blocks(rows, inputs, lambda some, begin: self._scanned(begin, some)[0], self._told)[None]
         else:
-            written, decay = (t[0][..., None] for t in inputs.values())
-            one = decay.new_ones(1, 1, 1).expand(len(decay), 1, 1)
-            out = of_steps(rows, states, decay, one, one, lambda _, some: written[some], 1)[None, ..., 0]
+            told = self._told(alone(inputs))
+            out = of_steps(rows, states, told, told.left, 1)[None, ..., 0]
         return out.to(hidden_states.dtype), None
 
     def _scanned(self, begin: Tensor | None, some: Inputs) -> tuple[Tensor, Tensor]:
@@ -126,11 +114,9 @@ class _WithScan:
         out, state = type(self.lru)._rnn_scan(self.lru, some["written"], some["decay"], none, begin)
         return out, state[..., None, None]
 
-    def _of_blocks(self, some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
-        if there is None:
-            return self._scanned(begin, some)[0]
-        decay = there_alone(some["decay"] - 1.0, there) + 1.0
-        return self._scanned(begin, {"written": there_alone(some["written"], there), "decay": decay})[1]
+    def _told(self, some: Inputs) -> Told:
+        written, decay = (some[name][..., None] for name in ("written", "decay"))
+        return Told(decay, torch.ones_like(decay[..., :1, :]), lambda _, at: written[at])
 
 
 def _convolve(inputs_1CL: Tensor, weight: Tensor, bias: Tensor | None, activation: None = None) -> Tensor:

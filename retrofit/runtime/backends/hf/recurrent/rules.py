@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.runtime.backends.hf.elementwise import in_lanes
-from retrofit.runtime.backends.hf.recurrent.advance import advance, folded
+from retrofit.runtime.backends.hf.recurrent.advance import Told, advance, folded
 from retrofit.runtime.backends.hf.recurrent.anchors import Inputs, at_anchors
 from retrofit.runtime.backends.hf.recurrent.forest import Index
 from retrofit.runtime.backends.hf.recurrent.layer_rows import LayerRows
@@ -56,30 +56,31 @@ def torch_chunk_gated_delta_rule(own: Callable[..., Any]) -> Callable[..., Any]:
                 return out, state
 
             return of_prompts(rows, states, inputs, ("key", "value", "g", "beta"), run), None
+
+        def normal(x: Tensor) -> Tensor:
+            x = x.float()
+            if use_qk_l2norm_in_kernel:
+                x = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS)
+            return x.repeat_interleave(heads // x.shape[-2], dim=-2)
+
+        def told(some: Inputs) -> Told:
+            k, v, write, g = normal(some["key"]), *(some[name].float() for name in ("value", "beta", "g"))
+            decay = in_lanes(torch.exp, g)
+
+            def right_of(state: Tensor, at: Index) -> Tensor:
+                return (v[at] - folded(state * k[at][..., None])) * write[at][..., None]
+
+            return Told(decay if decay.ndim == k.ndim else decay[..., None], k, right_of)
+
         if rows.states.record is not None:
 
-            def blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
-                if there is None:
-                    out: Tensor = own(**some, chunk_size=some["key"].shape[1], initial_state=begin, **normed)[0]
-                    return out
-                g, beta = (there_alone(some[name], there) for name in ("g", "beta"))
-                some = {**some, "query": some["key"], "g": g, "beta": beta}
-                state: Tensor = own(**some, initial_state=begin, output_final_state=True, **normed)[1]
-                return state
+            def blocks(some: Inputs, begin: Tensor) -> Tensor:
+                out: Tensor = own(**some, chunk_size=some["key"].shape[1], initial_state=begin, **normed)[0]
+                return out
 
-            return of_blocks(rows, inputs, blocks)[None], None
-        q, k, v, decay, write = (t[0].float() for t in (query, key, value, g, beta))
-        if use_qk_l2norm_in_kernel:
-            q, k = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + NORM_EPS) for t in (q, k))
-        q = q / q.shape[-1] ** 0.5
-        q, k = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (q, k))
-
-        def right_of(state: Tensor, some: Index) -> Tensor:
-            return (v[some] - folded(state * k[some][..., None])) * write[some][..., None]
-
-        decay = in_lanes(torch.exp, decay.flatten(1)).view_as(decay)
-        decay = decay[..., None] if decay.ndim == 2 else decay
-        out = of_steps(rows, states, decay, k, q, right_of, value.shape[3])
+            return of_blocks(rows, inputs, blocks, told)[None], None
+        read = normal(query[0]) / query.shape[-1] ** 0.5
+        out = of_steps(rows, states, told(alone(inputs)), read, value.shape[3])
         return out.to(query.dtype)[None], None
 
     return over_rows
@@ -115,30 +116,33 @@ def mamba2_chunk_scan(own: Callable[..., Any]) -> Callable[..., Any]:
                 return out, state.mT
 
             return of_prompts(rows, states, inputs, ("hidden_states", "dt", "B"), run)
-        dt_bias = dt_bias.to(dt.dtype) if isinstance(dt_bias, Tensor) else 0.0
-        if rows.states.record is not None:
+        record = rows.states.record
+        # As decoding's own function, which has no limits.
+        limits = (0.0, float("inf")) if record is None else more.get("dt_limit", (0.0, float("inf")))
 
-            def blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
-                time = some["dt"] + dt_bias
-                time = (F.softplus(time) if dt_softplus else time).clamp(*more.get("dt_limit", (0.0, float("inf"))))
-                if there is None:
-                    some, K = {**some, "dt": time}, time.shape[1]
-                    out: Tensor = own(**some, A=A, D=D, chunk_size=K, initial_states=begin.mT)
-                    return out
-                some = {**some, "dt": there_alone(time, there), "C": some["B"]}
-                named = {"chunk_size": chunk_size, "initial_states": begin.mT, "return_final_states": True}
-                state: Tensor = own(**some, A=A, **named)[1]
-                return state.mT
+        def passed(dt: Tensor) -> Tensor:
+            time = dt + dt_bias.to(dt.dtype) if isinstance(dt_bias, Tensor) else dt
+            return (in_lanes(F.softplus, time) if dt_softplus else time).clamp(*limits)
 
-            return of_blocks(rows, inputs, blocks)[None]
-        dt = dt + dt_bias
-        if dt_softplus:
-            dt = in_lanes(F.softplus, dt)
-        x, time = hidden_states[0].float(), dt[0].float()
-        left, read = (t[0].float().repeat_interleave(heads // t.shape[2], dim=1) for t in (B, C))
-        written, decay = x * time[..., None], in_lanes(torch.exp, time * A.float())[..., None]
-        out = of_steps(rows, states, decay, left, read, lambda _, some: written[some], width)
-        return (out if D is None else out + x * D.float()[:, None])[None]
+        def told(some: Inputs) -> Told:
+            time = passed(some["dt"]).float()
+            written = some["hidden_states"].float() * time[..., None]
+            decay = in_lanes(torch.exp, time * A.float())[..., None]
+            return Told(decay, spread(some["B"]), lambda _, at: written[at])
+
+        def spread(x: Tensor) -> Tensor:
+            return x.float().repeat_interleave(heads // x.shape[-2], dim=-2)
+
+        if record is not None:
+
+            def blocks(some: Inputs, begin: Tensor) -> Tensor:
+                some, K = {**some, "dt": passed(some["dt"])}, some["dt"].shape[1]
+                out: Tensor = own(**some, A=A, D=D, chunk_size=K, initial_states=begin.mT)
+                return out
+
+            return of_blocks(rows, inputs, blocks, told)[None]
+        out = of_steps(rows, states, told(alone(inputs)), spread(C[0]), width)
+        return (out if D is None else out + hidden_states[0].float() * D.float()[:, None])[None]
 
     return over_rows
 
@@ -174,10 +178,9 @@ def mamba_selective_scan(own: Callable[..., Any]) -> Callable[..., Any]:
             time = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)
             return (in_lanes(F.softplus, time) if delta_softplus else time).float()
 
-        def run(begin: Tensor | None, some: Inputs, there: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            time = passed(some["dt"])
-            time = time if there is None else there_alone(time, there)
+        def run(begin: Tensor | None, some: Inputs) -> tuple[Tensor, Tensor]:
             x, *rest = (some[name].mT for name in ("hidden_states", "B", "C"))
+            time = passed(some["dt"])
             out, state = own(x, time.mT, A, *rest, D=D, return_last_state=True, **more)
             out, state = out.mT, state.float()[..., None]
             if begin is None:
@@ -185,32 +188,28 @@ def mamba_selective_scan(own: Callable[..., Any]) -> Callable[..., Any]:
             left = torch.exp(A.float() * time.cumsum(1)[..., None]) * begin[:, None, ..., 0]
             return out + (left @ some["C"].float()[..., None])[..., 0], state + left[:, -1, ..., None]
 
+        def told(some: Inputs) -> Told:
+            time = passed(some["dt"])
+            written = (some["hidden_states"].float() * time)[..., None]
+            decay = in_lanes(torch.exp, time[..., None] * A.float())
+            return Told(decay, some["B"].float()[..., None, :], lambda _, at: written[at])
+
         if rows.plan.prompts:
             out = of_prompts(rows, states, inputs, ("hidden_states", "dt", "B"), run)
         elif rows.states.record is not None:
-
-            def blocks(some: Inputs, begin: Tensor, there: Tensor | None) -> Tensor:
-                if there is None:
-                    return run(begin, some)[0]
-                return run(begin, {**some, "C": some["B"]}, there)[1]
-
-            out = of_blocks(rows, inputs, blocks)[None]
+            out = of_blocks(rows, inputs, lambda some, begin: run(begin, some)[0], told)[None]
         else:
-            x, left, read = (inputs[name][0].float() for name in ("hidden_states", "B", "C"))
-            time = passed(inputs["dt"][0])
-            decay = in_lanes(torch.exp, (time[..., None] * A.float()).flatten(1)).view(*time.shape, -1)
-            written = (x * time)[..., None]
-            out = of_steps(rows, states, decay, left[:, None], read[:, None], lambda _, some: written[some], 1)[..., 0]
-            out = (out if D is None else out + x * D.float())[None]
+            out = of_steps(rows, states, told(alone(inputs)), inputs["C"][0].float()[:, None], 1)[..., 0]
+            out = (out if D is None else out + inputs["hidden_states"][0].float() * D.float())[None]
         out = out if z is None else out * in_lanes(F.silu, z.mT)
         return out.mT
 
     return over_rows
 
 
-def there_alone(x: Tensor, there: Tensor) -> Tensor:
-    """x [n, m, ..] of rows that are there [n, m], and 0 of others: they decay nothing and write nothing."""
-    return x * there.view(*there.shape, *[1] * (x.ndim - 2))
+def alone(inputs: Inputs) -> Inputs:
+    """Of the one sequence that all rows travel as: [N, ..]."""
+    return {name: tensor[0] for name, tensor in inputs.items()}
 
 
 def of_prompts(
@@ -235,23 +234,17 @@ def of_prompts(
     return rows.whole(outs, 1)
 
 
-def of_blocks(rows: LayerRows, inputs: Inputs, run: Callable[[Inputs, Tensor, Tensor | None], Tensor]) -> Tensor:
+def of_blocks(
+    rows: LayerRows, inputs: Inputs, run: Callable[[Inputs, Tensor], Tensor], told: Callable[[Inputs], Told]
+) -> Tensor:
     """[N, H, width] of blocks that hang on recorded texts."""
     assert rows.states.record is not None
     given = {name: rows.blocks(tensor[0]) for name, tensor in inputs.items()}
-    return rows.unblocked(at_anchors(rows.states.record, rows.layer, rows.plan.block_rows, given, run))
+    return rows.unblocked(at_anchors(rows.states.record, rows.layer, rows.plan.block_rows, given, run, told))
 
 
-def of_steps(
-    rows: LayerRows,
-    states: Tensor,
-    decay: Tensor,
-    left: Tensor,
-    read: Tensor,
-    right_of: Callable[[Tensor, Index], Tensor],
-    width: int,
-) -> Tensor:
+def of_steps(rows: LayerRows, states: Tensor, told: Told, read: Tensor, width: int) -> Tensor:
     """[N, H, width] of rows that advance one by one."""
-    out, writes = advance(rows.forest, states, decay, left, read, right_of, width)
+    out, writes = advance(rows.forest, states, told, read, width)
     rows.states.step.writes[rows.layer] = writes.some(slice(rows.plan.num_base))
     return out

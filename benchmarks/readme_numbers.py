@@ -21,7 +21,7 @@ from benchmarks.gpu.bars import BARS as GPU_BARS
 from benchmarks.gpu.bars import TITLES as GPU_TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "numbers.md")
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/index.md", "docs/numbers.md", "docs/serving.md"))
 RESULTS = ROOT / "results"
 TITLES = {
     "conversion": "Conversion",
@@ -236,15 +236,9 @@ def served(found: Results) -> str:
     sections = found.files[SERVED]
     rows = [["", *(name.removeprefix("vLLM, ") for name in sections)]]
     rows.append(["requests answered with the same tokens", *map(same_answers, sections.values())])
-    counts = [section["figures"]["accepted"] for section in sections.values()]
-    for who, root in (("vLLM, cycles, root, slots", 1), ("two_forward, cycles, slots", 0)):
-        cells = [" ".join(map(str, [one[who][0], *one[who][1 + root :]])) for one in counts]
-        rows.append(
-            [
-                f"{who.split(',')[0].replace('two_forward', '`two_forward` here')}: cycles, drafts accepted by slot",
-                *cells,
-            ]
-        )
+    drafts = [bar for section in sections.values() for bar in section["bars"] if bar["what"].startswith("drafts")]
+    cells = [f"{bar['figure']}: {VERDICTS[bar['met']] or 'not compared'}" for bar in drafts]
+    rows.append(["drafts accepted by slot, vLLM, `two_forward` here", *cells])
     for batch in ("1", "8"):
         speeds = [section["figures"]["speed"][batch] for section in sections.values()]
         cells = [f"{speed['processor']:.2f} / {speed['clock']:.2f}" for speed in speeds]
@@ -258,13 +252,8 @@ def served(found: Results) -> str:
 
 def same_answers(section: Mapping[str, Any]) -> str:
     """Over all sets of requests that have a bar: in half precision those with each row's products alone."""
-    sets = [
-        counts
-        for name, of in section["figures"].items()
-        if name.startswith("identical") and "own products" not in name
-        for counts in of.values()
-    ]
-    return f"{sum(equal for equal, _ in sets)} of {sum(total for _, total in sets)}"
+    counts = [bar["figure"].split(" of ") for bar in section["bars"] if bar["bar"] == "identical, all"]
+    return f"{sum(int(equal) for equal, _ in counts)} of {sum(int(total) for _, total in counts)}"
 
 
 DRAFTS = "drafts"

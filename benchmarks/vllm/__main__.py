@@ -109,24 +109,34 @@ def identical(counts: Mapping[str, list[int]], where: str = "", stated: bool = F
     return bars, {f"identical{where}": dict(counts)}
 
 
-def same_tokens(servers: Mapping[str, Server], subject: Subject, dtype: str, own: list[int]) -> Part:
+def same_tokens(servers: Mapping[str, Server], subject: Subject, dtype: str, own: parity.Own) -> Part:
     """The same requests to both servers, and how many drafts were accepted."""
     first = {kind: parity.alone(server, subject) for kind, server in servers.items()}
-    counts = first["drafts"][1]
     if dtype == "bfloat16":
         bars, figures = in_half_precision(servers, subject, {kind: found for kind, (found, _) in first.items()})
     else:
         answers = {kind: {**found, **parity.others(servers[kind], subject)} for kind, (found, _) in first.items()}
         bars, figures = identical(parity.equal(answers["drafts"], answers["plain"]))
-    bars.append(
-        Bar(
-            "drafts accepted by slot, vLLM against `two_forward` here",
-            f"within {parity.CLOSE:.0%}",
-            f"{_slots(counts[2:])} in {counts[0]} cycles, {_slots(own[1:])} in {own[0]}",
-            parity.as_close(counts, own, len(subject.prompts)),
-        )
+    bar, accepted = as_here(first["drafts"][0]["alone"], first["drafts"][1], own)
+    return [*bars, bar], {**figures, "accepted": accepted}
+
+
+def as_here(answers: list[Any], counts: list[parity.Counts], own: parity.Own) -> tuple[Bar, dict[str, Any]]:
+    """Drafts that vLLM accepted against ours, over the requests whose texts are the same in both.
+
+    In fp32 all are.  In bf16 vLLM's products and ours round otherwise, so texts part at near-ties.
+    """
+    same = [i for i, ([ids], (tokens, _)) in enumerate(zip(answers, own, strict=True)) if ids == tokens]
+    theirs, here = (parity.summed([some[i] for i in same]) for some in (counts, [count for _, count in own]))
+    said = (
+        f"{_slots(theirs[2:])} in {theirs[0]} cycles, {_slots(here[1:])} in {here[0]}" if same else "no text the same"
     )
-    return bars, {**figures, "accepted": {"vLLM, cycles, root, slots": counts, "two_forward, cycles, slots": own}}
+    return Bar(
+        "drafts accepted by slot, vLLM against `two_forward` here, where texts are the same",
+        f"within {parity.CLOSE:.0%}",
+        f"{said} ({len(same)} of {len(own)} texts)",
+        parity.as_close(theirs, here, len(same)) if same else None,
+    ), {"vLLM, cycles, root, slots": theirs, "two_forward, cycles, slots": here, "texts": [len(same), len(own)]}
 
 
 def in_half_precision(servers: Mapping[str, Server], subject: Subject, alone: Mapping[str, parity.Answers]) -> Part:

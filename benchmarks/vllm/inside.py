@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 Product = Callable[..., Tensor]
+INDEPENDENT = 1024
+"""Rows of products of up to so many inputs do not depend on how many rows there are; of more, their last bits do
+(oneDNN as vLLM 0.32 calls it, bf16 and fp32)."""
 
 
 class Told:
@@ -20,9 +23,10 @@ class Told:
     model_runner: Any
 
     def products_row_by_row(self, on: str) -> None:
-        """Have every product of a CPU compute each row alone, so that no row depends on how many there are."""
+        """Have the products of a CPU whose rows depend on how many there are compute each row alone."""
         for module in self.model_runner.model.modules():
-            if (product := getattr(module, "cpu_linear", None)) is not None:
+            product = getattr(module, "cpu_linear", None)
+            if product is not None and getattr(module, "input_size", 0) > INDEPENDENT:
                 plain = getattr(product, "of_all", product)
                 module.cpu_linear = row_by_row(plain) if on == "on" else plain
 

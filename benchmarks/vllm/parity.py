@@ -10,18 +10,25 @@ from benchmarks.vllm.subjects import Subject
 
 Answers = dict[str, list[Any]]
 """Set of requests -> what is answered, in the order of the requests."""
+Counts = list[int]
+"""[cycles, drafts accepted in slot 0 (the root), 1, ..]; of ours, which count no root, from slot 1 on."""
+Own = list[tuple[list[int], Counts]]
+"""Token ids and counts of each request here."""
 BLOCK = 32
 """Tokens of a block of vLLM's cache here."""
 CLOSE = 0.05
 """By how much counts of accepted drafts may differ from ours."""
 
 
-def alone(server: Server, subject: Subject) -> tuple[Answers, list[int]]:
-    """Requests one after the other, and [cycles, drafts accepted in slot 0, 1, ..] of these."""
-    before = server.accepted()
-    found = {"alone": [server.one(prompt, subject.counted) for prompt in subject.prompts]}
-    after = server.accepted()
-    return found, [new - old for new, old in zip(after, before or [0] * len(after), strict=True)]
+def alone(server: Server, subject: Subject) -> tuple[Answers, list[Counts]]:
+    """Requests one after the other, and of each how many drafts were accepted."""
+    answers, counts, before = [], [], server.accepted()
+    for prompt in subject.prompts:
+        answers.append(server.one(prompt, subject.counted))
+        after = server.accepted()
+        counts.append([new - old for new, old in zip(after, before or [0] * len(after), strict=True)])
+        before = after
+    return {"alone": answers}, counts
 
 
 def others(server: Server, subject: Subject) -> Answers:
@@ -47,19 +54,25 @@ def equal(drafted: Answers, without: Answers) -> dict[str, list[int]]:
     return {what: [sum(a == b for a, b in some), len(some)] for what, some in pairs.items()}
 
 
-def ours(subject: Subject, dtype: str) -> list[int]:
-    """[cycles, drafts accepted after the root in slot 1, 2, ..] of our own engine by `two_forward`."""
+def ours(subject: Subject, dtype: str) -> Own:
+    """(token ids, [cycles, drafts accepted after the root in slot 1, 2, ..]) of each prompt by `two_forward`."""
     from retrofit import Engine
 
     with Engine.load(subject.artifact, dtype=dtype, offline=True) as engine:
         options: dict[str, Any] = {"max_new_tokens": subject.counted, "original_settings": False}
         results = engine.generate(subject.prompts, "self_spec", strategy="two_forward", **options)
-    accepted = [n for result in results for n in result.stats.accepted]
     slots = engine.config["draft"]["block"]
-    return [len(accepted), *(sum(n > slot for n in accepted) for slot in range(slots))]
+    return [
+        (list(one.tokens), [len(n := one.stats.accepted), *(sum(k > slot for k in n) for slot in range(slots))])
+        for one in results
+    ]
 
 
-def as_close(counts: Sequence[int], own: Sequence[int], requests: int) -> bool:
+def summed(counts: Sequence[Counts]) -> Counts:
+    return [sum(column) for column in zip(*counts, strict=True)]
+
+
+def as_close(counts: Counts, own: Counts, requests: int) -> bool:
     """Whether vLLM's counts, [cycles, root, slot 1, ..], are within CLOSE of ours, [cycles, slot 1, ..].
 
     vLLM counts what it accepts after a request's end too, and our last step of a request may be a plain one: that is

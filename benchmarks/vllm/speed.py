@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.vllm.server import Server
 from benchmarks.vllm.subjects import Subject
 
-ROUNDS = 5
+ROUNDS = 3
 BATCHES = (1, 8)
 
 

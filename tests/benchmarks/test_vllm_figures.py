@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.vllm import parity, samples
-from benchmarks.vllm.__main__ import identical
+from benchmarks.vllm.__main__ import as_here, identical
 from benchmarks.vllm.inside import misreported, row_by_row
 from retrofit.adapters.heads import Heads
 from retrofit.serving.vllm.drafts import Sampling
@@ -44,6 +44,16 @@ def test_answers_part_where_the_first_tokens_differ():
 )
 def test_counts_of_accepted_drafts_are_compared_slot_by_slot(counts, close):
     assert parity.as_close(counts, [100, 50, 20], requests=8) is close
+
+
+def test_drafts_are_compared_over_the_requests_whose_texts_are_the_same():
+    theirs, own = [[[1, 2]], [[3, 4]]], [([1, 2], [10, 5]), ([3, 9], [20, 5])]
+    bar, found = as_here(theirs, [[10, 10, 5], [12, 12, 12]], own)
+    assert bar.met and bar.figure == "5 in 10 cycles, 5 in 10 (1 of 2 texts)" and found["texts"] == [1, 2]
+    bar, _ = as_here(theirs, [[10, 10, 7], [12, 12, 12]], own)
+    assert not bar.met
+    bar, _ = as_here(theirs, [[10, 10, 5], [12, 12, 12]], [([0], [1, 1]), ([0], [1, 1])])
+    assert bar.met is None
 
 
 def drawn(weights, number=2000):

@@ -185,5 +185,5 @@ def stored_parts(model: nn.Module) -> list[Tensor]:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all its weights as they are held; tied ones once."""
     placeholders = {id(layer.weight) for layer in quantised_layers(model).values()}
-    plain = {p.data_ptr(): p.nbytes for p in model.parameters() if id(p) not in placeholders}
-    return sum(plain.values()) + sum(part.nbytes for part in stored_parts(model))
+    plain = (p.nbytes for p in model.parameters() if id(p) not in placeholders)
+    return sum(plain) + sum(part.nbytes for part in stored_parts(model))

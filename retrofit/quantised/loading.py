@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from retrofit.errors import UnsupportedModelError
 from retrofit.quantised.linear import EightBits, FourBits, QuantisedLinear, Subclass, Weight, quantised_layers
-from retrofit.quantised.methods import ORIGINAL
+from retrofit.quantised.methods import BITS, ORIGINAL
 
 GROUP = 32
 """Numbers that share a scale with int4wo."""
@@ -27,11 +27,7 @@ def quantise(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
 
     kind: one of KINDS.  Raises UnsupportedModelError where there is nothing to quantise, or a shape does not allow it.
     """
-    head = model.get_output_embeddings()
-    layers = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
-    if not layers:
-        raise UnsupportedModelError(f"{type(model).__name__} has no linear layers to quantise", "leave it out")
-    for name, module in layers.items():
+    for name, module in _plain_layers(model).items():
         weight = module.weight.detach()
         if kind == "int4wo" and module.in_features % GROUP:
             raise UnsupportedModelError(
@@ -41,6 +37,41 @@ def quantise(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
         held = MAKE[kind](weight)
         put(model, name, QuantisedLinear(held, (module.out_features, module.in_features), dtype, module.bias))
     _run_in(model, dtype)
+
+
+def rehearse(model: PreTrainedModel, kind: str) -> None:
+    """As `quantise`, of a model without values: layers that are as large."""
+    for name, module in _plain_layers(model).items():
+        held = Sized(module.weight, BITS[kind])
+        shape = (module.out_features, module.in_features)
+        put(model, name, QuantisedLinear(held, shape, module.weight.dtype, module.bias))
+
+
+class Sized:
+    """A quantised weight of which nothing but its size is known."""
+
+    def __init__(self, weight: Tensor, bits: float):
+        self.shape = weight.shape
+        self.bytes = torch.empty(round(weight.numel() * bits / 8), dtype=torch.uint8, device=weight.device)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype, device=self.bytes.device)
+
+    def parts(self) -> dict[str, Tensor]:
+        return {"weight": self.bytes}
+
+    def to(self, device: torch.device) -> Sized:
+        self.bytes = self.bytes.to(device)
+        return self
+
+
+def _plain_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The layers that are quantised.  Raises UnsupportedModelError where there are none."""
+    head = model.get_output_embeddings()
+    layers = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+    if not layers:
+        raise UnsupportedModelError(f"{type(model).__name__} has no linear layers to quantise", "leave it out")
+    return layers
 
 
 def _run_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

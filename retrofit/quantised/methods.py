@@ -19,6 +19,8 @@ from retrofit.errors import ResourceError, UnsupportedModelError, UsageError
 
 KINDS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8wo": "torchao", "int4wo": "torchao"}
 """What `base.quantization` may say, and the package that it needs."""
+BITS = {"nf4": 4.127, "int8": 8, "int8wo": 8, "int4wo": 9}
+"""Of a weight, scales of groups included."""
 AUTO, NONE = "auto", "none"
 ASKED = (AUTO, NONE, *KINDS)
 """What an engine may be asked for: as the adapter was trained, as the files are, or one of KINDS."""

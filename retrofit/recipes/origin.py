@@ -61,6 +61,16 @@ class Origin:
     def kind(self) -> str:
         return "checkpoint" if self.artifact is None else "artifact"
 
+    @property
+    def precision(self) -> str | None:
+        """What its base's linear layers were held in."""
+        if self.artifact is not None:
+            held: str | None = self.artifact.config["base"].get("quantization")
+            return held
+        assert self.checkpoint is not None
+        kind: str | None = self.checkpoint.state["settings"].get("base.quantization")
+        return kind
+
     def tensors(self) -> dict[str, Tensor]:
         """What was trained, as it was saved."""
         if self.checkpoint is not None:
@@ -213,6 +223,10 @@ def differences(origin: Origin, plan: Recipe, base: Base) -> list[str]:
     told = []
     if (field := same_base(origin.fingerprint, base.fingerprint)) is not None:
         told.append(f"it was trained on {origin.base}, from which {base.name} differs in its {field}")
+    trained = origin.precision
+    if trained != base.precision:
+        now, then = (one or "plain weights" for one in (base.precision, trained))
+        told.append(f"it was trained on {then}, and goes on on {now}")
     wanted = plan.draft.model_dump(mode="json")
     other = other_keys(wanted, origin.draft)
     return [*told, *(f"draft.{key} was {origin.draft.get(key)}, now {wanted[key]}" for key in other)]

@@ -24,6 +24,8 @@ from retrofit.adapters.attach import Attached, count
 from retrofit.adapters.rows import RowPlan, SequenceRows
 from retrofit.artifact.files import AT_ONCE
 from retrofit.hub import Base, model_class
+from retrofit.quantised.linear import weight_bytes
+from retrofit.quantised.loading import rehearse
 from retrofit.recipes.dry_run.rehearsal import BASE, Rehearsal, rehearsal
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
@@ -193,13 +195,15 @@ def _whole(plan: Recipe, config: PreTrainedConfig, device: str, around: Surround
     kind = torch.device(device).type
     with rehearsal(kind) as stage:
         attached, trainer = _rehearse(plan, config, stage, kind)
-        base = _bytes(attached.base_parameters()) + _bytes(attached.model.buffers())
+        base = weight_bytes(attached.model) - _bytes(attached.lora_parameters()) + _bytes(attached.model.buffers())
+        plain = _bytes(attached.base_parameters())
         weights = _bytes(trainer.trained)
         moments = _bytes(t for state in trainer.optimizer.state.values() for t in state.values())
         parameters, dtype = _parameters(attached, trainer), attached.model.dtype
     on_host = kind == "cpu"
     stored = getattr(torch, around.stored) if around.stored else dtype
-    file = base * stored.itemsize // dtype.itemsize if on_host and stored != dtype else 0
+    kept = on_host and (stored != dtype or plan.base.quantization is not None)
+    file = plain * stored.itemsize // dtype.itemsize if kept else 0
     phases = {LOADING: {BASE: base, FILES: file}, **stage.fullest}
     rest = phases.pop(REST)
     phases.pop("", None)  # how the base came about here is not how it is loaded
@@ -222,6 +226,8 @@ def _whole(plan: Recipe, config: PreTrainedConfig, device: str, around: Surround
 def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: str) -> tuple[Attached, Trainer]:
     """A conversion from the base without its adapter to what is measured at the end."""
     model = model_class(config).from_config(config, dtype=getattr(torch, plan.dtype))
+    if plan.base.quantization is not None:
+        rehearse(model, plan.base.quantization)
     stage.phase(ATTACHING, OTHER)
     base = Base(model, None, plan.base.model, None, None, {})
     attached, backend = attached_to(base, plan)

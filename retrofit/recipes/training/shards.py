@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from retrofit.adapters.attach import Attached
 from retrofit.adapters.rows import RowPlan
 from retrofit.errors import UnsupportedModelError
+from retrofit.quantised.linear import quantised_layers
 from retrofit.recipes.processes import Processes
 from retrofit.recipes.training.recompute import decoder_layers
 from retrofit.runtime.backends.hf.backend import HFBackend
@@ -29,8 +30,12 @@ from retrofit.runtime.backends.hf.cache import KVCache
 def shard(attached: Attached, backend: HFBackend, processes: Processes) -> None:
     """Split the layers of a base that lies on the CPU over the processes' devices, one layer at a time.
 
-    Raises UnsupportedModelError where that is not in force afterwards.
+    Raises UnsupportedModelError where that is not in force afterwards, and for quantised layers.
     """
+    if quantised_layers(backend.model):
+        raise UnsupportedModelError(
+            "FSDP cannot split quantised weights", "start without FSDP: they take little memory"
+        )
     attached.trainable.clear()  # it would keep the whole weights alive; a base that was loaded is given back to no one
     device = torch.device(processes.device)
     mesh = init_device_mesh(device.type, (processes.size,))

@@ -219,3 +219,15 @@ def test_fullest_moment_of_a_phase_is_kept():
             holdings.change("x", size)
     assert holdings.fullest["a"] == {"x": 12}
     assert holdings.fullest["b"] == {"x": 4}
+
+
+def test_few_bits_a_weight_are_counted_as_they_are_held():
+    """As many parameters, in fewer bytes, of which the linear layers hold what their kind says."""
+    config = CONFIGS["llama"]()
+    plain, few = (
+        estimate.estimate(small(f"base.quantization={kind}"), config, "cpu", estimate.Surroundings("float32", 0))
+        for kind in ("null", "int8")
+    )
+    assert few.parameters == plain.parameters
+    linear = plain.parameters.base - 2 * VOCABULARY * 32 - 5 * 32  # embedding, projection to it, and norms
+    assert plain.base - few.base == pytest.approx(3 * linear, rel=0.01)

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from benchmarks.diffusion import tables as diffusion
 from benchmarks.drafts import tables as drafts
 from benchmarks.exact import FAMILIES
 from benchmarks.gpu.bars import BARS as GPU_BARS
@@ -57,6 +58,8 @@ TITLES = {
         for kind in ("float32", "bfloat16")
     },
     drafts.SUMMARY: "Drafts of the own recipe against published designs, embedded base",
+    diffusion.CURVE: "Mode `diffusion`, embedded base: speed against agreement",
+    diffusion.INFILLING: "Gaps filled, embedded base",
     "dense": "Training step, 256 blocks of 16 on 2,048 tokens",
     "tiny": "Training step, embedded base",
     "49k": "Training step, 64 blocks of 8 on 1,024 tokens",
@@ -113,7 +116,8 @@ def blocks(page: str, results: Path) -> dict[str, str]:
     if page == "numbers.md":
         real = {"smollm2": real_model(found)} if REAL in found.files else {}
         designs = {"drafts": against_designs(found)} if DRAFTS in found.files else {}
-        return {"numbers": block(results), **real, **designs}
+        filled = {"diffusion": diffusion.markdown(found.files["diffusion"])} if "diffusion" in found.files else {}
+        return {"numbers": block(results), **real, **designs, **filled}
     if page == "serving.md":
         return {"vllm": served(found)} if SERVED in found.files else {}
     short = {"run": caption(found), "quickstart": quickstart(found)}

@@ -1,4 +1,4 @@
-"""The same prompts in every mode and strategy: equal texts but for diffusion, in different numbers of forwards.
+"""The same prompts in every mode and strategy: equal texts, but for diffusion, which may differ; in fewer forwards.
 
 python examples/compare_modes.py [FOLDER]      an artifact, such as convert_and_generate.py writes
 """

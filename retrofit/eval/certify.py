@@ -169,11 +169,10 @@ def certify(
 
     Writes nothing; see `Certificate.save`.
 
-    level: quick = 8 prompts of 64 new tokens, full = 64 of 128.  device, dtype: where and in what type a
-    folder is loaded (an engine stays as it is).  backend, exact, packed, quantization: as `Engine.load`, by which the
-    folder is loaded: what is certified is what runs.  base: folder, GGUF file or Hub id of the original checkpoint; a
-    folder knows its own, a live engine needs it for the check of the base weights.  prompts: texts or token ids in
-    place of held-out text of the recipe's source.  progress: on stderr, as `retrofit.progress` shows it.
+    level: quick = 8 prompts of 64 new tokens, full = 64 of 128.  device, dtype, backend, exact, packed, quantization:
+    as `Engine.load`, by which a folder is loaded (an engine stays as it is): what is certified is what runs.  base:
+    folder, GGUF file or Hub id of the original checkpoint; a folder knows its own, a live engine needs it for the base
+    weights.  prompts: texts or token ids in place of held-out text of the recipe's source.  progress: on stderr.
 
     A check that fails is part of the answer; raises only what loading raises (UsageError, ArtifactError,
     ResourceError, UnsupportedModelError, and GateError for a level that does not hold here).

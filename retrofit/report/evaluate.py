@@ -154,9 +154,8 @@ def evaluate(
     out: an artifact or another folder, where every finished section is written; of an artifact folder they are not run
     again by the same call, unless restart.  The options of loading are those of `Engine.load`.  clock: seconds.
 
-    A gate that is not met is part of the answer (`Report.require` raises).  Raises UsageError for a wrong option or
-    figure, DataError for prompts that are none, and what loading raises.  What stops it in the middle says in a note
-    where the finished sections are.
+    A gate that is not met is part of the answer (`Report.require` raises).  Raises UsageError for a wrong option,
+    DataError for no prompts, and what loading raises.  What stops it in the middle says where its sections are.
     """
     asked = check(suite, modes, batch, context, limit, price, fail_under, given=prompts is not None,
                   tasks=tasks, allow_code=allow_code, against=against, offline=offline)  # fmt: skip
@@ -166,7 +165,7 @@ def evaluate(
         "quantization": quantization, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     folder = None if isinstance(target, Engine) else _folder(target, out, offline)
-    _refuse_own(target.config if isinstance(target, Engine) else artifacts.read_config(local_folder(target, offline)))
+    _refuse_own(target.config if isinstance(target, Engine) else artifacts.read_config(folder or target))
     loaded = target if isinstance(target, Engine) else Engine.load(target, offline=offline, **loading)
     try:
         subject = Subject(loaded, loaded.base.place if loaded.base else None, trust_remote_code, folder)

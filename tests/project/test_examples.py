@@ -59,4 +59,4 @@ def test_example(artifact, name, capsys, monkeypatch, tmp_path):
     assert any(lines)
     assert [begin for begin in LINES[name] if not any(line.startswith(begin) for line in lines)] == []
     if name == "compare_modes":
-        assert [line.endswith("equal to ar") for line in lines] == [True] * 6 + [False]
+        assert all(line.endswith("equal to ar") for line in lines[:6])

@@ -32,22 +32,32 @@ PRIVATE_APIS = (
             "retrofit/runtime/backends/hf/exact_products.py",
             "retrofit/runtime/backends/hf/linear/packing.py",
             "retrofit/runtime/backends/hf/linear/products.py",
+            "retrofit/runtime/backends/hf/recorded/watch.py",
         ),
     ),
     PrivateApi(
         "torch.nn.Module._modules",
-        "the adapter's layers past the module machinery, as `_parameters`",
-        ("retrofit/adapters/gated_lora.py",),
+        "the adapter's layers past the module machinery, as `_parameters`; whether a module has been replaced",
+        ("retrofit/adapters/gated_lora.py", "retrofit/runtime/backends/hf/recorded/watch.py"),
     ),
     PrivateApi(
         "torch.nn.Module._forward_hooks",
         "whether somebody hooked the layer, which then has to be called as a module",
-        ("retrofit/adapters/gated_lora.py",),
+        ("retrofit/adapters/gated_lora.py", "retrofit/runtime/backends/hf/recorded/watch.py"),
+    ),
+    PrivateApi(
+        "torch.nn.modules.module._has_any_global_hook",
+        "whether somebody hooked all modules, which then have to be called",
+        ("retrofit/runtime/backends/hf/recorded/steps.py",),
     ),
     PrivateApi(
         "torch.nn.Module._forward_pre_hooks",
         "as `_forward_hooks`",
-        ("retrofit/adapters/gated_lora.py", "retrofit/runtime/backends/hf/linear/packing.py"),
+        (
+            "retrofit/adapters/gated_lora.py",
+            "retrofit/runtime/backends/hf/linear/packing.py",
+            "retrofit/runtime/backends/hf/recorded/watch.py",
+        ),
     ),
     PrivateApi(
         "torch.ops.mkldnn._reorder_linear_weight",

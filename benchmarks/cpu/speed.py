@@ -17,6 +17,7 @@ from benchmarks.cpu.figures import Turn, interleaved, medians, seconds
 from benchmarks.cpu.subjects import Task, random_tokens
 from retrofit.eval.acceptance import reference_tokens
 from retrofit.eval.speed import ratio_of
+from retrofit.runtime.backends.hf.recorded.steps import AFTER, PROOFS
 from retrofit.runtime.engine import Engine
 
 CONTEXTS = (200, 2048, 7800)
@@ -25,6 +26,8 @@ BARS = {"bfloat16": (1.5, 2.0, 2.8), "float32": (1.8, 1.7, 1.5)}
 TOKENS = 8
 """Of a turn."""
 TURNS = 5
+WARM = 2 + AFTER + PROOFS
+"""Tokens before the first turn: from then on steps are taken as decoding takes them for long."""
 REQUESTS = 32
 REQUEST_TOKENS = 32
 BATCH_BAR = 1.5
@@ -57,9 +60,9 @@ def bar_of(what: str, bar: float, found: list[Turn], unit: str) -> Bar:
 def steps_of(engine: Engine, prompt: list[int], turns: int) -> Callable[[], float]:
     """Takes a turn of `ar` behind this prompt; returns milliseconds a token."""
     stream = engine.stream(
-        [prompt], "ar", max_new_tokens=2 + (turns + 1) * TOKENS, with_text=False, **PLAIN
+        [prompt], "ar", max_new_tokens=WARM + (turns + 1) * TOKENS, with_text=False, **PLAIN
     )  # fmt: skip
-    for _ in range(2):
+    for _ in range(WARM):
         next(stream)
 
     def turn() -> float:

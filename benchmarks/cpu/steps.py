@@ -24,6 +24,7 @@ from benchmarks.cpu.subjects import DTYPES, Task, random_tokens
 from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.eval.speed import ratio_of
 from retrofit.runtime.backends.hf import attention
+from retrofit.runtime.backends.hf.recorded.steps import AFTER, PROOFS
 from retrofit.runtime.backends.threads import thread_limit
 from retrofit.runtime.engine import Engine
 from retrofit.runtime.host import modes
@@ -133,7 +134,7 @@ def costs(task: Task) -> tuple[list[Bar], dict[str, Any]]:
         prompt = random_tokens(CONTEXT, task.vocab)
         stage = Stage(engine, prompt)
         ways = {name: partial(stage.take, step) for name, step in steps(engine, prompt).items()}
-        interleaved(ways, 2)
+        interleaved(ways, AFTER + PROOFS)
         found = interleaved(ways, 5 if task.quick else TURNS)
         ratios = {name: round(ratio_of(found, name, AR), 3) for name in ways}
         for name, ratio in ratios.items():
@@ -158,6 +159,7 @@ def split(task: Task) -> tuple[list[Bar], dict[str, Any]]:
         least = floor_ms(*read_bytes(engine, CONTEXT), speed)
         kinds = steps(engine, prompt)
         turns = 5 if task.quick else TURNS
+        interleaved({name: partial(stage.take, step) for name, step in kinds.items()}, AFTER + PROOFS)
         plain = interleaved({name: partial(stage.take, step) for name, step in kinds.items()}, turns)
         table: dict[str, Mapping[str, float]] = {}
         for name, step in kinds.items():

@@ -17,6 +17,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from retrofit.adapters.one_call import one_call
+
 
 class Gate(threading.local):
     """How many leading rows of this thread's forward are base rows; None: all of them (the adapter is off).
@@ -63,6 +65,7 @@ class GatedLoraLinear(lora.Linear):
         down, up = (self._modules[name]._modules[adapter]._parameters["weight"] for name in ("lora_A", "lora_B"))
         return down, up, self.scaling[adapter]
 
+    @one_call
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., N, in] -> [..., N, out]."""
         base, first = self.plain, self.gate.base_rows

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from retrofit.adapters.one_call import one_call
 from retrofit.adapters.rows import RowPlan
 from retrofit.adapters.visibility import Chunk, Group, Window, hiding
 from retrofit.errors import UnsupportedModelError
@@ -121,6 +122,7 @@ def attend(
     return out.view(S, H, T, -1)
 
 
+@one_call
 def row_attention(
     module: nn.Module,
     query: Tensor,
@@ -157,29 +159,48 @@ def row_attention(
         scores = len(group.slots) * query.shape[1] * group.width * (group.keys + group.width)
         if scores > size_for(FEW_SCORES, query.device):
             return _training_rows(plan, cache.layers[layer], query, key, value, *how), None
-    query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query, key, value))
     n, first_draft = plan.num_base, plan.first_draft
     out: list[Tensor] = []
     tree: list[tuple[Tensor, Tensor]] = []
     if plan.base is not None:
         if plan.tree:
-            cache.stage(layer, key_NHD[:n], value_NHD[:n])
-            tree = [(plan.base.rectangle(key_NHD[:n]), plan.base.rectangle(value_NHD[:n]))]
+            cache.stage(layer, *(t[0, :, :n].transpose(0, 1) for t in (key, value)))
+            tree = [(_rectangle(plan.base, key, 0, n), _rectangle(plan.base, value, 0, n))]
+        elif len(plan.sequences) == 1:
+            cache.append(layer, plan.base.slots[0], plan.sequences[0].start, key[:, :, :n], value[:, :, :n])
         else:
-            cache.write(layer, plan.base_slots, plan.base_positions, key_NHD[:n], value_NHD[:n])
-        rows = plan.base.rectangle(query_NHD[:n])
+            cache.write(
+                layer, plan.base_slots, plan.base_positions, *(t[0, :, :n].transpose(0, 1) for t in (key, value))
+            )
+        rows = _rectangle(plan.base, query, 0, n)
         if picked is None:
             made = _base_group(context, plan, layer, rows, tree, how)
         else:
             made = picked_attention(attend, context, plan, layer, rows, tree, how, picked)
-        out.append(plan.base.flatten(made))
+        out.append(_flat(plan.base, made))
     if first_draft > n:
-        out.append(value_NHD.new_zeros(first_draft - n, query.shape[1], value.shape[-1]))
+        out.append(value.new_zeros(first_draft - n, query.shape[1], value.shape[-1]))
     if plan.draft is not None:
-        own = [*tree, (plan.draft.rectangle(key_NHD[first_draft:]), plan.draft.rectangle(value_NHD[first_draft:]))]
-        rows = plan.draft.rectangle(query_NHD[first_draft:])
-        out.append(plan.draft.flatten(_draft_group(context, plan, layer, rows, own, how)))
+        stop = plan.num_rows
+        own = [
+            *tree,
+            (_rectangle(plan.draft, key, first_draft, stop), _rectangle(plan.draft, value, first_draft, stop)),
+        ]
+        rows = _rectangle(plan.draft, query, first_draft, stop)
+        out.append(_flat(plan.draft, _draft_group(context, plan, layer, rows, own, how)))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def _rectangle(group: Group, x_1HND: Tensor, first: int, stop: int) -> Tensor:
+    """[S, H, T, D] of rows `first` to `stop`; one sequence's are one as they come."""
+    if len(group.slots) == 1:
+        return x_1HND[:, :, first:stop]
+    return group.rectangle(x_1HND[0, :, first:stop].transpose(0, 1))
+
+
+def _flat(group: Group, out_SHTD: Tensor) -> Tensor:
+    """`_rectangle` undone: [N, H, D]."""
+    return out_SHTD[0].transpose(0, 1) if len(group.slots) == 1 else group.flatten(out_SHTD)
 
 
 def layer_of(module: nn.Module) -> int:
@@ -204,7 +225,10 @@ def _alone(
         outs.append(_sequence(context, plan, group, layer, sequence.start, own, how)[0].transpose(0, 1))
     filler = plan.num_rows - n
     if filler:
-        outs.append(outs[0].new_zeros(filler, *outs[0].shape[1:]))
+        sizes = ("filler", filler, *outs[0].shape[1:], outs[0].dtype)
+        if sizes not in plan.base.masks:
+            plan.base.masks[sizes] = outs[0].new_zeros(filler, *outs[0].shape[1:])
+        outs.append(plan.base.masks[sizes])
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

@@ -45,6 +45,7 @@ from retrofit.runtime.backends.hf.linear.experts import separate_experts
 from retrofit.runtime.backends.hf.linear.packing import install
 from retrofit.runtime.backends.hf.linear.products import Cut, Product
 from retrofit.runtime.backends.hf.load_check import check_model
+from retrofit.runtime.backends.hf.recorded.steps import Recorded, through_trunk
 from retrofit.runtime.backends.hf.recurrent import mixers
 from retrofit.runtime.backends.hf.refused import chunks_of, refuse_unsupported
 from retrofit.runtime.backends.hf.rotation import lock_rotation
@@ -155,6 +156,7 @@ class HFBackend:
         self.heads = heads
         self.causal_blocks = causal_blocks
         self.trunk = trunk_of(model)
+        self.recorded = Recorded(self.trunk)
         self.embedding = model.get_input_embeddings()
         self.cut = Cut()
         """How products are cut; `hold` sets it."""
@@ -209,6 +211,7 @@ class HFBackend:
         """
         if not self.turns.end():
             return
+        self.recorded.forget()
         while self._undone:
             self._undone.pop()()
         for module in self.was_training:
@@ -240,6 +243,7 @@ class HFBackend:
         are.  Whether a level holds on this machine is for `exact_rows.settle` to find out.
         """
         self.exact, self.form, self.least_rows = exact, form, rows
+        self.recorded.forget()
         self.most_rows = rows if exact == "bucket" else None
         # A prompt's bits then depend on nothing but the prompt, however products of many rows are made.
         self.prefill_alone = exact != "off"  # `exact_prompts.py` finds out where they need not
@@ -334,7 +338,7 @@ class HFBackend:
             arguments["attention_mask"] = indexers.masks()
         arguments = with_given(plan, arguments)
         with self.switched(context):
-            hidden: Tensor = self.trunk(use_cache=False, retrofit_rows=context, **arguments).last_hidden_state[0]
+            hidden = through_trunk(self, plan, context, arguments)[0]
         if self.trunk.training:
             raise UsageError(
                 f"this {type(self.model).__name__} was put into training mode while an engine decodes with it",

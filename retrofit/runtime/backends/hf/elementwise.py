@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retrofit.adapters.one_call import one_call
 from retrofit.runtime.backends.hf.instead import instead
 from retrofit.runtime.backends.threads import thread_limit
 
@@ -33,6 +34,11 @@ def by_one_thread(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """An elementwise function of x; alike however many rows x has."""
     if x.device.type != "cpu" or x.numel() <= SHARED:
         return function(x)
+    return _alone(function, x)
+
+
+@one_call
+def _alone(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with thread_limit(x.device, 0.0):
         return function(x)
 

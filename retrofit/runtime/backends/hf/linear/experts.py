@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from retrofit.adapters.gated_lora import Gate
+from retrofit.adapters.one_call import one_call
 from retrofit.runtime.backends.hf.instead import instead, unbound
 from retrofit.runtime.backends.hf.linear.products import Cut, Packed, in_cut
 
@@ -117,6 +118,7 @@ def _split_rows(experts: nn.Module, gate: Gate, cut: Cut, config: Any) -> Callab
     forward = unbound(experts)
     per_row = _gathered_bytes_per_row(experts)
 
+    @one_call
     def split(
         self: nn.Module, hidden: Tensor, index_NK: Tensor | None = None, weights_NK: Tensor | None = None
     ) -> Tensor:

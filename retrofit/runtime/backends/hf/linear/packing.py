@@ -124,6 +124,7 @@ def pack(backend: HFBackend, alone: bool) -> Callable[[], None]:
     undone: list[Callable[[], None]] = []
 
     def undo() -> None:
+        backend.recorded.forget()
         backend.packed = False
         while undone:
             undone.pop()()
@@ -131,6 +132,7 @@ def pack(backend: HFBackend, alone: bool) -> Callable[[], None]:
     try:
         _pack_linear(backend, alone, undone)
         _pack_experts(backend, alone, undone)
+        backend.recorded.forget()  # it holds the plain weights
         backend.packed = True
         with suppress(AttributeError):  # where addresses cannot be had
             on_huge_pages([one.span for one in _packed(backend)])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from retrofit.adapters.gated_lora import Gate
+from retrofit.adapters.one_call import one_call
 from retrofit.errors import UsageError
 from retrofit.runtime.backends.hf.linear.low_rank import LowRank
 
@@ -176,6 +177,7 @@ class Product:
         self.low_rank.add_to(out, x, first)
         return out
 
+    @one_call
     def forward(self, x: Tensor) -> Tensor:
         """As the layer's: the product in a forward of ours, its own otherwise."""
         return self(x) if self.alone or self.gate.base_rows is not None else self._own(x)

@@ -111,12 +111,12 @@ def base_attention(
         stop = min(first + size, T)
         low, high = base_span(group, first, stop, window, form.piece)
         high = form.columns(high, key.shape[2], query.dtype) if low == 0 else form.padded(high)
-        scores = _scores(query[:, :, first:stop], key[:, :, low:high], scale, softcap, form)
+        scores = _scores(_columns(query, first, stop), _columns(key, low, high), scale, softcap, form)
         _hide(scores, group, first, stop, window, low, high)
         if picked is not None:
             _leave_picked(scores, picked[:, :, first:stop], low, high)
         weights = weights_of(scores, _by_group(sinks, scores)).to(query.dtype).flatten(2, 3)
-        out = _with_values(weights, value[:, :, low:high], form).to(query.dtype)
+        out = _with_values(weights, _columns(value, low, high), form).to(query.dtype)
         outs.append(out.reshape(S, H, stop - first, -1))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
@@ -191,6 +191,11 @@ def weights_of(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1].contiguous()
 
 
+def _columns(x: Tensor, low: int, high: int) -> Tensor:
+    """[.., .., high - low, ..]; itself where that is all."""
+    return x if high - low == x.shape[2] else x[:, :, low:high]
+
+
 def _by_group(sinks: Tensor | None, scores_SHGTL: Tensor) -> Tensor | None:
     """[Hq] -> [Hk, G, 1, 1]."""
     return None if sinks is None else sinks.view(*scores_SHGTL.shape[1:3], 1, 1)
@@ -236,20 +241,23 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None, for
 
 
 def _with_values(weights: Tensor, value: Tensor, form: Form, total: Tensor | None = None) -> Tensor:
-    """fp32 [S, Hk, M, Dv]: weights [S, Hk, M, L] by value [S, Hk, L, Dv], added to `total` piece by piece."""
+    """[S, Hk, M, Dv]: weights [S, Hk, M, L] by value [S, Hk, L, Dv], added to `total` piece by piece, in fp32."""
     width = value.shape[-1]
     if width % COLUMNS:
         value = F.pad(value, (0, -width % COLUMNS))
         total = None if total is None else F.pad(total, (0, -width % COLUMNS))
     for part in _parts(weights, value, form):
-        total = part.float() if total is None else total + part
+        total = part if total is None else total.float() + part
     assert total is not None
-    return total[..., :width]
+    return total[..., :width] if width % COLUMNS else total
 
 
 def _parts(weights: Tensor, value: Tensor, form: Form) -> Iterator[Tensor]:
     """Products of a piece each, [S, Hk, M, Dv], in the order of the keys."""
     (S, Hk, M, L), piece = weights.shape, form.piece
+    if piece > L:
+        yield _product(weights, value, form)
+        return
     whole = L // piece
     by_head = S * Hk < whole * (4 if value.dtype in HALF else 1)
     if by_head:

@@ -34,7 +34,7 @@ STATEFUL = (
     "GraniteMoeHybridForCausalLM", "JambaForCausalLM", "KimiLinearForCausalLM", "Lfm2ForCausalLM",
     "Lfm2MoeForCausalLM", "Lfm3ForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM", "MiniMaxForCausalLM",
     "NemotronHForCausalLM", "OlmoHybridForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM",
-    "Qwen3_5MoeForCausalLM", "RecurrentGemmaForCausalLM",
+    "Qwen3_5MoeForCausalLM", "RecurrentGemmaForCausalLM", "Zamba2ForCausalLM",
 )  # fmt: skip
 """Bases that retrofit converts and whose layers have a recurrent state, which UNO's two forwards do not roll back."""
 

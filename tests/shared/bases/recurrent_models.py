@@ -21,6 +21,7 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
+    Zamba2Config,
 )
 
 LAYERS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -119,6 +120,23 @@ def _recurrent_gemma() -> PreTrainedConfig:
     )
 
 
+def _zamba2() -> PreTrainedConfig:
+    """A block that several layers share attends in two of three; none of its modules knows in which.
+
+    transformers bounds time steps from below in prompts and not in steps; a model where that tells is refused at load.
+    """
+    kinds = {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}
+    sizes = {
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 2,
+        "mamba_d_state": 6,
+        "chunk_size": 16,
+        "num_mem_blocks": 1,
+        "time_step_min": 1e-9,
+    }
+    return Zamba2Config(**{**SIZES, **kinds, **sizes}, mamba_headdim=8, use_mem_rope=True)
+
+
 RECURRENT: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_next": _qwen3_next,
     "qwen3_5": _qwen3_5,
@@ -132,6 +150,7 @@ RECURRENT: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "kimi_linear": _kimi_linear,
     "minimax": _minimax,
     "recurrent_gemma": _recurrent_gemma,
+    "zamba2": _zamba2,
 }
 
 

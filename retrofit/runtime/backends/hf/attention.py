@@ -10,7 +10,7 @@ Not here: what a row sees (`adapters/rows.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,8 @@ from retrofit.runtime.backends.sizes import size_for
 How = tuple[Window | None, float, float | None, Tensor | None]
 """Window, scale, soft-cap, and attention sinks [Hq]: a score of each head that stands for no key."""
 ATTENTION = "retrofit"
+NUMBERED = "retrofit_layer"
+"""Attribute of attention modules whose layer was told by their names."""
 LARGE_MASK = 1 << 22
 """Rows times keys of one sequence from which base rows are masked in pieces."""
 LARGE_SCORES = 1 << 24
@@ -205,10 +207,25 @@ def _flat(group: Group, out_SHTD: Tensor) -> Tensor:
 
 def layer_of(module: nn.Module) -> int:
     """Which layer's K/V this is.  Raises UnsupportedModelError."""
-    layer = getattr(module, "layer_idx", None)
+    layer = getattr(module, NUMBERED, getattr(module, "layer_idx", None))
     if layer is None:
         raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
     return int(layer)
+
+
+def number_layers(trunk: nn.Module) -> Callable[[], None]:
+    """Number attention modules that do not know their layer, by their names (Zamba's); returns the undo."""
+    unknown = {name: m for name, m in trunk.named_modules() if getattr(m, "layer_idx", 0) in (None, -1)}
+    numbers = {name: [int(part) for part in name.split(".") if part.isdigit()] for name in unknown}
+    numbered = [(unknown[name], found[0]) for name, found in numbers.items() if found]
+    for module, layer in numbered:
+        setattr(module, NUMBERED, layer)
+
+    def undo() -> None:
+        for module, _ in numbered:
+            delattr(module, NUMBERED)
+
+    return undo
 
 
 def _alone(

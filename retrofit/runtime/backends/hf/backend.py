@@ -36,7 +36,7 @@ from retrofit.machine import cpu_name
 from retrofit.runtime.backends.context import context_length, restarts_at_boundary, rope_boundary
 from retrofit.runtime.backends.hf import elementwise
 from retrofit.runtime.backends.hf.answers import answering, by_thread
-from retrofit.runtime.backends.hf.attention import ATTENTION, ForwardContext
+from retrofit.runtime.backends.hf.attention import ATTENTION, ForwardContext, number_layers
 from retrofit.runtime.backends.hf.cache import STEP, KVCache
 from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.given.reading import read_prompts
@@ -195,8 +195,7 @@ class HFBackend:
         self.sliding: dict[int, int] = {}
         """layer -> its window, of layers that slide; known once the model has been checked."""
         self._undone = [by_thread(self.config), separate_experts(model, gate, self.cut), lock_rotation(self.trunk)]
-        self.until_closed(mixers.install(self.trunk))
-        self.until_closed(indexers.install(self.trunk))
+        self._undone += [mixers.install(self.trunk), number_layers(self.trunk), indexers.install(self.trunk)]
         try:
             self.check_usable()
             self.sliding = check_model(self)

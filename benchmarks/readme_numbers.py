@@ -116,8 +116,8 @@ def blocks(page: str, results: Path) -> dict[str, str]:
     if page == "numbers.md":
         real = {"smollm2": real_model(found)} if REAL in found.files else {}
         designs = {"drafts": against_designs(found)} if DRAFTS in found.files else {}
-        filled = {"diffusion": diffusion.markdown(found.files["diffusion"])} if "diffusion" in found.files else {}
-        return {"numbers": block(results), **real, **designs, **filled}
+        sweep = {"diffusion": diffusion.markdown(found.files["diffusion"])} if "diffusion" in found.files else {}
+        return {"numbers": block(results), **real, **designs, **sweep}
     if page == "serving.md":
         return {"vllm": served(found)} if SERVED in found.files else {}
     short = {"run": caption(found), "quickstart": quickstart(found)}

@@ -54,7 +54,6 @@ FEWEST, MOST_LOST = 1.5, 2.0
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Results file.")
 def main(artifact: Path, infilling: Path | None, prompts: int, spans: int, out: Path) -> None:
     logging.set_verbosity_error()
-    command = "python -m benchmarks.diffusion ARTIFACT --infilling ARTIFACT"
     missed = False
     try:
         for name, folder, count in (("curve", artifact, prompts), ("infilling", infilling, spans)):
@@ -65,6 +64,8 @@ def main(artifact: Path, infilling: Path | None, prompts: int, spans: int, out: 
             found, bars = (curve if name == "curve" else infilled)(setting, count)
             found["training"] = trained(setting)
             title = f"diffusion, {name}"
+            how = f"--prompts {count}" if name == "curve" else f"--infilling ARTIFACT --spans {count}"
+            command = f"python -m benchmarks.diffusion ARTIFACT {how}"
             write(out, {title: section(command, time.perf_counter() - begin, bars, found)})
             missed |= any(bar.met is False for bar in bars)
             print(table(rows_of(title, found)))

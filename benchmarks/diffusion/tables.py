@@ -34,8 +34,9 @@ def markdown(sections: Mapping[str, Any]) -> str:
         figures = sections[title]["figures"]
         head, *rows = rows_of(title, figures)
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-        count = f"{figures['prompts']} prompts, {figures['max_new_tokens']} new tokens each, greedy"
-        if title == INFILLING:
+        if title == CURVE:
+            count = f"{figures['prompts']} prompts, {figures['max_new_tokens']} new tokens each, greedy"
+        else:
             around = f"{figures['prefix']} tokens before and {figures['suffix']} behind"
             count = f"{figures['spans']} spans, {around}; exact matches, %"
         parts.append("\n".join([f"{count}:", "", *(f"| {' | '.join(line)} |" for line in lines)]))

@@ -44,4 +44,6 @@ def test_the_tables_stand_in_the_numbers(tmp_path) -> None:
         "diffusion, curve": {**about, "bars": [], "figures": {"prompts": 8, "max_new_tokens": 4, "points": [point]}}
     }
     assert "| ar | - | - | 1.00 | 1.00 | 100.00 | 2.50 |" in tables.markdown(curve)
+    gaps = {"spans": 2, "prefix": 3, "suffix": 4, "exact_percent": {"ar": 50.0}, "by_length": {"1": {"ar": 25.0}}}
+    assert "| all | 50.0 |" in tables.markdown({"diffusion, infilling": {"figures": gaps}})
     assert readme_numbers.TITLES["diffusion, curve"]

@@ -32,6 +32,7 @@ from retrofit.artifact.beside import beside
 from retrofit.artifact.files import disk, json_bytes, replace_file, sha256, sync_folder, write_file
 from retrofit.artifact.own import MODEL, own_names, written_model
 from retrofit.artifact.safety import AGAIN, check_safetensors, load_json, names_in, reading, stays_inside
+from retrofit.artifact.schema import FORMAT as FORMAT
 from retrofit.artifact.schema import FORMATS, check_adapter_config, check_config
 from retrofit.errors import ArtifactError, UsageError
 

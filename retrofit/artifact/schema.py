@@ -207,6 +207,9 @@ def check_config(content: Mapping[str, Any], path: Path) -> None:
         hint = "upgrade retrofit" if newer else AGAIN
         known = " and ".join(str(one) for one in FORMATS.values())
         raise ArtifactError(f"{path}: format {version!r}; this retrofit reads format {known}", hint)
+    profile = content.get("profile")
+    if isinstance(profile, str) and FORMATS.get(profile, version) != version:
+        raise ArtifactError(f"{path}: `profile` {profile} does not go with format {version}", AGAIN)
     needed = {*SCHEMA, *(OWN if version == FORMATS["joint"] else ())}
     for key, (test, wanted) in {**SCHEMA, **OPTIONAL}.items():
         value: Any = content
@@ -220,8 +223,6 @@ def check_config(content: Mapping[str, Any], path: Path) -> None:
             raise ArtifactError(f"{path}: `{key}` is missing", AGAIN)
         if there and not test(value):
             raise ArtifactError(f"{path}: `{key}` must be {wanted}, not {_shown(value)}", AGAIN)
-    if version != FORMATS[content["profile"]]:
-        raise ArtifactError(f"{path}: `profile` {content['profile']} does not go with format {version}", AGAIN)
     unknown = sorted(key for key in content["draft"] if f"draft.{key}" not in SCHEMA)
     if unknown:  # a layout that this version does not know
         raise ArtifactError(f"{path}: `draft` has an unknown key, {_shown(unknown[0])}", "upgrade retrofit")

@@ -267,8 +267,8 @@ def test_a_bad_config_names_file_and_key_in_reading_and_in_writing(folder, tmp_p
 
 
 def test_a_newer_format_says_upgrade(folder):
-    (folder / "retrofit.json").write_text(json.dumps({"format": 2}))
-    with pytest.raises(ArtifactError, match="format 2") as caught:
+    (folder / "retrofit.json").write_text(json.dumps({"format": 3}))
+    with pytest.raises(ArtifactError, match="format 3") as caught:
         artifact.check(folder)
     assert "upgrade" in caught.value.hint
 

@@ -39,6 +39,7 @@ from retrofit.recipes.text.regenerate import check_cache
 from retrofit.recipes.training import tracking
 from retrofit.recipes.training.checkpoint import RESTART, Checkpoint, Checkpoints, folder_of
 from retrofit.recipes.training.clean.forward import clean_forward
+from retrofit.recipes.training.clean.pairs import TOKENS, begin_with_pairs
 from retrofit.recipes.training.interrupts import Interrupts
 from retrofit.recipes.training.joint.drift import with_drift
 from retrofit.recipes.training.joint.trainer import JointTrainer, trainer_for
@@ -216,6 +217,8 @@ def _run(job: _Job, interrupts: Interrupts) -> None:
         size = 1 if job.processes is None else job.processes.size
         first = session.order.upcoming()[: -(-job.plan.train.batch_size // size)]  # as many as a process runs at once
         _announce(job, session)
+        if job.plan.adapter.markov_init == "base" and job.origin is None and not session.trainer.steps_done:
+            begin_with_pairs(job.attached.heads, job.backend, session.order.upcoming(TOKENS))
         _look(job, session, held_out)
         before = _logits_hash(job.backend, first)
         _train(job, session, tracker, interrupts)

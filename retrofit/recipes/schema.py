@@ -52,6 +52,8 @@ class Adapter(Section):
     """Roles of the projections that get a LoRA: all of them are those the model has; with routed experts q, k, v, o."""
     markov_rank: int = Field(128, ge=0, le=MOST_RANKS)
     """Rank of the Markov head, which tells a draft row the token drafted to its left; 0 leaves it out."""
+    markov_init: Literal["base", "zero"] = "base"
+    """What that head begins with: what the base expects behind a token, on average over some text, or nothing."""
     confidence: bool = True
     """Train the confidence head, which decides how many drafts are worth verifying."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -107,10 +107,14 @@ class Order:
         """How many have been begun; what lies in the buffer counts."""
         return self._epoch + 1
 
-    def upcoming(self) -> list[Document]:
-        """As many documents as a batch has, out of those that come soon; nothing is taken."""
+    def upcoming(self, tokens: int = 0) -> list[Document]:
+        """As many documents as a batch has, or with so many tokens, out of those that come soon; nothing is taken."""
         self._fill()
-        return [document for document, _ in self._buffer[: self._batch_size]]
+        count = held = 0
+        while count < len(self._buffer) and (count < self._batch_size or held < tokens):
+            held += len(self._buffer[count][0].tokens)
+            count += 1
+        return [document for document, _ in self._buffer[:count]]
 
     def place(self) -> Place:
         """Where this stands; does not change as batches are drawn."""

@@ -4,8 +4,9 @@ A recipe is named by itself or with keys changed, `tiny adapter.targets=[o]`.  O
 and objective; base, data and schedule are those of `OWN`.  Blocks are as long as it takes to propose the drafts asked
 for, and as many as the draft rows allow.
 
-The learning rate is that of `OWN` times its alpha / rank to the recipe's own, so that the first steps change the
-weights as much, times a factor.  Of several factors each recipe but `OWN` takes what its held-out text says is best.
+The learning rate of `OWN`, with keys changed or not, is what its file says.  Of others it is RATE over their alpha /
+rank, so that the first steps change the weights as much, times a factor.  Of several factors each recipe but `OWN`
+takes what its held-out text says is best.
 Not here: running anything (`runs.py`).
 """
 
@@ -22,6 +23,8 @@ OWN = "tiny"
 """The embedded base's own recipe, which the others are held against."""
 PUBLISHED = "baselines/"
 """How names of published designs begin."""
+RATE = 2e-2
+"""Learning rate of the others at an alpha / rank of 1."""
 SHARED = ("base.", "data.", "train.")
 
 
@@ -56,7 +59,7 @@ def plan_of(spec: str, setting: Setting, seed: int, rate: float = 1.0) -> Recipe
         "train.warmup": min(own.train.warmup, setting.steps),
         "train.anchors": max(1, setting.rows // block),
         "train.curriculum": [length for length in named.train.curriculum if least <= length < block],
-        "train.lr": min(1.0, own.train.lr * scale(own) / scale(named) * rate),
+        "train.lr": min(1.0, (own.train.lr if name == OWN else RATE / scale(named)) * rate),
         "train.seed": seed,
     }
     kept = {key: value for key, value in by_key(named).items() if key in changed}

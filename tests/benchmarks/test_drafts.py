@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from benchmarks.drafts import __main__ as drafts
 from benchmarks.drafts import figures, tables
-from benchmarks.drafts.setting import OWN, Setting, folder_name, plan_of
+from benchmarks.drafts.setting import OWN, RATE, Setting, folder_name, plan_of
 from retrofit.recipes.schema import load_recipe, recipe_names
 
 SETTING = Setting(steps=40, rows=60, drafts=4, prompts=2, new_tokens=8, rates=(1.0,))
@@ -53,8 +53,7 @@ def test_a_published_design_keeps_its_own_and_shares_the_rest(name):
     assert SETTING.rows - plan.draft.block < plan.train.anchors * plan.draft.block <= SETTING.rows
     assert (plan.train.steps, plan.train.seed, plan.train.batch_size) == (40, 3, own.train.batch_size)
     assert all(length < plan.draft.block for length in plan.train.curriculum)
-    reach = plan.train.lr * plan.adapter.alpha / plan.adapter.rank
-    assert reach == pytest.approx(own.train.lr * own.adapter.alpha / own.adapter.rank)
+    assert plan.train.lr * plan.adapter.alpha / plan.adapter.rank == pytest.approx(RATE)
 
 
 def test_own_recipe_is_the_default_of_the_embedded_base():

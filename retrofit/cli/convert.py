@@ -23,6 +23,7 @@ from retrofit.launch import is_launched
 from retrofit.locating import expanded
 
 if TYPE_CHECKING:
+    from retrofit.recipes.budget.presets import Preset
     from retrofit.recipes.schema import Recipe
 
 
@@ -52,6 +53,12 @@ if TYPE_CHECKING:
 @click.option("--keep-checkpoints", is_flag=True, help="Leave them there when the artifact is complete.")
 @click.option("--dry-run", is_flag=True, help="Write nothing: say what it would take of memory, disk and time.")
 @click.option("--fit", metavar="SIZE", help="With --dry-run: say what to change to fit into so much, such as 24GB.")
+@click.option(
+    "--preset",
+    type=click.Choice(["fast", "balanced", "best"]),
+    help="How much of the recipe's training: less, as it is written, or more.",
+)
+@click.option("--budget", metavar="TIME", help="Choose preset, steps and block to end within it, such as 30m or 1h30m.")
 @click.option("--seed", type=click.IntRange(min=0), help="As train.seed=SEED.")
 @skip_bad_option
 @click.option(
@@ -70,6 +77,8 @@ def convert(
     restart: bool,
     dry_run: bool,
     fit: str | None,
+    preset: Preset | None,
+    budget: str | None,
     seed: int | None,
     loading: Loading,
     as_json: bool,
@@ -89,6 +98,10 @@ def convert(
     --from trains an artifact (a folder, or OWNER/NAME on the Hub) further in a run of its own, on another base of
     the same shapes if MODEL is one. --from OUT.checkpoints/step-N goes on as the run that wrote it would have.
 
+    --preset scales the recipe's training, and KEY=VALUE wins over it. --budget measures what a step takes here, chooses
+    preset, steps and block by it, and says what to expect; the responses of data.responses=regenerate come on top.
+    What was chosen is in the artifact's recipe, and the same command goes on with it.
+
     --dry-run needs no weights and downloads none, only configuration and tokenizer; time is measured where the
     weights are here.  It exits with 3 when it does not fit into --fit, and with 4 when no change makes it fit.
 
@@ -103,6 +116,7 @@ def convert(
       retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
       retrofit convert ./gguf-files --gguf my-model.Q4_K_M.gguf -o my-retrofit
       retrofit convert ./my-model data.source=texts.jsonl draft.block=4
+      retrofit convert ./my-model data.source=texts.jsonl --budget 30m
       retrofit convert --from my-retrofit -o my-retrofit-2 train.steps=500 data.source=more.jsonl
       torchrun --nproc-per-node 8 --no-python retrofit convert Qwen/Qwen3-8B --recipe qwen3-8b
     """
@@ -113,13 +127,15 @@ def convert(
         resolved = _resolved(items, gguf, recipe, loading, seed, options["start_from"])
         out = out or Path(f"{_name(resolved.base.model)}-retrofit")
         artifact.check_writable(out, options["overwrite"], artifact.INSTEAD.format(out))
+        kept = {item.partition("=")[0] for item in _model_and_overrides(items)[1]}
+        resolved, chosen = _scaled(resolved, preset, budget, kept, out, loading, dry_run or restart)
         if dry_run:
             if is_main:
-                _dry_run(resolved, out, fit, loading, options["skip_bad"], as_json)
+                _dry_run(resolved, out, fit, loading, options["skip_bad"], as_json, chosen)
             return
         made = _convert(resolved, out, loading, resume=resume, **options)
     if is_main:
-        _tell(made, as_json)
+        _tell(made, as_json, chosen)
 
 
 def _resume(force_resume: bool, restart: bool) -> Literal["auto", "force", "never"]:
@@ -127,6 +143,19 @@ def _resume(force_resume: bool, restart: bool) -> Literal["auto", "force", "neve
     if force_resume and restart:
         raise UsageError("--force-resume and --restart do not go together", "give one of them")
     return "force" if force_resume else "never" if restart else "auto"
+
+
+def _scaled(
+    plan: Recipe, preset: Preset | None, budget: str | None, kept: set[str], out: Path, loading: Loading, again: bool
+) -> tuple[Recipe, dict[str, Any]]:
+    """(the recipe as --preset and --budget have it, what --json says of that)."""
+    if preset is None and budget is None:
+        return plan, {}
+    quieten_libraries()
+    from retrofit.recipes.budget.planning import scaled
+
+    place = (loading.device, loading.offline, loading.trust_remote_code)
+    return scaled(plan, preset, budget, kept, out, *place, again=again, say=say)
 
 
 def _convert(recipe: Recipe, out: Path, loading: Loading, **options: Any) -> artifact.Artifact:
@@ -165,12 +194,12 @@ def _several_processes(loading: Loading) -> Iterator[bool]:
         yield is_main
 
 
-def _tell(made: artifact.Artifact, as_json: bool) -> None:
+def _tell(made: artifact.Artifact, as_json: bool, chosen: dict[str, Any]) -> None:
     from retrofit.artifact.card import contexts
 
     parts = {key: made.config[key] for key in ("base", "parameters", "acceptance", "training")}
     if as_json:
-        emit_json({"artifact": str(made.folder), **parts})
+        emit_json({"artifact": str(made.folder), **parts, **chosen})
         return
     say(f"measured on held-out text: {facts({'conditional': parts['acceptance']['conditional']}) or 'nothing'}")
     if by_context := parts["acceptance"].get("by_context"):
@@ -179,7 +208,9 @@ def _tell(made: artifact.Artifact, as_json: bool) -> None:
     click.echo(made.folder)
 
 
-def _dry_run(recipe: Recipe, out: Path, fit: str | None, loading: Loading, skip_bad: bool, as_json: bool) -> None:
+def _dry_run(
+    recipe: Recipe, out: Path, fit: str | None, loading: Loading, skip_bad: bool, as_json: bool, chosen: dict[str, Any]
+) -> None:
     """Raises GateError where it does not fit, ResourceError where it cannot be made to."""
     from retrofit.recipes.dry_run.fit import parse_size, short
 
@@ -199,7 +230,7 @@ def _dry_run(recipe: Recipe, out: Path, fit: str | None, loading: Loading, skip_
         say=say,
     )
     if as_json:
-        emit_json(report, indent=2)
+        emit_json({**report, **chosen}, indent=2)
     else:
         click.echo(table(report, recipe))
     found = report.get("fit")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,22 +25,18 @@ from retrofit.hub import check_device, load_config, resolved_device
 from retrofit.locating import expanded
 from retrofit.machine import cache_folder, free_memory, resident
 from retrofit.quantised.methods import stored_method
-from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate, windows_of
+from retrofit.recipes.dry_run.estimate import PACKED_TOKEN, Estimate, Surroundings, estimate
 from retrofit.recipes.dry_run.fit import changed, short, suggestions
+from retrofit.recipes.dry_run.timing import PROBE_STEPS, timed
 from retrofit.recipes.schema import Data, Recipe
 from retrofit.recipes.text.documents import FILE_SUFFIXES, HUB_ID, documents
 from retrofit.recipes.text.faults import Skipped
 from retrofit.recipes.text.prompts import PREFIX
 from retrofit.recipes.training.checkpoint import KEPT
-from retrofit.recipes.training.joint.trainer import trainer_for
-from retrofit.recipes.training.measure import MEASURED, held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER
-from retrofit.recipes.training.prepare import attached_to, open_base, resolve
+from retrofit.recipes.training.prepare import resolve
 from retrofit.weight_files import dtype_name, stored_dtype, weights_here
 
-PROBE_SECONDS = 20.0
-"""A probe step that would take longer is run on one window of the batch."""
-PROBE_STEPS = 2
 RESPONSE_BYTES = 8
 """Of a token in the file of regenerated responses, about."""
 
@@ -246,46 +241,17 @@ def _time(
         batch = 1
     say("measuring a few steps")
     try:
-        base = open_base(None, plan, device, offline, trust_remote_code, need_tokenizer=False)
-        attached, backend = attached_to(base, plan)
-        trainer = trainer_for(attached, backend, plan)
-        full = windows_of(plan, backend.head.vocab, 0)[:batch]
-
-        def step(count: int) -> tuple[float, float, int]:
-            """Seconds of forwards and backwards, and of the update; draft rows."""
-            begin = _now(device)
-            result = trainer.gradients([[(document, trainer.steps_done) for document in full[:count]]])
-            middle = _now(device)
-            trainer.update()
-            return middle - begin, _now(device) - middle, result.draft_rows
-
-        first = step(1)  # also warms up, and is not counted
-        count = batch if first[0] * batch <= PROBE_SECONDS else 1
-        measured = [step(count) for _ in range(PROBE_STEPS)]
-        begin = _now(device)
-        held_out = min(MEASURED, plan.data.held_out)
-        if held_out:
-            held_out_acceptance(backend, attached, full[:1], plan.train.anchors, plan.train.seed)
-        ending = (_now(device) - begin) * held_out
-        backend.close()
+        took = timed(plan, device, offline, trust_remote_code, most=batch)
     except Exception as error:
         if out_of_memory(error) is None:
             raise
         return {"not_measured": "it does not fit into the memory that is free"}
-    passes = sum(one[0] for one in measured) / PROBE_STEPS
-    update = sum(one[1] for one in measured) / PROBE_STEPS
-    a_step = passes * plan.train.batch_size / count * plan.train.accumulation + update
+    training = took.step * plan.train.steps
     return {
-        "step": round(a_step, 4),
-        "draft_rows_per_second": round(sum(one[2] for one in measured) / PROBE_STEPS / passes, 1),
-        "training": round(a_step * plan.train.steps, 1),
-        "measuring": round(ending, 1),
-        "total": round(a_step * plan.train.steps + ending, 1),
-        "probe": {"steps": PROBE_STEPS, "windows": count, "of": plan.train.batch_size},
+        "step": round(took.step, 4),
+        "draft_rows_per_second": round(took.draft_rows_per_second, 1),
+        "training": round(training, 1),
+        "measuring": round(took.measuring, 1),
+        "total": round(training + took.measuring, 1),
+        "probe": {"steps": PROBE_STEPS, "windows": took.windows, "of": plan.train.batch_size},
     }
-
-
-def _now(device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

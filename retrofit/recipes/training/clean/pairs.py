@@ -64,7 +64,9 @@ def vocabulary(head: VocabHead) -> Tensor | None:
     """
     if head.project is not head.linear or head.before is not None:
         return None
-    weight_VH: Tensor = head.linear.weight.detach().float() * head.scale
+    weight_VH = head.linear.weight
+    assert isinstance(weight_VH, Tensor)
+    weight_VH = weight_VH.detach().float() * head.scale
     return weight_VH - weight_VH.mean(0)
 
 

@@ -86,37 +86,32 @@ def convert(
 ) -> None:
     """Train an adapter for MODEL and write the artifact.
 
-    MODEL is a Hub id, a folder, a GGUF file, smollm2-135m, or nothing for the base that ships with retrofit.
-    KEY=VALUE sets a key of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and
-    --seed.  Prints the artifact's folder.  `retrofit data validate` finds bad rows of text beforehand; here the
-    first one met ends the run, unless --skip-bad.
+    MODEL is a Hub id, a folder, a GGUF file, smollm2-135m, or nothing for the base that ships with retrofit. KEY=VALUE
+    sets a key of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and --seed.  Prints the
+    artifact's folder.  `retrofit data validate` finds bad rows of text; here the first ends the run, unless --skip-bad.
 
-    Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM: the same command
-    goes on from the newest one that is whole. They are removed when the artifact is complete. With
-    train.schedule=constant or wsd train.steps may be raised then, and the decay of wsd be run from any checkpoint.
+    Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM; the newest two are kept.
+    The same command goes on from the newest that is whole; a complete artifact's are removed. With schedule constant
+    or wsd train.steps may be raised then, and the decay of wsd be run from a checkpoint.
 
-    --from trains an artifact (a folder, or OWNER/NAME on the Hub) further in a run of its own, on another base of
-    the same shapes if MODEL is one. --from OUT.checkpoints/step-N goes on as the run that wrote it would have.
+    --from trains an artifact (a folder, or OWNER/NAME on the Hub) further, on another base of the same shapes if MODEL
+    is one. --from OUT.checkpoints/step-N goes on as the run that wrote it would have.
 
-    --preset scales the recipe's training, and KEY=VALUE wins over it. --budget measures what a step takes here, chooses
-    preset, steps and block by it, and says what to expect; the responses of data.responses=regenerate come on top.
-    What was chosen is in the artifact's recipe, and the same command goes on with it.
+    --preset scales the recipe's training, and KEY=VALUE wins over it. --budget measures a step here, chooses preset,
+    steps and block by it, and says what to expect; data.responses=regenerate comes on top. The same command goes on.
 
-    --dry-run needs no weights and downloads none, only configuration and tokenizer; time is measured where the
-    weights are here.  It exits with 3 when it does not fit into --fit, and with 4 when no change makes it fit.
+    --dry-run downloads configuration and tokenizer alone; time is measured where the weights are here.  It exits with
+    3 when it does not fit into --fit, and with 4 when no change makes it fit.
 
-    Several GPUs: put `torchrun --nproc-per-node 8 --no-python` or `accelerate launch --multi_gpu --no_python`
-    before the command. The processes divide each batch, so the gradients stay the same within rounding. A base
-    that is too large for one GPU is split by `accelerate launch --use_fsdp --fsdp_version 2 --no_python`.
+    Several GPUs: put `torchrun --nproc-per-node 8 --no-python` or `accelerate launch --multi_gpu --no_python` before
+    the command; the processes divide each batch. `--use_fsdp --fsdp_version 2` splits a base too large for one GPU.
 
     \b
     Examples:
       retrofit convert
-      retrofit convert Qwen/Qwen3-0.6B --dry-run --fit 24GB
-      retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b -o qwen-retrofit train.steps=2000
+      retrofit convert Qwen/Qwen3-0.6B --recipe qwen3-0.6b --dry-run --fit 24GB
       retrofit convert ./gguf-files --gguf my-model.Q4_K_M.gguf -o my-retrofit
-      retrofit convert ./my-model data.source=texts.jsonl draft.block=4
-      retrofit convert ./my-model data.source=texts.jsonl --budget 30m
+      retrofit convert ./my-model data.source=texts.jsonl draft.block=4 --budget 30m
       retrofit convert --from my-retrofit -o my-retrofit-2 train.steps=500 data.source=more.jsonl
       torchrun --nproc-per-node 8 --no-python retrofit convert Qwen/Qwen3-8B --recipe qwen3-8b
     """
@@ -124,18 +119,16 @@ def convert(
         resume = _resume(force_resume, restart)
         if fit is not None and not dry_run:
             raise UsageError("--fit goes with --dry-run", "add --dry-run, or leave --fit out")
-        resolved = _resolved(items, gguf, recipe, loading, seed, options["start_from"])
-        out = out or Path(f"{_name(resolved.base.model)}-retrofit")
+        plan = _resolved(items, gguf, recipe, loading, seed, options["start_from"])
+        out = out or Path(f"{_name(plan.base.model)}-retrofit")
         artifact.check_writable(out, options["overwrite"], artifact.INSTEAD.format(out))
-        kept = {item.partition("=")[0] for item in _model_and_overrides(items)[1]}
-        resolved, chosen = _scaled(resolved, preset, budget, kept, out, loading, dry_run or restart)
-        if dry_run:
-            if is_main:
-                _dry_run(resolved, out, fit, loading, options["skip_bad"], as_json, chosen)
-            return
-        made = _convert(resolved, out, loading, resume=resume, **options)
-    if is_main:
-        _tell(made, as_json, chosen)
+        plan, chosen = _scaled(plan, preset, budget, items, out, loading, dry_run or restart)
+        if not dry_run:
+            made = _convert(plan, out, loading, resume=resume, **options)
+        if is_main and dry_run:
+            _dry_run(plan, out, fit, loading, options["skip_bad"], as_json, chosen)
+        elif is_main:
+            _tell(made, as_json, chosen)
 
 
 def _resume(force_resume: bool, restart: bool) -> Literal["auto", "force", "never"]:
@@ -146,7 +139,13 @@ def _resume(force_resume: bool, restart: bool) -> Literal["auto", "force", "neve
 
 
 def _scaled(
-    plan: Recipe, preset: Preset | None, budget: str | None, kept: set[str], out: Path, loading: Loading, again: bool
+    plan: Recipe,
+    preset: Preset | None,
+    budget: str | None,
+    items: tuple[str, ...],
+    out: Path,
+    loading: Loading,
+    again: bool,
 ) -> tuple[Recipe, dict[str, Any]]:
     """(the recipe as --preset and --budget have it, what --json says of that)."""
     if preset is None and budget is None:
@@ -154,6 +153,7 @@ def _scaled(
     quieten_libraries()
     from retrofit.recipes.budget.planning import scaled
 
+    kept = {item.partition("=")[0] for item in _model_and_overrides(items)[1]}
     place = (loading.device, loading.offline, loading.trust_remote_code)
     return scaled(plan, preset, budget, kept, out, *place, again=again, say=say)
 

@@ -82,25 +82,22 @@ def convert(
 ) -> artifact.Artifact:
     """Convert a model into an artifact folder and return it.
 
-    model: Hub id, folder, GGUF file, name of a base, or live model; None takes the recipe's.  recipe: name, YAML file
-    or `Recipe`; None is the embedded base's for no model, else the defaults.  A live model may have no adapter of its
-    own; ours is taken off again at the end.
-    resume: `auto` goes on from the newest checkpoint of `out` and refuses one made with another recipe, `force` goes
-    on in spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.
+    model: Hub id, folder, GGUF file, name of a base, or live model, which may have no adapter of its own; None takes the
+    recipe's.  recipe: name, YAML file or `Recipe`; None is the embedded base's for no model, else the defaults.
+    resume: `auto` goes on from the newest checkpoint of `out` and refuses one of another recipe, `force` goes on in
+    spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.
     skip_bad: leave out rows of text that cannot be used, and count them in `config["training"]["skipped"]`.
     start_from: an artifact whose adapter and heads are trained further, or a checkpoint, OUT.checkpoints/step-N of
     another conversion, which is gone on with as that one would have; model and recipe are its own where none is given.
     track: `trackio`, `wandb` or `tensorboard`, which then gets the figures of every step too.
     Raises UsageError, DataError, ResourceError, UnsupportedModelError, TrainingError; no artifact is written then.
-    Raises GateError if the base's own loss moved, which would mean that training touched it; in the profile `joint`,
-    which trains it along, if it drifted further than `joint.max_drift`, or merging moved it.  Ctrl-C and SIGTERM
-    leave a checkpoint and raise KeyboardInterrupt and SystemExit(143), with a note that says how to go on; so does any
-    other error in the middle of training, where that can be.
+    GateError if the base's own loss moved, which would mean that training touched it; in the profile `joint`,
+    which trains it along, if it drifted further than `joint.max_drift`, or merging moved it.  Ctrl-C, SIGTERM and other
+    errors leave a checkpoint, the first two as KeyboardInterrupt and SystemExit(143), with a note how to go on.
 
     Started by `torchrun` or `accelerate launch`, every process calls this with the same arguments and gets the same
     artifact; device `cuda` is each one's own GPU.  They divide each batch and the responses to regenerate; results are
-    those of one process within rounding, and a checkpoint may be gone on from with another number of processes.  Only
-    the main process writes, talks and raises; where it does, the others end with SystemExit.
+    one process's within rounding.  Only the main one writes, talks and raises; then the others end with SystemExit.
     """
     model = str(model) if isinstance(model, Path) else model
     device = resolved_device(device)

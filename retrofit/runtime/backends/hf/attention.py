@@ -165,15 +165,9 @@ def row_attention(
     out: list[Tensor] = []
     tree: list[tuple[Tensor, Tensor]] = []
     if plan.base is not None:
+        _keep(cache, plan, plan.base, layer, key[:, :, :n], value[:, :, :n])
         if plan.tree:
-            cache.stage(layer, *(t[0, :, :n].transpose(0, 1) for t in (key, value)))
             tree = [(_rectangle(plan.base, key, 0, n), _rectangle(plan.base, value, 0, n))]
-        elif len(plan.sequences) == 1:
-            cache.append(layer, plan.base.slots[0], plan.sequences[0].start, key[:, :, :n], value[:, :, :n])
-        else:
-            cache.write(
-                layer, plan.base_slots, plan.base_positions, *(t[0, :, :n].transpose(0, 1) for t in (key, value))
-            )
         rows = _rectangle(plan.base, query, 0, n)
         if picked is None:
             made = _base_group(context, plan, layer, rows, tree, how)
@@ -191,6 +185,18 @@ def row_attention(
         rows = _rectangle(plan.draft, query, first_draft, stop)
         out.append(_flat(plan.draft, _draft_group(context, plan, layer, rows, own, how)))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def _keep(cache: KVCache, plan: RowPlan, group: Group, layer: int, key_1HND: Tensor, value_1HND: Tensor) -> None:
+    """K/V of base rows: into the cache, or where drafts branch beside it until it is known which are kept."""
+    if len(plan.sequences) == 1 and not plan.tree:
+        cache.append(layer, group.slots[0], plan.sequences[0].start, key_1HND, value_1HND)
+        return
+    rows = [t[0].transpose(0, 1) for t in (key_1HND, value_1HND)]
+    if plan.tree:
+        cache.stage(layer, *rows)
+    else:
+        cache.write(layer, plan.base_slots, plan.base_positions, *rows)
 
 
 def _rectangle(group: Group, x_1HND: Tensor, first: int, stop: int) -> Tensor:

@@ -90,9 +90,8 @@ def convert(
     sets a key of the recipe (`retrofit recipes show` prints them all) and wins over --dtype and --seed.  Prints the
     artifact's folder.  `retrofit data validate` finds bad rows of text; here the first ends the run, unless --skip-bad.
 
-    Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM; the newest two are kept.
-    The same command goes on from the newest that is whole; a complete artifact's are removed. With schedule constant
-    or wsd train.steps may be raised then, and the decay of wsd be run from a checkpoint.
+    Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM (the newest two): the same
+    command goes on from the newest that is whole. With schedule constant or wsd train.steps may be raised then.
 
     --from trains an artifact (a folder, or OWNER/NAME on the Hub) further, on another base of the same shapes if MODEL
     is one. --from OUT.checkpoints/step-N goes on as the run that wrote it would have.

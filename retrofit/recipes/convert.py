@@ -82,7 +82,7 @@ def convert(
 ) -> artifact.Artifact:
     """Convert a model into an artifact folder and return it.
 
-    model: Hub id, folder, GGUF file, name of a base, or live model, which may have no adapter of its own; None takes the
+    model: Hub id, folder, GGUF file, name of a base, or live model, which has no adapter of its own; None takes the
     recipe's.  recipe: name, YAML file or `Recipe`; None is the embedded base's for no model, else the defaults.
     resume: `auto` goes on from the newest checkpoint of `out` and refuses one of another recipe, `force` goes on in
     spite of that, `never` removes them.  They are removed when the artifact is complete, or kept if asked for.

@@ -170,10 +170,10 @@ def test_an_artifact_that_counted_every_file_still_loads(shards: Path, tmp_path:
     assert every != loaded.fingerprint
 
     old = {"model": "old", "fingerprint": every}
-    loading.check_same_base(loaded, artifact.Artifact(tmp_path, {"base": old}, {}, {}, {}))
+    loading.check_same_base(loaded, artifact.Artifact(tmp_path, {"profile": "frozen", "base": old}, {}, {}, {}))
     old["fingerprint"] = {**every, "norms": "other"}
     with pytest.raises(ArtifactError, match="another base"):
-        loading.check_same_base(loaded, artifact.Artifact(tmp_path, {"base": old}, {}, {}, {}))
+        loading.check_same_base(loaded, artifact.Artifact(tmp_path, {"profile": "frozen", "base": old}, {}, {}, {}))
 
 
 def test_an_index_wins_over_a_single_file(shards: Path, tmp_path: Path) -> None:

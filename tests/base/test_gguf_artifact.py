@@ -153,7 +153,7 @@ def test_a_file_of_the_hub_is_named_by_id_and_file(file: Path, tmp_path: Path) -
         named = published_base(Base(None, None, name, revision, cached, {}))
         assert (named["model"], named["revision"], named["local"]) == ("owner/name", "abc", False)
         assert named["gguf"]["file"] == "model.gguf"
-        assert artifact.base_of(tmp_path, {"base": named}) == "owner/name/model.gguf"
+        assert artifact.base_of(tmp_path, {"profile": "frozen", "base": named}) == "owner/name/model.gguf"
         recipe = published_recipe(load_recipe("default", {"base.model": name}), named)
         assert recipe.base.model == "owner/name/model.gguf"
     deeper = published_base(Base(None, None, "owner/name/q4/model.gguf", None, cached, {}))

@@ -137,7 +137,6 @@ def test_exit_codes_of_fit(folder, bare_heap):
         (["--dry-run", "--fit", "much"], "--fit 'much': no amount of memory"),
         (["--fit", "24GB"], "--fit goes with --dry-run"),
         (["--dry-run", f"data.max_length={2 * CONTEXT}"], "data.max_length"),
-        (["--dry-run", "profile=joint"], "profile joint"),
     ],
 )
 def test_wrong_usage(folder, arguments, message, bare_heap):

@@ -95,7 +95,7 @@ def draft_hidden(backend: HFBackend, documents: list[Document], blocks: dict[str
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "deepseek_v3"])
 def test_documents_never_see_each_other(name: str) -> None:
     """Another neighbour, another order, another place: not a bit of a document's rows changes."""
-    engine = randomise(Engine.from_model(build(name), layout=DraftLayout(4)), seed=3)
+    engine = randomise(Engine.from_model(any_tiny(name), layout=DraftLayout(4)), seed=3)
     ours = document(random_prompts((20,), seed=8)[0], "ours", 0)
     assert len(ours.tokens) > WINDOW
     one, other = (document(tokens, "theirs", 0) for tokens in random_prompts((20, 20), seed=9))
@@ -123,7 +123,7 @@ def in_pieces(patch: pytest.MonkeyPatch, rows: int, mask: int) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "phi3"])
 def test_pieces_leave_what_the_whole_leaves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """K/V and hidden states; also where more forwards are run than it takes, as beside another process."""
-    backend = randomise(Engine.from_model(build(name), layout=DraftLayout(4)), seed=3).backend
+    backend = randomise(Engine.from_model(any_tiny(name), layout=DraftLayout(4)), seed=3).backend
     cache, hidden = clean_forward(backend, DOCUMENTS)
     in_pieces(monkeypatch, 10, 31 * 7)
     pieces = pieces_of(LENGTHS, torch.device("cpu"))

@@ -176,6 +176,21 @@ def test_modules_with_hooks_are_not_recorded() -> None:
     made.close()
 
 
+def test_a_forward_of_the_users_is_called() -> None:
+    made = Steps("llama")
+    mlp, how = made.backend.trunk.layers[1].mlp, {"factor": 1.0}
+    own = mlp.forward
+    mlp.forward = lambda x: own(x) * how["factor"]
+    made.record()
+    before = made.take()
+    how["factor"] = 2.0
+    assert not steps.same_bits(made.take(), before) and made.backend.recorded.kinds == 0
+    del mlp.forward
+    made.record()
+    assert made.backend.recorded.kinds == 1
+    made.close()
+
+
 def test_another_level_forgets(llama: Steps) -> None:
     llama.backend.hold("off", None)
     assert llama.backend.recorded.kinds == 0

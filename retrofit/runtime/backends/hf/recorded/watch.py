@@ -25,6 +25,7 @@ class Watch:
     def __init__(self, trunk: nn.Module):
         modules = list(walked(trunk))
         self._hooks = [module.__dict__[name] for module in modules for name in HOOKS]
+        self._replaced = any(map(_replaced, modules))
         whole = [module.__dict__ for module in modules if not isinstance(module, GatedLoraLinear)]
         self._now = [*whole, *(held[name] for held in whole for name in HELD if held[name])]
         self._then = [held.copy() for held in self._now]
@@ -40,8 +41,8 @@ class Watch:
 
     @property
     def hooked(self) -> bool:
-        """Whether somebody is to be told of calls of a module: then it has to be called."""
-        return any(self._hooks)
+        """Whether somebody is to be told of calls of a module, by a hook or a `forward` of theirs: then it is called."""
+        return self._replaced or any(self._hooks)
 
     @property
     def weights(self) -> list[Tensor]:
@@ -63,3 +64,9 @@ def walked(trunk: nn.Module) -> Iterator[nn.Module]:
     if not isinstance(trunk, GatedLoraLinear):
         for child in trunk.children():
             yield from walked(child)
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether a module runs a `forward` that is neither its class's nor ours: what that goes by is not seen."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not str(getattr(forward, "__module__", "")).startswith("retrofit.")

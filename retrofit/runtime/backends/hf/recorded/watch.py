@@ -41,7 +41,7 @@ class Watch:
 
     @property
     def hooked(self) -> bool:
-        """Whether somebody is to be told of calls of a module, by a hook or a `forward` of theirs: then it is called."""
+        """Whether somebody has a hook on a module, or gave it a `forward` of theirs: then it has to be called."""
         return self._replaced or any(self._hooks)
 
     @property

@@ -18,16 +18,23 @@ from transformers.utils import logging
 
 from retrofit.artifact.own import MODEL
 from retrofit.errors import GateError, UnsupportedModelError
+from retrofit.quantised.linear import quantised_layers
 from retrofit.recipes.training.joint.weights import plain_name
 from retrofit.weight_files import file_fingerprint, opened, weight_files
 
 
 def refuse_unwritable(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError for a model that a folder of weights and configuration does not make again."""
+    """Raises UnsupportedModelError for a model that a folder of weights and configuration does not make again, and for
+    one whose weights are held in few bits: those cannot be moved."""
     if type(model).__module__.startswith("transformers_modules"):
         raise UnsupportedModelError(
             f"{type(model).__name__} comes with code of its own, which profile joint would have to copy",
             "use profile=frozen",
+        )
+    if quantised_layers(model):
+        raise UnsupportedModelError(
+            "profile joint trains the base's own weights, and this base holds them quantised",
+            "use profile=frozen, or the original weights without base.quantization",
         )
 
 

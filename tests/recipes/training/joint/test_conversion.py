@@ -24,6 +24,8 @@ from retrofit.artifact import folder as artifact
 from retrofit.cli import main as cli
 from retrofit.errors import ArtifactError, GateError, UnsupportedModelError, UsageError
 from retrofit.exporting.export import export
+from retrofit.quantised.linear import EightBits, QuantisedLinear
+from retrofit.quantised.loading import put
 from retrofit.recipes.average import average
 from retrofit.recipes.convert import convert
 from retrofit.recipes.schema import load_recipe
@@ -234,6 +236,18 @@ def test_what_is_not_built_for_it_is_refused_by_name(tmp_path: Path, texts: Path
         load_recipe("tiny", {"profile": "joint", "data.held_out": 0})
     with pytest.raises(UsageError, match=r"joint.anchor: kl has weight 0"):
         load_recipe("tiny", {"joint.anchor": "kl", "joint.kl_weight": 0})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_refused_before_it_is_trained(tmp_path: Path, texts: Path, kind: str) -> None:
+    model = build("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight.detach()
+    largest = weight.abs().amax(1)
+    held = EightBits((weight / largest[:, None] * 127).round().to(torch.int8), largest)
+    put(model, "model.layers.0.mlp.up_proj", QuantisedLinear(held, (48, 32), torch.float32))
+    recipe = {**RECIPE, "data.source": str(texts), "profile": "joint", "joint.weights": kind}
+    with pytest.raises(UnsupportedModelError, match="profile joint trains the base's own weights"):
+        convert(model, "tiny", tmp_path / "out", recipe, quiet=True, tokenizer=tokenizer())
 
 
 def test_a_live_model_is_given_back_as_it_was(tmp_path: Path, texts: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import NoneType
 from typing import Any, get_args
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -167,8 +168,10 @@ def _wanted(field: Any) -> str:
 
 
 def _options(annotation: Any) -> list[str]:
-    """The words a key may take; of a list, the words its items may take."""
+    """The words a key may take, `null` among them where it may be empty; of a list, the words its items may take."""
     args = get_args(annotation)
+    if args[-1] is NoneType:
+        return [*_options(args[0]), "null"]
     return [str(option) for option in (get_args(args[0]) if args[-1] is Ellipsis else args)]
 
 

@@ -148,6 +148,10 @@ def test_unknown_keys_like_no_other_list_what_there_is():
             "draft.attention: `casual` is not one of bidirectional, causal; did you mean `causal`?",
         ),
         ("draft.shift=2", "draft.shift: 2 is not one of 1, 0"),
+        (
+            "base.quantization=int4",
+            "base.quantization: `int4` is not one of nf4, int8, int8wo, int4wo, null; did you mean `int4wo`?",
+        ),
         ("profile=melted", "profile: `melted` is not one of frozen, joint"),
         ("adapter.confidence=1", "adapter.confidence: must be true or false, not 1"),
         ("adapter.targets=[q, x]", "adapter.targets: `x` is not one of q, k, v, o, gate, up, down"),
@@ -222,7 +226,7 @@ def test_a_section_is_no_value():
             "with draft.input noise a row cannot tell",
         ),
         (["objective.infill_share=.5", "objective.diffusion_share=0"], "is a share of L_diff's rows"),
-        (["objective.alpha=0", "objective.beta=0"], "objective: nothing trains the drafts: 16 of"),
+        (["objective.alpha=0", "objective.beta=0"], "objective: nothing trains the drafts: 6 of"),
     ],
 )
 def test_keys_that_do_not_go_together(overrides, message):

@@ -121,7 +121,9 @@ def convert(
         plan = _resolved(items, gguf, recipe, loading, seed, options["start_from"])
         out = out or Path(f"{_name(plan.base.model)}-retrofit")
         artifact.check_writable(out, options["overwrite"], artifact.INSTEAD.format(out))
-        plan, chosen = _scaled(plan, preset, budget, items, out, loading, dry_run or restart)
+        plan, chosen = _scaled(
+            plan, preset, budget, items, out, loading, dry_run or restart, options["start_from"] is None
+        )
         if not dry_run:
             made = _convert(plan, out, loading, resume=resume, **options)
         if is_main and dry_run:
@@ -145,6 +147,7 @@ def _scaled(
     out: Path,
     loading: Loading,
     again: bool,
+    fresh: bool,
 ) -> tuple[Recipe, dict[str, Any]]:
     """(the recipe as --preset and --budget have it, what --json says of that)."""
     if preset is None and budget is None:
@@ -154,7 +157,7 @@ def _scaled(
 
     kept = {item.partition("=")[0] for item in _model_and_overrides(items)[1]}
     place = (loading.device, loading.offline, loading.trust_remote_code)
-    return scaled(plan, preset, budget, kept, out, *place, again=again, say=say)
+    return scaled(plan, preset, budget, kept, out, *place, again=again, fresh=fresh, say=say)
 
 
 def _convert(recipe: Recipe, out: Path, loading: Loading, **options: Any) -> artifact.Artifact:

@@ -13,13 +13,16 @@ from typing import Any
 from retrofit.errors import ResourceError, UsageError, out_of_memory
 from retrofit.hub import check_device, resolved_device
 from retrofit.launch import is_launched
-from retrofit.recipes.budget.choice import Choice, choose, chosen_before, seconds_of
-from retrofit.recipes.budget.curve import curves
+from retrofit.recipes.budget.choice import CHOSEN, Choice, choose, chosen_before, seconds_of
+from retrofit.recipes.budget.curve import Curve, curves
 from retrofit.recipes.budget.presets import Preset, changes_of
 from retrofit.recipes.dry_run.fit import changed
 from retrofit.recipes.dry_run.timing import Took, timed
-from retrofit.recipes.schema import Recipe
+from retrofit.recipes.schema import Recipe, by_key, load_recipe, recipe_names
 from retrofit.recipes.training.checkpoint import Checkpoints, folder_of
+
+FREE = frozenset({*CHOSEN, "train.seed", "train.save_every", "train.checkpointing", "data.held_out"} - {"draft.block"})
+"""Keys of a recipe that a curve holds for at any value."""
 
 Say = Callable[[str], None]
 
@@ -35,16 +38,18 @@ def scaled(
     trust_remote_code: bool = False,
     *,
     again: bool = False,
+    fresh: bool = True,
     say: Say = lambda message: None,
 ) -> tuple[Recipe, dict[str, Any]]:
     """(the recipe at a preset, or within a time at the preset that fits, and what was chosen, as plain data).
 
     kept: keys that stay as they are.  out: the artifact's place.  again: choose anew though there is a checkpoint.
+    fresh: it begins with an untrained adapter.
     Raises UsageError, ResourceError, and what loading the base raises.
     """
     if budget is None:
         return (plan, {}) if preset is None else (changed(plan, changes_of(preset, plan, kept)), {"preset": preset})
-    plan, found = _within(plan, budget, out, preset, kept, again, device, offline, trust_remote_code, say)
+    plan, found = _within(plan, budget, out, preset, kept, again, fresh, device, offline, trust_remote_code, say)
     return plan, {} if found is None else {"budget": found.to_dict()}
 
 
@@ -55,6 +60,7 @@ def _within(
     preset: Preset | None,
     kept: Collection[str],
     again: bool,
+    fresh: bool,
     device: str,
     offline: bool,
     trust_remote_code: bool,
@@ -88,12 +94,22 @@ def _within(
             ) from None
 
     found = choose(
-        plan, seconds, time_of, preset=preset, kept=kept, curve=curves().get(plan.base.model),
+        plan, seconds, time_of, preset=preset, kept=kept, curve=measured_curve(plan) if fresh else None,
         spent=lambda: time.perf_counter() - begin,
     )  # fmt: skip
     for line in told(found, seconds):
         say(line)
     return changed(plan, found.changes), found
+
+
+def measured_curve(plan: Recipe) -> Curve | None:
+    """The curve of runs of the recipe that ships for a base; None for another base, and for a recipe that would come to
+    something else after as many draft rows."""
+    name = plan.base.model
+    if name not in curves() or name not in recipe_names():
+        return None
+    wanted, own = by_key(load_recipe(name)), by_key(plan)
+    return curves()[name] if all(own[key] == value for key, value in wanted.items() if key not in FREE) else None
 
 
 def told(found: Choice, budget: float) -> list[str]:

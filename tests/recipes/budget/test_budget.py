@@ -162,5 +162,11 @@ def test_a_dry_run_says_what_would_be_chosen(machine, tmp_path):
     assert told["budget"]["changes"]["train.steps"] >= LEAST_STEPS and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("key", ["profile=joint", "adapter.rank=1", "objective.draft_loss=ce", "draft.block=2"])
+def test_nothing_is_foretold_of_a_recipe_that_was_not_measured(key):
+    assert planning.measured_curve(load_recipe("tiny", ["train.anchors=9", "train.seed=3"])) == curves()["tiny"]
+    assert planning.measured_curve(load_recipe("tiny", [key])) is None
+
+
 def test_a_time_that_is_none_ends_the_command(tmp_path):
     assert "30m" in refused(run("convert", *GIVEN, "-o", tmp_path / "out", "--budget", "soon"), 2)

@@ -1,11 +1,15 @@
 """What the Markov head begins with: the base's mean logits behind each token, as closely as its rank allows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from decoding import random_prompts
+from torch import nn
 from training_pieces import document, engine_for
 
 from retrofit.adapters.layout import DraftLayout
+from retrofit.quantised.linear import Dense, QuantisedLinear
 from retrofit.recipes.training.clean.pairs import PRIOR, begin_with_pairs, factors, mean_hidden, vocabulary
 
 TEXTS = random_prompts((30, 26, 19), seed=3)
@@ -59,3 +63,11 @@ def test_only_the_markov_head_is_filled():
     assert changed == {"markov_w1", "markov_w2"}
     assert not heads.markov_w1[heads.unknown].any()  # what is masked says nothing
     begin_with_pairs(heads, engine.backend, [])
+
+
+def test_a_quantised_projection_is_what_its_bits_stand_for():
+    linear = nn.Linear(4, 6, bias=False)
+    held = QuantisedLinear(Dense(linear.weight.detach()), (6, 4), torch.float32)
+    heads = (SimpleNamespace(linear=one, project=one, before=None, scale=2.0) for one in (linear, held))
+    want, found = map(vocabulary, heads)
+    assert torch.equal(found, want) and not found.isnan().any()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from retrofit.adapters.heads import Heads
+from retrofit.quantised.linear import QuantisedLinear
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.runtime.backends.hf.backend import HFBackend, VocabHead
@@ -64,7 +65,8 @@ def vocabulary(head: VocabHead) -> Tensor | None:
     """
     if head.project is not head.linear or head.before is not None:
         return None
-    weight_VH = head.linear.weight
+    linear = head.linear
+    weight_VH = linear.held.dense(torch.float32) if isinstance(linear, QuantisedLinear) else linear.weight
     assert isinstance(weight_VH, Tensor)
     weight_VH = weight_VH.detach().float() * head.scale
     return weight_VH - weight_VH.mean(0)

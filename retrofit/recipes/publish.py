@@ -124,7 +124,7 @@ def _config(
         "base": {
             **(named if plan.profile == "frozen" else {}),
             "dtype": dtype_name(attached.model.dtype),
-            **({} if base.precision is None else {"quantization": base.precision}),
+            **({} if base.precision is None or plan.profile == "joint" else {"quantization": base.precision}),
             "fingerprint": base.fingerprint,
             "architecture": type(attached.model).__name__,
         },

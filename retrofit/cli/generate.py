@@ -145,7 +145,9 @@ def _gap(prefix: str | None, suffix: str | None, revise: str | None, prompts: tu
     if not named:
         return None
     if named not in (["--prefix", "--suffix"], ["--revise"]):
-        raise UsageError(f"{' and '.join(named)} make no gap", "give --prefix and --suffix, or --revise alone")
+        raise UsageError(
+            f"a gap cannot be made of {' and '.join(named)}", "give --prefix and --suffix, or --revise alone"
+        )
     if prompts:
         raise UsageError(f"a PROMPT means nothing beside {named[0]}", "leave it out")
     context = click.get_current_context()
@@ -160,7 +162,7 @@ def _gap(prefix: str | None, suffix: str | None, revise: str | None, prompts: tu
         return _Gap(prefix or "", suffix or "")
     parts = re.split(r"\[\[(.*?)\]\]", revise, flags=re.DOTALL)
     if len(parts) != 3 or not parts[1]:
-        raise UsageError(f"--revise marks {len(parts) // 2} spans; it must mark one", 'such as "import os, [[syss]]"')
+        raise UsageError("--revise must mark one span, with text in it", 'such as "import os, [[syss]]"')
     return _Gap(parts[0], parts[2], parts[1])
 
 

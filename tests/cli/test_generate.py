@@ -220,11 +220,14 @@ def test_a_marked_span_is_revised_inside_its_text(filling):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prefix", "a"], "--prefix make no gap"),
-        (["--prefix", "a", "--suffix", "b", "--revise", "[[a]]"], "make no gap"),
-        (["--revise", "no span"], "--revise marks 0 spans; it must mark one"),
-        (["--revise", "[[a]] and [[b]]"], "--revise marks 2 spans"),
-        (["--revise", "a [[]] b"], "it must mark one"),
+        (["--prefix", "a"], "a gap cannot be made of --prefix"),
+        (
+            ["--prefix", "a", "--suffix", "b", "--revise", "[[a]]"],
+            "a gap cannot be made of --prefix and --suffix and --revise",
+        ),
+        (["--revise", "no span"], "--revise must mark one span, with text in it"),
+        (["--revise", "[[a]] and [[b]]"], "--revise must mark one span, with text in it"),
+        (["--revise", "a [[]] b"], "--revise must mark one span, with text in it"),
         (["--revise", "[[a]] b"], "prefix is empty"),
         (["--revise", "a [[b]]"], "suffix is empty"),
         (["--revise", "a [[b]] c", "a prompt"], "a PROMPT means nothing beside --revise"),

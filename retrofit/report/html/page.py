@@ -33,7 +33,8 @@ READ = {
     "speed": "All ways took turns over the same prompts; times against others are medians within turns.",
     "against": "The same prompts, decoded by others; forwards are those of the original's size.",
     "break_even": "Up to which batch size a way is no slower than <code>ar</code> of the same engine.",
-    "diffusion": "Agreement is the share of tokens that are the base's own first choice. It is not quality.",
+    "diffusion": "Agreement is the share of tokens that are the base's own first choice. It is not quality."
+    " Here the base takes nothing back; by default it does, as where speed and quality are measured.",
 }
 """How to read a section.  HTML."""
 TILES = {

@@ -90,7 +90,7 @@ def generate(
       retrofit generate tiny-retrofit --json "import os" "class Stack:" > results.jsonl
       retrofit generate qwen-retrofit --chat --system "Answer in one word." -n 3 --temperature 1 "A colour?"
       retrofit generate tiny-retrofit --prefix "def area(radius):" --suffix "radius ** 2" --max-new-tokens 8
-      retrofit generate tiny-retrofit --revise "import os, [[syss]]"
+      retrofit generate tiny-retrofit --revise "for i [[inn]] range(10):"
       retrofit generate qwen-vl-retrofit --image cat.jpg "What does it look at?"
     """
     if gap := _gap(prefix, suffix, revise, prompts):
@@ -159,10 +159,14 @@ def _gap(prefix: str | None, suffix: str | None, revise: str | None, prompts: tu
     if context.get_parameter_source("mode") is not ParameterSource.DEFAULT and context.params["mode"] != "diffusion":
         raise UsageError(f"a gap is filled by mode diffusion, not {context.params['mode']}", "leave --mode out")
     if revise is None:
-        return _Gap(prefix or "", suffix or "")
+        if not prefix or not suffix:
+            raise UsageError(f"{'--suffix' if prefix else '--prefix'} is empty", "a gap has a text on both sides")
+        return _Gap(prefix, suffix)
     parts = re.split(r"\[\[(.*?)\]\]", revise, flags=re.DOTALL)
     if len(parts) != 3 or not parts[1]:
-        raise UsageError("--revise must mark one span, with text in it", 'such as "import os, [[syss]]"')
+        raise UsageError("--revise must mark one span, with text in it", 'such as "for i [[inn]] range(10):"')
+    if not parts[0] or not parts[2]:
+        raise UsageError("--revise marks a span with text on one side alone", "leave some text before and behind it")
     return _Gap(parts[0], parts[2], parts[1])
 
 

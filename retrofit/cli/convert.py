@@ -93,8 +93,8 @@ def convert(
     Checkpoints lie in OUT.checkpoints, every train.save_every steps and on Ctrl-C or SIGTERM (the newest two): the same
     command goes on from the newest that is whole. With schedule constant or wsd train.steps may be raised then.
 
-    --from trains an artifact (a folder, or OWNER/NAME on the Hub) further, on another base of the same shapes if MODEL
-    is one. --from OUT.checkpoints/step-N goes on as the run that wrote it would have.
+    --from trains an artifact, a folder or OWNER/NAME on the Hub, further, on MODEL if that is another of its shapes.
+    --from OUT.checkpoints/step-N goes on as the run that wrote it would have.
 
     --preset scales the recipe's training, and KEY=VALUE wins over it. --budget measures a step here, chooses preset,
     steps and block by it, and says what to expect; data.responses=regenerate comes on top. The same command goes on.
@@ -121,9 +121,7 @@ def convert(
         plan = _resolved(items, gguf, recipe, loading, seed, options["start_from"])
         out = out or Path(f"{_name(plan.base.model)}-retrofit")
         artifact.check_writable(out, options["overwrite"], artifact.INSTEAD.format(out))
-        plan, chosen = _scaled(
-            plan, preset, budget, items, out, loading, dry_run or restart, options["start_from"] is None
-        )
+        plan, chosen = _scaled(plan, preset, budget, items, out, loading, dry_run or restart, not options["start_from"])
         if not dry_run:
             made = _convert(plan, out, loading, resume=resume, **options)
         if is_main and dry_run:

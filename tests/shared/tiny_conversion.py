@@ -32,6 +32,7 @@ RECIPE = {
     "adapter.targets": ["q", "down"],
     "adapter.markov_rank": 2,
     "draft.block": 4,
+    "objective.diffusion_share": 0.25,  # one block of the few
     "data.max_length": 24,
     "data.held_out": 1,
 }

@@ -193,7 +193,7 @@ def test_the_command(first: Path, somewhere: None) -> None:
     assert "`--from more -o ANOTHER`" in refused(command("convert", "--from", first, "-o", "more", "--restart"), 2)
     for options in ([], ["--dry-run"]):
         told = refused(command("convert", "--from", first, "-o", "other", "--recipe", "default", *options), 2)
-        assert "add adapter.rank=2 adapter.targets=[q,down] adapter.markov_rank=2" in told
+        assert "add adapter.rank=2 adapter.alpha=32 adapter.targets=[q,down] adapter.markov_rank=2" in told
 
 
 # A checkpoint

@@ -63,8 +63,9 @@ def test_fewer_steps_than_are_done(tmp_path: Path, texts: Path) -> None:
 
 def test_which_steps_have_the_same_rates() -> None:
     """A decay of 20 in 100 steps begins after 80."""
-    plan = load_recipe("tiny", {"train.steps": 100, "train.schedule": "wsd", "train.decay": 20, "train.warmup": 10})
-    then = {"train.steps": 200, "train.schedule": "wsd", "train.decay": 20, "train.warmup": 10, "train.lr": 1e-2}
+    keys = {"train.schedule": "wsd", "train.decay": 20, "train.warmup": 10, "train.lr": 1e-2}
+    plan = load_recipe("tiny", {**keys, "train.steps": 100})
+    then = {**keys, "train.steps": 200}
     assert [same_rates(then, plan, steps) for steps in (0, 80, 81, 82)] == [True, True, True, False]
     assert not same_rates({**then, "train.warmup": 11}, plan, 1)
     assert same_rates({**then, "train.schedule": "cosine"}, plan, 10)

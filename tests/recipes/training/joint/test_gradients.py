@@ -49,6 +49,7 @@ def trainer_for(family: str, attention: str = "causal", **overrides: Any) -> Joi
     engine = randomise(Engine.from_model(build(family), layout=layout), seed=3)
     settings = {"draft.block": 4, "draft.attention": attention, "train.anchors": 7, "train.clip": 1e9}
     settings |= {"profile": "joint", "objective.diffusion_share": 0.3, "objective.draft_loss": "tv_ce"}
+    settings |= {"objective.slot_weights": "dpace"}
     settings |= {"joint.ce_weight": 0.7, "joint.kl_weight": 1.3, "joint.rank": 3, **overrides}
     trainer = JointTrainer(engine.attached, engine.backend, load_recipe("tiny", settings))
     generator = torch.Generator().manual_seed(8)

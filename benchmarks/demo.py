@@ -38,6 +38,7 @@ MEASURED = {
     "ar": "ar",
     "diffusion": "diffusion",
     "fused": "self_spec (fused)",
+    "hybrid": "self_spec (hybrid)",
     "prompt_lookup": "prompt lookup",
 }
 TIMED = {REFERENCE: "transformers generate", "ar": "ar", "auto": "self_spec (auto)"}

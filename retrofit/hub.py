@@ -23,6 +23,7 @@ from retrofit.gguf_files import (
     refuse_unread,
 )
 from retrofit.locating import locate
+from retrofit.progress import without_bar
 from retrofit.quantised.methods import KEPT, check_kind, precision_of, stored_method
 from retrofit.weight_files import config_hash, file_fingerprint, weight_source
 
@@ -145,6 +146,7 @@ def _opened(
     return Base(model, tokenizer, name, revision, place, fingerprint, precision)
 
 
+@without_bar()
 def _load_model(
     name: str, place: Path, header: Header | None, config: PreTrainedConfig, wanted: _Wanted, method: str | None
 ) -> PreTrainedModel:
@@ -154,7 +156,6 @@ def _load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     kind = AutoModelForCausalLM if header else model_class(config)
 
@@ -168,8 +169,6 @@ def _load_model(
     dtype, device = wanted.dtype, wanted.device
     if wanted.quantization is not None:  # from the type of the file, whatever the rest is to run in
         dtype = "auto" if header is None else "bfloat16"
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
         model, loaded = kind.from_pretrained(
             **pretrained(place),
@@ -196,9 +195,6 @@ def _load_model(
         raise
     except Exception as error:
         raise _not_loaded(name, device, error) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -94,22 +95,33 @@ def train(out: Path, steps: int, device: str, seed: int) -> None:
     model = new_model(config).to(device).train()
     optimizers = new_optimizers(model)
     batches = sequences(tokens, random.Random(seed))
-    with progress("training", "step", steps) as shown:
+    optimise(model, optimizers, (rows.to(device) for rows in batches), steps, "training")
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(out)
+
+
+def optimise(
+    model: PreTrainedModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches: Iterator[Tensor],
+    steps: int,
+    title: str,
+    share: float = 1.0,
+) -> None:
+    """Train on next tokens.  share: of the peak learning rates."""
+    with progress(title, "step", steps) as shown:
         for step in range(steps):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * lr_share(step, steps)
-            rows = next(batches).to(device)
-            loss = next_token_loss(model, rows)[0].mean()
+                    group["lr"] = share * group["peak"] * lr_share(step, steps)
+            loss = next_token_loss(model, next(batches))[0].mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             shown.advance(text=f"loss {loss.item():.3f}" if step % 10 == 0 else None)
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(out)
 
 
 @torch.inference_mode()
@@ -168,7 +180,7 @@ def new_model(config: LlamaConfig) -> LlamaForCausalLM:
     return model
 
 
-def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def new_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices and AdamW for the rest; `peak` of a group is its peak learning rate."""
     named = list(model.named_parameters())
     hidden = [weight for name, weight in named if weight.ndim == 2 and "embed" not in name and "lm_head" not in name]
@@ -196,7 +208,7 @@ def sequences(tokens: Tensor, rng: random.Random) -> Iterator[Tensor]:
             yield torch.stack([tokens[start : start + LENGTH] for start in starts[first : first + BATCH]])
 
 
-def next_token_loss(model: LlamaForCausalLM, rows: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(model: PreTrainedModel, rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows [B, T] -> loss of every next token [B, T-1] in nats, and whether the likeliest is right."""
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
     targets = rows[:, 1:]

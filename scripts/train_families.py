@@ -21,8 +21,7 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor
-from train_base import TINY, evaluate, lr_share, new_optimizers, next_token_loss, sequences, token_stream
+from train_base import TINY, evaluate, new_optimizers, optimise, sequences, token_stream
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import NEW_TOKENS, PROMPT_TOKENS, ROOT, Bar, number, say, section, write
 from retrofit.eval.acceptance import measure
-from retrofit.progress import progress
 from retrofit.recipes.convert import convert
 from retrofit.recipes.text.library import held_out_prompts
 from retrofit.runtime.engine import Engine
@@ -51,7 +49,6 @@ WITHIN = 0.1
 EXPERTS = 4
 SHARE = 0.3
 """Of the learning rates of a model that begins from nothing."""
-CLIP = 1.0
 
 
 def qwen3_5(base: PreTrainedConfig) -> PreTrainedConfig:
@@ -132,18 +129,7 @@ def train(name: str, out: Path, steps: int, seed: int = 0) -> float:
     model, started = begin(name, seed).train(), time.process_time()
     optimizers = new_optimizers(model)
     batches = sequences(torch.tensor(token_stream(tokenizer, "train")), random.Random(seed))
-    with progress(f"training {name}", "step", steps) as shown:
-        for step in range(steps):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = SHARE * group["peak"] * lr_share(step, steps)
-            loss: Tensor = next_token_loss(model, next(batches))[0].mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            shown.advance(text=f"loss {loss.item():.3f}" if step % 10 == 0 else None)
+    optimise(model, optimizers, batches, steps, f"training {name}", SHARE)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(out)

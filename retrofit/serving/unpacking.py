@@ -9,32 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from transformers.utils import logging
 
 from retrofit.artifact import folder as artifacts
 from retrofit.artifact.beside import beside
 from retrofit.artifact.files import check_room, disk
 from retrofit.hub import Base, empty_model, load_base
 from retrofit.machine import cache_folder
+from retrofit.progress import without_bar
 
 BYTES = 4
 """Of a parameter in fp32."""
-
-
-@contextmanager
-def without_bar() -> Iterator[None]:
-    """transformers draws no bar of its own while it saves."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def unpacked(base: Base, offline: bool) -> Path:

@@ -18,7 +18,7 @@ from retrofit.recipes.budget.curve import Curve
 from retrofit.recipes.budget.presets import SCALES, Preset, changes_of, steps_changes
 from retrofit.recipes.dry_run.fit import changed
 from retrofit.recipes.dry_run.timing import Took
-from retrofit.recipes.schema import Recipe
+from retrofit.recipes.schema import Recipe, by_key
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
@@ -165,12 +165,8 @@ def worth_drafting(tau: float, slots: int) -> int:
 
 
 def _differences(old: Recipe, new: Recipe) -> dict[str, Any]:
-    return {key: value for key in CHOSEN if (value := _value(new, key)) != _value(old, key)}
-
-
-def _value(plan: Recipe, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(plan, section), name)
+    before, after = by_key(old), by_key(new)
+    return {key: after[key] for key in CHOSEN if after[key] != before[key]}
 
 
 def chosen_before(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,18 @@
 
 `balanced` is the recipe as it is written.  The others change how many draft rows it is trained on, by factors, so that
 they mean the same for any recipe.
-Not here: what each cost and came to (docs/recipes.md), choosing one (`choice.py`).
+Not here: choosing one (`choice.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from retrofit.recipes.schema import Recipe, by_key
 
 Preset = Literal["fast", "balanced", "best"]
-NAMES: tuple[Preset, ...] = get_args(Preset)
 
 
 @dataclass(frozen=True)

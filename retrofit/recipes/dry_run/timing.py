@@ -1,6 +1,6 @@
 """How long a conversion's steps take on this machine: two of them, on full windows, thrown away again.
 
-Not here: whether they fit into memory, and what follows from the time (`report.py`, `budget.py`).
+Not here: whether they fit into memory, and what follows from the time (`report.py`, `budget/`).
 """
 
 from __future__ import annotations

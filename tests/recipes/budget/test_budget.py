@@ -11,7 +11,7 @@ from retrofit.errors import ResourceError, UsageError
 from retrofit.recipes.budget import planning
 from retrofit.recipes.budget.choice import LEAST_STEPS, choose, draft_rows, seconds_of, worth_drafting
 from retrofit.recipes.budget.curve import Curve, curves, fitted
-from retrofit.recipes.budget.presets import NAMES, SCALES, changes_of
+from retrofit.recipes.budget.presets import SCALES, changes_of
 from retrofit.recipes.dry_run.fit import changed
 from retrofit.recipes.dry_run.timing import Took
 from retrofit.recipes.schema import load_recipe
@@ -29,7 +29,7 @@ def took(plan):
 
 
 def test_a_preset_scales_the_training_and_leaves_the_rest():
-    plans = {name: changed(PLAN, changes_of(name, PLAN)) for name in NAMES}
+    plans = {name: changed(PLAN, changes_of(name, PLAN)) for name in SCALES}
     assert plans["balanced"] == PLAN
     assert draft_rows(plans["fast"]) < draft_rows(PLAN) < draft_rows(plans["best"])
     for plan in plans.values():
@@ -72,7 +72,7 @@ def test_more_time_is_more_training_and_never_more_than_there_is():
         rows.append(found.rows)
         presets.append(found.preset)
     assert rows == sorted(rows) and len(set(rows)) == len(rows)
-    assert presets == sorted(presets, key=NAMES.index) and set(presets) == set(NAMES)
+    assert presets == sorted(presets, key=list(SCALES).index) and set(presets) == set(SCALES)
 
 
 def test_time_that_is_gone_counts():

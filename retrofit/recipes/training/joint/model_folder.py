@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging
 
 from retrofit.artifact.own import MODEL
 from retrofit.errors import GateError, UnsupportedModelError
+from retrofit.progress import without_bar
 from retrofit.quantised.linear import quantised_layers
 from retrofit.recipes.training.joint.weights import plain_name
 from retrofit.weight_files import file_fingerprint, opened, weight_files
@@ -49,15 +49,11 @@ def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     What was written is read again and compared.  Raises OSError, and GateError where a tensor is another one.
     """
     state = {name: tensor.contiguous() for name, tensor in own_state(model).items()}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder, state_dict=dict(state))  # which it empties
+        with without_bar():
+            model.save_pretrained(folder, state_dict=dict(state))  # which it empties
     except SafetensorError as error:
         raise OSError(f"{folder.name}: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
     _compare(folder, model, state)
     fingerprint = file_fingerprint(folder, model.config.to_dict())

@@ -107,8 +107,8 @@ def linear_products(
         outputs = int(shape[1:].split(",")[0])
 
         def look(product: Product = product, outputs: int = outputs) -> tuple[tuple[int, ...], int]:
-            run, weight = _drawn(product, outputs, generator)
-            x = cancelled(rows or COUNTS[-1], weight.shape[1], weight.dtype, weight.device, generator)
+            run, kind = _drawn(product, outputs, generator), product.module.weight.dtype
+            x = cancelled(rows or COUNTS[-1], _inputs(product.module), kind, product.device, generator)  # type: ignore[arg-type]
             return _differing(run if cut is None else partial(in_cut, run, cut=cut), x, generator, rows)
 
         differ, threads = _looked(look, outputs * (rows or COUNTS[-1]))
@@ -125,16 +125,14 @@ def _size(shape: str) -> int:
     return int(outputs) * int(inputs)
 
 
-def _drawn(product: Product, outputs: int, generator: torch.Generator) -> tuple[Run, Tensor]:
-    """A product like this one, of another weight [outputs, in] and no bias to speak of; and that weight."""
+def _drawn(product: Product, outputs: int, generator: torch.Generator) -> Run:
+    """A product like this one, of another weight [outputs, in] and no bias to speak of."""
     module: Any = product.module
     like = torch.empty(0, dtype=module.weight.dtype, device=product.device)
     weight = cancelling(outputs, _inputs(module), like, generator)
     if product.packed is not None or product.shared is not None:
-        return Packed(weight, None if module.bias is None else like.new_zeros(outputs)), weight
-    return partial(
-        _batched, _with_weight(module, weight.T.contiguous() if isinstance(module, Conv1D) else weight)
-    ), weight
+        return Packed(weight, None if module.bias is None else like.new_zeros(outputs))
+    return partial(_batched, _with_weight(module, weight.T.contiguous() if isinstance(module, Conv1D) else weight))
 
 
 def router_products(backend: HFBackend, generator: torch.Generator) -> list[Tried]:
@@ -182,7 +180,7 @@ def cancelling(outputs: int, inputs: int, like: Tensor, generator: torch.Generat
     half = inputs // 2
     weight = torch.zeros(outputs, inputs, dtype=like.dtype, device=like.device)
     weight[:, :half].normal_(generator=generator)
-    weight[:, half : 2 * half] = -weight[:, :half]
+    torch.neg(weight[:, :half], out=weight[:, half : 2 * half])
     return weight
 
 

@@ -1,7 +1,8 @@
 """What runs of several recipes and seeds come to: means, spreads, the better of two ways, ratios.
 
 A run holds, by temperature and way of decoding, the figures of `retrofit.eval.trace`.  Ways are compared within
-themselves, where all recipes have equal rows, and the best of each recipe with the best of the others.
+themselves, where all recipes have equal rows, and the best of each recipe with the best of the others.  No published
+design grafts prompt lookup on what its adapter drafts: `hybrid` is retrofit's own way, and stands apart.
 Not here: running anything (`runs.py`).
 """
 
@@ -17,7 +18,7 @@ from benchmarks.drafts.setting import OWN, PUBLISHED
 MOST_ROWS = 96
 """Rows of one request and forward that the best way may take."""
 TEMPERATURES = (0.0, 0.8, 1.0)
-CHAIN = "two_forward"
+CHAIN, HYBRID = "two_forward", "hybrid"
 BARS = {"0.8": (1.4, 1.15), "1": (1.4, 1.15), "0": (None, None)}
 """At least own TPF to the best published design's, by temperature: best against best, and within CHAIN."""
 
@@ -26,9 +27,13 @@ Runs = Mapping[str, Sequence[Run]]
 """By recipe, one run for each seed."""
 
 
-def best(ways: Mapping[str, Mapping[str, Any]], most_rows: int = MOST_ROWS) -> tuple[str, float]:
-    """(way, TPF) of the most tokens per forward within the rows.  Raises ValueError where none is within them."""
-    within = {way: found["tpf"] for way, found in ways.items() if found["most_rows"] <= most_rows}
+def best(ways: Mapping[str, Mapping[str, Any]], most_rows: int = MOST_ROWS, hybrid: bool = False) -> tuple[str, float]:
+    """(way, TPF) of the most tokens per forward within the rows.  Raises ValueError where none is within them.
+
+    hybrid: whether that is among the ways.
+    """
+    asked = {way: found for way, found in ways.items() if hybrid or way != HYBRID}
+    within = {way: found["tpf"] for way, found in asked.items() if found["most_rows"] <= most_rows}
     if not within:
         raise ValueError(f"every way takes more than {most_rows} rows: {', '.join(ways)}")
     way = max(within, key=lambda name: (within[name], name))
@@ -59,8 +64,8 @@ def of_way(runs: Sequence[Run], temperature: str, way: str, what: str = "tpf") -
     return [ways[way][what] for ways in found if way in ways]
 
 
-def of_best(runs: Sequence[Run], temperature: str) -> list[float]:
-    return [best(run["ways"][temperature])[1] for run in runs]
+def of_best(runs: Sequence[Run], temperature: str, hybrid: bool = False) -> list[float]:
+    return [best(run["ways"][temperature], hybrid=hybrid)[1] for run in runs]
 
 
 def ratios(own: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
@@ -72,14 +77,19 @@ def by_seed(runs: Sequence[Run], values: Sequence[float]) -> dict[int, float]:
     return {run["seed"]: value for run, value in zip(runs, values, strict=True)}
 
 
-def compared(runs: Runs, temperature: str, way: str | None) -> tuple[str, list[float]] | None:
+def compared(
+    runs: Runs, temperature: str, way: str | None, hybrid: tuple[bool, bool] = (False, False)
+) -> tuple[str, list[float]] | None:
     """(published design with the highest mean, own TPF to its, seed by seed); way None: best against best.
 
+    hybrid: whether that is among the ways of the own recipe, and among those of the published ones.
     None where own runs or published ones are missing.
     """
 
     def figures(spec: str) -> list[float]:
-        return of_best(runs[spec], temperature) if way is None else of_way(runs[spec], temperature, way)
+        if way is not None:
+            return of_way(runs[spec], temperature, way)
+        return of_best(runs[spec], temperature, hybrid[spec != OWN])
 
     published = {spec: values for spec in runs if spec.startswith(PUBLISHED) and (values := figures(spec))}
     if not published or not runs.get(OWN) or not (own := figures(OWN)):
@@ -93,12 +103,16 @@ def bars(runs: Runs) -> list[Bar]:
     """Own recipe against the best published one, at every temperature."""
     found = []
     for temperature, (whole, chain) in BARS.items():
-        for way, least in ((None, whole), (CHAIN, chain)):
-            got = compared(runs, temperature, way)
+        for way, hybrid, least, what in (
+            (None, (True, False), whole, f"its best way, hybrid among them, to the other's, within {MOST_ROWS} rows"),
+            (None, (True, True), None, f"the same, hybrid among both's ways, within {MOST_ROWS} rows"),
+            (None, (False, False), whole, f"best way of each without hybrid, within {MOST_ROWS} rows"),
+            (CHAIN, (False, False), chain, f"{CHAIN}, equal rows"),
+        ):
+            got = compared(runs, temperature, way, hybrid)
             if got is None:
                 continue
             rival, values = got
-            what = f"best way of each within {MOST_ROWS} rows" if way is None else f"{way}, equal rows"
             met = None if least is None else mean(values) >= least
             bar = "stated" if least is None else f">= {least} x"
             figure = f"{shown(values)} x {rival.removeprefix(PUBLISHED)}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import PROMPT_TOKENS, say
-from benchmarks.drafts.figures import TEMPERATURES
+from benchmarks.drafts.figures import HYBRID, TEMPERATURES
 from benchmarks.drafts.setting import OWN, Setting, folder_name, plan_of
 from retrofit.artifact import folder as artifact
 from retrofit.eval.acceptance import measure
@@ -28,7 +28,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "two_forward": {"strategy": "two_forward"},
     "fused chain": {"strategy": "fused", "tree": 0},
     "fused": {"strategy": "fused"},
+    HYBRID: {"strategy": "hybrid"},
 }
+ANCHORED = ("fused", "hybrid")
+"""Strategies of layouts with an anchor."""
 KEPT = ("tpf", "tau", "rows_per_token", "most_rows", "accept_cond", "tried", "tokens", "looping_share")
 
 
@@ -87,7 +90,7 @@ def decoded(engine: Engine, setting: Setting, seed: int, with_lookup: bool) -> d
     """Figures of every way at every temperature, one request at a time; prompt lookup too, which needs no adapter."""
     prompts = held_out_prompts(engine.tokenizer, setting.prompts, PROMPT_TOKENS)
     anchored = engine.layout.anchored
-    ways = {way: options for way, options in WAYS.items() if anchored or options["strategy"] != "fused"}
+    ways = {way: options for way, options in WAYS.items() if anchored or options["strategy"] not in ANCHORED}
     asked = {**ways, **({"lookup": {"strategy": "prompt_lookup"}} if with_lookup else {})}
     found: dict[str, Any] = {"ways": {}}
     for temperature in TEMPERATURES:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from benchmarks.drafts.figures import CHAIN, MOST_ROWS, Runs, of_best, of_way, shown, slots
+from benchmarks.drafts.figures import CHAIN, HYBRID, MOST_ROWS, Runs, of_best, of_way, shown, slots
 
 LOOKUP = "prompt lookup alone"
 SUMMARY = "drafts"
@@ -24,8 +24,9 @@ def runs_of(sections: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def forwards(runs: Runs) -> list[list[str]]:
     """TPF within each way and of the best one, greedy / T = 0.8 / T = 1."""
-    best = f"TPF, best way within {MOST_ROWS} rows"
-    rows = [["recipe", "added", "training, processor", f"tau, {CHAIN}", f"TPF, {CHAIN}", "TPF, fused, a chain", best]]
+    best = f"TPF, best of these and a tree within {MOST_ROWS} rows"
+    ways = [f"tau, {CHAIN}", f"TPF, {CHAIN}", "TPF, fused, a chain", best, "TPF, hybrid"]
+    rows = [["recipe", "added", "training, processor", *ways]]
     for spec, some in runs.items():
 
         def cell(find: Any, some: Any = some) -> str:
@@ -40,12 +41,13 @@ def forwards(runs: Runs) -> list[list[str]]:
             cell(lambda runs, at: of_way(runs, at, CHAIN)),
             cell(lambda runs, at: of_way(runs, at, "fused chain")),
             cell(of_best),
+            cell(lambda runs, at: of_way(runs, at, HYBRID)),
         ])  # fmt: skip
     lookups = next((some for some in runs.values() if "lookup" in some[0]), None)
     if lookups:
         found = lookups[0]["lookup"]
         tau, tpf = (" / ".join(f"{found[at][what]:.2f}" for at in ("0", "0.8", "1")) for what in ("tau", "tpf"))
-        rows.append([LOOKUP, "none", "none", tau, "-", "-", tpf])
+        rows.append([LOOKUP, "none", "none", tau, "-", "-", tpf, "-"])
     return rows
 
 

@@ -18,9 +18,10 @@ def way(tpf, rows=9, accept=(0.5,)):
     return {"tpf": tpf, "tau": 2 * tpf, "most_rows": rows, "accept_cond": list(accept)}
 
 
-def made(recipe, seed, chain, fused=None, **more):
+def made(recipe, seed, chain, fused=None, hybrid=None, **more):
     """A run whose figures are the same at every temperature."""
     ways = {"two_forward": way(chain)} | ({} if fused is None else {"fused": way(fused, rows=95)})
+    ways |= {} if hybrid is None else {"hybrid": way(hybrid, rows=96)}
     about = {
         "seconds": 90.0,
         "processor_seconds": 60.0,
@@ -95,14 +96,35 @@ def test_ratios_are_those_of_equal_seeds():
     assert figures.compared(apart, "0.8", None) is None
 
 
+def test_hybrid_counts_for_those_who_are_said_to_have_it():
+    runs = {
+        OWN: [made(OWN, 0, 1.0, 2.0, 3.0)],
+        "baselines/a": [made("baselines/a", 0, 1.0, 1.6, 1.8)],
+        "baselines/b": [made("baselines/b", 0, 1.0, 1.5, 2.4)],
+    }
+    for hybrid, rival, ratio in (
+        ((False, False), "a", 2.0 / 1.6), ((True, False), "a", 3.0 / 1.6), ((True, True), "b", 3.0 / 2.4),
+    ):  # fmt: skip
+        assert figures.compared(runs, "1", None, hybrid) == (f"baselines/{rival}", pytest.approx([ratio]))
+    found = {bar.what.split("T = 0.8, ")[1]: bar for bar in figures.bars(runs) if "T = 0.8" in bar.what}
+    own = found["its best way, hybrid among them, to the other's, within 96 rows"]
+    assert (own.bar, own.figure, own.met) == (">= 1.4 x", "1.88 x a", True)
+    both = found["the same, hybrid among both's ways, within 96 rows"]
+    assert (both.bar, both.figure, both.met) == ("stated", "1.25 x b", None)
+    neither = found["best way of each without hybrid, within 96 rows"]
+    assert (neither.bar, neither.figure, neither.met) == (">= 1.4 x", "1.25 x a", False)
+
+
 def test_bars_are_held_to_the_mean_and_state_the_spread():
     found = {bar.what: bar for bar in figures.bars(RUNS)}
-    best = found["TPF of own recipe to the best published one, T = 0.8, best way of each within 96 rows"]
+    best = found[
+        "TPF of own recipe to the best published one, T = 0.8, best way of each without hybrid, within 96 rows"
+    ]
     chain = found["TPF of own recipe to the best published one, T = 0.8, two_forward, equal rows"]
     assert (best.bar, best.figure, best.met) == (">= 1.4 x", "1.54 (1.25 to 1.83) x b", True)
     assert (chain.bar, chain.figure, chain.met) == (">= 1.15 x", "1.23 (0.96 to 1.50) x a", True)
     weak = {**RUNS, OWN: [made(OWN, 0, 1.2, 1.7), made(OWN, 1, 1.0, 1.2)]}
-    assert [bar.met for bar in figures.bars(weak) if "T = 1," in bar.what] == [False, False]
+    assert [bar.met for bar in figures.bars(weak) if "T = 1," in bar.what] == [False, None, False, False]
     assert all(bar.met is None for bar in figures.bars(weak) if "T = 0," in bar.what)
     assert not any("certificate" in what for what in found)
 
@@ -127,10 +149,10 @@ def test_the_tables_hold_every_recipe():
     assert all(len(row) == len(head) for row in rows)
     assert rows[1][1:] == [
         "0.50M", "60 s", *[" / ".join([text] * 3) for text in ("2.25 (2.00 to 2.50)", "1.12 (1.00 to 1.25)")],
-        "- / - / -", " / ".join(["1.12 (1.00 to 1.25)"] * 3),
+        "- / - / -", " / ".join(["1.12 (1.00 to 1.25)"] * 3), "- / - / -",
     ]  # fmt: skip
     looked = {OWN: [made(OWN, 0, 1.0, lookup=dict.fromkeys(("0", "0.8", "1"), way(1.5)))]}
-    assert tables.forwards(looked)[-1][-1] == "1.50 / 1.50 / 1.50"
+    assert tables.forwards(looked)[-1][-2] == "1.50 / 1.50 / 1.50"
     assert tables.acceptance(looked)[1] == ["`tiny`", "0.50", "0.50", "0.50"]
 
 

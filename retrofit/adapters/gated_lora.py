@@ -9,6 +9,7 @@ arXiv 2507.11851.
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -36,10 +37,22 @@ class Gate(threading.local):
 class BaseProduct(Protocol):
     """How a backend computes the base layer: rows cut, or weight packed."""
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether that is a call of torch with a packed weight."""
+
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def updated(self, x: Tensor, first: int) -> Tensor | None:
         """With the adapter's update of rows `first` and later; None where this adds none."""
+
+
+def _is_product(layer: GatedLoraLinear, x: Tensor) -> bool:
+    """Whether what the layer does with these rows is its packed product: none of them is a draft row."""
+    base, product, first = layer.plain, layer.product, layer.gate.base_rows
+    if base is None or product is None or first is None or first < x.shape[-2]:
+        return False
+    return product.is_packed and not (base._forward_hooks or base._forward_pre_hooks)
 
 
 class GatedLoraLinear(lora.Linear):
@@ -65,7 +78,7 @@ class GatedLoraLinear(lora.Linear):
         down, up = (self._modules[name]._modules[adapter]._parameters["weight"] for name in ("lora_A", "lora_B"))
         return down, up, self.scaling[adapter]
 
-    @one_call
+    @partial(one_call, plain=_is_product)
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., N, in] -> [..., N, out]."""
         base, first = self.plain, self.gate.base_rows

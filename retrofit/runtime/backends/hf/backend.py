@@ -156,7 +156,9 @@ class HFBackend:
         self.heads = heads
         self.causal_blocks = causal_blocks
         self.trunk = trunk_of(model)
-        self.recorded = Recorded(self.trunk)
+        self.recorded = Recorded(
+            self.trunk, lambda: [w for p in self.products.values() if (w := p.weights) is not None]
+        )
         self.embedding = model.get_input_embeddings()
         self.cut = Cut()
         """How products are cut; `hold` sets it."""

@@ -97,7 +97,7 @@ def linear_products(
     alike: dict[str, tuple[Product, dict[str, None]]] = {}
     for name, product in backend.products.items():
         module: Any = product.module
-        packed = product.shared[0].packed if product.shared else product.packed
+        packed = product.weights
         outputs, bias = packed.outputs if packed else _outputs(module), "" if module.bias is None else " + bias"
         shape = f"[{outputs}, {_inputs(module)}]{bias} {str(module.weight.dtype)[6:]}{' packed' if packed else ''}"
         role = name.removesuffix(".base_layer").rsplit(".", 1)[-1]
@@ -130,7 +130,7 @@ def _drawn(product: Product, outputs: int, generator: torch.Generator) -> Run:
     module: Any = product.module
     like = torch.empty(0, dtype=module.weight.dtype, device=product.device)
     weight = cancelling(outputs, _inputs(module), like, generator)
-    if product.packed is not None or product.shared is not None:
+    if product.is_packed:
         return Packed(weight, None if module.bias is None else like.new_zeros(outputs))
     return partial(_batched, _with_weight(module, weight.T.contiguous() if isinstance(module, Conv1D) else weight))
 

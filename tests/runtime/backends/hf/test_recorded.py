@@ -11,9 +11,11 @@ from decoding import randomise
 from tiny_models import build
 from torch import Tensor, nn
 
+from retrofit.adapters.gated_lora import GatedLoraLinear
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, SequenceRows
 from retrofit.runtime.backends.hf.exact_attention import GROUPED
+from retrofit.runtime.backends.hf.linear import products
 from retrofit.runtime.backends.hf.linear.packing import pack, refused
 from retrofit.runtime.backends.hf.recorded import steps
 from retrofit.runtime.backends.hf.recorded.program import program
@@ -210,6 +212,59 @@ def test_nothing_is_held_of_weights_that_were_let_go_or_given_back() -> None:
     made.record()
     made.close()
     assert recorded.kinds == 0 and recorded._watch is None
+
+
+@pytest.fixture(params=("llama", "phi3", "qwen3_moe"))
+def packed(request: pytest.FixtureRequest) -> Iterator[Steps]:
+    made = Steps(request.param, torch.bfloat16, "invariant")
+    if refused(made.backend) is not None:
+        pytest.skip("no packed products here")
+    made.backend.until_closed(pack(made.backend, alone=False))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_products_are_recorded_as_their_calls(packed: Steps, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed.record(kind)
+    assert packed.backend.recorded.kinds == 1
+    for shift in (11, 23):
+        assert steps.same_bits(packed.take(kind, shift), packed.by_modules(kind, shift))
+    ran: list[Tensor] = []
+    monkeypatch.setattr(products, "in_cut", lambda run, x, cut: ran.append(x) or run(x))
+    packed.take(kind)
+    layers = sum(isinstance(module, GatedLoraLinear) for module in packed.backend.trunk.modules())
+    assert not ran if kind == "ar" else 0 < len(ran) <= layers  # with draft rows a layer looks after itself
+
+
+def hook_base(layer: Any) -> None:
+    layer.base_layer.register_forward_hook(lambda _, __, out: out * 2)
+
+
+def other_product(layer: Any) -> None:
+    own = layer.product
+
+    class Doubled:
+        is_packed = False
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return own(x) * 2
+
+    layer.product = Doubled()
+
+
+@pytest.mark.parametrize("change", [hook_base, other_product])
+def test_a_change_of_a_packed_layer_is_seen_at_the_next_step(change: Any) -> None:
+    made = Steps("llama")
+    if refused(made.backend) is not None:
+        pytest.skip("no packed products here")
+    made.backend.until_closed(pack(made.backend, alone=False))
+    made.record()
+    before = made.take()
+    change(made.backend.trunk.layers[0].self_attn.o_proj)
+    after = made.take()
+    assert steps.same_bits(after, made.by_modules()) and not steps.same_bits(after, before)
+    made.close()
 
 
 def recorded(function: Any, *given: Tensor, weights: tuple[Tensor, ...] = ()) -> Any:

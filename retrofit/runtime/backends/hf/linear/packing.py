@@ -159,10 +159,7 @@ def own_memory(model: nn.Module) -> None:
 
 
 def _packed(backend: HFBackend) -> Iterator[Packed]:
-    for product in backend.products.values():
-        packed = product.shared[0].packed if product.shared else product.packed
-        if packed is not None:
-            yield packed
+    yield from (product.weights for product in backend.products.values() if product.weights is not None)
     for module in routed(backend.model).values():
         experts: PackedExperts | None = module.__dict__.get("retrofit_packed")
         yield from () if experts is None else (one for packed in experts.packed for one in packed)

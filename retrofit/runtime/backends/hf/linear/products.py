@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,6 +89,10 @@ class Packed:
         return int(self.weight.shape[0])
 
     @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
     def span(self) -> tuple[int, int]:
         """Addresses of its numbers."""
         first = int(torch.ops.mkldnn.data_ptr(self.weight))
@@ -124,7 +129,7 @@ class Shared:
             if first is not None:
                 assert self.low_rank is not None
                 self.low_rank.add_to(out, x, first)
-            made.parts = out.split(self.sizes, -1)
+            made.parts = out.split_with_sizes(self.sizes, -1)
         part: Tensor = made.parts[number]
         made.left -= 1
         if not made.left:
@@ -137,6 +142,10 @@ class Shared:
 
     def __deepcopy__(self, memo: Any) -> Shared:
         return self
+
+
+def _is_packed(product: Product, x: Tensor) -> bool:
+    return product.is_packed and (product.alone or product.gate.base_rows is not None)
 
 
 class Product:
@@ -177,7 +186,16 @@ class Product:
         self.low_rank.add_to(out, x, first)
         return out
 
-    @one_call
+    @property
+    def weights(self) -> Packed | None:
+        """The packed weight that it reads, its own or one of several layers; None: the layer's."""
+        return self.packed if self.shared is None else self.shared[0].packed
+
+    @property
+    def is_packed(self) -> bool:
+        return self.weights is not None
+
+    @partial(one_call, plain=_is_packed)
     def forward(self, x: Tensor) -> Tensor:
         """As the layer's: the product in a forward of ours, its own otherwise."""
         return self(x) if self.alone or self.gate.base_rows is not None else self._own(x)

@@ -13,7 +13,7 @@ Not here: what can be written down (`trace.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from retrofit.runtime.backends.hf.recorded.watch import Watch
 if TYPE_CHECKING:
     from retrofit.runtime.backends.hf.attention import ForwardContext
     from retrofit.runtime.backends.hf.backend import HFBackend
+    from retrofit.runtime.backends.hf.linear.products import Packed
 
 AFTER = 8
 """Steps of a kind that run as modules, before it is written down: that takes as long as three."""
@@ -57,8 +58,10 @@ class _Kind:
 class Recorded:
     """Runs a trunk's steps; each thread may."""
 
-    def __init__(self, trunk: nn.Module):
+    def __init__(self, trunk: nn.Module, packed: Callable[[], Iterable[Packed]] = tuple):
+        """packed: the weights that products read now; who changes them lets this `forget`."""
         self.trunk = trunk
+        self.packed = packed
         self.on = True
         self.why: str | None = None
         """Why modules run for good."""
@@ -110,7 +113,7 @@ class Recorded:
         if watch.hooked or _has_any_global_hook():
             known.steps = 0
             return modules(*given)
-        recorder = Recorder(given, watch.weights)
+        recorder = Recorder(given, [*watch.weights, *(tensor for one in self.packed() for tensor in one.tensors)])
         try:
             with recorder:
                 result = modules(*given)

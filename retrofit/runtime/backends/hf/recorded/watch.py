@@ -29,8 +29,11 @@ class Watch:
         whole = [module.__dict__ for module in modules if not isinstance(module, GatedLoraLinear)]
         self._now = [*whole, *(held[name] for held in whole for name in HELD if held[name])]
         self._then = [held.copy() for held in self._now]
-        self._layers = [module.__dict__ for module in modules if isinstance(module, GatedLoraLinear)]
+        layers = [module for module in modules if isinstance(module, GatedLoraLinear)]
+        self._hooks += [layer.base_layer.__dict__[name] for layer in layers for name in HOOKS]
+        self._layers = [layer.__dict__ for layer in layers]
         self._sizes = [len(held) for held in self._layers]
+        self._products = [layer.product for layer in layers]
         self._weights = [
             (holder, name, tensor, tensor.dtype)
             for held in whole
@@ -51,6 +54,8 @@ class Watch:
     def changed(self) -> bool:
         try:
             if any(self._hooks) or self._now != self._then or [*map(len, self._layers)] != self._sizes:
+                return True
+            if [held.get("product") for held in self._layers] != self._products:
                 return True
             # Tensors of one number compare equal where they are not the same; and `.data` can change a type.
             return any(holder[name] is not t or t.dtype is not kind for holder, name, t, kind in self._weights)

@@ -20,7 +20,7 @@ from retrofit.artifact.beside import beside
 from retrofit.artifact.files import disk, sync_folder, write_file
 from retrofit.artifact.own import MODEL
 from retrofit.artifact.tensors import pieces
-from retrofit.errors import UnsupportedModelError, UsageError
+from retrofit.errors import UsageError
 from retrofit.exporting import peft_folder, transformers_folder, uno
 from retrofit.hub import Base, load_base, resolved_device
 from retrofit.runtime.loading import check_same_base
@@ -81,7 +81,7 @@ def export(
         raise UsageError(f"{out}: is there already", "choose another name")
     read = artifacts.read(local_folder(artifact, offline))
     if read.config["profile"] == "joint":
-        raise UnsupportedModelError(
+        raise UsageError(
             f"{read.folder} is of the profile joint, for which there is no export yet",
             f"its model is a plain transformers folder already: {read.folder / MODEL}",
         )

@@ -95,6 +95,8 @@ def _refuse_another(first: Origin, other: Origin) -> None:
         told.append(f"the {field} of its base {other.base}")
     for section, one, two in (("adapter", first.adapter, other.adapter), ("draft", first.draft, other.draft)):
         told += [f"{section}.{key} ({two.get(key)}, there {one[key]})" for key in other_keys(one, two)]
+    if first.precision != other.precision:
+        told.append(f"base.quantization ({other.precision or 'none'}, there {first.precision or 'none'})")
     if told:
         problem = f"{other.folder} cannot be averaged with {first.folder}: it has another {', '.join(told)}"
         raise ArtifactError(problem, "average what was trained on one base with one adapter and layout")

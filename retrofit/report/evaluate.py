@@ -23,7 +23,6 @@ from retrofit.errors import (
     GateError,
     ResourceError,
     RetrofitError,
-    UnsupportedModelError,
     UsageError,
     out_of_memory,
 )
@@ -177,9 +176,9 @@ def evaluate(
 
 
 def _refuse_own(config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedModelError for an artifact whose model was trained along."""
+    """Raises UsageError for an artifact whose model was trained along."""
     if config.get("profile") == "joint":
-        raise UnsupportedModelError(
+        raise UsageError(
             "the report holds an artifact beside its original, and one of the profile joint is not to equal it",
             "`retrofit certify` proves it against its own `ar`, `retrofit inspect` says how far it drifted",
         )

@@ -100,6 +100,21 @@ def test_another_base_adapter_or_layout(tmp_path: Path, made: tuple[Path, Path],
     assert not (tmp_path / "mean").exists()
 
 
+def test_bases_held_in_other_bits(tmp_path: Path, made: tuple[Path, Path]) -> None:
+    for name, held in (("nf4", "nf4"), ("int8", "int8wo")):
+        found = artifact.read(made[0])
+        config = {**found.config, "base": {**found.config["base"], "quantization": held}}
+        texts = {"recipe_yaml": (made[0] / "recipe.yaml").read_text(), "card": "# One\n"}
+        state = {"adapter_config": found.adapter_config, "adapter_state": found.adapter_state, "heads": found.heads}
+        artifact.write(tmp_path / name, config=config, **state, **texts)
+    for others, told in (((tmp_path / "nf4", tmp_path / "int8"), "int8wo, there nf4"), (
+        (made[0], tmp_path / "nf4"), "nf4, there none",
+    )):  # fmt: skip
+        with pytest.raises(ArtifactError, match=rf"it has another base.quantization \({told}\)"):
+            average(others, tmp_path / "mean", offline=True)
+    assert not (tmp_path / "mean").exists()
+
+
 @pytest.mark.parametrize(
     ("count", "weights", "message"),
     [

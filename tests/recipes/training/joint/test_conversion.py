@@ -223,9 +223,9 @@ def test_another_base_is_refused_though_its_hashes_are_the_same(tmp_path: Path, 
 
 def test_what_is_not_built_for_it_is_refused_by_name(tmp_path: Path, texts: Path, straight: tuple[str, Path]) -> None:
     _, folder = straight
-    with pytest.raises(UnsupportedModelError, match="profile joint, for which there is no export yet"):
+    with pytest.raises(UsageError, match="profile joint, for which there is no export yet"):
         export(folder, "peft", tmp_path / "peft")
-    with pytest.raises(UnsupportedModelError, match="one of the profile joint is not to equal it"):
+    with pytest.raises(UsageError, match="one of the profile joint is not to equal it"):
         evaluate(folder, progress=False)
     for start in ({"start_from": folder}, {"start_from": folder, "profile": "joint"}):
         with pytest.raises(UsageError, match="profile joint"):

@@ -8,12 +8,14 @@ that the text does not have begins with nothing.  Found from two matrices of the
     G = sum over tokens of n(t) h(t)^T h(t),  M = W^T W,  G^1/2 M^1/2 = U S V^T
     W1 = h G^-1/2 U S^1/2,                    W2 = W M^-1/2 V S^1/2
 
-Shapes: V vocabulary, H hidden, r rank.
+Only tokens that the text has are held, and the vocabulary's rows are read in pieces: of a large model either matrix
+would be gigabytes in fp32.  Shapes: V vocabulary, H hidden, r rank, n tokens that the text has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,61 +32,74 @@ PRIOR = 1.0
 """Occurrences that the mean over all tokens counts for with each: what was seen once says little."""
 TINY = 1e-6
 """Directions with less than this part of the largest one's weight are left out."""
+PIECE = 1 << 13
+"""Rows of the vocabulary's projection that are read at once."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """By how much each logit changes with a hidden state."""
+
+    weight_VH: Tensor
+    scale: float
+
+    def pieces(self) -> Iterator[Tensor]:
+        """fp32 [PIECE or fewer, H] of all rows in turn, beyond what all change by; soft caps are left out."""
+        middle = torch.stack([piece.sum(0) for piece in self._pieces()]).sum(0) / len(self.weight_VH)
+        yield from (piece - middle for piece in self._pieces())
+
+    def _pieces(self) -> Iterator[Tensor]:
+        yield from (piece.float() * self.scale for piece in self.weight_VH.split(PIECE))
 
 
 @torch.no_grad()
 def begin_with_pairs(heads: Heads, backend: HFBackend, documents: Sequence[Document]) -> None:
     """Fill the Markov head; it stays as it is where there is no text, or no plain projection to the vocabulary."""
-    weight_VH = vocabulary(backend.head)
-    if heads.markov_w1 is None or heads.markov_w2 is None or weight_VH is None or not documents:
+    projection = vocabulary(backend.head)
+    documents = [document for document in documents if len(document.tokens) > 1]
+    if heads.markov_w1 is None or heads.markov_w2 is None or projection is None or not documents:
         return
-    mean_VH, count_V = mean_hidden(backend, documents, heads.vocab)
-    first, second = factors(mean_VH, count_V, weight_VH, heads.markov_w1.shape[1])
-    heads.markov_w1.zero_()[: len(first), : first.shape[1]] = first
+    tokens_n, mean_nH, count_n = mean_hidden(backend, documents)
+    first, second = factors(mean_nH, count_n, projection, heads.markov_w1.shape[1])
+    heads.markov_w1.zero_()[tokens_n, : first.shape[1]] = first
     heads.markov_w2.zero_()[:, : second.shape[1]] = second
 
 
-def mean_hidden(backend: HFBackend, documents: Sequence[Document], vocab: int) -> tuple[Tensor, Tensor]:
-    """([V, H] last hidden state at each token, beyond the mean over all of them, [V] how often it was seen)."""
-    total_VH, count_V = None, torch.zeros(vocab, device=backend.device)
-    for document in documents:
-        tokens = torch.tensor(document.tokens, device=backend.device)[1:]  # the first sees nothing before it
-        hidden = clean_forward(backend, [document])[1][1:].float()
-        total_VH = hidden.new_zeros(vocab, hidden.shape[1]) if total_VH is None else total_VH
-        total_VH.index_add_(0, tokens, hidden)
-        count_V.index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.float32))
-    assert total_VH is not None
-    middle = total_VH.sum(0) / count_V.sum().clamp(min=1)
-    return (total_VH - count_V[:, None] * middle) / (count_V + PRIOR)[:, None], count_V
+def mean_hidden(backend: HFBackend, documents: Sequence[Document]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens [n] that the text has, [n, H] last hidden state at each beyond the mean over all, [n] how often)."""
+    # The first token of a text sees nothing before it.
+    seen = torch.cat([torch.tensor(document.tokens[1:], device=backend.device) for document in documents])
+    hidden = torch.cat([clean_forward(backend, [document])[1][1:].float() for document in documents])
+    tokens_n, place, count = torch.unique(seen, return_inverse=True, return_counts=True)
+    total_nH = hidden.new_zeros(len(tokens_n), hidden.shape[1]).index_add_(0, place, hidden)
+    count_n = count.float()
+    return tokens_n, (total_nH - count_n[:, None] * hidden.mean(0)) / (count_n + PRIOR)[:, None], count_n
 
 
-def vocabulary(head: VocabHead) -> Tensor | None:
-    """[V, H] by how much each logit changes with a hidden state, beyond what all change by; soft caps are left out.
-
-    None where other layers stand before the projection, as in BERT's family.
-    """
+def vocabulary(head: VocabHead) -> Vocabulary | None:
+    """None where other layers stand before the projection, as in BERT's family."""
     if head.project is not head.linear or head.before is not None:
         return None
     linear = head.linear
     weight_VH = linear.held.dense(torch.float32) if isinstance(linear, QuantisedLinear) else linear.weight
     assert isinstance(weight_VH, Tensor)
-    weight_VH = weight_VH.detach().float() * head.scale
-    return weight_VH - weight_VH.mean(0)
+    return Vocabulary(weight_VH.detach(), head.scale)
 
 
-def factors(mean_VH: Tensor, count_V: Tensor, weight_VH: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(W1 [V, r], W2 [V, r]) of the best product of this rank, where tokens count as often as they were seen.
+def factors(mean_nH: Tensor, count_n: Tensor, projection: Vocabulary, rank: int) -> tuple[Tensor, Tensor]:
+    """(W1 [n, r], W2 [V, r]) of the best product of this rank, where tokens count as often as they were seen.
 
     The rows of W1 are 1 long on average, as those of an untrained head; of a rank beyond H less comes back.
     """
-    weighted = mean_VH * count_V.sqrt()[:, None]
+    weighted = mean_nH * count_n.sqrt()[:, None]
     left, left_inverse = _roots(weighted.T @ weighted)
-    right, right_inverse = _roots(weight_VH.T @ weight_VH)
+    right, right_inverse = _roots(sum((piece.T @ piece for piece in projection.pieces()), torch.zeros(())))
     u, s, vt = torch.linalg.svd(left @ right)
     root = s[:rank].sqrt()
-    first = mean_VH @ (left_inverse @ u[:, :rank] * root).float()
-    second = weight_VH @ (right_inverse @ vt[:rank].T * root).float()
-    length = first[count_V > 0].norm(dim=1).mean().clamp(min=1e-12)
+    first = mean_nH @ (left_inverse @ u[:, :rank] * root).float()
+    mixed = (right_inverse @ vt[:rank].T * root).float()
+    second = torch.cat([piece @ mixed for piece in projection.pieces()])
+    length = first.norm(dim=1).mean().clamp(min=1e-12)
     return first / length, second * length
 
 

@@ -66,3 +66,11 @@ def first_cells(sections: Sections) -> list[Mapping[str, Any]]:
     cells = sections["speed"]["cells"] if "speed" in sections else []
     keys = ("context_tokens", "temperature")
     return [cell for cell in cells if all(cell[key] == cells[0][key] for key in keys)]
+
+
+def swept(diffusion: Mapping[str, Any]) -> list[tuple[str | float, str, Mapping[str, Any]]]:
+    """(threshold or name, colour, point) of all that was measured of diffusion mode: `ar` first, its default last."""
+    points = [(p["threshold"], "diffusion", p) if p["threshold"] is not None else ("ar", "ar", p)
+              for p in diffusion["points"]]  # fmt: skip
+    default = diffusion.get("default")  # reports of before have none
+    return [*points, *([] if default is None else [("default", "faint", default)])]

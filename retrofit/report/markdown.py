@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from retrofit.report.headline import swept
+
 Data = Mapping[str, Any]
 TITLES = {
     "compared": "What was compared",
@@ -262,13 +264,12 @@ def _against(found: Data) -> Iterator[str]:
 
 def _diffusion(found: Data) -> Iterator[str]:
     rows = [
-        ["ar" if point["threshold"] is None else number(point["threshold"]), number(point["tpf"]),
-         number(point["rows_per_token"]), number(point["agreement_percent"])]
-        for point in found["points"]
-    ]  # fmt: skip
+        [number(name), number(point["tpf"]), number(point["rows_per_token"]), number(point["agreement_percent"])]
+        for name, _, point in swept(found)
+    ]
     yield from table(["threshold", "TPF", "rows per token", "agreement, %"], rows)
     yield ""
-    yield f"Area under the points: {number(found['area_under_points'])}."
+    yield f"Area under the points of the thresholds: {number(found['area_under_points'])}."
 
 
 def _speed_of_light(found: Data) -> Iterator[str]:

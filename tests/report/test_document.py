@@ -40,6 +40,7 @@ def test_the_schema_is_one_and_the_report_keeps_to_it(data):
         (("sections", "losslessness", "data", "greedy", "bug"), -1),
         (("sections", "acceptance", "data", "by_temperature", 0, "drafter", "accept_cond"), [1.5]),
         (("sections", "diffusion", "data", "points", 0, "agreement_percent"), 101),
+        (("sections", "diffusion", "data", "default", "tolerance"), -1),
         (("sections", "cost"), {"status": "skipped"}),
         (("figures", "tau"), None),
         (("more",), 1),

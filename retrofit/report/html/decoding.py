@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from retrofit.report.headline import first_cells
+from retrofit.report.headline import first_cells, swept
 from retrofit.report.html import charts
 from retrofit.report.html.charts import Mark, Point
 from retrofit.report.html.colours import MAIN, WAYS, colour
@@ -186,26 +186,22 @@ def _drawn_cost(found: Data) -> str:
 
 def diffusion(found: Data) -> str:
     points = [
-        Point(point["tpf"], point["agreement_percent"], *_of_threshold(point["threshold"]))
-        for point in found["points"] if point["tpf"] is not None
+        Point(point["tpf"], point["agreement_percent"], name if isinstance(name, str) else short(name), way)
+        for name, way, point in swept(found) if point["tpf"] is not None
     ]  # fmt: skip
     drawn = drawing(
         "What speed costs in agreement",
-        "Each point is a threshold, and what reaches it is kept; further right are fewer forwards.",
+        "Each point is a threshold, and what reaches it is kept; by default the original takes back what it finds too "
+        "unlikely.  Further right are fewer forwards.",
         charts.curve, points, across="tokens per forward", up="agreement, %",
     )  # fmt: skip
     rows = [
-        ["ar" if point["threshold"] is None else number(point["threshold"]), number(point["tpf"]),
+        [name if isinstance(name, str) else number(name), number(point["tpf"]),
          number(point["rows_per_token"]), number(point["agreement_percent"])]
-        for point in found["points"]
+        for name, _, point in swept(found)
     ]  # fmt: skip
-    area = paragraph(f"Area under the points: {number(found['area_under_points'])}.")
+    area = paragraph(f"Area under the points of the thresholds: {number(found['area_under_points'])}.")
     return figures(drawn) + table(["threshold", "TPF", "rows per token", "agreement, %"], rows) + area
-
-
-def _of_threshold(threshold: float | None) -> tuple[str, str]:
-    """Name and colour of a point of the sweep."""
-    return ("ar", "ar") if threshold is None else (short(threshold), "diffusion")
 
 
 def training(found: Data) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
-from retrofit.report.headline import first_cells
+from retrofit.report.headline import first_cells, swept
 from retrofit.report.html import charts
 from retrofit.report.html.charts import ROW, Mark
 from retrofit.report.html.colours import MAIN, colour, variables
@@ -109,14 +109,16 @@ def halves(data: Data) -> Iterator[Half]:
 
 
 def _per_forward(done: Mapping[str, Data]) -> Iterator[Mark]:
-    sweep = {point["threshold"]: point["tpf"] for point in done.get("diffusion", {}).get("points", [])}
-    if sweep.get(None) is not None:
-        yield Mark("ar", "ar", [sweep[None]], faint=True)
+    sweep = {name: point["tpf"] for name, _, point in swept(done["diffusion"])} if "diffusion" in done else {}
+    if sweep.get("ar") is not None:
+        yield Mark("ar", "ar", [sweep["ar"]], faint=True)
     if "acceptance" in done:
         one = done["acceptance"]["by_temperature"][0]
         said = f"T = {short(one['temperature'])}"
         drafted, looked = one["drafter"]["tpf"], one["prompt_lookup"]["tpf"]
         yield from [Mark(f"self_spec, {said}", "self-spec", [drafted])] if drafted is not None else []
         yield from [Mark(f"prompt lookup, {said}", "lookup", [looked], faint=True)] if looked is not None else []
-    if sweep.get(SURE) is not None:
+    if sweep.get("default") is not None:
+        yield Mark("diffusion", "diffusion", [sweep["default"]], faint=True)
+    elif sweep.get(SURE) is not None:
         yield Mark(f"diffusion, threshold {short(SURE)}", "diffusion", [sweep[SURE]], faint=True)

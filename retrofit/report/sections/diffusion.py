@@ -1,6 +1,7 @@
 """Diffusion: threshold against tokens per forward, and against how often the original would have said the same.
 
-What reaches the threshold is kept, whatever the base would have said: without the tolerance that decoding has.
+On the curve what reaches the threshold is kept, whatever the base would have said; beside it stands what users get by
+default, where the base takes back what is less likely than the tolerance allows.
 
 Agreement is the share of tokens that are the base's own first choice behind the text so far, in percent.  It is no
 quality score: a text may be as good and say other things.
@@ -11,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from retrofit.eval.differences import margins
 from retrofit.eval.trace import Trace, figures
 from retrofit.report.setting import Data, Earlier, Setting
+from retrofit.runtime.options import SHORT
 from retrofit.runtime.results import Result
 
 BATCH = 8
@@ -24,21 +27,26 @@ STEEPNESS = 3.0
 
 
 def diffusion(setting: Setting, earlier: Earlier) -> Data:
-    """A point for `ar` and one for each threshold, and the area under them."""
+    """A point for `ar` and one for each threshold, the area under them, and a point of the mode's defaults."""
     setting.need("diffusion")
     suite = setting.suite
     prompts = setting.ids(suite.prompts, suite.tokens)
-    runs: list[tuple[float | None, list[Result]]] = []
-    for threshold in (None, *suite.thresholds):
-        results = setting.engine.generate(
-            prompts, "ar" if threshold is None else "diffusion", threshold=threshold,
-            tolerance=None if threshold is None else math.inf, max_new_tokens=suite.tokens,
-            batch_size=BATCH, ignore_eos=True, original_settings=False,
+
+    def decoded(mode: str, **options: Any) -> list[Result]:
+        return setting.engine.generate(
+            prompts, mode, max_new_tokens=suite.tokens, batch_size=BATCH, ignore_eos=True, original_settings=False,
+            **options,
         )  # fmt: skip
-        runs.append((threshold, results))
-    points = [{"threshold": threshold, **_point(setting, results)} for threshold, results in runs]
+
+    runs: dict[float | None, list[Result]] = {None: decoded("ar")}
+    for threshold in suite.thresholds:
+        runs[threshold] = decoded("diffusion", threshold=threshold, tolerance=math.inf)
+    points = [{"threshold": threshold, **_point(setting, results)} for threshold, results in runs.items()]
     curve = [(point["tpf"], point["agreement_percent"]) for point in points if point["tpf"] is not None]
-    return {"new_tokens": suite.tokens, "points": points, "area_under_points": area_under(curve)}
+    default = {"tolerance": SHORT, **_point(setting, decoded("diffusion"))}
+    return {
+        "new_tokens": suite.tokens, "points": points, "area_under_points": area_under(curve), "default": default,
+    }  # fmt: skip
 
 
 def _point(setting: Setting, results: Sequence[Result]) -> Data:

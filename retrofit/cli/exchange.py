@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrofit.cli.options import CONTEXT, Loading, artifact_argument, base_option, loading_options, output_options
+from retrofit.cli.options import (
+    CONTEXT,
+    Loading,
+    artifact_argument,
+    base_option,
+    loading_options,
+    output_options,
+    say_plain,
+)
 from retrofit.cli.output import emit_json, quieten_hub, quieten_libraries, say
 from retrofit.cli.tables import facts, print_table
 
@@ -135,6 +143,7 @@ def export(folder: str, form: str, out: str, base: str | None, loading: Loading,
         emit_json({**asdict(exported), "folder": str(exported.folder)})
     else:
         click.echo(exported.folder)
+    say_plain(folder, loading.offline)
     say(exported.compared)
 
 

@@ -113,6 +113,20 @@ def other_precision(engine: Engine) -> str | None:
     trained, held = engine.config["base"].get("quantization"), engine.base.precision
     if trained == held:
         return None
+    return _of_two_precisions(trained, held)
+
+
+def say_plain(folder: str, offline: bool) -> None:
+    """Say that other programs hold the base's weights plain, where an artifact was trained on quantised ones."""
+    from retrofit.artifact.folder import read_config
+    from retrofit.sharing.pulling import local_folder
+
+    trained: str | None = read_config(local_folder(folder, offline))["base"].get("quantization")
+    if trained is not None and not trained.startswith("stored:"):
+        say(f"note: {_of_two_precisions(trained, None)}")
+
+
+def _of_two_precisions(trained: str | None, held: str | None) -> str:
     told = [one or "plain weights" for one in (trained, held)]
     return f"trained on {told[0]}, running on {told[1]}: texts are this base's own, and drafts may come true less often"
 

@@ -7,7 +7,7 @@ import shlex
 
 import click
 
-from retrofit.cli.options import CONTEXT, artifact_argument, base_option, output_options
+from retrofit.cli.options import CONTEXT, artifact_argument, base_option, output_options, say_plain
 from retrofit.cli.output import emit_json, quieten_libraries, say
 
 ENGINES = ["vllm", "sglang"]
@@ -42,6 +42,7 @@ def serve(
     from retrofit.serving.starting import words
 
     found = words(folder, engine, options, base=base, offline=offline)
+    say_plain(folder, offline)
     if only_print or engine == "sglang":
         if as_json:
             emit_json(found)

@@ -64,6 +64,18 @@ def test_transformers_gets_what_its_code_reads(made, tmp_path):
     assert "import retrofit" not in code and "from retrofit" not in code
 
 
+def test_a_base_that_was_quantised_in_training_is_said_to_be_plain(made, tmp_path):
+    read = artifacts.read(made)
+    base = {**read.config["base"], "quantization": "nf4"}
+    artifacts.write(
+        tmp_path / "few-bits", config={**read.config, "base": base}, recipe_yaml="profile: frozen\n", card="# It\n",
+        adapter_config=read.adapter_config, adapter_state=read.adapter_state, heads=read.heads,
+    )  # fmt: skip
+    for folder, told in ((tmp_path / "few-bits", True), (made, False)):
+        found = run("export", folder, "--format", "peft", "-o", tmp_path / f"peft-{told}")
+        assert ("trained on nf4, running on plain weights" in found.stderr) is told and found.exit_code == 0
+
+
 def test_an_adapter_that_peft_scales_otherwise_is_found(made, tmp_path, monkeypatch):
     def scaled(artifact, model):
         content = peft_folder.files(artifact, model)

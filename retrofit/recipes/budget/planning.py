@@ -120,7 +120,7 @@ def told(found: Choice, budget: float) -> list[str]:
         f"{found.seconds:.0f} of {budget:.0f} s, {found.rows:,} draft rows"
     ]
     if found.tau is None:
-        return [*lines, "what to expect is not known: no conversions of such a base were measured"]
+        return [*lines, "what to expect is not known: no conversions of this base by such a recipe were measured"]
     beyond = ", though no run of that length was measured" if found.beyond else ""
     return [*lines, f"expect tau {found.tau:.2f} on held-out text{beyond}"]
 

@@ -12,9 +12,8 @@ from typing import Any
 from retrofit.errors import RetrofitError, UnsupportedModelError, UsageError
 
 WANTED: dict[str, dict[str, Any]] = {
-    "vllm": {"profile": "frozen", "draft.shift": 1, "draft.seed_row": "base"},
+    "vllm": {"draft.shift": 1, "draft.seed_row": "base"},
     "sglang": {
-        "profile": "frozen",
         "draft.input": "noise",
         "draft.attention": "causal",
         "draft.shift": 1,

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from retrofit.artifact import folder as artifacts
 from retrofit.artifact.beside import beside
 from retrofit.artifact.files import disk, sync_folder, write_file
-from retrofit.artifact.own import MODEL
 from retrofit.artifact.tensors import pieces
 from retrofit.errors import UsageError
 from retrofit.exporting import peft_folder, transformers_folder, uno
@@ -80,11 +79,6 @@ def export(
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UsageError(f"{out}: is there already", "choose another name")
     read = artifacts.read(local_folder(artifact, offline))
-    if read.config["profile"] == "joint":
-        raise UsageError(
-            f"{read.folder} is of the profile joint, for which there is no export yet",
-            f"its model is a plain transformers folder already: {read.folder / MODEL}",
-        )
     if refuse_unfit is not None:
         refuse_unfit(read)
     named = read.config["base"]
@@ -99,7 +93,14 @@ def export(
         need_tokenizer=False,
     )
     check_same_base(loaded, read)
-    return Exported(out, format, _written(out, files(read, artifacts.published_name(named)), compare, loaded, read))
+    return Exported(out, format, _written(out, files(read, _called(read)), compare, loaded, read))
+
+
+def _called(read: Artifact) -> str:
+    """What the base is called: the name that is loaded, or the folder of the model that an artifact has of its own,
+    whose last stroke tells it from a Hub id."""
+    name = artifacts.published_name(read.config["base"])
+    return f"{read.folder.resolve().name}/{name}/" if read.config["profile"] == "joint" else name
 
 
 def _written(

@@ -38,8 +38,8 @@ What that engine asks for (SGLang 0.5.23, read in its source and not run):
 - no `--enable-deterministic-inference`, no `--enable-lora`, no `--enable-strict-thinking`, no DP attention;
 - requests without grammar, log-probabilities, penalties or min-p.
 
-Drafts are random token ids put through the adapter, causally, and verified by the original weights.  Greedy output is
-the original's, but for near-ties.  Sampled output follows its distribution, and differs from retrofit's at equal seed.
+Drafts are random token ids put through the adapter, causally, and verified by the base's own weights.  Greedy output
+is the base's, but for near-ties.  Sampled output follows its distribution, and differs from retrofit's at equal seed.
 {width} is the root and as many drafts as the adapter was trained for.  To PEFT it is an Activated LoRA that never acts.
 """
 

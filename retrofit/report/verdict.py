@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from retrofit.artifact.own import told
 from retrofit.eval.differences import CLASSES
 from retrofit.report.headline import Sections, first_cells, headline, overall
 from retrofit.report.sections.quality import LOSSLESS
@@ -76,34 +77,34 @@ def _lossless(sections: Sections) -> Iterator[Gate]:
     parts = [found["greedy"], found["sampled"]]
     positions = sum(part[name] for part in parts for name in CLASSES)
     bugs, near = (sum(part[name] for part in parts) for name in ("bug", "near"))
-    said = f"{bugs} of {positions} tokens differ from the original's by more than rounding explains"
+    said = f"{bugs} of {positions} tokens differ from {reference(sections)}'s by more than rounding explains"
     yield Gate("lossless_bugs", bugs == 0, bugs, 0, "lower", f"{said}; none may" if bugs else said)
-    floors = [part["noise_floor"] for part in parts]
+    of, floors = reference(sections), [part["noise_floor"] for part in parts]
     floor = sum(one["near"] for one in floors) / max(1, sum(one[name] for one in floors for name in CLASSES))
     share, most = near / max(1, positions), max(NEAR_SHARE, floor)
-    said = f"{share:.3%} of tokens are near misses; {most:.3%} may be, the original's own noise is {floor:.3%}"
+    said = f"{share:.3%} of tokens are near misses; {most:.3%} may be, {of}'s own noise is {floor:.3%}"
     yield Gate("lossless_near", share <= most, round(share, 6), round(most, 6), "lower", said)
     if found["exact"] != "off":
         other = sum(part["texts"] - part["equal_texts"] for part in parts)
         texts = sum(part["texts"] for part in parts)
-        said = f"{other} of {texts} texts differ from the original's; exact={found['exact']} promises that none does"
+        said = f"{other} of {texts} texts differ from {of}'s; exact={found['exact']} promises that none does"
         yield Gate("lossless_texts", other == 0, other, 0, "lower", said)
 
 
 def _quality(sections: Sections) -> Iterator[Gate]:
     if "quality" not in sections:
         return
-    found = sections["quality"]
+    found, of = sections["quality"], reference(sections)
     if found["answers"]:
         asked, other = (sum(one[name] for one in found["answers"].values()) for name in ("items", "other"))
         modes = " and ".join(found["answers"])
-        said = f"{other} of {asked} answers of {modes} differ from the original's by more than rounding explains"
+        said = f"{other} of {asked} answers of {modes} differ from {of}'s by more than rounding explains"
         if asked:
             yield Gate("quality_answers", other == 0, other, 0, "lower", f"{said}; none may" if other else said)
     held = [(one, mode, one["modes"][mode]) for one in found["tasks"] for mode in LOSSLESS if mode in one["modes"]]
     if held:
         worse = [(one["task"], mode, stat) for one, mode, stat in held if _worse(stat, one["lower_is_better"])]
-        said = f"{len(worse)} of {len(held)} results of tasks are worse than the original's, beyond the interval"
+        said = f"{len(worse)} of {len(held)} results of tasks are worse than {of}'s, beyond the interval"
         named = "".join(
             f"; {task} in {mode}: {stat['value']:.4g} for {stat['original']:.4g}" for task, mode, stat in worse
         )
@@ -173,8 +174,25 @@ def _asked(sections: Sections, fail_under: Mapping[str, float]) -> Iterator[Gate
 
 
 def lines(sections: Sections) -> list[str]:
-    """Does it answer the same, is it faster, where does it stop paying: three lines, whatever was measured."""
-    return [_same(sections), _faster(sections), _pays(sections)]
+    """Does it answer the same, is it faster, where does it stop paying: three lines, whatever was measured.
+
+    Of the profile `joint` a fourth: what it is held beside, and how far that is from the model it was trained from.
+    """
+    return [_same(sections), _faster(sections), _pays(sections), *_drifted(sections)]
+
+
+def reference(sections: Sections) -> str:
+    """What the report holds the artifact beside: the model it has of its own, where its base was trained along."""
+    return "the original" if "drift" not in sections.get("compared", {}) else "its own model"
+
+
+def _drifted(sections: Sections) -> Iterator[str]:
+    found = sections.get("compared", {})
+    if "drift" in found:
+        yield (
+            "Its base was trained along. Everything here is held beside the model that came of that, its own, and"
+            f' "the original" means that one; from {found["original"]["model"]} it drifted: {told(found["drift"])}.'
+        )
 
 
 def _same(sections: Sections) -> str:
@@ -182,15 +200,15 @@ def _same(sections: Sections) -> str:
     other = sum(one["other"] for one in answers.values())
     if other:
         differ = "answer to tasks differs" if other == 1 else "answers to tasks differ"
-        return f"It does NOT answer as the original does: {other} {differ} by more than rounding explains."
+        return f"It does NOT answer as {reference(sections)} does: {other} {differ} by more than rounding explains."
     if "losslessness" not in sections:
-        return f"Whether it answers as the original does was not measured.{_solved(sections)}"
+        return f"Whether it answers as {reference(sections)} does was not measured.{_solved(sections)}"
     parts = [sections["losslessness"][name] for name in ("greedy", "sampled")]
     texts, equal, bugs = (sum(part[name] for part in parts) for name in ("texts", "equal_texts", "bug"))
     if bugs:
-        return f"It does NOT answer as the original does: {bugs} tokens differ by more than rounding explains."
+        return f"It does NOT answer as {reference(sections)} does: {bugs} tokens differ by more than rounding explains."
     how = "" if equal == texts else " up to rounding"
-    said = f"It answers as the original does{how}: {equal} of {texts} texts are the same, token for token."
+    said = f"It answers as {reference(sections)} does{how}: {equal} of {texts} texts are the same, token for token."
     return said + _solved(sections)
 
 
@@ -201,7 +219,7 @@ def _solved(sections: Sections) -> str:
     if stat is None:
         return ""
     own, theirs = (round(stat[name] * stat["n"]) for name in ("value", "original"))
-    return f" It solves {own} of {stat['n']} tasks, the original {theirs}."
+    return f" It solves {own} of {stat['n']} tasks, {reference(sections)} {theirs}."
 
 
 def _faster(sections: Sections) -> str:
@@ -227,7 +245,7 @@ def _pays(sections: Sections) -> str:
             return f"The adapter's drafts do not pay here; prompt lookup does, up to batch {lookup}, and auto takes it."
         if way["stops_at"] is not None and way["stops_at"] > 1:
             return f"Speculation does not pay at batch {way['stops_at']}, the smallest that was measured."
-        return "Speculation does not pay on this machine, so it decodes as the original does."
+        return f"Speculation does not pay on this machine, so it decodes as {reference(sections)} does."
     if way["stops_at"] is None:
         return f"Speculation pays at every batch size that was measured, up to {way['pays_up_to']}."
     return f"Speculation pays up to batch {way['pays_up_to']} and no longer at {way['stops_at']}."

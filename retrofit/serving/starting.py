@@ -37,4 +37,7 @@ def words(name: str, engine: str, options: Sequence[str], *, base: str | None, o
     loaded = load_base(place, revision, offline=offline, with_model=False)
     check_same_base(loaded, artifact)
     folder = unpacked(loaded, offline) if loaded.place is not None and is_gguf(loaded.place) else loaded.place
-    return vllm.command(artifact.folder.absolute(), str(folder), artifacts.published_name(named), block, options)
+    called = artifacts.published_name(named)
+    if artifact.config["profile"] == "joint":  # served is its own model, and requests name the artifact
+        called = artifact.folder.resolve().name
+    return vllm.command(artifact.folder.absolute(), str(folder), called, block, options)

@@ -75,7 +75,7 @@ def test_what_vllm_can_draft_with():
     engines.refuse_unfit("a", changed("draft.attention", "causal"), "vllm")
 
 
-@pytest.mark.parametrize(("key", "value"), [("profile", "joint"), ("draft.shift", 0), ("draft.seed_row", "draft")])
+@pytest.mark.parametrize(("key", "value"), [("draft.shift", 0), ("draft.seed_row", "draft")])
 def test_what_vllm_cannot_draft_with_is_refused_with_the_change(key, value):
     with pytest.raises(UsageError, match=key) as error:
         engines.refuse_unfit("a", changed(key, value), "vllm")

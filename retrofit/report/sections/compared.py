@@ -18,7 +18,10 @@ from retrofit.weight_files import dtype_name
 
 
 def compared(setting: Setting, earlier: Earlier) -> Data:
-    """Hashes of artifact, base, prompts and template; how the engine runs; hardware, versions, seed, sizes."""
+    """Hashes of artifact, base, prompts and template; how the engine runs; hardware, versions, seed, sizes.
+
+    Of the profile `joint`, whose base is the model it has of its own, also the one it was trained from and the drift.
+    """
     engine, backend = setting.engine, setting.engine.backend
     prompts = setting.prompts
     trained = engine.config.get("template")
@@ -26,6 +29,7 @@ def compared(setting: Setting, earlier: Earlier) -> Data:
     return {
         "artifact": identity_of(setting.subject.artifact),
         "base": _base(setting),
+        **{name: engine.config[name] for name in ("original", "drift") if name in engine.config},
         "engine": {
             "backend": backend.name,
             "exact": backend.exact,
@@ -63,5 +67,7 @@ def _base(setting: Setting) -> dict[str, Any] | None:
         return None
     recorded = setting.engine.config.get("base", {})
     name = artifacts.published_name(recorded) if recorded else base.name
+    if setting.engine.config.get("profile") == "joint" and setting.subject.artifact is not None:
+        name = f"{called(setting.subject.artifact)}/{name}"
     return {"model": Path(name).name if Path(name).is_absolute() else name, "revision": base.revision,
             "fingerprint": base.fingerprint}  # fmt: skip

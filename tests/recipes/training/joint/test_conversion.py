@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from decoding import random_prompts, reference_greedy
+from reporting import only, small
 from safetensors.torch import load_file, save_file
 from several_processes import run_folder, saved_model, together
 from tiny_conversion import RECIPE, child, curve, interrupted, learned, run, steps, tokenizer
@@ -30,8 +31,8 @@ from retrofit.recipes.average import average
 from retrofit.recipes.convert import convert
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.training.joint import weights
-from retrofit.report.evaluate import evaluate
 from retrofit.runtime.engine import Engine
+from retrofit.serving import starting
 
 PROCESSES = multiprocessing.get_context("fork")
 KINDS = ("lora", "full")
@@ -190,6 +191,47 @@ def test_a_probe_that_finds_too_much_drift_ends_the_training(tmp_path: Path, tex
     assert len(probes) == 5 and all(probe["kl"] > 0 and 0 < probe["agreement"] <= 1 for probe in probes)
 
 
+# Held beside it, and handed on
+
+
+def test_a_report_is_held_beside_its_own_model_and_says_how_far_that_drifted(
+    tmp_path: Path, straight: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = straight
+    only(monkeypatch, "losslessness")
+    report = small(monkeypatch, folder, out=tmp_path / "report")
+    drift = artifact.read_config(folder)["drift"]
+    assert report.section("compared")["drift"] == drift
+    assert report.section("compared")["base"]["model"] == "out/model"
+    same, *_, drifted = report.data["verdict"]["lines"]
+    assert same.startswith("It answers as its own model does") and "the original" not in same
+    assert not any("original" in gate["says"] for gate in report.data["verdict"]["gates"])
+    assert f"from LlamaForCausalLM it drifted: KL {drift['kl']:.4f} nats per token" in drifted
+    for page in (report.markdown, report.html):
+        assert f"KL {drift['kl']:.4f} nats per token" in page
+
+
+@pytest.mark.parametrize("form", ["peft", "transformers"])
+def test_an_export_is_tried_out_on_its_own_model(tmp_path: Path, straight: tuple[str, Path], form: str) -> None:
+    _, folder = straight
+    made = export(folder, form, tmp_path / form)
+    assert "out/model/" in (made.folder / "README.md").read_text()
+    original = tmp_path / "original"
+    build("llama").save_pretrained(original)
+    with pytest.raises(ArtifactError, match="has a model of its own"):
+        export(folder, form, tmp_path / "another", base=str(original))
+
+
+def test_vllm_serves_its_own_model_by_the_artifacts_name(
+    straight: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = straight
+    monkeypatch.setattr("retrofit.serving.starting.installed", lambda: "0.32.0")
+    words = starting.words(str(folder), "vllm", ["--port", "1"], base=None, offline=True)
+    assert words[words.index("serve") + 1] == str(folder / "model")
+    assert words[words.index("--served-model-name") + 1] == "out"
+
+
 # What is refused
 
 
@@ -223,10 +265,6 @@ def test_another_base_is_refused_though_its_hashes_are_the_same(tmp_path: Path, 
 
 def test_what_is_not_built_for_it_is_refused_by_name(tmp_path: Path, texts: Path, straight: tuple[str, Path]) -> None:
     _, folder = straight
-    with pytest.raises(UsageError, match="profile joint, for which there is no export yet"):
-        export(folder, "peft", tmp_path / "peft")
-    with pytest.raises(UsageError, match="one of the profile joint is not to equal it"):
-        evaluate(folder, progress=False)
     for start in ({"start_from": folder}, {"start_from": folder, "profile": "joint"}):
         with pytest.raises(UsageError, match="profile joint"):
             run(tmp_path / "out", texts, **start)

@@ -62,6 +62,10 @@ class Origin:
         return "checkpoint" if self.artifact is None else "artifact"
 
     @property
+    def profile(self) -> str:
+        return "frozen" if self.artifact is None else str(self.artifact.config["profile"])
+
+    @property
     def precision(self) -> str | None:
         """What its base's linear layers were held in."""
         if self.artifact is not None:
@@ -107,11 +111,6 @@ def read(name: str | Path, offline: bool = False) -> Origin:
 
 def _of_artifact(found: artifact.Artifact) -> Origin:
     config = found.config
-    if config["profile"] == "joint":
-        raise UsageError(
-            f"{found.folder} is of the profile joint, which cannot be gone on from or averaged yet",
-            "name an artifact of the profile frozen",
-        )
     training, before = config["training"], config.get("from", {})
     earlier = before.get("steps", 0) if before.get("kind") == "artifact" else 0  # those of a checkpoint are in `steps`
     return Origin(
@@ -132,8 +131,8 @@ def _of_checkpoint(found: checkpoint.Checkpoint) -> Origin:
     settings = found.state["settings"]
     if settings["profile"] == "joint":
         raise UsageError(
-            f"{found.folder} is of the profile joint, which cannot be gone on from elsewhere or averaged yet",
-            "run its own `retrofit convert` again, which goes on from it",
+            f"{found.folder} is a checkpoint of the profile joint, whose weights of the base belong to its run alone",
+            "run its own `retrofit convert` again, which goes on from it; or name the artifact that comes of it",
         )
 
     def section(name: str) -> dict[str, Any]:
@@ -191,9 +190,20 @@ def _base_here(origin: Origin) -> str:
 
 
 def check_recipe(origin: Origin, plan: Recipe) -> None:
-    """Raises UsageError for a recipe whose adapter is another one, naming every key, and for the profile `joint`."""
-    if plan.profile == "joint":
-        raise UsageError("profile joint does not begin with an artifact or a checkpoint yet", "leave --from out")
+    """Raises UsageError for a recipe whose adapter is another one, naming every key, and for what the profile `joint`
+    does not begin with."""
+    if plan.profile == "joint" and origin.artifact is None:
+        raise UsageError(
+            f"{origin.folder} is a checkpoint of the profile frozen, which goes on as it was begun",
+            "leave profile=joint out, or name the artifact that comes of it",
+        )
+    if plan.profile == "joint" and origin.profile == "joint":
+        raise UsageError(
+            f"{origin.folder} has a model of its own: trained along once more, it would be held to itself, and its "
+            "drift from the original would not be known",
+            "add profile=frozen, which trains its drafts further and leaves that model as it is; "
+            "or train longer from the original, without --from",
+        )
     wanted = plan.adapter.model_dump(mode="json")
     other = other_keys(origin.adapter, wanted)
     if other:

@@ -232,6 +232,38 @@ def test_vllm_serves_its_own_model_by_the_artifacts_name(
     assert words[words.index("--served-model-name") + 1] == "out"
 
 
+def test_its_drafts_are_trained_further_on_its_own_model_which_stays_as_it_is(
+    tmp_path: Path, straight: tuple[str, Path]
+) -> None:
+    _, folder = straight
+    overrides = {"profile": "frozen", "train.steps": 2}
+    made = convert(None, None, tmp_path / "on", overrides, start_from=folder, quiet=True, offline=True)
+    assert made.config["profile"] == "frozen" and made.config["from"]["steps"] == 9
+    fingerprints = [artifact.read_config(one)["base"]["fingerprint"] for one in (folder, made.folder)]
+    assert fingerprints[0] == fingerprints[1]
+    before = made.config["training"]["before"]
+    measured = artifact.read_config(folder)["acceptance"]["conditional"]
+    assert {kind: before[kind] for kind in measured} == measured
+    prompts = random_prompts((5, 9), vocab=30)
+    texts = []
+    for place in (folder, made.folder):
+        with Engine.load(place, "cpu", "float32", offline=True) as engine:
+            texts.append([r.tokens for r in engine.generate(prompts, "self_spec", max_new_tokens=16, ignore_eos=True)])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_begins_with_drafts_of_a_frozen_base(tmp_path: Path, model: Path, texts: Path, kind: str) -> None:
+    run_folder(tmp_path / "frozen", model, texts)
+    along = {"profile": "joint", "joint.weights": kind, "joint.rank": 2, "joint.lr": 1e-3, "train.steps": 2}
+    made = convert(None, None, tmp_path / "on", along, start_from=tmp_path / "frozen", quiet=True, offline=True)
+    first = artifact.read_config(tmp_path / "frozen")
+    measured = first["acceptance"]["conditional"]
+    assert {name: made.config["training"]["before"][name] for name in measured} == measured
+    assert made.config["original"]["fingerprint"] == first["base"]["fingerprint"]
+    assert made.config["drift"]["kl"] > 0 and made.config["from"]["steps"] == 9
+
+
 # What is refused
 
 
@@ -265,9 +297,9 @@ def test_another_base_is_refused_though_its_hashes_are_the_same(tmp_path: Path, 
 
 def test_what_is_not_built_for_it_is_refused_by_name(tmp_path: Path, texts: Path, straight: tuple[str, Path]) -> None:
     _, folder = straight
-    for start in ({"start_from": folder}, {"start_from": folder, "profile": "joint"}):
-        with pytest.raises(UsageError, match="profile joint"):
-            run(tmp_path / "out", texts, **start)
+    with pytest.raises(UsageError, match="has a model of its own: trained along once more") as caught:
+        run(tmp_path / "out", texts, start_from=folder, profile="joint")
+    assert "add profile=frozen" in str(caught.value.hint)
     with pytest.raises(UsageError, match="profile joint"):
         average([folder, folder], tmp_path / "mean")
     with pytest.raises(UsageError, match=r"data.held_out: 0 leaves no text to measure drift on"):

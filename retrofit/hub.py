@@ -133,7 +133,10 @@ def _opened(
         raise _not_loaded(name, wanted.device, error) from error
     method = stored_method(name, config)
     if method is not None and wanted.quantization is not None:
-        raise UsageError(f"{name} is quantised already ({method})", "leave base.quantization (--quantization) out")
+        raise UsageError(
+            f"{name} is quantised already ({method})",
+            "leave the quantisation out: base.quantization of a recipe, --quantization of a command",
+        )
     precision, described = precision_of(config, wanted.quantization), config.to_dict()
     fingerprint = gguf_fingerprint(place, header, described) if header else file_fingerprint(place, described)
     model = _load_model(name, place, header, config, wanted, method) if with_model else None

@@ -121,7 +121,7 @@ def convert(
         plan = _resolved(items, gguf, recipe, loading, seed, options["start_from"])
         out = out or Path(f"{_name(plan.base.model)}-retrofit")
         artifact.check_writable(out, options["overwrite"], artifact.INSTEAD.format(out))
-        plan, chosen = _scaled(plan, preset, budget, items, out, loading, dry_run or restart, not options["start_from"])
+        plan, chosen = _scaled(plan, preset, budget, items, out, loading, dry_run or restart, options["start_from"])
         if not dry_run:
             made = _convert(plan, out, loading, resume=resume, **options)
         if is_main and dry_run:
@@ -145,17 +145,24 @@ def _scaled(
     out: Path,
     loading: Loading,
     again: bool,
-    fresh: bool,
+    start_from: str | None,
 ) -> tuple[Recipe, dict[str, Any]]:
-    """(the recipe as --preset and --budget have it, what --json says of that)."""
+    """(the recipe as --preset and --budget have it, what --json says of that).  Raises UsageError."""
     if preset is None and budget is None:
         return plan, {}
     quieten_libraries()
     from retrofit.recipes.budget.planning import scaled
+    from retrofit.recipes.origin import is_checkpoint
 
+    if start_from is not None and is_checkpoint(start_from):
+        given = "--preset" if budget is None else "--budget"
+        raise UsageError(
+            f"{given} chooses how a training goes, and {start_from} is one that was begun",
+            f"leave {given} out, and raise train.steps where its schedule allows; or name the artifact that came of it",
+        )
     kept = {item.partition("=")[0] for item in _model_and_overrides(items)[1]}
     place = (loading.device, loading.offline, loading.trust_remote_code)
-    return scaled(plan, preset, budget, kept, out, *place, again=again, fresh=fresh, say=say)
+    return scaled(plan, preset, budget, kept, out, *place, again=again, fresh=start_from is None, say=say)
 
 
 def _convert(recipe: Recipe, out: Path, loading: Loading, **options: Any) -> artifact.Artifact:

@@ -93,13 +93,18 @@ class Origin:
         return {"kind": self.kind, "sha256": self.sha256, "steps": self.steps, **named}
 
 
+def is_checkpoint(name: str | Path) -> bool:
+    """Whether a conversion would begin with a checkpoint there, not with an artifact."""
+    return (Path(name) / checkpoint.STATE).is_file()
+
+
 def read(name: str | Path, offline: bool = False) -> Origin:
     """An artifact by its folder, its base's name or its repository on the Hub, or a checkpoint by its folder.
 
     Raises UsageError, ArtifactError, and what `pull` raises.
     """
     place = Path(name)
-    if (place / checkpoint.STATE).is_file():
+    if is_checkpoint(place):
         return _of_checkpoint(checkpoint.read(place))
     if found := sorted(place.glob("step-*")):
         raise UsageError(f"{place} holds {len(found)} checkpoints", f"name one: {found[-1]}")

@@ -115,11 +115,17 @@ def test_what_quantises_is_named_where_it_is_missing(kind: str, monkeypatch: pyt
         load_base("tiny", quantization=kind, offline=True)
 
 
+def test_a_checkpoint_that_comes_quantised_is_not_quantised_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "find_spec", lambda name: name)  # it is refused before the package is needed
+    with pytest.raises(UsageError, match=r"is quantised already \(fp8\)") as caught:
+        load_base(str(fp8(tmp_path / "fp8")), quantization="nf4", offline=True)
+    assert "base.quantization of a recipe, --quantization of a command" in str(caught.value.hint)
+
+
 def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
-    quantised = fp8(tmp_path / "fp8")
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(UsageError, match=r"is quantised already \(fp8\)"):
-        load_base(str(quantised), quantization="nf4", offline=True)
     artifact = save_artifact(tmp_path / "artifact", save_base(tmp_path / "base"))
     with pytest.raises(UsageError, match="fused backend holds plain weights"):
         Engine.load(artifact, "cpu", backend="fused", quantization="nf4", offline=True)

@@ -24,6 +24,9 @@ from retrofit.recipes.training.checkpoint import Checkpoints, folder_of
 FREE = frozenset({*CHOSEN, "train.seed", "train.save_every", "train.checkpointing", "data.held_out"} - {"draft.block"})
 """Keys of a recipe that a curve holds for at any value."""
 
+MOST_NAMED = 4
+"""Keys of a recipe that are told."""
+
 Say = Callable[[str], None]
 
 
@@ -97,7 +100,7 @@ def _within(
         plan, seconds, time_of, preset=preset, kept=kept, curve=measured_curve(plan) if fresh else None,
         spent=lambda: time.perf_counter() - begin,
     )  # fmt: skip
-    for line in told(found, seconds):
+    for line in told(found, seconds, unknown(plan, fresh)):
         say(line)
     return changed(plan, found.changes), found
 
@@ -105,22 +108,39 @@ def _within(
 def measured_curve(plan: Recipe) -> Curve | None:
     """The curve of runs of the recipe that ships for a base; None for another base, and for a recipe that would come to
     something else after as many draft rows."""
-    name = plan.base.model
-    if name not in curves() or name not in recipe_names():
-        return None
-    wanted, own = by_key(load_recipe(name)), by_key(plan)
-    return curves()[name] if all(own[key] == value for key, value in wanted.items() if key not in FREE) else None
+    return curves()[plan.base.model] if _measured(plan) and not _others(plan) else None
 
 
-def told(found: Choice, budget: float) -> list[str]:
-    """A choice for people."""
+def _measured(plan: Recipe) -> bool:
+    """Whether there are curves of a base, and the recipe they are of."""
+    return plan.base.model in curves() and plan.base.model in recipe_names()
+
+
+def _others(plan: Recipe) -> list[str]:
+    """Keys of a recipe that a curve does not hold for."""
+    wanted, own = by_key(load_recipe(plan.base.model)), by_key(plan)
+    return [key for key, value in wanted.items() if key not in FREE and own[key] != value]
+
+
+def unknown(plan: Recipe, fresh: bool) -> str:
+    """Why nothing is foretold of a recipe, where nothing is.  fresh: it begins with an untrained adapter."""
+    if not fresh:
+        return "it begins with trained weights, and only conversions from the beginning were measured"
+    if not _measured(plan):
+        return "no conversions of such a base were measured"
+    named = ", ".join(_others(plan)[:MOST_NAMED])
+    return f"conversions of this base were measured with another recipe; {named} differ there"
+
+
+def told(found: Choice, budget: float, why: str) -> list[str]:
+    """A choice for people.  why: nothing is foretold, where nothing is."""
     changes = f", {written(found.changes)}" if found.changes else ""
     lines = [
         f"--budget: preset {found.preset}{changes}; a step takes {found.step:.3g} s here, all of it about "
         f"{found.seconds:.0f} of {budget:.0f} s, {found.rows:,} draft rows"
     ]
     if found.tau is None:
-        return [*lines, "what to expect is not known: no conversions of this base by such a recipe were measured"]
+        return [*lines, f"what to expect is not known: {why}"]
     beyond = ", though no run of that length was measured" if found.beyond else ""
     return [*lines, f"expect tau {found.tau:.2f} on held-out text{beyond}"]
 

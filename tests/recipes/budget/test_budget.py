@@ -165,7 +165,25 @@ def test_a_dry_run_says_what_would_be_chosen(machine, tmp_path):
 @pytest.mark.parametrize("key", ["profile=joint", "adapter.rank=1", "objective.draft_loss=ce", "draft.block=2"])
 def test_nothing_is_foretold_of_a_recipe_that_was_not_measured(key):
     assert planning.measured_curve(load_recipe("tiny", ["train.anchors=9", "train.seed=3"])) == curves()["tiny"]
-    assert planning.measured_curve(load_recipe("tiny", [key])) is None
+    plan = load_recipe("tiny", [key])
+    assert planning.measured_curve(plan) is None
+    why = planning.unknown(plan, fresh=True)
+    assert "another recipe" in why and key.partition("=")[0] in why
+
+
+def test_why_nothing_is_foretold():
+    other = load_recipe("tiny", ["base.model=other"])
+    assert planning.unknown(other, fresh=True) == "no conversions of such a base were measured"
+    assert "begins with trained weights" in planning.unknown(load_recipe("tiny"), fresh=False)
+
+
+@pytest.mark.parametrize("option", [("--budget", "1s"), ("--preset", "fast")])
+def test_a_checkpoint_is_refused_before_anything_is_measured(machine, tmp_path, option):
+    done("convert", *GIVEN, "-o", tmp_path / "out", "train.steps=2", "train.save_every=1", "--keep-checkpoints")
+    machine["step"] = None  # a step that is measured would fail
+    (*_, last) = sorted((tmp_path / "out.checkpoints").iterdir())
+    told = refused(run("convert", "--from", last, "-o", tmp_path / "on", *option), 2)
+    assert f"{option[0]} chooses how a training goes" in told and "measuring" not in told
 
 
 def test_a_time_that_is_none_ends_the_command(tmp_path):

@@ -105,6 +105,8 @@ def base_attention(
     """
     S, H, T = query.shape[:3]
     window = hiding(window, group.last)
+    if T == S == 1 and window is softcap is sinks is picked is None and _unfilled(H // key.shape[1], form):
+        return _one_row(group, query, key, value, scale, form)
     size = max(1, min(TILE, TILE_SCORES // (S * H * key.shape[2])))
     outs = []
     for first in range(0, T, size):
@@ -119,6 +121,28 @@ def base_attention(
         out = _with_values(weights, _columns(value, low, high), form).to(query.dtype)
         outs.append(out.reshape(S, H, stop - first, -1))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def _unfilled(rows: int, form: Form) -> bool:
+    """Whether a product of so many rows has the form's shape as it is."""
+    return form.rows == 1 and rows >= form.least and form.dtype is None and not form.cut
+
+
+def _one_row(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float, form: Form) -> Tensor:
+    """`base_attention` of one row that sees every key before it, in as few operations as it takes: the same products.
+
+    That is plain decoding, where what surrounds the products takes as long as they do.
+    """
+    H, D = query.shape[1], query.shape[3]
+    Hk, L, width = value.shape[1:]
+    scores = (query.reshape(1, Hk, H // Hk, D) @ key.transpose(2, 3)).float().mul_(scale)
+    seen = group.last + 1
+    if seen < L:
+        scores.narrow(3, seen, L - seen).fill_(float("-inf"))
+    weights = torch.softmax(scores, -1).to(query.dtype)
+    straight = form.piece > L and width % COLUMNS == 0
+    out = weights @ value if straight else _with_values(weights, value, form).to(query.dtype)
+    return out.reshape(1, H, 1, width)
 
 
 def tree_attention(

@@ -91,10 +91,10 @@ def _shares(sources: Sequence[str | Path], weights: Sequence[float] | None) -> l
 def _refuse_another(first: Origin, other: Origin) -> None:
     """Raises ArtifactError for one of another base, adapter or layout, naming all that is otherwise, UsageError for the
     profile `joint`."""
-    for one in (first, other):
-        if one.profile == "joint":
+    for origin in (first, other):
+        if origin.profile == "joint":
             raise UsageError(
-                f"{one.folder} is of the profile joint: it drafts for a model of its own, so there is no base that a "
+                f"{origin.folder} is of the profile joint: it drafts for a model of its own, so there is no base that a "
                 "mean with another could be for",
                 "average artifacts or checkpoints of the profile frozen",
             )

@@ -5,7 +5,10 @@ import shutil
 
 import pytest
 from certifying import command, converted, ranks_of, small
+from recurrent_models import build
+from tiny_conversion import tokenizer
 
+from benchmarks import decoders
 from retrofit.eval import audit, bitwise, certify
 from retrofit.runtime.engine import Engine
 
@@ -50,6 +53,17 @@ def test_every_layout_is_certified(made, name, monkeypatch):
     assert trees <= grown if anchored and ranks_of(folder) else not grown & trees
     assert all(figures["targets"] for figures in runs.values())
     assert sum(figures["accepted"] for figures in runs.values()) > 0
+
+
+@pytest.mark.parametrize(("name", "make"), [("qwen3_5", build), ("deepseek_v32", decoders.build)])
+def test_bases_that_recur_or_pick_their_keys_are_certified(name, make, tmp_path, texts, monkeypatch):
+    small(monkeypatch, prompts=2, tokens=6)
+    base = tmp_path / "base"
+    make(name).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    result, checks = command(converted(tmp_path / "artifact", base, texts), "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert list(checks) == list(certify.CHECKS)
 
 
 def test_what_was_certified_is_said(made, monkeypatch):

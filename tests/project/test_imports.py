@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ LAYERS |= dict.fromkeys((*BELOW, "quantised", "sharing"), 1)
 FACE = 7
 
 
+@cache
 def imports(path: Path) -> list[tuple[str, int]]:
     """(absolute dotted name, column) of every import in the file, those inside functions too."""
     found = []
@@ -46,11 +48,19 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_down(path):
-    own = layer(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
-    ours = [name for name, _ in imports(path) if name.split(".")[0] == "retrofit"]
-    assert [name for name in ours if layer(name) > own] == []
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def found_everywhere() -> list[tuple[Path, str]]:
+    """(file, name it imports), of every file."""
+    return [(path, name) for path in FILES for name, _ in imports(path)]
+
+
+def test_imports_point_down():
+    ours = [(path, name) for path, name in found_everywhere() if name.split(".")[0] == "retrofit"]
+    assert len(ours) > 1000, "so that the rule does not hold of nothing"
+    assert [(name_of(path), name) for path, name in ours if layer(name) > layer(dotted(path))] == []
 
 
 RECIPES = {
@@ -68,27 +78,27 @@ RECIPES = {
 """Within `recipes/`, a file or folder may import those below it and its own; `convert` and `publish` are on top."""
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if "recipes" in path.parts], ids=name_of)
-def test_recipes_go_one_way(path):
-    def place(dotted):
-        return RECIPES.get(next(iter(dotted.split(".")[2:]), ""), 4)
+def test_recipes_go_one_way():
+    def place(name):
+        return RECIPES.get(next(iter(name.split(".")[2:]), ""), 4)
 
-    own = place(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
-    ours = [name for name, _ in imports(path) if name.startswith("retrofit.recipes.")]
-    assert [name for name in ours if place(name) > own] == []
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_the_command_line_imports_click(path):
-    tops = {name.split(".")[0] for name, _ in imports(path)}
-    assert "click" not in tops or path.parent == PACKAGE / "cli"
+    ours = [
+        (p, name) for p, name in found_everywhere() if "recipes" in p.parts and name.startswith("retrofit.recipes.")
+    ]
+    assert len(ours) > 50
+    assert [(name_of(path), name) for path, name in ours if place(name) > place(dotted(path))] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_outside_packages_have_one_place(path):
+def test_only_the_command_line_imports_click():
+    wrong = [path for path, name in found_everywhere() if name.split(".")[0] == "click"]
+    assert [name_of(path) for path in wrong if path.parent != PACKAGE / "cli"] == []
+    assert wrong, "the command line does"
+
+
+def test_outside_packages_have_one_place():
     places = {"pydantic": ("recipes/schema.py", "recipes/sections.py"), "datasets": ("recipes/text/documents.py",)}
-    tops = {name.split(".")[0] for name, _ in imports(path)}
-    assert [top for top in tops & set(places) if path.relative_to(PACKAGE).as_posix() not in places[top]] == []
+    found = {(top, name_of(path)) for path, name in found_everywhere() if (top := name.split(".")[0]) in places}
+    assert found == {(top, file) for top, files in places.items() for file in files}
 
 
 ROOMS = {"kernels": 0, "rules": 0, "backends": 1, "auto": 2, "host": 3, "device": 3, "engine": 4}
@@ -132,39 +142,42 @@ def test_kernels_import_nothing_of_ours():
     assert [(path, name) for path, name in ours if name.startswith("retrofit") and ".kernels." not in name] == []
 
 
-def heavy_after(code: str) -> str:
-    """Heavy packages that a fresh interpreter has loaded after running `code`."""
-    check = "import sys; print(*{'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules))"
-    command = [sys.executable, "-c", f"{code}\n{check}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def heavy_after(steps: dict[str, str]) -> dict[str, str]:
+    """Heavy packages that a fresh interpreter has loaded after each of the steps, by their names; none is left out."""
+    check = "print(name, *{'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules), sep=',')"
+    code = f"import sys\nfor name, code in {steps!r}.items():\n    exec(code)\n    {check}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    found = dict(line.partition(",")[::2] for line in done.stdout.splitlines())
+    assert list(found) == list(steps)
+    return {name: heavy for name, heavy in found.items() if heavy}
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
+def test_light_modules_import_no_torch():
+    modules = (
         *("retrofit", "retrofit.errors", "retrofit.artifact.folder", "retrofit.recipes.schema"),
         *("retrofit.runtime.params", "retrofit.runtime.results"),
-    ],
-)
-def test_light_modules_import_no_torch(module):
-    assert heavy_after(f"import {module}") == ""
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["convert"], ["generate"], ["certify"], ["eval"], ["data"], ["data", "preview"]],
-    ids=lambda a: " ".join(a) or "retrofit",
-)
-def test_help_imports_no_torch(arguments):
-    code = (
-        "from click.testing import CliRunner\n"
-        "from retrofit.cli.main import main\n"
-        f"result = CliRunner().invoke(main, {[*arguments, '--help']!r})\n"
-        "assert result.exit_code == 0, result.output"
     )
-    assert heavy_after(code) == ""
+    assert heavy_after({module: f"import {module}" for module in modules}) == {}
+
+
+def test_help_imports_no_torch():
+    def invoked(arguments):
+        return (
+            "from click.testing import CliRunner\n"
+            "from retrofit.cli.main import main\n"
+            f"result = CliRunner().invoke(main, {[*arguments, '--help']!r})\n"
+            "assert result.exit_code == 0, result.output"
+        )
+
+    commands = ([], ["convert"], ["generate"], ["certify"], ["eval"], ["data"], ["data", "preview"])
+    assert heavy_after({" ".join(["retrofit", *words]): invoked(words) for words in commands}) == {}
+
+
+def test_what_a_module_loads_is_seen():
+    assert heavy_after({"light": "import retrofit", "heavy": "import retrofit.adapters.layout, numpy"}) == {
+        "heavy": "numpy"
+    }
 
 
 def test_lazy_names_are_listed_and_others_refused():

@@ -57,7 +57,7 @@ def test_every_layout_is_certified(made, name, monkeypatch):
 
 @pytest.mark.parametrize(("name", "make"), [("qwen3_5", build), ("deepseek_v32", decoders.build)])
 def test_bases_that_recur_or_pick_their_keys_are_certified(name, make, tmp_path, texts, monkeypatch):
-    small(monkeypatch, prompts=2, tokens=6)
+    small(monkeypatch, prompts=1, tokens=4)
     base = tmp_path / "base"
     make(name).save_pretrained(base)
     tokenizer().save_pretrained(base)

@@ -214,7 +214,8 @@ BENCHMARKS = {"mt-bench": "MT-bench", "humaneval": "HumanEval", "gsm8k": "GSM8K"
 
 def real_model(found: Results) -> str:
     """How fast a real model decodes, and how many tokens a forward of it emits."""
-    named = {kind: f"speed, {kind}" for kind in ("bfloat16", "float32")}
+    there = found.files[REAL]
+    named = {kind: f"speed, {kind}" for kind in ("bfloat16", "float32") if f"speed, {kind}" in there}
     timed = {kind: found.figures(REAL, section) for kind, section in named.items()}
     tables = [["tokens/s of one request", *(f"{kind}, {at}" for kind in named for at in ("greedy", "T = 0.8"))]]
     for way, title in WAYS.items():
@@ -222,14 +223,15 @@ def real_model(found: Results) -> str:
             timed[kind][f"{kind}, batch 1, T = {at}"]["tokens_per_s"][way] for kind in named for at in ("0", "0.8")
         ]
         tables.append([title, *(f"{rate:.1f}" for rate in rates)])
-    drafted = found.figures(REAL, "acceptance, float32")
+    counted = next(f"acceptance, {kind}" for kind in ("float32", "bfloat16") if f"acceptance, {kind}" in there)
+    drafted = found.figures(REAL, counted)
     ways = [way for way in drafted["mt-bench, T = 0"] if way != "prompts"]
     forwards = [["tokens per forward, greedy / T = 0.8 / T = 1", *BENCHMARKS.values()]]
     for way in ways:
         tpf = [[drafted[f"{name}, T = {at}"][way]["tpf"] for at in ("0", "0.8", "1")] for name in BENCHMARKS]
         forwards.append([way.replace("_", " "), *(" / ".join(f"{value:.2f}" for value in some) for some in tpf)])
-    where = source(found.files[REAL][named["bfloat16"]])
-    return "\n\n".join([markdown(tables), markdown(forwards), f"Measured by {where}"])
+    timing, counting = (source(there[section]) for section in (next(iter(named.values())), counted))
+    return "\n\n".join([markdown(tables), f"Measured by {timing}", markdown(forwards), f"Measured by {counting}"])
 
 
 SERVED = "vllm-cpu"

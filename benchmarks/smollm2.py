@@ -226,7 +226,7 @@ def main(artifact: Path, sections: str, dtype: tuple[str, ...], prompts: int, ti
 
     for kind in dtype:
         with Engine.load(artifact, "cpu", kind) as engine:
-            if "acceptance" in asked and kind == DRAFTED:
+            if "acceptance" in asked and kind == (DRAFTED if DRAFTED in dtype else dtype[0]):
                 run(f"acceptance, {kind}", partial(acceptance, engine, prompts))
             assert engine.base is not None
             original = load_base(engine.base.name, dtype=kind).model.eval()

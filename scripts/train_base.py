@@ -107,14 +107,13 @@ def optimise(
     batches: Iterator[Tensor],
     steps: int,
     title: str,
-    share: float = 1.0,
 ) -> None:
-    """Train on next tokens.  share: of the peak learning rates."""
+    """Train on next tokens."""
     with progress(title, "step", steps) as shown:
         for step in range(steps):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = share * group["peak"] * lr_share(step, steps)
+                    group["lr"] = group["peak"] * lr_share(step, steps)
             loss = next_token_loss(model, next(batches))[0].mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

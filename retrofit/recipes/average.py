@@ -94,8 +94,8 @@ def _refuse_another(first: Origin, other: Origin) -> None:
     for origin in (first, other):
         if origin.profile == "joint":
             raise UsageError(
-                f"{origin.folder} is of the profile joint: it drafts for a model of its own, so there is no base that a "
-                "mean with another could be for",
+                f"{origin.folder} is of the profile joint: it drafts for a model of its own, so there is no base that "
+                "a mean with another could be for",
                 "average artifacts or checkpoints of the profile frozen",
             )
     told = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,10 +44,14 @@ class Vocabulary:
     weight_VH: Tensor
     scale: float
 
+    @cached_property
+    def middle(self) -> Tensor:
+        """[H] what all change by."""
+        return torch.stack([piece.sum(0) for piece in self._pieces()]).sum(0) / len(self.weight_VH)
+
     def pieces(self) -> Iterator[Tensor]:
         """fp32 [PIECE or fewer, H] of all rows in turn, beyond what all change by; soft caps are left out."""
-        middle = torch.stack([piece.sum(0) for piece in self._pieces()]).sum(0) / len(self.weight_VH)
-        yield from (piece - middle for piece in self._pieces())
+        yield from (piece - self.middle for piece in self._pieces())
 
     def _pieces(self) -> Iterator[Tensor]:
         yield from (piece.float() * self.scale for piece in self.weight_VH.split(PIECE))

@@ -43,7 +43,7 @@ from retrofit.runtime.backends.hf.given.reading import read_prompts
 from retrofit.runtime.backends.hf.given.rows import with_given
 from retrofit.runtime.backends.hf.linear.experts import separate_experts
 from retrofit.runtime.backends.hf.linear.packing import install
-from retrofit.runtime.backends.hf.linear.products import Cut, Product
+from retrofit.runtime.backends.hf.linear.products import Cut, Product, packed_weights
 from retrofit.runtime.backends.hf.load_check import check_model
 from retrofit.runtime.backends.hf.recorded.steps import Recorded, through_trunk
 from retrofit.runtime.backends.hf.recurrent import mixers
@@ -156,9 +156,7 @@ class HFBackend:
         self.heads = heads
         self.causal_blocks = causal_blocks
         self.trunk = trunk_of(model)
-        self.recorded = Recorded(
-            self.trunk, lambda: [w for p in self.products.values() if (w := p.weights) is not None]
-        )
+        self.recorded = Recorded(self.trunk, lambda: packed_weights(self.products.values()))
         self.embedding = model.get_input_embeddings()
         self.cut = Cut()
         """How products are cut; `hold` sets it."""

@@ -27,7 +27,15 @@ from retrofit.runtime.backends.hf.instead import instead
 from retrofit.runtime.backends.hf.linear.experts import PackedExperts, can_pack, routed
 from retrofit.runtime.backends.hf.linear.huge_pages import on_huge_pages
 from retrofit.runtime.backends.hf.linear.low_rank import LowRank
-from retrofit.runtime.backends.hf.linear.products import LINEAR, Packed, Product, Shared, is_linear, matrix
+from retrofit.runtime.backends.hf.linear.products import (
+    LINEAR,
+    Packed,
+    Product,
+    Shared,
+    is_linear,
+    matrix,
+    packed_weights,
+)
 from retrofit.runtime.backends.hf.load_check import differs, row_logits
 
 if TYPE_CHECKING:
@@ -159,7 +167,7 @@ def own_memory(model: nn.Module) -> None:
 
 
 def _packed(backend: HFBackend) -> Iterator[Packed]:
-    yield from (product.weights for product in backend.products.values() if product.weights is not None)
+    yield from packed_weights(backend.products.values())
     for module in routed(backend.model).values():
         experts: PackedExperts | None = module.__dict__.get("retrofit_packed")
         yield from () if experts is None else (one for packed in experts.packed for one in packed)

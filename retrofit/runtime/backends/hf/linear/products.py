@@ -13,7 +13,7 @@ Not here: which layers, and what becomes of the plain weights (`packing.py`); ro
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -217,6 +217,11 @@ class Product:
             return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
         out: Tensor = type(self.module).forward(self.module, x)
         return out
+
+
+def packed_weights(products: Iterable[Product]) -> list[Packed]:
+    """Those that are read now."""
+    return [product.weights for product in products if product.weights is not None]
 
 
 def matrix(module: nn.Module) -> Tensor:

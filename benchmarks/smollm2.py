@@ -41,11 +41,13 @@ TEMPERATURES = (0.8, 1.0, 0.0)
 FEW_ROWS = 32
 LOOKUP = "prompt_lookup"
 HYBRID = f"hybrid, {ROWS} rows"
+IN_TURN = "hybrid in turn"
 NEW_TOKENS = {"acceptance": 64, "lossless": 64, "speed": 32}
 CHAIN = {"strategy": "fused", "tree": 0}
 TIMED: dict[str, dict[str, Any]] = {
     **{way: WAYS[way] for way in ("ar", "auto", LOOKUP)},
     "chain": {"mode": "self_spec", **CHAIN},
+    IN_TURN: {"mode": "self_spec", "strategy": "hybrid", "prepare": "none"},
 }
 BATCHES = (1, 8)
 DTYPES = ("bfloat16", "float32")
@@ -87,6 +89,7 @@ def strategies(engine: Engine) -> dict[str, dict[str, Any]]:
         f"tree, {ROWS} rows": {"strategy": "fused"},
         f"hybrid, {FEW_ROWS} rows": {"strategy": "hybrid", "tree": largest_tree(engine.layout, FEW_ROWS)},
         HYBRID: {"strategy": "hybrid"},
+        IN_TURN: {"strategy": "hybrid", "prepare": "none"},
     }
 
 

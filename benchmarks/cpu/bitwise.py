@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tree 18": {"strategy": "fused", "tree": 18},
     "tree 48": {"strategy": "fused", "tree": 48},
     "hybrid": {"strategy": "hybrid"},
+    "hybrid in turn": {"strategy": "hybrid", "prepare": "none"},
     "auto": {"strategy": "auto"},
 }
 BATCHES = (1, 3, 8)

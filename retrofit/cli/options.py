@@ -228,11 +228,12 @@ def generation_options(function: Any) -> Any:
         click.option("--strategy", type=click.Choice(STRATEGIES),
                      help="Of self_spec: which forwards draft and verify; auto takes what is fastest here.  "
                           "[default: auto]"),
-        click.option("--prepare", metavar="all|last|N",
-                     help="Of fused: for which accept lengths to draft ahead.  [default: all]"),
+        click.option("--prepare", metavar="all|last|N|none",
+                     help="Of fused: for which accept lengths to draft ahead. Of hybrid: none drafts and verifies in "
+                          "turn, in fewer rows.  [default: all]"),
         click.option("--tree", type=click.IntRange(min=0), metavar="N",
-                     help="Of fused: draft tokens to verify as a tree; 0 is one chain. Of hybrid: in as many rows.  "
-                          "[default: fills 96 rows]"),
+                     help="Of fused: draft tokens to verify as a tree; 0 is one chain. Of hybrid: in as many rows, and "
+                          "with prepare none as many drafts.  [default: fills 96 rows; 15 with prepare none]"),
         click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N",
                      help="Most tokens to emit.  [default: the base's own, else 128]"),
         click.option("--min-new-tokens", type=click.IntRange(min=0), metavar="N",

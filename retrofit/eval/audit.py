@@ -76,6 +76,7 @@ def ways(engine: Engine) -> list[Way]:
             Way("fused, prepare 2, penalty", {**fused, "prepare": 2}, PENALTY, short=True),
             Way("fused, ragged", {**fused, "batch_size": RAGGED_BATCH}, SAMPLED, ragged=True),
             Way("hybrid", hybrid, compared=True),
+            Way("hybrid, in turn", {**hybrid, "prepare": "none"}, SAMPLED),
             Way("hybrid, ragged", {**hybrid, "batch_size": RAGGED_BATCH}, SAMPLED, ragged=True),
         ]
     return made

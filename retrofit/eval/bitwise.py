@@ -39,7 +39,7 @@ def runs(engine: Engine, prompts: int, limit: int) -> Iterator[tuple[str, dict[s
     strategies: list[dict[str, Any]] = [{"strategy": s} for s in ("two_forward", "prompt_lookup", "auto")]
     if engine.layout.anchored:
         strategies += [{"strategy": "fused"}, {"strategy": "fused", "tree": 0, "prepare": "last"}]
-        strategies += [{"strategy": "hybrid"}]
+        strategies += [{"strategy": "hybrid"}, {"strategy": "hybrid", "prepare": "none"}]
     ways = [("ar", {}), *(("self_spec", strategy) for strategy in strategies)]
     batches = max(1, prompts // BATCHES[0])
     for batch in BATCHES:

@@ -119,7 +119,7 @@ def _watch_host(engine: Engine, recorder: _Recorder, hooks: ExitStack) -> None:
                 recorder.last.proposals[seed, index] = Proposal(tokens, parents, tree is not None)
         return made
 
-    def grafted(run: Any, requests: Sequence[Any], rows: int) -> None:
+    def grafted(run: Any, requests: Sequence[Any], rows: Sequence[int]) -> None:
         graft(run, requests, rows)
         if recorder.last is not None and run.backend is backend:
             for r in requests:

@@ -250,7 +250,8 @@ class Engine:
         tokens and limits the length; of the rest only temperature, top_k and top_p are not in `not_honoured`.
         Of self_spec: strategy auto (default), fused, two_forward, prompt_lookup or hybrid; of fused: prepare, for which
         accept lengths to draft ahead, all (default), last or so many; tree, how many draft nodes to verify, 0 for one
-        chain, None for as many as fit into ROWS rows where candidates' chances are known; of hybrid: in as many rows.
+        chain, None for as many as fit into ROWS rows where candidates' chances are known; of hybrid: in as many rows,
+        or with prepare none, which drafts and verifies in turn, as many.
         Of diffusion: threshold, confidence from which a token is filled in, by default SURE; tolerance, by how many
         nats it may fall short of the base's own choice to be kept, by default SHORT: 0 gives ar's text, inf keeps all.
         Raises UsageError for wrong options, for options that mean nothing beside the others, and for prompts that are

@@ -141,10 +141,12 @@ def check_options(
     for name, value, known in (("mode", mode, MODES), ("strategy", strategy, STRATEGIES)):
         if (value is not None or name == "mode") and (not isinstance(value, str) or value not in known):
             raise UsageError(f"{name} {shown(value)} does not exist", f"it is one of {', '.join(known)}")
-    if not (prepare is None or (isinstance(prepare, str) and prepare in ("all", "last"))):
+    if not (prepare is None or (isinstance(prepare, str) and prepare in ("all", "last", "none"))):
         lengths = as_int(prepare)
         if lengths is None or lengths < 1:
-            raise UsageError(f"prepare is {shown(prepare)}; it may be all, last, or a number of accept lengths >= 1")
+            raise UsageError(
+                f"prepare is {shown(prepare)}; it may be all, last, none, or a number of accept lengths >= 1"
+            )
         prepare = lengths
     nodes = None if tree is None else whole("tree", tree, 0, MOST_NODES)
     requests = whole("batch_size", batch_size, 1)
@@ -169,7 +171,7 @@ def _check_meaning(mode: str, given: dict[str, Any]) -> None:
     for name in ("strategy", "prepare", "tree"):
         if mode != "self_spec" and given[name] is not None:
             raise UsageError(f"{name} means nothing in mode {mode}", "it is self_spec's; leave it out")
-        takers = ("fused", "hybrid") if name == "tree" else ("fused",)
+        takers = ("fused", "hybrid") if name == "tree" or given["prepare"] == "none" else ("fused",)
         if name != "strategy" and given[name] is not None and given["strategy"] not in takers:
             strategy, whose = given["strategy"] or "auto", " and ".join(f"{taker}'s" for taker in takers)
             raise UsageError(
@@ -177,5 +179,9 @@ def _check_meaning(mode: str, given: dict[str, Any]) -> None:
             )
     if given["strategy"] == "hybrid" and given["tree"] == 0:
         raise UsageError("tree 0 means nothing with strategy hybrid", "its drafts branch where that pays; leave it out")
+    if given["strategy"] == "fused" and given["prepare"] == "none":
+        raise UsageError(
+            "prepare none means nothing with strategy fused", "it draws up no block beside drafts; ask for two_forward"
+        )
     if given["prepare"] == "last" and given["tree"]:
         raise UsageError("tree means nothing with prepare last", "drafts branch with prepare all or a number")

@@ -12,6 +12,7 @@ A strategy is a cycle of plans, taken in turn:
     fused           {seed, d_1 .. d_k} + blocks on all rows, on the last, or on the likeliest h; drafts may branch
     prompt_lookup   {seed, d_1 .. d_k}, drafts that the text itself proposes
     hybrid          {seed, a tree of both} + blocks where it likely ends: which, is chosen for each request and step
+    the same        {seed, a few of the text's} + block  |  {seed, a tree of both}: prepare="none"
 
 On the host a plan is made for each request (`planned`), then cut to the rows there are (`cut`); on the device it is cut
 once and lowered to tensors (`device/lowering.py`), and the kernels leave out what a request cannot use.
@@ -77,6 +78,8 @@ WORTH = 1.0
 """`StepPlan.worth` where nothing was measured."""
 BEYOND_TEXT = 0.8
 """Share of what a block has accepted that the text alone would not propose."""
+TEXTS = 3
+"""Drafts of the text alone that `hybrid` verifies beside a block where it drafts and verifies in turn."""
 Cycle = tuple[StepPlan, ...]
 AR: Cycle = (StepPlan(),)
 
@@ -125,6 +128,12 @@ def hybrid(layout: DraftLayout, tree: DraftTree | None) -> Cycle:
     return (StepPlan(1, 1, 1, rows=(1 + tree.nodes) * (1 + layout.block), worth=BEYOND_TEXT * tree.expected),)
 
 
+def hybrid_in_turn(layout: DraftLayout, tree: DraftTree) -> Cycle:
+    """As many drafts of both as the tree has, verified with no block beside them: fewer rows in two forwards."""
+    drafting = StepPlan(1, 1, 1, rows=1 + TEXTS + layout.block, worth=BEYOND_TEXT * tree.expected)
+    return drafting, StepPlan(1, rows=1 + tree.nodes)
+
+
 def fixed_cycle(strategy: str, prepare: str | int, layout: DraftLayout, tree: DraftTree | None = None) -> Cycle:
     """The plans of `ar` or of a fixed strategy.  prepare, tree: of `fused`, where blocks hang and how drafts branch."""
     if strategy == "ar":
@@ -134,7 +143,7 @@ def fixed_cycle(strategy: str, prepare: str | int, layout: DraftLayout, tree: Dr
     if strategy == "two_forward":
         return two_forward(layout.drafts)
     if strategy == "hybrid":
-        return hybrid(layout, tree)
+        return hybrid_in_turn(layout, tree) if prepare == "none" and tree is not None else hybrid(layout, tree)
     return fused(layout.drafts if tree is None else tree.nodes, prepare, tree)
 
 
@@ -228,7 +237,11 @@ def shared(plan: StepPlan, request: Request, layout: DraftLayout, limits: Limits
     """What a request does next of `hybrid`.  room: rows that it may have; None: any number."""
     assert plan.rows is not None
     rows = plan.rows if room is None else min(plan.rows, room)
-    nodes, hang = shared_rows(request.tree or SEED_ALONE, rows, layout.block, plan.worth)
+    tree = request.tree or SEED_ALONE
+    if plan.hang:
+        nodes, hang = shared_rows(tree, rows, layout.block, plan.worth)
+    else:
+        nodes, hang = min(tree.nodes, rows - 1), ()
     return replace(plan, verify=nodes, hang=useful(request, hang, layout, limits))
 
 

@@ -116,7 +116,7 @@ def test_rows_after_the_end():
     assert auditor.problems == ["slot 0: rows where no text is being written (rows)"]
 
 
-@pytest.mark.parametrize("strategy", ["two_forward", "fused", "prompt_lookup", "hybrid", "auto"])
+@pytest.mark.parametrize("strategy", ["two_forward", "fused", "prompt_lookup", "hybrid", "in turn", "auto"])
 def test_a_longrope_crossing(strategy, monkeypatch):
     """Prompts on either side of the boundary, more than run at once; drafts that are right about it and wrong."""
     engine = randomise(Engine.from_model(build("phi3_longrope"), layout=DraftLayout(block=4)))
@@ -124,7 +124,8 @@ def test_a_longrope_crossing(strategy, monkeypatch):
     prompts, limits = random_prompts(lengths), [12] * len(lengths)
     truth = engine.generate(prompts, "ar", max_new_tokens=12, ignore_eos=True)
     Oracle({1000 + r.index: r.tokens for r in truth}).plant(monkeypatch)
-    options = {"strategy": strategy, "batch_size": 3, **({"tree": 6} if strategy == "fused" else {})}
+    ways = {"fused": {"tree": 6}, "in turn": {"strategy": "hybrid", "prepare": "none"}}
+    options = {"strategy": strategy, "batch_size": 3, **ways.get(strategy, {})}
     with audit.every_plan(engine):
         found = audit.audit_run(engine, prompts, limits, audit.GREEDY, **options)
     assert not found.problems

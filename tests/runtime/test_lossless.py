@@ -26,7 +26,7 @@ STRATEGIES: tuple[dict[str, Any], ...] = (
     {"strategy": "auto"},
     {"strategy": "prompt_lookup"},
     {"strategy": "hybrid"},
-    {"strategy": "hybrid", "tree": 3},
+    {"strategy": "hybrid", "prepare": "none", "tree": 5},
 )
 NUMBERED = list(enumerate(ARCHITECTURES))
 

@@ -27,8 +27,9 @@ WAYS: list[dict[str, Any]] = [
     {"mode": "self_spec", "strategy": "auto"},
     {"mode": "self_spec", "strategy": "prompt_lookup"},
     {"mode": "self_spec", "strategy": "hybrid"},
+    {"mode": "self_spec", "strategy": "hybrid", "prepare": "none"},
 ]
-WAY_IDS = ["ar", "two_forward", "fused_all", "fused_2", "auto", "prompt_lookup", "hybrid"]
+WAY_IDS = ["ar", "two_forward", "fused_all", "fused_2", "auto", "prompt_lookup", "hybrid", "in_turn"]
 LENGTHS = (3, 9, 14, 6)
 NEW = 16
 

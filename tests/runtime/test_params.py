@@ -100,6 +100,8 @@ def test_a_keyword_that_does_not_exist() -> None:
         {"strategy": "prompt_lookup", "tree": 4},
         {"strategy": "hybrid", "prepare": "all"},
         {"strategy": "hybrid", "tree": 0},
+        {"strategy": "fused", "prepare": "none"},
+        {"strategy": "two_forward", "prepare": "none"},
         {"strategy": "fused", "prepare": "last", "tree": 4},
     ],
     ids=str,

@@ -26,6 +26,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"strategy": "fused", "prepare": 2, "tree": 0},
     {"strategy": "prompt_lookup"},
     {"strategy": "hybrid", "tree": 7},
+    {"strategy": "hybrid", "prepare": "none"},
     {"strategy": "auto"},
 )
 

@@ -33,6 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "auto": {"strategy": "auto"},
     "prompt_lookup": {"strategy": "prompt_lookup"},
     "hybrid": {"strategy": "hybrid"},
+    "in_turn": {"strategy": "hybrid", "prepare": "none"},
 }
 PROMPTS = random_prompts(LENGTHS)
 

@@ -32,7 +32,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("self_spec", {"strategy": "fused", "tree": 5}),
     ("self_spec", {"strategy": "two_forward", "temperature": 0.8, "top_k": 20}),
     ("self_spec", {"strategy": "prompt_lookup"}),
-    ("self_spec", {"strategy": "hybrid"}),
+    ("self_spec", {"strategy": "hybrid", "prepare": "none"}),
     ("diffusion", {}),
     ("self_spec", {"strategy": "fused", "tree": 0, "repetition_penalty": 1.3}),
     ("self_spec", {"strategy": "auto", "temperature": 1.0}),

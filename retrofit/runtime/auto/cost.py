@@ -10,7 +10,8 @@ K rows a block, B requests:
     fused, h       (1 + S_k + (1 - m_h))      / (T_h + D + (1 - m_h) (T(B (1 + K)) + D))
     fused tree     (1 + r S)                  / (T(B (1 + n) (1 + K)) + D)
     prompt lookup  what it would have emitted in these texts / T(its rows)
-    hybrid         what it has emitted a step here, at first what the better of its sources would / T(its rows)
+    hybrid         what it has emitted a step here, at first what the better of its sources would / T(its rows), in one
+                   forward or in two, whose mean counts
 
 where m_h is the chance that the accept length was among the h prepared; if not, the next step only drafts.  A tree of n
 nodes has S = the sum of their survivals as measured at conversion, and r, how much of that came true here so far.
@@ -21,10 +22,22 @@ long it is kept (`policy.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import mean
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.runtime.auto.times import StepTimes
-from retrofit.runtime.plan import AR, BEYOND_TEXT, Cycle, StepPlan, fused, hybrid, lookup, num_rows, two_forward
+from retrofit.runtime.plan import (
+    AR,
+    BEYOND_TEXT,
+    Cycle,
+    StepPlan,
+    fused,
+    hybrid,
+    hybrid_in_turn,
+    lookup,
+    num_rows,
+    two_forward,
+)
 from retrofit.runtime.rules.tree import DraftTree
 
 PRIOR_WEIGHT = 16.0
@@ -59,12 +72,14 @@ class CostModel:
     trees: list[DraftTree] = field(default_factory=list)
     """Draft trees worth comparing."""
     times: StepTimes = field(default_factory=StepTimes)
+    in_turn: list[DraftTree] = field(default_factory=list)
+    """Draft trees worth verifying with no block beside them."""
     tried: list[float] = field(default_factory=list)
     hits: list[float] = field(default_factory=list)
     branched: list[float] = field(default_factory=lambda: [PRIOR_WEIGHT, PRIOR_WEIGHT])
     """Accepted and expected drafts of trees so far; begins at a ratio of 1."""
-    grafted: dict[int, list[float]] = field(default_factory=dict)
-    """Of `hybrid`, by its rows: tokens emitted, and steps."""
+    grafted: dict[Cycle, list[float]] = field(default_factory=dict)
+    """Of each `hybrid`: tokens emitted, and steps."""
 
     def __post_init__(self) -> None:
         self.tried = [PRIOR_WEIGHT] * len(self.acceptance)
@@ -92,11 +107,11 @@ class CostModel:
         if self.branched[1] > MOST_WEIGHT:
             self.branched = [MOST_WEIGHT * self.branched[0] / self.branched[1], MOST_WEIGHT]
 
-    def observe_hybrid(self, rows: int, emitted: float) -> None:
-        """emitted: tokens of a step with so many rows, a request."""
-        tokens, steps = self.grafted.get(rows, (0.0, 0.0))
+    def observe_hybrid(self, cycle: Cycle, emitted: float) -> None:
+        """emitted: tokens of one of its steps, a request."""
+        tokens, steps = self.grafted.get(cycle, (0.0, 0.0))
         kept = min(1.0, REMEMBERED / (steps + 1))
-        self.grafted[rows] = [kept * (tokens + emitted), kept * (steps + 1)]
+        self.grafted[cycle] = [kept * (tokens + emitted), kept * (steps + 1)]
 
     def conditional(self) -> list[float]:
         return [h / t for h, t in zip(self.hits, self.tried, strict=True)]
@@ -109,7 +124,8 @@ class CostModel:
         if cycle == lookup(self.layout):
             return 0.0 if looked is None else looked.emitted / self.times.seconds(looked.rows, False, context)
         if plan.rows is not None:
-            return self._emitted_by_hybrid(plan, looked) / self.times.seconds(batch * plan.rows, True, context)
+            took = [self.times.seconds(batch * num_rows(p, self.layout), p.blocks > 0, context) for p in cycle]
+            return self._emitted_by_hybrid(cycle, looked) / mean(took)
         if plan.tree is not None:
             realised = self.branched[0] / self.branched[1]
             rows = batch * (1 + plan.tree.nodes) * (1 + K)
@@ -130,19 +146,19 @@ class CostModel:
         step = self.times.seconds(batch * (1 + k + h * K), True, context)
         return (1 + S + missed) / (step + missed * draft_only)
 
-    def _emitted_by_hybrid(self, plan: StepPlan, looked: Looked | None) -> float:
+    def _emitted_by_hybrid(self, cycle: Cycle, looked: Looked | None) -> float:
         """Tokens of a step; what its sources promise counts for PRIOR_WEIGHT steps."""
-        assert plan.rows is not None
-        alone = 1 + self.branched[0] / self.branched[1] * plan.worth / BEYOND_TEXT
-        promised = max(alone, 1.0 if looked is None else looked.emitted)
-        tokens, steps = self.grafted.get(plan.rows, (0.0, 0.0))
+        drafts = self.branched[0] / self.branched[1] * cycle[0].worth / BEYOND_TEXT
+        promised = 1 + max(drafts, 0.0 if looked is None else looked.emitted - 1) / len(cycle)
+        tokens, steps = self.grafted.get(cycle, (0.0, 0.0))
         return (PRIOR_WEIGHT * promised + tokens) / (PRIOR_WEIGHT + steps)
 
     def hybrids(self, rows: int | None = None) -> list[Cycle]:
         """`hybrid` in as many rows as each of the trees takes, of at most so many of a request and forward."""
         most = min(MOST_ROWS, rows or MOST_ROWS)
         cycles = [hybrid(self.layout, tree) for tree in self.trees]
-        return [cycle for cycle in cycles if num_rows(cycle[-1], self.layout) <= most]
+        cycles += [hybrid_in_turn(self.layout, tree) for tree in self.in_turn]
+        return [cycle for cycle in cycles if all(num_rows(plan, self.layout) <= most for plan in cycle)]
 
     def cycles(self, rows: int | None = None) -> list[Cycle]:
         """All cycles of drafts of ours worth comparing, of plans of at most so many rows of a request and forward."""

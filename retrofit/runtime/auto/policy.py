@@ -34,6 +34,8 @@ AGAIN = 256
 as few steps of it are known: the first ones are slow."""
 ANEW = 1024
 """Steps of `ar` in a row after which what drafting costs is forgotten, and may be tried again."""
+IN_TURN = (7, 15)
+"""Nodes of the trees that may be verified with no block beside them."""
 SHARE = 0.01
 """Of all time, what may be lost against `ar`."""
 FREE, SAVED = 3.0, 10.0
@@ -145,7 +147,7 @@ class AutoPolicy:
                     self.behind = max(self.behind + took - emitted / batch * held.ar, -SAVED * held.ar)
             model.times.observe(rows, drafts, seconds, context)
             if cycle[-1].rows is not None:
-                model.observe_hybrid(cycle[-1].rows, emitted / batch)
+                model.observe_hybrid(cycle, emitted / batch)
             for one in verified:
                 model.observe(one.accepted, one.verified, one.expected)
 
@@ -183,5 +185,8 @@ class AutoPolicy:
         prior = [*measured, *[0.0] * self.layout.drafts][: self.layout.drafts]
         chance = self.acceptance.get("ranks", {}).get(kind)
         largest = largest_tree(self.layout)
-        sizes = sorted({largest // 4, largest // 2, largest} - {0}) if chance and self.layout.anchored else []
-        return CostModel(self.layout, prior, [tree for n in sizes if (tree := grow(chance, n)).nodes])
+        if not chance or not self.layout.anchored:
+            return CostModel(self.layout, prior)
+        sizes = sorted({largest // 4, largest // 2, largest} - {0})
+        trees, in_turn = ([tree for n in some if (tree := grow(chance, n)).nodes] for some in (sizes, IN_TURN))
+        return CostModel(self.layout, prior, trees, in_turn=in_turn)

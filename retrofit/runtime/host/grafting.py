@@ -25,15 +25,16 @@ CANDIDATES = 16
 """Of a slot, behind each node."""
 
 
-def graft(run: Run, requests: Sequence[Request], rows: int) -> None:
+def graft(run: Run, requests: Sequence[Request], rows: Sequence[int]) -> None:
     """Draft a tree for each request; rows: that each may have in the next forward, the seed's included."""
-    nodes = rows - 1 if run.backend.most_nodes is None else min(rows - 1, run.backend.most_nodes)
+    most = run.backend.most_nodes
+    nodes = [n - 1 if most is None else min(n - 1, most) for n in rows]
     for group in _groups(run, requests):
-        _graft(run, [requests[n] for n in group], nodes)
+        _graft(run, [requests[n] for n in group], [nodes[n] for n in group])
 
 
-def _graft(run: Run, requests: Sequence[Request], nodes: int) -> None:
-    trees = [Growing(r.tokens[-1], nodes) for r in requests]
+def _graft(run: Run, requests: Sequence[Request], nodes: Sequence[int]) -> None:
+    trees = [Growing(r.tokens[-1], count) for r, count in zip(requests, nodes, strict=True)]
     texts = [r.continued(run.layout.drafts) for r in requests]
     deepest = [min(DEEPEST, max_verify(r, run.limits)) for r in requests]
     hung = [n for n, r in enumerate(requests) if r.came_true is not None and deepest[n]]

@@ -16,7 +16,7 @@ from retrofit.runtime.host.diffusion import diffusion_step
 from retrofit.runtime.host.grafting import graft
 from retrofit.runtime.host.modes import prefill_step, speculative_step
 from retrofit.runtime.host.prefixes import keep_text
-from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, lookup, planned, shared
+from retrofit.runtime.plan import AR, Cycle, StepPlan, cut, cut_cycle, lookup, num_rows, planned, shared
 from retrofit.runtime.request import Request
 from retrofit.runtime.run import Run
 
@@ -105,9 +105,10 @@ class HostSteps:
         run, room = self.run, self.run.rows_each(len(running))
         if run.strategy == "ar":
             return list(AR) * len(running)
-        if (rows := cycle[-1].rows) is not None:
-            graft(run, running, rows if room is None else min(rows, room))
-            return [shared(cycle[-1], r, run.layout, run.limits, room) for r in running]
+        if cycle[-1].rows is not None:
+            plans = [cycle[0] if r.came_true is None else cycle[-1] for r in running]
+            graft(run, running, [n if room is None else min(n, room) for n in (num_rows(p, run.layout) for p in plans)])
+            return [shared(p, r, run.layout, run.limits, room) for p, r in zip(plans, running, strict=True)]
         if cycle == lookup(run.layout):
             for request in running:
                 request.drop_drafts()
@@ -139,7 +140,8 @@ class HostSteps:
             verified = []  # what the drafter is worth, they do not say
         drafts = any(p.hang for p in plans)
         if cycle[-1].rows is not None:  # what it promises is of both, and its price that of all rows it may have
-            verified, rows, drafts = [], len(running) * cycle[-1].rows, True
+            verified, rows = [], sum(num_rows(p, self.run.layout) for p in plans)
+            drafts = any(p.worth > 0 for p in plans)
         self.policy.learn(
             self.run.sampled, rows, drafts, seconds, verified, batch=len(running), context=context, emitted=emitted,
             cycle=cycle,

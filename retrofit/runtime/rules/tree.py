@@ -27,6 +27,8 @@ from retrofit.adapters.rows import SequenceRows
 
 ROWS = 96
 """Rows of one request and forward that a draft tree is grown to: about what a GPU computes at the price of one."""
+IN_TURN = 15
+"""Draft nodes of a tree that is verified with no block beside it: with the seed a tile of a CPU's matrix units."""
 UNKNOWN_CHANCE = ((0.4, 0.15, 0.1, 0.05),)
 """Chances of the candidates of a slot where none were measured; they shape the tree and change no output."""
 
@@ -117,9 +119,11 @@ def fixed_tree(
 ) -> DraftTree | None:
     """The draft tree of strategy `fused`; None for chains: `prepare="last"`, 0 nodes, or candidates not measured.
 
-    nodes: None: as many as fit.  rows: most rows of a request and forward.
+    nodes: None: as many as fit, or IN_TURN where no block is prepared.  rows: most rows of a request and forward.
     """
     chance = acceptance.get("ranks", {}).get("sampled" if sampled else "greedy")
+    if prepare == "none":
+        nodes = min(IN_TURN if nodes is None else nodes, rows - 1)
     if nodes == 0 or prepare == "last" or (nodes is None and chance is None):
         return None
     if nodes is None:

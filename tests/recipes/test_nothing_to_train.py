@@ -127,7 +127,7 @@ def test_weights_that_train_nothing(settings: dict[str, float], message: str, ba
 
 @pytest.mark.parametrize("key", ["beta", "alpha", "diffusion_share"])
 def test_weights_that_train_something(key: str) -> None:
-    load_recipe(None, {f"objective.{key}": 0})
+    load_recipe(None, {"objective.diffusion_share": 0.25, f"objective.{key}": 0})
 
 
 def test_the_count_is_that_of_training() -> None:

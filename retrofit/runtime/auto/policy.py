@@ -28,7 +28,7 @@ RETHINK = 32
 BEGIN = 3
 """Steps of `ar` before anything else, and steps of a kind after which its price is known."""
 TRY = 4
-"""Steps for which a cycle of unknown price is run."""
+"""Steps of each of its plans for which a cycle of unknown price is run."""
 AGAIN = 256
 """Steps of something else after which `ar` is timed again, for one step: the machine may have changed.  Sooner as long
 as few steps of it are known: the first ones are slow."""
@@ -172,7 +172,7 @@ class AutoPolicy:
             held.cycle, held.left = AR, 1
             return
         held.cycle = AR if self._over(held) else model.best(batch, rows, context, looked)
-        held.left = RETHINK if self._known(held.cycle, model, batch, looked) else TRY
+        held.left = RETHINK if self._known(held.cycle, model, batch, looked) else TRY * len(held.cycle)
 
     def _known(self, cycle: Cycle, model: CostModel, batch: int, looked: Looked | None) -> bool:
         """Whether steps like these have been run."""

@@ -102,7 +102,7 @@ class Objective(Section):
     gamma: float = Field(1.0, ge=0, le=100)
     """Weight of L_conf, which trains the confidence head alone."""
     diffusion_share: float = Field(0.0, ge=0, le=1)
-    """Share of the blocks that train L_diff; the others train L_draft, which drafts and mode `diffusion` gain more by."""
+    """Share of the blocks that train L_diff, the others train L_draft.  Drafts and mode `diffusion` do better at 0."""
     infill_share: float = Field(0.0, ge=0, le=1)
     """Share of L_diff's rows in blocks that see the text behind a gap: `retrofit generate --suffix` needs some."""
     draft_loss: Literal["tv_ce", "tv", "kl", "lk", "ce"] = "tv_ce"

@@ -209,7 +209,7 @@ def test_a_section_is_no_value():
         (["data.lengths=[0]"], "data.lengths: 0 is not between 2 and data.max_length 256"),
         (["data.lengths=512"], "data.lengths: must be a list of whole numbers, not 512"),
         (["train.steps=10", "train.warmup=11"], "train.warmup: 11 steps are more than train.steps 10"),
-        (["draft.block=1", "objective.diffusion_share=.1"], "objective.diffusion_share: a block of 1 has nothing to mask"),
+        (["draft.block=1", "objective.diffusion_share=.1"], "diffusion_share: a block of 1 has nothing to mask"),
         (["train.curriculum=[2, 4]"], "train.curriculum: the lengths 2, 4 do not rise from 1 or more to less than"),
         (["train.curriculum=[3, 2]"], "train.curriculum: the lengths 3, 2 do not rise"),
         (["train.curriculum=[0, 2]"], "train.curriculum: the lengths 0, 2 do not rise"),

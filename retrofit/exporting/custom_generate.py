@@ -2,10 +2,10 @@
 
     model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True, adapter=FOLDER, max_new_tokens=64)
 
-A cycle is two forwards: one drafts, with the adapter on the draft rows only; one verifies the drafts with the original
-weights.  The token at every position is y = argmax(log p + g), p what the model's own settings make of its logits, g
-Gumbel noise that is a function of (seed, position in the output, token), 0 without `do_sample`; a draft is kept if it
-is that token.  So the output is that of decoding token by token, and equal to retrofit's at equal seed.
+A cycle is two forwards: one drafts, with the adapter on the draft rows only; one verifies the drafts with the model's
+own weights.  The token at every position is y = argmax(log p + g), p what the model's own settings make of its logits,
+g Gumbel noise that is a function of (seed, position in the output, token), 0 without `do_sample`; a draft is kept if
+it is that token.  So the output is that of decoding token by token, and equal to retrofit's at equal seed.
 Prompts are decoded one after another.  It needs torch, safetensors and transformers, and nothing of retrofit.
 Not here: several cycles in one forward, trees of drafts, exactness levels; those are retrofit's.
 """

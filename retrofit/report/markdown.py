@@ -1,6 +1,7 @@
 """A report as Markdown, for people: every figure comes from `report.json`, nothing is measured or worked out here.
 
-What models and prompts say is escaped: it is text, never markup.
+What models and prompts say is escaped: it is text, never markup.  The model an artifact is held beside is "the base",
+which is the original, or in the profile `joint` a model of its own; the verdict says which.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ TITLES = {
     "speed": "Speed",
     "break_even": "Where it stops paying",
     "cost": "Cost",
-    "against": "Beside other ways to decode the original",
+    "against": "Beside other ways to decode the base",
     "diffusion": "Diffusion: speed against agreement",
     "speed_of_light": "How far from the best that could be",
     "other_hardware": "On other hardware: a projection",
@@ -110,7 +111,7 @@ def _losslessness(found: Data) -> Iterator[str]:
     rows = []
     for kind in ("greedy", "sampled"):
         part = found[kind]
-        ways = {**part["by_way"], "the original against itself": part["noise_floor"]}
+        ways = {**part["by_way"], "the base against itself": part["noise_floor"]}
         for way, counts in ways.items():
             classes = [number(counts[c]) for c in ("match", "tie", "near", "bug")]
             rows.append([kind, text(way), f"{counts['equal_texts']} of {counts['texts']}", *classes])
@@ -123,7 +124,7 @@ def _losslessness(found: Data) -> Iterator[str]:
              text(f["before"]), text(f["expected"]), text(f["got"])]
             for kind, f in worst
         ]  # fmt: skip
-        header = ["worst", "way", "prompt", "token", "ulp", "class", "after", "the original", "this"]
+        header = ["worst", "way", "prompt", "token", "ulp", "class", "after", "the base", "this"]
         yield from table(header, cells)
 
 
@@ -133,12 +134,12 @@ def _quality(found: Data) -> Iterator[str]:
          number(stat["original"]), number(stat["delta"]), _interval(stat["ci95"]), _split(stat)]
         for one in found["tasks"] for mode, stat in one["modes"].items()
     ]  # fmt: skip
-    header = ["task", "metric", "mode", "items", "this", "the original", "delta", "95 % interval", "right alone, p"]
+    header = ["task", "metric", "mode", "items", "this", "the base", "delta", "95 % interval", "right alone, p"]
     yield from table(header, rows)
     for mode, same in found["answers"].items():
         yield ""
         yield (
-            f"Of {same['items']} answers of {mode} {same['equal']} are the original's, {same['by_rounding']} differ by"
+            f"Of {same['items']} answers of {mode} {same['equal']} are the base's, {same['by_rounding']} differ by"
             f" rounding, {same['other']} otherwise."
         )
     if found["differing"]:
@@ -147,7 +148,7 @@ def _quality(found: Data) -> Iterator[str]:
             [one["mode"], text(one["task"]), text(one["item"]), text(one["original"]), text(one["answer"])]
             for one in found["differing"]
         ]
-        yield from table(["mode", "task", "item", "the original", "this"], cells)
+        yield from table(["mode", "task", "item", "the base", "this"], cells)
     yield from _reasons(found["skipped"])
 
 
@@ -162,7 +163,7 @@ def _interval(bounds: Sequence[float] | None) -> str:
 
 
 def _split(stat: Data) -> str:
-    """Items that only the one, and only the original, has right, and McNemar's p."""
+    """Items that only the one, and only the base, has right, and McNemar's p."""
     if stat["mcnemar_p"] is None:
         return "-"
     return f"{stat['only_here']} : {stat['only_original']}, {number(stat['mcnemar_p'])}"
@@ -258,7 +259,7 @@ def _against(found: Data) -> Iterator[str]:
     ]
     yield from table(header, rows)
     yield ""
-    yield f"Greedy, one prompt at a time; of the original's texts {number(found['looping_share'])} loop."
+    yield f"Greedy, one prompt at a time; of the base's texts {number(found['looping_share'])} loop."
     yield from _reasons(found["skipped"])
 
 

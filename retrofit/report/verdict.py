@@ -190,8 +190,8 @@ def _drifted(sections: Sections) -> Iterator[str]:
     found = sections.get("compared", {})
     if "drift" in found:
         yield (
-            "Its base was trained along. Everything here is held beside the model that came of that, its own, and"
-            f' "the original" means that one; from {found["original"]["model"]} it drifted: {told(found["drift"])}.'
+            "Its base was trained along: everything here is held beside the model that came of that, its own. From"
+            f" {found['original']['model']}, the original, it drifted: {told(found['drift'])}."
         )
 
 

@@ -45,7 +45,7 @@ def test_every_way_writes_the_originals_texts(own, other, base, monkeypatch):
     assert rows[f"transformers assisted={base.name}"]["small_forwards_per_token"] > 0
     assert all(row["small_forwards_per_token"] == 0 for name, row in rows.items() if "assisted" not in name)
     assert f"--against lookup --against assisted={base.name} --against other" in report.data["command"]
-    assert "## Beside other ways to decode the original" in markdown(report.data)
+    assert "## Beside other ways to decode the base" in markdown(report.data)
 
 
 def test_seconds_are_those_of_the_clock(own, monkeypatch):
@@ -75,7 +75,7 @@ def test_what_cannot_run_is_left_out_with_its_reason(own, tmp_path, monkeypatch)
     report = small(monkeypatch, own, against=[str(foreign), f"assisted={tmp_path / 'few'}"], modes=["ar"])
     why = {one["what"]: one["why"] for one in report.section("against")["skipped"]}
     assert why["foreign"].startswith("it was made of another base")
-    assert why["assisted=few"].startswith("its vocabulary has 40 tokens and the original's")
+    assert why["assisted=few"].startswith("its vocabulary has 40 tokens and the base's")
     assert set(rows_of(report)) == {"transformers", "ar"}
 
 

@@ -126,7 +126,7 @@ def test_every_colour_can_be_read(name, dark):
 
 def test_a_mode_has_one_colour():
     assert colour("fused, batch 8") == colour("auto") == colour("two_forward") == "self-spec"
-    assert colour("other-artifact, fused") == "self-spec" and colour("transformers assisted=small") == "original"
+    assert colour("other-artifact, fused") == "self-spec" and colour("transformers assisted=small") == "base"
     assert colour("who knows") == "ink"
     assert {MODES[way] for way in WAYS} == set(COLOURS) - {"ink", "faint", "rule", "paper", "card", "bad"}
     assert len({pair[0] for pair in COLOURS.values()}) == len(COLOURS)
@@ -139,7 +139,7 @@ def test_the_picture_of_a_report(made, tmp_path, monkeypatch):
     drawn = picture(data)
     texts = said(drawn)
     assert "Tokens per second, for one user" in texts and "Tokens per forward" in texts
-    assert {"the original", "ar", "self_spec", "diffusion"} <= set(texts)
+    assert {"the base", "ar", "self_spec", "diffusion"} <= set(texts)
     cell = data["sections"]["speed"]["data"]["cells"][0]
     assert charts.short(cell["ways"]["auto"]["tokens_per_s_user"]) in texts
     assert "prefers-color-scheme: dark" in drawn and "<script" not in drawn

@@ -89,7 +89,7 @@ def test_a_difference_that_chance_explains_reaches_the_line():
     """Both ends of an interval stand where they are on one scale with 0."""
     pytest.importorskip("matplotlib")
     drawn = SECTIONS["quality"](QUALITY)
-    assert "Tasks solved, against the original" in drawn and ">-0.25</text>" in drawn
+    assert "Tasks solved, against the base" in drawn and ">-0.25</text>" in drawn
     one = charts.intervals([charts.Mark("a", "ar", [-0.5, -0.25, 0.0])], "t")
     line, interval = (path for path in one.split("<path") if "stroke" in path and "d=" in path and " L " in path)
     zero = float(line.split('d="M ')[1].split()[0])

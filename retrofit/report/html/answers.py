@@ -56,7 +56,7 @@ def losslessness(found: Data) -> str:
     rows, worst = [], []
     for kind in ("greedy", "sampled"):
         part = found[kind]
-        for way, counts in {**part["by_way"], "the original against itself": part["noise_floor"]}.items():
+        for way, counts in {**part["by_way"], "the base against itself": part["noise_floor"]}.items():
             texts = f"{number(counts['equal_texts'])} of {number(counts['texts'])}"
             bug = exactly(counts["bug"], short(counts["bug"]), "bad" if counts["bug"] else "")
             rows.append([tinted(way), kind, texts, bug, *(number(counts[name]) for name in ("near", "tie", "match"))])
@@ -69,7 +69,7 @@ def losslessness(found: Data) -> str:
          text(first["class"]), *(f"<code>{text(first[name])}</code>" for name in ("before", "expected", "got"))]
         for kind, first in worst
     ]  # fmt: skip
-    header = ["way", "", "prompt", "token", "ulp", "class", "after", "the original", "this"]
+    header = ["way", "", "prompt", "token", "ulp", "class", "after", "the base", "this"]
     return f"{shown}<h3>Where they differ most</h3>{table(header, cells)}"
 
 
@@ -81,12 +81,12 @@ def quality(found: Data) -> str:
         for one in found["tasks"] for mode, stat in one["modes"].items()
     ]  # fmt: skip
     header = [
-        *("task", "mode", "this", "the original", "difference", "its interval", "McNemar's p"),
-        *("only this is right", "only the original", "items", "measure"),
+        *("task", "mode", "this", "the base", "difference", "its interval", "McNemar's p"),
+        *("only this is right", "only the base", "items", "measure"),
     ]
     same = [
         paragraph(
-            f"Of {number(one['items'])} answers of {tinted(mode)} {number(one['equal'])} are the original's,"
+            f"Of {number(one['items'])} answers of {tinted(mode)} {number(one['equal'])} are the base's,"
             f" {number(one['by_rounding'])} differ by rounding, {number(one['other'])} otherwise."
         )
         for mode, one in found["answers"].items()
@@ -95,8 +95,8 @@ def quality(found: Data) -> str:
         [tinted(one["mode"]), text(one["task"]), text(one["item"]), _said(one["original"]), _said(one["answer"])]
         for one in found["differing"]
     ]
-    shown = table(["mode", "task", "item", "the original", "this"], differing)
-    answers = f"<h3>Answers that are not the original's</h3>{shown}" if shown else ""
+    shown = table(["mode", "task", "item", "the base", "this"], differing)
+    answers = f"<h3>Answers that are not the base's</h3>{shown}" if shown else ""
     return _drawn_quality(found) + table(header, rows) + "".join(same) + answers + left_out(found["skipped"])
 
 
@@ -115,5 +115,5 @@ def _drawn_quality(found: Data) -> str:
         Mark(mode, colour(mode), [stat["ci95"][0], stat["delta"], stat["ci95"][1]], mode == "ar")
         for mode, stat in modes.items() if stat["ci95"] is not None
     ]  # fmt: skip
-    said = "Share of tasks solved less that of the original, and how far chance may move it. Left of the line is worse."
-    return figures(drawing("Tasks solved, against the original", said, charts.intervals, between))
+    said = "Share of tasks solved less that of the base, and how far chance may move it. Left of the line is worse."
+    return figures(drawing("Tasks solved, against the base", said, charts.intervals, between))

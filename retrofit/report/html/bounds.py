@@ -39,7 +39,7 @@ def against(found: Data) -> str:
         *("way", "tokens/s", "time of transformers'", "tokens per forward", "forwards of a small model a token"),
         "texts equal",
     ]
-    said = f"Greedy, one prompt at a time; of the original's texts {percent(found['looping_share'])} loop."
+    said = f"Greedy, one prompt at a time; of the base's texts {percent(found['looping_share'])} loop."
     return _drawn_against(found) + table(header, rows) + paragraph(said) + left_out(found["skipped"])
 
 
@@ -80,13 +80,13 @@ def _drawn_limits(found: Data) -> str:
     first: Data = next(iter(found["oracle"]), {"by_candidates": [], "realised_tau": None, "temperature": 0})
     cycles = [Mark("decoding", "self-spec", [first["realised_tau"]])]
     cycles += [
-        Mark(f"an oracle over {short(held['candidates'])}", "original", [held["tokens_per_cycle"]], faint=True)
+        Mark(f"an oracle over {short(held['candidates'])}", "base", [held["tokens_per_cycle"]], faint=True)
         for held in first["by_candidates"]
     ]
     plain = [step for step in found["steps"] if step["way"] == "ar"]
     steps = [
         Mark("takes", "ar", [step["measured_ms"] for step in plain]),
-        Mark("at best", "original", [step["least_ms"] for step in plain], faint=True),
+        Mark("at best", "base", [step["least_ms"] for step in plain], faint=True),
     ]
     rows = [short(step["rows"]) for step in plain]
     return figures(

@@ -7,7 +7,7 @@ the screen.
 from __future__ import annotations
 
 COLOURS = {
-    "original": ("#646c75", "#9aa4af"),
+    "base": ("#646c75", "#9aa4af"),
     "ar": ("#2f6fb7", "#7fb3f0"),
     "self-spec": ("#1a7f4e", "#57c98f"),
     "diffusion": ("#a0439a", "#dd94d7"),
@@ -31,9 +31,8 @@ MODES = {
     "transformers_prompt_lookup": "lookup",
     "transformers lookup": "lookup",
     "diffusion": "diffusion",
-    "transformers": "original",
-    "original": "original",
-    "the original against itself": "original",
+    "transformers": "base",
+    "the base against itself": "base",
 }
 """Way of decoding -> the colour of its mode; prompt lookup has one of its own, for it drafts without the adapter."""
 WAYS = {
@@ -44,7 +43,7 @@ WAYS = {
     "hybrid": "self_spec, hybrid",
     "prompt_lookup": "prompt lookup",
     "diffusion": "diffusion",
-    "transformers": "the original, by transformers",
+    "transformers": "the base, by transformers",
     "transformers_prompt_lookup": "prompt lookup, by transformers",
     "transformers lookup": "prompt lookup, by transformers",
 }
@@ -56,7 +55,7 @@ MAIN = ("auto", "transformers")
 def colour(way: str) -> str:
     """The colour's name; of `fused, batch 8` and of `another artifact, fused` that of `fused`.
 
-    A model that drafts for the original (`transformers assisted=...`) has that of the original; a way that nobody
+    A model that drafts for the base (`transformers assisted=...`) has that of the base; a way that nobody
     knows has `ink`.
     """
     for name in (way, *way.split(", "), way.partition(" ")[0]):

@@ -191,7 +191,7 @@ def diffusion(found: Data) -> str:
     ]  # fmt: skip
     drawn = drawing(
         "What speed costs in agreement",
-        "Each point is a threshold, and what reaches it is kept; by default the original takes back what it finds too "
+        "Each point is a threshold, and what reaches it is kept; by default the base takes back what it finds too "
         "unlikely.  Further right are fewer forwards.",
         charts.curve, points, across="tokens per forward", up="agreement, %",
     )  # fmt: skip

@@ -24,21 +24,21 @@ MOST = 150_000
 """Letters of a section of which nobody said how it should look."""
 READ = {
     "losslessness": "Tokens by how far they fall short of the base's likeliest: <b>match</b>; <b>tie</b> and"
-    " <b>near</b>, which rounding explains; <b>bug</b>, which it does not. The original against itself is the noise"
+    " <b>near</b>, which rounding explains; <b>bug</b>, which it does not. The base against itself is the noise"
     " that everything else has to be held against.",
     "quality": "Every item was answered by both, so that differences are within items; McNemar's p is the chance that"
     " answers this different come from models as good.",
     "acceptance": "TPF is tokens per forward after the prompt, all kinds of forwards counted; tau is tokens per cycle"
     " of drafting and verifying. On text that loops any drafter looks brilliant, prompt lookup most of all.",
     "speed": "All ways took turns over the same prompts; times against others are medians within turns.",
-    "against": "The same prompts, decoded by others; forwards are those of the original's size.",
+    "against": "The same prompts, decoded by others; forwards are those of the base's size.",
     "break_even": "Up to which batch size a way is no slower than <code>ar</code> of the same engine.",
     "diffusion": "Agreement is the share of tokens that are the base's own first choice. It is not quality."
     " Here the base takes nothing back; by default it does, as where speed and quality are measured.",
 }
 """How to read a section.  HTML."""
 TILES = {
-    "equal_texts_share": "texts equal to the original's",
+    "equal_texts_share": "texts equal to the base's",
     "tpf": "tokens per forward",
     "speedup_batch_": "times as fast as plain decoding",
     "speedup_over_transformers_batch_": "times as fast as transformers",

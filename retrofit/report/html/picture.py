@@ -1,4 +1,4 @@
-"""The one picture of a report: tokens per second and tokens per forward of each mode, beside the original.
+"""The one picture of a report: tokens per second and tokens per forward of each mode, beside the base.
 
 It stands on top of the page, and as `report.svg` in a model card or a README.
 """
@@ -17,7 +17,7 @@ from retrofit.report.html.colours import MAIN, colour, variables
 from retrofit.report.html.words import clean, figure, figures, short
 
 Data = Mapping[str, Any]
-FASTEST = (("the original", "transformers"), ("ar", "ar"), ("self_spec", "auto"), ("diffusion", "diffusion"))
+FASTEST = (("the base", "transformers"), ("ar", "ar"), ("self_spec", "auto"), ("diffusion", "diffusion"))
 """A mode's name and the way of decoding that stands for it."""
 SURE = 0.9
 """Threshold of the sweep that is drawn."""
@@ -48,7 +48,7 @@ def picture(data: Data) -> str:
     """An SVG file that follows the screen it is shown on.  What cannot be drawn it says, and what to do about it."""
     found = data["sections"]["compared"].get("data", {})
     name = clean((found.get("artifact") or {}).get("name", "a live engine"), 60)
-    base = clean((found.get("base") or {}).get("model", "its original"), 60)
+    base = clean((found.get("base") or {}).get("model", "its base"), 60)
     machine = found.get("hardware", {})
     title, foot = (
         f"{name} beside {'its original' if name == base else base}",

@@ -130,7 +130,7 @@ def _assistant(setting: Setting, rival: Rival) -> PreTrainedModel:
     model.generation_config = GenerationConfig()
     own, other = (one.config.get_text_config().vocab_size for one in (subject.base(subject.dtype), model))
     if own != other:
-        raise RetrofitError(f"its vocabulary has {other} tokens and the original's {own}: it cannot draft for it")
+        raise RetrofitError(f"its vocabulary has {other} tokens and the base's {own}: it cannot draft for it")
     return model
 
 

@@ -30,6 +30,8 @@ from retrofit.recipes.dry_run.rehearsal import BASE, Rehearsal, rehearsal
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
 from retrofit.recipes.text.regenerate import BATCH
+from retrofit.recipes.training.clean.forward import clean_forward
+from retrofit.recipes.training.clean.pairs import TOKENS, fill, mean_hidden, vocabulary
 from retrofit.recipes.training.joint.trainer import JointTrainer, trainer_for
 from retrofit.recipes.training.measure import held_out_acceptance
 from retrofit.recipes.training.order import SHUFFLE_BUFFER
@@ -45,6 +47,7 @@ TEXT, FILES, CUDA = "text and tokenizer", "files in memory", "CUDA context (not 
 KEPT = "freed, not given back"
 
 LOADING, ATTACHING, BUFFERS = "loading the base", "attaching the adapter", "beginning a step"
+PAIRS = "beginning the Markov head"
 CLEAN_FORWARD, CLEAN_AGAIN, MERGING = "clean forward", "clean half, backward", "merging"
 FORWARD, CHUNKS, BACKWARD = "draft rows, forward", "loss, chunk by chunk", "draft rows, backward"
 ADDING, STEP = "adding up gradients", "optimizer step"
@@ -238,6 +241,9 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: st
     stage.label(BASE, attached.base_parameters())
     for group in trainer.optimizer.param_groups:
         group["foreach"] = kind != "cpu"  # PyTorch's choice: all parameters at once on a GPU
+    if plan.adapter.markov_init == "base" and plan.adapter.markov_rank:
+        stage.phase(PAIRS, OTHER)
+        _begin(plan, attached, backend)
     run, add_up = backend.run_trunk, trainer.set_gradients
 
     def added_up(*sums: Any) -> None:
@@ -266,6 +272,17 @@ def _rehearse(plan: Recipe, config: PreTrainedConfig, stage: Rehearsal, kind: st
         documents = windows_of(plan, backend.head.vocab, 0)[:1]
         held_out_acceptance(backend, attached, documents, plan.train.anchors, plan.train.seed)
     return attached, trainer
+
+
+def _begin(plan: Recipe, attached: Attached, backend: HFBackend) -> None:
+    """`begin_with_pairs` over all the text it reads, of which one window is run; each token in it is another one."""
+    states = clean_forward(backend, windows_of(plan, backend.head.vocab, 0)[:1])[1].float()
+
+    def hidden_states() -> tuple[Tensor, Tensor]:
+        windows = [torch.empty(TOKENS, states.shape[1])]  # all of them, before they are one tensor
+        return torch.zeros(TOKENS, dtype=torch.long), torch.cat(windows)
+
+    fill(attached.heads, vocabulary(backend.head), mean_hidden(*hidden_states()))
 
 
 def _with_phases(stage: Rehearsal, trainer: Trainer, run: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -60,6 +60,7 @@ def steps_down(plan: Recipe) -> list[list[Change]]:
         [_shorter(plan, n) for n in _halves(plan.data.max_length, floor)],
         [{"train.anchors": n} for n in _halves(train.anchors, LEAST_ANCHORS)],
         _ranks(plan),
+        [{"adapter.markov_init": "zero"}] if plan.adapter.markov_rank and plan.adapter.markov_init == "base" else [],
     ]
     return [kind for kind in kinds if kind]
 

@@ -5,6 +5,7 @@ import torch
 from small_recipe import SMALL
 from tiny_models import ARCHITECTURES, CONFIGS, CONTEXT, VOCABULARY, build
 from torch.profiler import ProfilerActivity, profile
+from training_pieces import document
 from transformers import AutoModelForCausalLM
 
 from retrofit.adapters.attach import attach, count
@@ -15,6 +16,7 @@ from retrofit.hub import Base
 from retrofit.recipes.dry_run import estimate
 from retrofit.recipes.dry_run.rehearsal import Holdings, rehearsal
 from retrofit.recipes.schema import load_recipe
+from retrofit.recipes.training.clean.pairs import begin_with_pairs
 from retrofit.recipes.training.joint.trainer import trainer_for
 from retrofit.recipes.training.prepare import attached_to
 from retrofit.runtime.rules.sampling import gumbel_noise
@@ -39,6 +41,10 @@ def real_peak(trainer, plan):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             trainer.gradients([batch])
         trainer.update()
+    return most_of(profiled)
+
+
+def most_of(profiled):
     total = most = 0
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -104,6 +110,23 @@ def test_training_the_base_along_is_rehearsed_too(name, weights, bare_heap):
     found = estimate.estimate(plan, CONFIGS[name]())
     assert found.parameters.trained == count(real_trainer(name, plan).trained)
     assert found.phases[estimate.MEASURING].holds[estimate.ORIGINAL] > 0
+
+
+def test_what_the_markov_head_begins_with_is_rehearsed(bare_heap, monkeypatch):
+    """Where that is most of it: many tokens, each another one."""
+    config, tokens = CONFIGS["llama"](), 2000
+    config.vocab_size = tokens + 1
+    plan = small("adapter.markov_rank=8")
+    monkeypatch.setattr(estimate, "TOKENS", tokens)
+    held = estimate.estimate(plan, config).phases[estimate.PAIRS].holds
+    attached, backend = attached_to(Base(AutoModelForCausalLM.from_config(config), None, "", None, None, {}), plan)
+    text = list(range(tokens + 1))
+    documents = [document(tuple(text[n : n + 101])) for n in range(0, tokens, 100)]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        begin_with_pairs(attached.heads, backend, documents)
+    assert held[estimate.OTHER] == pytest.approx(most_of(profiled), rel=0.1)
+    without = estimate.estimate(small("adapter.markov_init=zero"), config).phases
+    assert estimate.PAIRS not in without
 
 
 def test_recomputed_layers_take_less(bare_heap):

@@ -16,6 +16,7 @@ from retrofit.recipes.training.clean.pairs import (
     Vocabulary,
     begin_with_pairs,
     factors,
+    hidden_states,
     mean_hidden,
     vocabulary,
 )
@@ -44,7 +45,7 @@ def pairs(engine, text=TEXTS):
 def test_a_head_of_full_rank_begins_with_the_means(name):
     engine = engine_for(name, DraftLayout(4))
     head, documents = engine.backend.head, [document(tokens) for tokens in TEXTS]
-    tokens, mean, count = mean_hidden(engine.backend, documents)
+    tokens, mean, count = mean_hidden(*hidden_states(engine.backend, documents))
     expected, seen = pairs(engine)
     first, second = factors(mean, count, vocabulary(head), mean.shape[1])
     assert torch.equal(tokens, seen.nonzero()[:, 0]) and torch.equal(count, seen[tokens])

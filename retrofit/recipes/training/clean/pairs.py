@@ -60,21 +60,31 @@ class Vocabulary:
 @torch.no_grad()
 def begin_with_pairs(heads: Heads, backend: HFBackend, documents: Sequence[Document]) -> None:
     """Fill the Markov head; it stays as it is where there is no text, or no plain projection to the vocabulary."""
-    projection = vocabulary(backend.head)
     documents = [document for document in documents if len(document.tokens) > 1]
-    if heads.markov_w1 is None or heads.markov_w2 is None or projection is None or not documents:
+    if documents and heads.markov_w1 is not None:
+        fill(heads, vocabulary(backend.head), mean_hidden(*hidden_states(backend, documents)))
+
+
+def hidden_states(backend: HFBackend, documents: Sequence[Document]) -> tuple[Tensor, Tensor]:
+    """(tokens [N], the base's last hidden states at them [N, H]) of all but the first of each document, which sees
+    nothing before it."""
+    seen = torch.cat([torch.tensor(document.tokens[1:], device=backend.device) for document in documents])
+    return seen, torch.cat([clean_forward(backend, [document])[1][1:].float() for document in documents])
+
+
+@torch.no_grad()
+def fill(heads: Heads, projection: Vocabulary | None, means: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Put the best product into the head; means: as `mean_hidden` gives them."""
+    if heads.markov_w1 is None or heads.markov_w2 is None or projection is None:
         return
-    tokens_n, mean_nH, count_n = mean_hidden(backend, documents)
+    tokens_n, mean_nH, count_n = means
     first, second = factors(mean_nH, count_n, projection, heads.markov_w1.shape[1])
     heads.markov_w1.zero_()[tokens_n, : first.shape[1]] = first
     heads.markov_w2.zero_()[:, : second.shape[1]] = second
 
 
-def mean_hidden(backend: HFBackend, documents: Sequence[Document]) -> tuple[Tensor, Tensor, Tensor]:
+def mean_hidden(seen: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens [n] that the text has, [n, H] last hidden state at each beyond the mean over all, [n] how often)."""
-    # The first token of a text sees nothing before it.
-    seen = torch.cat([torch.tensor(document.tokens[1:], device=backend.device) for document in documents])
-    hidden = torch.cat([clean_forward(backend, [document])[1][1:].float() for document in documents])
     tokens_n, place, count = torch.unique(seen, return_inverse=True, return_counts=True)
     total_nH = hidden.new_zeros(len(tokens_n), hidden.shape[1]).index_add_(0, place, hidden)
     count_n = count.float()

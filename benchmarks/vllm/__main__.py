@@ -94,7 +94,7 @@ def without_server(subject: Subject) -> Part:
     options = ["--served-model-name", NAME, "--dtype", "float32", *SIZES, *INSIDE]
     commands = [
         plain(subject.base, "float32"),
-        words(subject.artifact, "vllm", options, base=None, offline=True),
+        words(subject.artifact, "vllm", options, base=None, offline=True)[0],
     ]
     own, drafted = (offline.answers(command, subject.prompts, subject.tokens) for command in commands)
     return identical(parity.equal({"offline": drafted}, {"offline": own}))

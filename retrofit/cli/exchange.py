@@ -14,7 +14,7 @@ from retrofit.cli.options import (
     base_option,
     loading_options,
     output_options,
-    say_plain,
+    say_other_precision,
 )
 from retrofit.cli.output import emit_json, quieten_hub, quieten_libraries, say
 from retrofit.cli.tables import facts, print_table
@@ -143,7 +143,7 @@ def export(folder: str, form: str, out: str, base: str | None, loading: Loading,
         emit_json({**asdict(exported), "folder": str(exported.folder)})
     else:
         click.echo(exported.folder)
-    say_plain(folder, loading.offline)
+    say_other_precision(exported.other_precision)
     say(exported.compared)
 
 

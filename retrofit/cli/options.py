@@ -16,7 +16,7 @@ import click
 from retrofit.cli.output import quieten_libraries, say
 from retrofit.errors import UsageError
 from retrofit.progress import silent
-from retrofit.quantised.methods import ASKED
+from retrofit.quantised.methods import ASKED, other_precision
 
 if TYPE_CHECKING:
     from retrofit.runtime.engine import Engine
@@ -100,35 +100,17 @@ class Loading:
         from retrofit import Engine
 
         engine = Engine.load(artifact, base=base, prefix_cache=self.prefix_cache, **self.keywords)
-        if (other := other_precision(engine)) is not None:
-            say(f"note: {other}")
+        assert engine.base is not None
+        say_other_precision(other_precision(engine.config["base"].get("quantization"), engine.base.precision))
         for setting in engine.not_honoured:
             say(f"note: of the base's generation_config {setting} is not followed")
         return engine
 
 
-def other_precision(engine: Engine) -> str | None:
-    """That the base is held in another precision than the adapter was trained on, if it is."""
-    assert engine.base is not None
-    trained, held = engine.config["base"].get("quantization"), engine.base.precision
-    if trained == held:
-        return None
-    return _of_two_precisions(trained, held)
-
-
-def say_plain(folder: str, offline: bool) -> None:
-    """Say that other programs hold the base's weights plain, where an artifact was trained on quantised ones."""
-    from retrofit.artifact.folder import read_config
-    from retrofit.sharing.pulling import local_folder
-
-    trained: str | None = read_config(local_folder(folder, offline))["base"].get("quantization")
-    if trained is not None and not trained.startswith("stored:"):
-        say(f"note: {_of_two_precisions(trained, None)}")
-
-
-def _of_two_precisions(trained: str | None, held: str | None) -> str:
-    told = [one or "plain weights" for one in (trained, held)]
-    return f"trained on {told[0]}, running on {told[1]}: texts are this base's own, and drafts may come true less often"
+def say_other_precision(found: str | None) -> None:
+    """Say what `other_precision` found, if anything."""
+    if found is not None:
+        say(f"note: {found}")
 
 
 def say_differences(engine: Engine, template: dict[str, Any] | None) -> None:

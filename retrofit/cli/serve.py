@@ -7,7 +7,7 @@ import shlex
 
 import click
 
-from retrofit.cli.options import CONTEXT, artifact_argument, base_option, output_options, say_plain
+from retrofit.cli.options import CONTEXT, artifact_argument, base_option, output_options, say_other_precision
 from retrofit.cli.output import emit_json, quieten_libraries, say
 
 ENGINES = ["vllm", "sglang"]
@@ -41,8 +41,8 @@ def serve(
     quieten_libraries()
     from retrofit.serving.starting import words
 
-    found = words(folder, engine, options, base=base, offline=offline)
-    say_plain(folder, offline)
+    found, other_precision = words(folder, engine, options, base=base, offline=offline)
+    say_other_precision(other_precision)
     if only_print or engine == "sglang":
         if as_json:
             emit_json(found)

@@ -23,6 +23,7 @@ from retrofit.errors import UsageError
 from retrofit.exporting import peft_folder, transformers_folder, uno
 from retrofit.hub import Base, load_base, resolved_device
 from retrofit.runtime.loading import check_same_base
+from retrofit.quantised.methods import other_precision
 from retrofit.sharing.pulling import local_folder
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder that was written.  compared: what was found when it was read back."""
+    """A folder that was written.  compared: what was found when it was read back; other_precision: what is to be said
+    where that base was held otherwise than the adapter was trained."""
 
     folder: Path
     format: str
@@ -63,6 +65,7 @@ def export(
     dtype: str = "float32",
     offline: bool = False,
     trust_remote_code: bool = False,
+    other_precision: str | None
 ) -> Exported:
     """Write an artifact as a folder of another format, a key of FORMATS, and try it out.
 
@@ -93,7 +96,8 @@ def export(
         need_tokenizer=False,
     )
     check_same_base(loaded, read)
-    return Exported(out, format, _written(out, files(read, _called(read)), compare, loaded, read))
+    compared = _written(out, files(read, _called(read)), compare, loaded, read)
+    return Exported(out, format, compared, other_precision(named.get("quantization"), loaded.precision))
 
 
 def _called(read: Artifact) -> str:

@@ -97,6 +97,17 @@ def precision_of(config: Any, kind: str | None) -> str | None:
     return f"stored: {method}" + (", unpacked" if method in UNPACKED else "")
 
 
+def other_precision(trained: str | None, held: str | None) -> str | None:
+    """What is to be said where a base is held in another precision than its adapter was trained on, if it is.
+
+    Both as `precision_of` has them.
+    """
+    if trained == held:
+        return None
+    told = [one or "plain weights" for one in (trained, held)]
+    return f"trained on {told[0]}, running on {told[1]}: texts are this base's own, and drafts may come true less often"
+
+
 def resolved(asked: str, trained: Mapping[str, Any]) -> str | None:
     """What the linear layers are to be held in.  trained: `base` of `retrofit.json`.  Raises UsageError."""
     if asked not in ASKED:

@@ -9,6 +9,7 @@ from retrofit.artifact.engines import refuse_unfit
 from retrofit.gguf_files import is_gguf
 from retrofit.hub import load_base
 from retrofit.named_bases import EMBEDDED, embedded_folder
+from retrofit.quantised.methods import KINDS, other_precision
 from retrofit.runtime.loading import check_same_base
 from retrofit.serving import sglang
 from retrofit.serving.unpacking import unpacked
@@ -17,8 +18,10 @@ from retrofit.serving.vllm.versions import check, installed
 from retrofit.sharing.pulling import local_folder
 
 
-def words(name: str, engine: str, options: Sequence[str], *, base: str | None, offline: bool) -> list[str]:
-    """The command that serves an artifact, as a list of words.
+def words(
+    name: str, engine: str, options: Sequence[str], *, base: str | None, offline: bool
+) -> tuple[list[str], str | None]:
+    """The command that serves an artifact, as a list of words, and what is to be said of the base's precision.
 
     name: its folder, or OWNER/NAME on the Hub.  engine: vllm or sglang.  options: of the engine.  base: in place of the
     one the artifact names.
@@ -29,10 +32,11 @@ def words(name: str, engine: str, options: Sequence[str], *, base: str | None, o
     refuse_unfit(name, artifact.config, engine)
     named, block = artifact.config["base"], artifact.config["draft"]["block"]
     place = base or artifacts.base_of(artifact.folder, artifact.config)
-    revision = None if base else named["revision"]
+    revision, trained = None if base else named["revision"], named.get("quantization")
     if engine == "sglang":
         model = str(embedded_folder()) if place == EMBEDDED else place  # a name that only retrofit has
-        return sglang.command(model, revision, block, options)
+        held = None if trained in KINDS else trained  # what its files are, which nobody opens here
+        return sglang.command(model, revision, block, options), other_precision(trained, held)
     check(installed())
     loaded = load_base(place, revision, offline=offline, with_model=False)
     check_same_base(loaded, artifact)
@@ -40,4 +44,5 @@ def words(name: str, engine: str, options: Sequence[str], *, base: str | None, o
     called = artifacts.published_name(named)
     if artifact.config["profile"] == "joint":  # served is its own model, and requests name the artifact
         called = artifact.folder.resolve().name
-    return vllm.command(artifact.folder.absolute(), str(folder), called, block, options)
+    command = vllm.command(artifact.folder.absolute(), str(folder), called, block, options)
+    return command, other_precision(trained, loaded.precision)

@@ -177,6 +177,8 @@ def test_an_adapter_runs_on_another_precision_of_its_base(tmp_path: Path) -> Non
         assert len(quantised_layers(engine.attached.model)) == 14
         found = compare_base(engine.attached.model, stored, engine.base.precision)
         assert found["compared"] == found["tensors"] and not found["changed"]
+    exported = run("export", artifact, "--format", "peft", "-o", tmp_path / "peft", "--base", stored)
+    assert "trained on plain weights, running on stored: bitsandbytes int8" in exported.stderr, exported.stderr
     other = save_base(tmp_path / "other", seed=1)
     in_int8(other, "SCB", most=1)
     declare(other, quant_method="bitsandbytes", load_in_8bit=True, load_in_4bit=False)

@@ -1,10 +1,11 @@
 """`retrofit export`: each format is whole, read back and compared, or not there at all."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from artifact_folders import FULL, contents, failing
+from artifact_folders import FULL, contents, failing, trained_on
 from commands import done, refused, run
 from peft import PeftConfig, PeftModel
 from saved import ADAPTER, BLOCKS_OF_4, save_artifact
@@ -65,15 +66,18 @@ def test_transformers_gets_what_its_code_reads(made, tmp_path):
 
 
 def test_a_base_that_was_quantised_in_training_is_said_to_be_plain(made, tmp_path):
-    read = artifacts.read(made)
-    base = {**read.config["base"], "quantization": "nf4"}
-    artifacts.write(
-        tmp_path / "few-bits", config={**read.config, "base": base}, recipe_yaml="profile: frozen\n", card="# It\n",
-        adapter_config=read.adapter_config, adapter_state=read.adapter_state, heads=read.heads,
-    )  # fmt: skip
+    trained_on("nf4", tmp_path / "few-bits", made)
     for folder, told in ((tmp_path / "few-bits", True), (made, False)):
         found = run("export", folder, "--format", "peft", "-o", tmp_path / f"peft-{told}")
         assert ("trained on nf4, running on plain weights" in found.stderr) is told and found.exit_code == 0
+
+
+def test_a_base_that_comes_in_few_bits_is_said_too(made, base, tmp_path, monkeypatch):
+    right = exporting.load_base
+    monkeypatch.setattr(exporting, "load_base", lambda *a, **b: replace(right(*a, **b), precision="stored: fp8"))
+    assert export(made, "peft", tmp_path / "peft", base=str(base)).other_precision.startswith(
+        "trained on plain weights, running on stored: fp8"
+    )
 
 
 def test_an_adapter_that_peft_scales_otherwise_is_found(made, tmp_path, monkeypatch):

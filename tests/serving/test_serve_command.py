@@ -7,13 +7,15 @@ import sys
 from itertools import pairwise
 
 import pytest
-from artifact_folders import CONFIG, write
+from artifact_folders import CONFIG, trained_on, write
 from commands import refused, run
 
 from retrofit.artifact import engines
 from retrofit.errors import ResourceError, UnsupportedModelError, UsageError
 from retrofit.named_bases import embedded_folder
+from retrofit.serving import starting
 from retrofit.serving.vllm import plugin, versions
+from retrofit.sharing.pulling import local_folder
 
 pytestmark = pytest.mark.usefixtures("somewhere")
 
@@ -38,6 +40,17 @@ def test_the_command_names_base_artifact_and_drafter(made, base):
     assert json.loads(told["--additional-config"]) == {plugin.KEY: str(made)}
     assert json.loads(told["--speculative-config"])["num_speculative_tokens"] == block + 1
     assert words[-4:] == ["--port", "8001", "--served-model-name", "mine"]
+
+
+@pytest.mark.usefixtures("known_vllm")
+def test_another_precision_of_the_base_is_said_and_the_artifact_read_once(made, tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr(starting, "local_folder", lambda *named: reads.append(named) or local_folder(*named))
+    monkeypatch.setattr("retrofit.sharing.pulling.local_folder", reads.append)
+    for folder, told in ((trained_on("nf4", tmp_path / "few-bits", made), True), (made, False)):
+        result = serve(folder)
+        assert ("trained on nf4, running on plain weights" in result.stderr) is told and result.exit_code == 0
+    assert len(reads) == 2
 
 
 @pytest.mark.usefixtures("known_vllm")
@@ -105,7 +118,7 @@ def test_sglangs_command(tmp_path, base):
     artifact = write(tmp_path / "uno", config=config)
     assert "--uno-lora-path is missing" in refused(run("serve", artifact, "--engine", "sglang"), 2)
     result = run("serve", artifact, "--engine", "sglang", "--uno-lora-path", "out", "--port", "1")
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 0 and "running on" not in result.stderr, result.stderr
     assert result.stdout.split()[1:] == [
         *(
             "-m",

@@ -54,6 +54,16 @@ def write(folder, seed=0, **changes):
     return artifact.write(folder, **{**arguments, **changes})
 
 
+def trained_on(precision, folder, made):
+    """An artifact like another, that says it was trained on a base held so."""
+    read = artifact.read(made)
+    return artifact.write(
+        folder, config={**read.config, "base": {**read.config["base"], "quantization": precision}},
+        recipe_yaml="profile: frozen\n", card="# It\n", adapter_config=read.adapter_config,
+        adapter_state=read.adapter_state, heads=read.heads,
+    )  # fmt: skip
+
+
 def certify(folder, ok=True, **more):
     """Put a certificate for what is in the folder there."""
     content = {"ok": ok, "level": "quick", "manifest_sha256": sha256(folder / artifact.MANIFEST), **more}

@@ -206,7 +206,7 @@ def test_a_report_is_held_beside_its_own_model_and_says_how_far_that_drifted(
     same, *_, drifted = report.data["verdict"]["lines"]
     assert same.startswith("It answers as its own model does") and "the original" not in same
     assert not any("original" in gate["says"] for gate in report.data["verdict"]["gates"])
-    assert f"from LlamaForCausalLM it drifted: KL {drift['kl']:.4f} nats per token" in drifted
+    assert f"From LlamaForCausalLM, the original, it drifted: KL {drift['kl']:.4f} nats per token" in drifted
     for page in (report.markdown, report.html):
         assert f"KL {drift['kl']:.4f} nats per token" in page
 
@@ -227,7 +227,7 @@ def test_vllm_serves_its_own_model_by_the_artifacts_name(
 ) -> None:
     _, folder = straight
     monkeypatch.setattr("retrofit.serving.starting.installed", lambda: "0.32.0")
-    words = starting.words(str(folder), "vllm", ["--port", "1"], base=None, offline=True)
+    words, _ = starting.words(str(folder), "vllm", ["--port", "1"], base=None, offline=True)
     assert words[words.index("serve") + 1] == str(folder / "model")
     assert words[words.index("--served-model-name") + 1] == "out"
 

@@ -21,8 +21,17 @@ WANTED: dict[str, dict[str, Any]] = {
         "adapter.markov_rank": 0,
         "adapter.confidence": False,
     },
+    "nemotron": {
+        "draft.input": "mask",
+        "draft.attention": "bidirectional",
+        "draft.shift": 0,
+        "draft.seed_row": "draft",
+        "adapter.markov_rank": 0,
+        "adapter.confidence": False,
+    },
 }
-"""Engine -> recipe key -> the one value it can draft with.  Of SGLang: its UNO, sgl-project/sglang#37667."""
+"""Engine -> recipe key -> the one value it can draft with.  Of SGLang: its UNO, sgl-project/sglang#37667; of Nemotron,
+which is no engine: what reads checkpoints of Nemotron-Labs-Diffusion."""
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Bases whose vLLM model was read: decoders with full attention in every layer, embeddings that are not scaled, and

@@ -22,7 +22,7 @@ from retrofit.cli.tables import facts, print_table
 if TYPE_CHECKING:
     from retrofit.sharing.pushing import Pushed
 
-FORMATS = ["peft", "uno", "transformers"]
+FORMATS = ["peft", "uno", "nemotron", "transformers"]
 STYLES = ["uno", "nemotron"]
 
 
@@ -107,9 +107,17 @@ def _outcome(pushed: Pushed, dry_run: bool) -> str:
 @click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="What is to read it; see above.")
 @click.option("-o", "--out", metavar="FOLDER", required=True, help="A new folder.")
 @base_option
+@click.option(
+    "--mask-token",
+    metavar="ID|TEXT",
+    help="Of nemotron: token that becomes the mask; no text may have it.  "
+    "[default: one that the tokenizer does not have]",
+)
 @loading_options
 @output_options
-def export(folder: str, form: str, out: str, base: str | None, loading: Loading, as_json: bool) -> None:
+def export(
+    folder: str, form: str, out: str, base: str | None, mask_token: str | None, loading: Loading, as_json: bool
+) -> None:
     """Write ARTIFACT as a folder for other programs.
 
     ARTIFACT is a folder, smollm2-135m, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, which is pulled.
@@ -117,6 +125,7 @@ def export(folder: str, form: str, out: str, base: str | None, loading: Loading,
     \b
     peft            the adapter as a plain PEFT folder; it acts when told to
     uno             for SGLang's --uno-lora-path, with the command that starts it; recipes like `uno` only
+    nemotron        with its base, as a checkpoint of Nemotron-Labs-Diffusion; recipes like `nemotron` only
     transformers    for generate(custom_generate=FOLDER, ...), where retrofit is not installed
 
     The folder is read back by PEFT or transformers and compared with the artifact, on its base, before it is there;
@@ -134,6 +143,7 @@ def export(folder: str, form: str, out: str, base: str | None, loading: Loading,
         form,
         out,
         base=base,
+        mask_token=mask_token,
         device=loading.device,
         dtype=loading.dtype or "float32",
         offline=loading.offline,

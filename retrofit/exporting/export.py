@@ -2,6 +2,7 @@
 
     peft            a plain PEFT folder
     uno             one that SGLang's `--uno-lora-path` loads, with the command that starts it
+    nemotron        adapter and base as a checkpoint of Nemotron-Labs-Diffusion
     transformers    `model.generate(custom_generate=FOLDER, ...)`, where retrofit is not installed
 
 A folder is written beside its place, read back by what is to read it, compared with the artifact, and then renamed:
@@ -20,28 +21,39 @@ from retrofit.artifact.beside import beside
 from retrofit.artifact.files import disk, sync_folder, write_file
 from retrofit.artifact.tensors import pieces
 from retrofit.errors import UsageError
-from retrofit.exporting import peft_folder, transformers_folder, uno
+from retrofit.exporting import nemotron, peft_folder, transformers_folder, uno
 from retrofit.hub import Base, load_base, resolved_device
-from retrofit.runtime.loading import check_same_base
 from retrofit.quantised.methods import other_precision
+from retrofit.runtime.loading import check_same_base
 from retrofit.sharing.pulling import local_folder
 
 if TYPE_CHECKING:
     from retrofit.artifact.folder import Artifact
 
 
+class Named(NamedTuple):
+    """What a folder is made of besides the artifact.  called: what the base is called in it."""
+
+    base: Base
+    called: str
+    mask_token: int | str | None
+
+
 class Format(NamedTuple):
     """What is in a folder, which artifacts it is not for, and how it is tried out."""
 
-    files: Callable[[Artifact, str], Mapping[str, peft_folder.Content]]
+    files: Callable[[Artifact, Named], Mapping[str, peft_folder.Content]]
     compare: Callable[[Path, Base, Artifact], str]
     refuse_unfit: Callable[[Artifact], None] | None = None
 
 
 FORMATS = {
-    "peft": Format(peft_folder.files, peft_folder.compare),
-    "uno": Format(uno.files, uno.compare, uno.refuse_unfit),
-    "transformers": Format(transformers_folder.files, transformers_folder.compare),
+    "peft": Format(lambda read, named: peft_folder.files(read, named.called), peft_folder.compare),
+    "uno": Format(lambda read, named: uno.files(read, named.called), uno.compare, uno.refuse_unfit),
+    "nemotron": Format(lambda read, named: nemotron.files(read, *named), nemotron.compare, nemotron.refuse_unfit),
+    "transformers": Format(
+        lambda read, named: transformers_folder.files(read, named.called), transformers_folder.compare
+    ),
 }
 
 
@@ -53,6 +65,7 @@ class Exported:
     folder: Path
     format: str
     compared: str
+    other_precision: str | None
 
 
 def export(
@@ -61,22 +74,25 @@ def export(
     out: str | Path,
     *,
     base: str | None = None,
+    mask_token: int | str | None = None,
     device: str = "auto",
     dtype: str = "float32",
     offline: bool = False,
     trust_remote_code: bool = False,
-    other_precision: str | None
 ) -> Exported:
     """Write an artifact as a folder of another format, a key of FORMATS, and try it out.
 
-    artifact: its folder, or OWNER/NAME on the Hub.  base: in place of the one it names.  device, dtype: where and in
-    which type the base is held while the folder is tried out.
+    artifact: its folder, or OWNER/NAME on the Hub.  base: in place of the one it names.  mask_token: of nemotron, id or
+    text of the token that becomes the mask; None takes one that the tokenizer does not have.  device, dtype: where and
+    in which type the base is held while the folder is tried out.
     Raises UsageError for a folder that is not empty and, naming all that is to be changed, for an artifact that the
-    format cannot express; GateError where what was written does not do what the artifact does; and what `Engine.load`
-    raises.  None of them leaves anything behind.
+    format cannot express; UnsupportedModelError for such a base; GateError where what was written does not do what the
+    artifact does; and what `Engine.load` raises.  None of them leaves anything behind.
     """
     if format not in FORMATS:
         raise UsageError(f"format {format!r} does not exist", f"it is one of {', '.join(FORMATS)}")
+    if mask_token is not None and format != "nemotron":
+        raise UsageError(f"a mask token is given, and the format {format} has none", "leave it out")
     files, compare, refuse_unfit = FORMATS[format]
     out = Path(out)
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -96,7 +112,7 @@ def export(
         need_tokenizer=False,
     )
     check_same_base(loaded, read)
-    compared = _written(out, files(read, _called(read)), compare, loaded, read)
+    compared = _written(out, files(read, Named(loaded, _called(read), mask_token)), compare, loaded, read)
     return Exported(out, format, compared, other_precision(named.get("quantization"), loaded.precision))
 
 

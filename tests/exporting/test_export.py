@@ -81,8 +81,8 @@ def test_a_base_that_comes_in_few_bits_is_said_too(made, base, tmp_path, monkeyp
 
 
 def test_an_adapter_that_peft_scales_otherwise_is_found(made, tmp_path, monkeypatch):
-    def scaled(artifact, model):
-        content = peft_folder.files(artifact, model)
+    def scaled(artifact, named):
+        content = peft_folder.files(artifact, named.called)
         config = json.loads(content["adapter_config.json"])
         return {**content, "adapter_config.json": json.dumps(config | {"lora_alpha": 3.0}).encode()}
 
@@ -93,8 +93,8 @@ def test_an_adapter_that_peft_scales_otherwise_is_found(made, tmp_path, monkeypa
 
 
 def test_tensors_that_are_not_the_artifacts_are_found(made, tmp_path, monkeypatch):
-    def other(artifact, model):
-        content = peft_folder.files(artifact, model)
+    def other(artifact, named):
+        content = peft_folder.files(artifact, named.called)
         state = content["adapter_model.safetensors"]
         return {**content, "adapter_model.safetensors": {name: tensor * 0 for name, tensor in state.items()}}
 
@@ -138,9 +138,9 @@ def test_bad_input_is_one_clear_error(made, tmp_path, arguments, code, problem):
 
 
 def test_a_format_that_there_is_not(made, tmp_path):
-    with pytest.raises(UsageError, match="'nemotron' does not exist") as error:
-        export(made, "nemotron", tmp_path / "out")
-    assert error.value.hint == "it is one of peft, uno, transformers"
+    with pytest.raises(UsageError, match="'gguf' does not exist") as error:
+        export(made, "gguf", tmp_path / "out")
+    assert error.value.hint == "it is one of peft, uno, nemotron, transformers"
 
 
 def test_keys_that_turn_by_the_length_of_the_text_are_refused(tmp_path):

@@ -190,9 +190,17 @@ def base_of(folder: str | Path, config: Mapping[str, Any]) -> str:
     Raises UsageError where the artifact was made of a folder or file that is not here, ArtifactError for a local.json
     that is none.
     """
-    named = config["base"]
     if config["profile"] == "joint":
         return str(Path(folder) / MODEL)
+    return original_of(folder, config)
+
+
+def original_of(folder: str | Path, config: Mapping[str, Any]) -> str:
+    """The model that was converted, as one loads it here: the base, unless that was trained along.
+
+    Raises what `base_of` raises.
+    """
+    named = config.get("original", config["base"])
     if named.get("local") is not True:
         return published_name(named)
     path = Path(folder) / LOCAL

@@ -19,12 +19,15 @@ from torch import Tensor
 from retrofit.adapters.attach import Attached
 from retrofit.artifact import folder as artifact
 from retrofit.artifact.files import check_parent
+from retrofit.artifact.own import told
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.hub import Base, resolved_device
-from retrofit.recipes.origin import Origin, fill, other_keys, plan_of, read
+from retrofit.recipes.origin import Origin, fill, other_keys, plan_of, read, refuse_another_original
+from retrofit.recipes.own_model import OwnModel, measured_model
 from retrofit.recipes.publish import publish
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.reading import text_of
+from retrofit.recipes.training.joint.weights import BaseWeights
 from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance, in_line
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
 from retrofit.runtime.backends.hf.backend import HFBackend
@@ -62,14 +65,15 @@ def average(
     for other in origins[1:]:
         _refuse_another(origins[0], other)
     plan = resolve(base, plan_of(origins[0], base, overrides))
+    _refuse_checkpoints(origins, plan)
     loaded = open_base(None, plan, resolved_device(device), offline, trust_remote_code)
     plan = plan.model_copy(update={"base": plan.base.model_copy(update={"model": loaded.name})})
     _refuse_another_base(origins[0], loaded)
     attached, backend = attached_to(loaded, plan)
     try:
-        measured, taus = _filled(plan, loaded, attached, backend, origins, shares, offline, say)
+        measured, taus, own = _filled(plan, loaded, attached, backend, origins, shares, offline, say)
         averaged = [_recorded(*one) for one in zip(origins, shares, taus, strict=True)]
-        publish(out, plan, loaded, attached, measured, {}, origin={"averaged": averaged}, overwrite=overwrite)
+        publish(out, plan, loaded, attached, measured, {}, origin={"averaged": averaged}, own=own, overwrite=overwrite)
     finally:
         backend.close()
     return artifact.read(out)
@@ -89,17 +93,9 @@ def _shares(sources: Sequence[str | Path], weights: Sequence[float] | None) -> l
 
 
 def _refuse_another(first: Origin, other: Origin) -> None:
-    """Raises ArtifactError for one of another base, adapter or layout, naming all that is otherwise, UsageError for the
-    profile `joint`."""
-    for origin in (first, other):
-        if origin.profile == "joint":
-            raise UsageError(
-                f"{origin.folder} is of the profile joint: it drafts for a model of its own, so there is no base that "
-                "a mean with another could be for",
-                "average artifacts or checkpoints of the profile frozen",
-            )
-    told = []
-    if (field := same_base(first.fingerprint, other.fingerprint)) is not None:
+    """Raises ArtifactError for one of another base, profile, adapter or layout, naming all that is otherwise."""
+    told = [] if first.profile == other.profile else [f"profile ({other.profile}, there {first.profile})"]
+    if (field := same_base(first.original, other.original)) is not None:
         told.append(f"the {field} of its base {other.base}")
     for section, one, two in (("adapter", first.adapter, other.adapter), ("draft", first.draft, other.draft)):
         told += [f"{section}.{key} ({two.get(key)}, there {one[key]})" for key in other_keys(one, two)]
@@ -110,9 +106,25 @@ def _refuse_another(first: Origin, other: Origin) -> None:
         raise ArtifactError(problem, "average what was trained on one base with one adapter and layout")
 
 
+def _refuse_checkpoints(origins: Sequence[Origin], plan: Recipe) -> None:
+    """Raises UsageError for checkpoints of the profile `joint`, and where the recipe is to have another profile."""
+    for origin in origins:
+        if origin.profile == "joint" and origin.artifact is None:
+            raise UsageError(
+                f"{origin.folder} is a checkpoint of the profile joint, which has no model of its own yet",
+                "name the artifact that comes of it",
+            )
+    if plan.profile != origins[0].profile:
+        raise UsageError(
+            f"profile is {plan.profile}, and what is averaged is of the profile {origins[0].profile}", "leave it out"
+        )
+
+
 def _refuse_another_base(first: Origin, base: Base) -> None:
-    """Raises ArtifactError."""
-    field = same_base(first.fingerprint, base.fingerprint)
+    """Raises ArtifactError, and for the profile `joint` UsageError."""
+    if first.profile == "joint":
+        refuse_another_original(first, base)
+    field = same_base(first.original, base.fingerprint)
     if field is not None:
         problem = f"{base.name} differs in its {field} from {first.base}, which {first.folder} was trained on"
         raise ArtifactError(problem, "name that with --base; another one is for `retrofit convert BASE --from`")
@@ -127,8 +139,11 @@ def _filled(
     shares: Sequence[float],
     offline: bool,
     say: Say,
-) -> tuple[HeldOut | None, list[float | None]]:
-    """Put the mean into the adapter; returns what was measured of it, and the tau of each one, None where not."""
+) -> tuple[HeldOut | None, list[float | None], OwnModel | None]:
+    """Put the mean into the adapter, and into the base where that was trained along.
+
+    Returns what was measured of it, the tau of each one, None where not, and the model that the base then is.
+    """
     held_out = text_of(plan, base, attached, backend, offline=offline).held_out(MEASURED)
 
     def measured(name: str) -> tuple[HeldOut | None, float | None]:
@@ -139,13 +154,22 @@ def _filled(
         say(f"{name}: {'not measured' if figures is None else in_line(figures)}")
         return found, None if figures is None else figures["tau"]
 
-    taus, mean = [], [torch.zeros_like(p, dtype=torch.float64) for p in attached.parameters()]
+    along = _base_weights(plan, attached, backend)
+    parts = [*attached.parameters(), *(() if along is None else along.trained.values())]
+    taus, mean = [], [torch.zeros_like(p, dtype=torch.float64) for p in parts]
     for origin, share in zip(origins, shares, strict=True):
         fill(attached, origin)
+        if along is not None:
+            along.begin_with(origin.own_state())
         taus.append(measured(str(origin.folder))[1])
-        for total, parameter in zip(mean, attached.parameters(), strict=True):
+        for total, parameter in zip(mean, parts, strict=True):
             total += share * parameter.detach().double()
-    _put(attached.parameters(), mean)
+    _put(parts, mean)
+    own = None
+    if along is not None:
+        along.follow()
+        own = measured_model(backend, along, base, plan, held_out, None)
+        say(f"drift from {base.name}: {told(own.drift)}")
     attached.round_to(getattr(torch, plan.adapter.dtype))
     found, tau = measured("their mean")
     if found is not None:
@@ -153,7 +177,15 @@ def _filled(
     best = max((one for one in taus if one is not None), default=None)
     if tau is not None and best is not None and round(tau, 3) < round(best, 3):
         say(f"note: the mean drafts worse than the best of them alone (tau {tau:.3f} and {best:.3f})")
-    return found, taus
+    return found, taus, own
+
+
+def _base_weights(plan: Recipe, attached: Attached, backend: HFBackend) -> BaseWeights | None:
+    """All weights of the base, to be moved beside the original's; None in the profile `frozen`."""
+    if plan.profile == "frozen":
+        return None
+    every = plan.joint.model_copy(update={"weights": "full", "gated": True})
+    return BaseWeights(attached, backend, plan.model_copy(update={"joint": every}))
 
 
 @torch.no_grad()

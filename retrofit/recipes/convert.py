@@ -42,7 +42,7 @@ from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.clean.pairs import TOKENS, begin_with_pairs
 from retrofit.recipes.training.interrupts import Interrupts
 from retrofit.recipes.training.joint.drift import with_drift
-from retrofit.recipes.training.joint.trainer import JointTrainer, trainer_for
+from retrofit.recipes.training.joint.trainer import JointTrainer
 from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance, in_line
 from retrofit.recipes.training.order import Order
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
@@ -157,7 +157,7 @@ def _attached_for(
     attached, backend = attached_to(base, plan)
     try:
         if origin is not None:
-            origins.fill(attached, origin)
+            origins.begin(attached, origin, plan, base)
         if processes is not None and processes.sharded:
             shard(attached, backend, processes)
         yield attached, backend
@@ -260,7 +260,7 @@ def _session(job: _Job, interrupts: Interrupts, held_out: list[Document], text: 
         whole=plan.data.responses == "keep",
         first=0 if job.origin is None else job.origin.epochs,
     )
-    trainer = trainer_for(attached, job.backend, plan, job.processes)
+    trainer = origins.trainer_from(job.origin, attached, job.backend, plan, job.processes)
     probe = live_probe(plan, held_out, job.backend, attached, job.base.tokenizer, job.processes)
     if isinstance(trainer, JointTrainer) and probe is not None:
         most = plan.joint.max_drift

@@ -23,12 +23,18 @@ from transformers import PreTrainedModel
 from retrofit.adapters.attach import NAME, Attached
 from retrofit.artifact import folder as artifact
 from retrofit.artifact.files import sha256
+from retrofit.artifact.own import MODEL
 from retrofit.artifact.safety import load_json
 from retrofit.errors import ArtifactError, UsageError
-from retrofit.hub import Base
+from retrofit.hub import Base, load_base
 from retrofit.recipes.naming import placed_source
+from retrofit.recipes.processes import Processes
 from retrofit.recipes.schema import FIELDS, Recipe, load_recipe
 from retrofit.recipes.training import checkpoint
+from retrofit.recipes.training.joint.trainer import JointTrainer, trainer_for
+from retrofit.recipes.training.session import ORIGIN
+from retrofit.recipes.training.step import Trainer
+from retrofit.runtime.backends.hf.backend import HFBackend
 from retrofit.sharing.pulling import local_folder
 from retrofit.weight_files import same_base
 
@@ -63,7 +69,19 @@ class Origin:
 
     @property
     def profile(self) -> str:
-        return "frozen" if self.artifact is None else str(self.artifact.config["profile"])
+        if self.artifact is not None:
+            return str(self.artifact.config["profile"])
+        assert self.checkpoint is not None
+        return str(self.checkpoint.state["settings"]["profile"])
+
+    @property
+    def original(self) -> dict[str, str | None]:
+        """Fingerprint of the model that was converted: its base's, unless that was trained along."""
+        if self.artifact is None:
+            return self.fingerprint
+        config = self.artifact.config
+        found: dict[str, str | None] = config.get("original", config["base"])["fingerprint"]
+        return found
 
     @property
     def precision(self) -> str | None:
@@ -82,6 +100,11 @@ class Origin:
         assert self.artifact is not None
         adapter = {FACTOR.sub(rf"\1.{NAME}.weight", name): t for name, t in self.artifact.adapter_state.items()}
         return adapter | {f"heads.{name}": t for name, t in self.artifact.heads.items() if name != TEMPERATURE}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The weights of the model that an artifact has of its own, by their names in it."""
+        state: dict[str, Tensor] = load_base(str(self.folder / MODEL), offline=True).model.state_dict()
+        return state
 
     def temperature(self) -> Tensor | None:
         """[2, drafts] of the confidence head; a checkpoint has none yet."""
@@ -134,9 +157,10 @@ def _of_artifact(found: artifact.Artifact) -> Origin:
 
 def _of_checkpoint(found: checkpoint.Checkpoint) -> Origin:
     settings = found.state["settings"]
-    if settings["profile"] == "joint":
+    whole = settings["profile"] == "frozen" or (settings["joint.weights"] == "full" and settings["joint.gated"])
+    if ORIGIN in settings and not whole:
         raise UsageError(
-            f"{found.folder} is a checkpoint of the profile joint, whose weights of the base belong to its run alone",
+            f"{found.folder} is of a conversion that began with another artifact, and holds what changed since alone",
             "run its own `retrofit convert` again, which goes on from it; or name the artifact that comes of it",
         )
 
@@ -167,11 +191,11 @@ def plan_of(
     given = overrides.items() if isinstance(overrides, Mapping) else overrides
     given = [overrides] if isinstance(overrides, str) else given
     own = _settings(origin)
+    name = "default" if origin.artifact is None else origin.folder / artifact.RECIPE
     if isinstance(model, str):
         own |= {"base.model": model, "base.revision": None}
     elif model is None and origin.artifact is not None:
-        own["base.model"] = _base_here(origin)
-    name = "default" if origin.artifact is None else origin.folder / artifact.RECIPE
+        own["base.model"] = _base_here(origin, load_recipe(name, [*own.items(), *given]).profile)
     return load_recipe(name, [*own.items(), *given])
 
 
@@ -186,28 +210,23 @@ def _settings(origin: Origin) -> dict[str, Any]:
     return {"data.source": placed_source(source, places if isinstance(places, list) else [])}
 
 
-def _base_here(origin: Origin) -> str:
+def _base_here(origin: Origin, profile: str) -> str:
+    """What is trained on: its base, or to train that along the model it was trained from."""
     assert origin.artifact is not None
+    place = artifact.original_of if profile == "joint" else artifact.base_of
     try:
-        return artifact.base_of(origin.folder, origin.artifact.config)
+        return place(origin.folder, origin.artifact.config)
     except UsageError as error:
         raise UsageError(str(error), f"name the base: retrofit convert BASE --from {origin.folder}") from None
 
 
 def check_recipe(origin: Origin, plan: Recipe) -> None:
-    """Raises UsageError for a recipe whose adapter is another one, naming every key, and for what the profile `joint`
-    does not begin with."""
-    if plan.profile == "joint" and origin.artifact is None:
+    """Raises UsageError for a recipe whose adapter is another one, naming every key, and for a checkpoint of another
+    profile."""
+    if origin.artifact is None and plan.profile != origin.profile:
         raise UsageError(
-            f"{origin.folder} is a checkpoint of the profile frozen, which goes on as it was begun",
-            "leave profile=joint out, or name the artifact that comes of it",
-        )
-    if plan.profile == "joint" and origin.profile == "joint":
-        raise UsageError(
-            f"{origin.folder} has a model of its own: trained along once more, it would be held to itself, and its "
-            "drift from the original would not be known",
-            "add profile=frozen, which trains its drafts further and leaves that model as it is; "
-            "or train longer from the original, without --from",
+            f"{origin.folder} is a checkpoint of the profile {origin.profile}, which goes on as it was begun",
+            f"leave profile={plan.profile} out, or name the artifact that comes of it",
         )
     wanted = plan.adapter.model_dump(mode="json")
     other = other_keys(origin.adapter, wanted)
@@ -236,7 +255,8 @@ def _text(value: Any) -> str:
 def differences(origin: Origin, plan: Recipe, base: Base) -> list[str]:
     """What is otherwise here than where it was trained, and may be: the base, and the layout of drafts."""
     told = []
-    if (field := same_base(origin.fingerprint, base.fingerprint)) is not None:
+    trained_on = origin.original if plan.profile == "joint" else origin.fingerprint
+    if (field := same_base(trained_on, base.fingerprint)) is not None:
         told.append(f"it was trained on {origin.base}, from which {base.name} differs in its {field}")
     trained = origin.precision
     if trained != base.precision:
@@ -245,6 +265,45 @@ def differences(origin: Origin, plan: Recipe, base: Base) -> list[str]:
     wanted = plan.draft.model_dump(mode="json")
     other = other_keys(wanted, origin.draft)
     return [*told, *(f"draft.{key} was {origin.draft.get(key)}, now {wanted[key]}" for key in other)]
+
+
+def begin(attached: Attached, origin: Origin, plan: Recipe, base: Base) -> None:
+    """`fill`; a checkpoint of the profile `joint` is read whole when its run is gone on with.
+
+    Raises UsageError too, where a model that was trained along is to be trained on beside another original.
+    """
+    if plan.profile == "joint" and origin.profile == "joint":
+        refuse_another_original(origin, base)
+    if origin.artifact is not None or origin.profile == "frozen":
+        fill(attached, origin)
+
+
+def refuse_another_original(origin: Origin, base: Base) -> None:
+    """Raises UsageError where a base is not the one that an artifact's own model was trained from.
+
+    The hashes of that model may be the same: a LoRA changes neither configuration nor norms.
+    """
+    its_own = base.place is not None and base.place.resolve() == (origin.folder / MODEL).resolve()
+    field = same_base(origin.original, base.fingerprint)
+    if its_own or field is not None:
+        found = "its own model" if its_own else f"another one, which differs in its {field}"
+        raise UsageError(
+            f"{origin.folder} was trained along with an original, from which its drift is measured; {base.name} is "
+            f"{found}",
+            "name that original, or leave the base out; profile=frozen trains drafts for its own model",
+        )
+
+
+def trainer_from(
+    origin: Origin | None, attached: Attached, backend: HFBackend, plan: Recipe, processes: Processes | None
+) -> Trainer:
+    """The recipe's trainer, on the base as an artifact has trained it along, where the conversion begins with one."""
+    trainer = trainer_for(attached, backend, plan, processes)
+    along = origin is not None and origin.artifact is not None and origin.profile == "joint"
+    if along and isinstance(trainer, JointTrainer):  # else the base is that model
+        assert origin is not None
+        trainer.weights.begin_with(origin.own_state())
+    return trainer
 
 
 def fill(attached: Attached, origin: Origin) -> None:

@@ -1,4 +1,5 @@
-"""The end of a conversion of the profile `joint`: the base that was trained along becomes a model of its own.
+"""The end of a conversion of the profile `joint`, or of an average: the base that was trained along becomes a model of
+its own.
 
 Not here: the folder's files (`training/joint/model_folder.py`), what the artifact says of it (`publish.py`).
 """
@@ -17,7 +18,9 @@ from retrofit.recipes.text.documents import Document
 from retrofit.recipes.training.joint.drift import Drift, drift, merge, refuse_drift
 from retrofit.recipes.training.joint.model_folder import own_state, write_model
 from retrofit.recipes.training.joint.trainer import JointTrainer
+from retrofit.recipes.training.joint.weights import BaseWeights
 from retrofit.recipes.training.step import Trainer
+from retrofit.runtime.backends.hf.backend import HFBackend
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,23 @@ def own_model(
     if not isinstance(trainer, JointTrainer):
         return None
     moved = merge(trainer.backend, trainer.weights, first)
-    found = drift(trainer.backend, trainer.weights, held_out)
+    return measured_model(trainer.backend, trainer.weights, base, plan, held_out, step, moved)
+
+
+def measured_model(
+    backend: HFBackend,
+    weights: BaseWeights,
+    base: Base,
+    plan: Recipe,
+    held_out: Sequence[Document],
+    step: int | None,
+    moved: float | None = None,
+) -> OwnModel:
+    """The model as it is, its drift measured; step: of its training, None for a mean of several.
+
+    Raises GateError where it drifted too far.
+    """
+    found = drift(backend, weights, held_out)
     refuse_drift(found, plan.joint.max_drift, step)
     assert base.tokenizer is not None
     size = sum(tensor.nbytes for tensor in own_state(base.model).values())

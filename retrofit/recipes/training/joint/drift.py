@@ -66,13 +66,15 @@ def drift(backend: HFBackend, weights: BaseWeights, documents: Sequence[Document
     }
 
 
-def refuse_drift(found: Mapping[str, Any], most: float | None, step: int) -> None:
-    """Raises GateError for more than `joint.max_drift`."""
+def refuse_drift(found: Mapping[str, Any], most: float | None, step: int | None) -> None:
+    """Raises GateError for more than `joint.max_drift`.  step: of the training; None: a mean of several models."""
     if most is not None and found["kl"] > most:
+        which, at = ("model", f" at step {step}") if step is not None else ("mean", "")
+        hint = "raise joint.kl_weight, lower joint.lr, or train fewer steps, with --restart; or raise joint.max_drift"
         raise GateError(
-            f"the model drifted: KL {found['kl']:.4f} nats per token from the original at step {step}, "
+            f"the {which} drifted: KL {found['kl']:.4f} nats per token from the original{at}, "
             f"joint.max_drift is {most:g}",
-            "raise joint.kl_weight, lower joint.lr, or train fewer steps, with --restart; or raise joint.max_drift",
+            hint if step is not None else "raise joint.max_drift, or average others",
         )
 
 

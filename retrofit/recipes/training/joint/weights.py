@@ -10,7 +10,7 @@ Not here: their gradients (`backward.py`), what is written of them (`publish.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,12 +70,21 @@ class BaseWeights:
         backend.until_closed(self._give_back)
 
     def _all(self) -> dict[str, nn.Parameter]:
-        named = self.attached.peft_model.named_parameters()
-        found = {plain_name(name): p for name, p in named if "lora_" not in name and p.is_floating_point()}
+        found = self._of_base()
         for parameter in found.values():
             self._originals.append((parameter, parameter.detach().clone()))
             parameter.requires_grad_(True)
         return found
+
+    def _of_base(self) -> dict[str, nn.Parameter]:
+        """Its parameters by their names in the model without an adapter."""
+        named = self.attached.peft_model.named_parameters()
+        return {plain_name(name): p for name, p in named if "lora_" not in name and p.is_floating_point()}
+
+    def _keep(self, parameter: nn.Parameter) -> None:
+        """Remember what it was in the original, before it is another tensor."""
+        if all(one is not parameter for one, _ in self._originals):
+            self._originals.append((parameter, parameter.data))
 
     def _low_rank(self, backend: HFBackend, recipe: Recipe) -> dict[str, nn.Parameter]:
         joint = recipe.joint
@@ -106,6 +115,23 @@ class BaseWeights:
 
         return run
 
+    @torch.no_grad()
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Let the model be one that was trained along before; the original stays what it was.
+
+        state: that one's weights, by their names in the model.
+        """
+        if self.kind == "full":
+            for name, kept in self.trained.items():
+                kept.copy_(state[name.removeprefix(f"{PREFIX}.")])
+            self.follow()
+            return
+        for name, parameter in self._of_base().items():
+            own = state[name].to(parameter)
+            if not torch.equal(own, parameter.data):
+                self._keep(parameter)
+                parameter.data = own
+
     def follow(self) -> None:
         """Let the model compute with what the optimizer has moved."""
         with torch.no_grad():
@@ -133,7 +159,7 @@ class BaseWeights:
         for update in self._updates:
             weight = update.module.weight
             assert isinstance(weight, nn.Parameter)
-            self._originals.append((weight, weight.data))
+            self._keep(weight)
             weight.data = update.merged(weight.data)
         self._off = True
         for parameter in self.forwarded:

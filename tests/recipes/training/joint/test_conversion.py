@@ -27,7 +27,6 @@ from retrofit.errors import ArtifactError, GateError, UnsupportedModelError, Usa
 from retrofit.exporting.export import export
 from retrofit.quantised.linear import EightBits, QuantisedLinear
 from retrofit.quantised.loading import put
-from retrofit.recipes.average import average
 from retrofit.recipes.convert import convert
 from retrofit.recipes.schema import load_recipe
 from retrofit.recipes.training.joint import weights
@@ -295,13 +294,7 @@ def test_another_base_is_refused_though_its_hashes_are_the_same(tmp_path: Path, 
         Engine.load(folder, "cpu", base=str(other))
 
 
-def test_what_is_not_built_for_it_is_refused_by_name(tmp_path: Path, texts: Path, straight: tuple[str, Path]) -> None:
-    _, folder = straight
-    with pytest.raises(UsageError, match="has a model of its own: trained along once more") as caught:
-        run(tmp_path / "out", texts, start_from=folder, profile="joint")
-    assert "add profile=frozen" in str(caught.value.hint)
-    with pytest.raises(UsageError, match="profile joint"):
-        average([folder, folder], tmp_path / "mean")
+def test_recipes_that_make_no_sense_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"data.held_out: 0 leaves no text to measure drift on"):
         load_recipe("tiny", {"profile": "joint", "data.held_out": 0})
     with pytest.raises(UsageError, match=r"joint.anchor: kl has weight 0"):

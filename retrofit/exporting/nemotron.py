@@ -159,7 +159,7 @@ def _refuse_base(artifact: Artifact, base: Base, folder: Path) -> None:
     if kind not in BASES:
         wrong.append(f"it is a {kind}, and the container holds {', '.join(BASES)}")
     wrong += [f"{key} is {getattr(text, key)}" for key, want in FIXED.items() if getattr(text, key, want) != want]
-    rope = text.rope_parameters or {}
+    rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") not in ROPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
         wrong.append(f"its RoPE is {rope.get('rope_type', 'another one in each layer')}")
     if is_gguf(folder) or base.precision is not None:

@@ -36,7 +36,7 @@ class Container(nn.Module):
         self.encoder = Ministral3Model(config)
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         tensors = load_file(folder / "model.safetensors")
-        self.stored = next(iter(tensors.values())).dtype
+        self.stored = tensors["encoder.embed_tokens.weight"].dtype
         missing, unknown = self.load_state_dict(tensors, strict=False, assign=True)
         if missing or unknown:
             raise GateError(f"{folder.name}: the container lacks or has no place for {[*missing, *unknown][0]}")

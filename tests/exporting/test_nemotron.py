@@ -177,11 +177,12 @@ def test_drafts_that_it_cannot_say_are_told_at_once(made, tmp_path):
     ("model", "problem"),
     [
         (lambda: build("qwen3"), "it is a Qwen3ForCausalLM"),
+        (lambda: build("bloom"), "it is a BloomForCausalLM"),
         (lambda: LlamaForCausalLM(LlamaConfig(**small(attention_bias=True))), "attention_bias is True"),
         (lambda: MistralForCausalLM(MistralConfig(**small(sliding_window=8))), "sliding_window is 8"),
         (lambda: LlamaForCausalLM(LlamaConfig(**small(rope_parameters=DYNAMIC))), "its RoPE is dynamic"),
     ],
-    ids=["qk norms", "biases", "windows", "dynamic"],
+    ids=["qk norms", "no RoPE", "biases", "windows", "dynamic"],
 )
 def test_bases_that_it_cannot_say_are_told_by_name(model, problem, fit, tmp_path):
     base = SimpleNamespace(model=model(), name="mine", precision=None)

@@ -351,9 +351,10 @@ def average(
     """Write the mean of several ARTIFACTs of one base as an artifact.
 
     ARTIFACT is a folder, OWNER/NAME on the Hub, or a checkpoint, OUT.checkpoints/step-N. All have to have the same
-    base, adapter and layout of drafts; the recipe is the first one's, and KEY=VALUE sets a key of it, such as another
-    data.source to measure on. Each of them and their mean are measured on held-out text, unless data.held_out=0:
-    checkpoints of one run may be better together, adapters trained apart are not. Prints the artifact's folder.
+    base, adapter and layout of drafts; of the profile joint, artifacts of one original. The recipe is the first one's,
+    and KEY=VALUE sets a key of it, such as another data.source to measure on. Each of them and their mean are measured
+    on held-out text, unless data.held_out=0: checkpoints of one run may be better together, adapters trained apart are
+    not. Prints the artifact's folder.
 
     \b
     Examples:

@@ -1,5 +1,7 @@
 """`retrofit average`: one artifact whose weights are the mean of several trained on one base.
 
+In the profile `joint` the base is part of each, and its weights are averaged too; how far that drifted is measured.
+
 Each trained tensor is the weighted mean of theirs, in float64: LoRA factors too, as checkpoints of one run are averaged
 (Izmailov et al. 2018, arXiv 1803.05407).  The mean of factors is not the factor of the mean product, so this is for
 weights that lie near each other: checkpoints of a run, or runs that began with the same artifact.  Whether it pays is

@@ -60,6 +60,8 @@ TITLES = {
     drafts.SUMMARY: "Drafts of the own recipe against published designs, embedded base",
     diffusion.CURVE: "Mode `diffusion`, embedded base: speed against agreement",
     diffusion.INFILLING: "Gaps filled, embedded base",
+    "carried": "Going on: an adapter carried over to a fine-tuned base, embedded base",
+    "parts": "Going on: two runs for one, embedded base",
     "dense": "Training step, 256 blocks of 16 on 2,048 tokens",
     "tiny": "Training step, embedded base",
     "49k": "Training step, 64 blocks of 8 on 1,024 tokens",

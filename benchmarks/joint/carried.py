@@ -1,8 +1,8 @@
 """Conversions that go on: what does it save to begin with an adapter?  `python -m benchmarks.joint.carried`
 
-    carried    the embedded base, fine-tuned on other text, the sources of torch.nn: its adapter, carried over and
-               trained for a few steps, against a fresh conversion of the fine-tuned base
     parts      as many steps at a constant rate in one run, and in two, the second `--from` the artifact of the first
+    carried    the embedded base, fine-tuned on other text, the sources of torch.nn: the adapter of that one run,
+               carried over and trained for a few steps, against a fresh conversion of the fine-tuned base
 
 All by the base's own recipe, with blocks as in `benchmarks.drafts`, judged on held-out text.  What is there already is
 not trained again.  On the CPU, offline.
@@ -125,10 +125,10 @@ def judged(model: PreTrainedModel, texts: list[tuple[int, ...]]) -> float:
 def carried(seed: int, steps: int, few: int, base: Path) -> dict[str, float]:
     """Tau on the other text: fresh, of the adapter as it was, and of the adapter trained a little further."""
     there: dict[str, Any] = {"data__source": str(OTHER_TEXT)}
-    first = converted(f"first-{steps}-{seed}", plan_of(steps, seed))
+    first = one_run(seed, steps)
+    on = converted(f"carried-{steps}-{few}-{seed}", plan_of(few, seed, **there), base, first)
     fresh = converted(f"fresh-{steps}-{seed}", plan_of(steps, seed, **there), base)
     short = converted(f"short-{few}-{seed}", plan_of(few, seed, **there), base)
-    on = converted(f"carried-{steps}-{few}-{seed}", plan_of(few, seed, **there), base, first)
     return {
         "at home": tau_of(first),
         "fresh": tau_of(fresh),
@@ -138,12 +138,18 @@ def carried(seed: int, steps: int, few: int, base: Path) -> dict[str, float]:
     }
 
 
+CONSTANT: dict[str, Any] = {"train__schedule": "constant"}
+
+
+def one_run(seed: int, steps: int) -> Path:
+    return converted(f"whole-{steps}-{seed}", plan_of(steps, seed, **CONSTANT))
+
+
 def parts(seed: int, steps: int) -> dict[str, float]:
     """Tau after so many steps at a constant rate, in one run and in two."""
-    same: dict[str, Any] = {"train__schedule": "constant"}
-    whole = converted(f"whole-{steps}-{seed}", plan_of(steps, seed, **same))
-    half = converted(f"half-{steps // 2}-{seed}", plan_of(steps // 2, seed, **same))
-    rest = converted(f"rest-{steps // 2}-{seed}", plan_of(steps - steps // 2, seed, **same), start=half)
+    whole = one_run(seed, steps)
+    half = converted(f"half-{steps // 2}-{seed}", plan_of(steps // 2, seed, **CONSTANT))
+    rest = converted(f"rest-{steps // 2}-{seed}", plan_of(steps - steps // 2, seed, **CONSTANT), start=half)
     return {"one run": tau_of(whole), "half of it": tau_of(half), "two runs": tau_of(rest)}
 
 
@@ -196,13 +202,13 @@ def main(steps: int, few: int, tuning: int, seeds: int) -> None:
         base, tuned = fine_tuned(tuning)
         for seed in range(seeds):
             over[str(seed)] = carried(seed, steps, few, base)
-            apart[str(seed)] = parts(seed, steps)
-            figures = {"setting": setting, "tuned": tuned, "seeds": over}
+            figures: dict[str, Any] = {"setting": setting, "tuned": tuned, "seeds": over}
             seconds, bars = time.perf_counter() - begin, bars_of_carried(over, few / steps)
-            write(RESULTS, {
-                "carried": section(command, seconds, bars, figures),
-                "parts": section(command, seconds, bars_of_parts(apart), {"setting": setting, "seeds": apart}),
-            })  # fmt: skip
+            write(RESULTS, {"carried": section(command, seconds, bars, figures)})
+            apart[str(seed)] = parts(seed, steps)
+            figures = {"setting": setting, "seeds": apart}
+            seconds = time.perf_counter() - begin
+            write(RESULTS, {"parts": section(command, seconds, bars_of_parts(apart), figures)})
     except RetrofitError as error:
         say(f"error: {error}" + (f"\n{error.hint}" if error.hint else ""))
         sys.exit(error.exit_code)

@@ -32,7 +32,7 @@ OTHER_LAYERS = {
 INDEXED = {"indexed_attention", "minimax_m3_sparse"}
 """Of those, what runs where the indexers are known (`sparse/indexers.py`)."""
 ATTENTION_ARGUMENTS = {
-    "sinks": "has attention sinks",
+    "sinks": "has attention sinks that every row makes for itself",
     "position_bias": "adds a bias of its own to its attention scores",
     "indices": OTHER_LAYERS["indexed_attention"],
     "block_indices": OTHER_LAYERS["indexed_attention"],

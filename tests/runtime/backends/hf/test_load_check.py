@@ -29,6 +29,11 @@ REASONS = {
     "doge": "makes an attention mask of its own",
     "deepseek_v4": "attends to compressed keys",
     "rwkv": "recurrent",
+    "xlstm": "recurrent",
+    "zaya": r"layers \(hybrid\), of a kind",
+    "zamba": r"layers \(hybrid, linear_attention\), of a kind",
+    "inkling_text": r"layers \(hybrid_sliding\), of a kind",
+    "inkling2_text": r"layers \(hybrid_sliding\), of a kind",
 }
 
 

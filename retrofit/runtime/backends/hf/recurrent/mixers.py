@@ -50,9 +50,15 @@ ACROSS = ("conv1d", "chunk", "recurrent", "scan", "selective")
 
 
 def mixers_of(trunk: nn.Module) -> dict[int, nn.Module]:
-    """Layer -> its recurrent module, of those that rows get through."""
-    found = {_layer_of(name, module): module for name, module in trunk.named_modules() if _known(module)}
-    return {layer: module for layer, module in found.items() if layer is not None}
+    """Layer -> its recurrent module, of those that rows get through.
+
+    A layer has one state, so none that has several such modules (Inkling's four short convolutions) is among them.
+    """
+    found: dict[int | None, list[nn.Module]] = {}
+    for name, module in trunk.named_modules():
+        if _known(module):
+            found.setdefault(_layer_of(name, module), []).append(module)
+    return {layer: modules[0] for layer, modules in found.items() if layer is not None and len(modules) == 1}
 
 
 def _layer_of(name: str, module: nn.Module) -> int | None:
@@ -78,7 +84,7 @@ def _known(module: nn.Module) -> bool:
     if type(module).__name__ in OWN_LAYERS:
         return True
     written = inspect.unwrap(type(module).forward)
-    if not inspect.isfunction(written):
+    if not inspect.isfunction(written) or getattr(module, "n_mamba_heads", 1) > 1:  # Zamba scans head by head
         return False
     called = [name for name in written.__code__.co_names if callable(written.__globals__.get(name))]
     across = {name for name in called if any(word in name for word in ACROSS)}

@@ -73,6 +73,8 @@ class SequenceRows:
     """Tree: which base row of this forward each one follows, -1 for the committed prefix.  None: the one before it."""
     given: Given | None = None
     """A prompt with images, which the text begins with."""
+    whole: int | None = None
+    """Prefill: how many tokens the prompt has of which these are a part; None: it ends with them."""
 
 
 class FlatRows:

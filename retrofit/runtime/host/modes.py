@@ -119,7 +119,8 @@ def _next_prompts(run: Run, pending: Sequence[Request]) -> tuple[list[Request], 
                 break  # an image that does not fit beside the others
         part = r.tokens[r.committed : r.committed + count]
         ran.append(r)
-        rows.append(SequenceRows(r.slot, r.committed, part, last_logits_only=True, given=r.given))
+        row = SequenceRows(r.slot, r.committed, part, last_logits_only=True, given=r.given, whole=len(r.tokens))
+        rows.append(row)
         r.committed += count
         # A token emitted by re-running a sequence at a longrope crossing costs a decode forward.
         r.stats.count("prefill" if r.output_index == 0 else "ar", count)

@@ -64,14 +64,17 @@ def check_model(backend: HFBackend) -> dict[int, int]:
     want = own[0]
     cache = KVCache(2, length)
     middle = length // 2
-    first = backend.row_plan([SequenceRows(0, 0, tokens[:middle])])
+    first = backend.row_plan([SequenceRows(0, 0, tokens[:middle], whole=length)])
     calls: list[tuple[int, Window | None]] = []
     got = _or_refused(name, "a forward of rows", lambda: row_logits(backend, first, cache, calls))
     if differs(got, want[:middle], backend.dtype, routed):
         raise UnsupportedModelError(f"{name}: {why_first(backend, want, got)}")
     drafts = draft_places(middle, length, backend.causal_blocks)
     blocks = [Block(places[0], [tokens[p] for p in places]) for places in drafts]
-    both = [SequenceRows(0, middle, tokens[middle:-1], blocks), SequenceRows(1, 0, other[:BESIDE])]
+    both = [
+        SequenceRows(0, middle, tokens[middle:-1], blocks, whole=length),
+        SequenceRows(1, 0, other[:BESIDE], whole=length),
+    ]
     got = _or_refused(name, "rows behind a cache", lambda: row_logits(backend, backend.row_plan(both), cache))
     kinds = {
         "base rows behind a cache": want[middle:-1],

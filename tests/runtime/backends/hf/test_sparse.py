@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decoding import Oracle, poison, random_prompts, randomise, reference_greedy
+from transformers import AutoModelForCausalLM, DeepseekV32Config
 
 from benchmarks import decoders
 from retrofit.adapters.layout import DraftLayout
@@ -53,6 +54,23 @@ def test_a_prompt_in_pieces():
     with engine_of(decoders.build("glm_moe_dsa")) as engine:
         engine.backend.prefill_rows = 7
         assert tokens_of(engine) == want
+
+
+def test_keys_of_equal_scores():
+    """Two heads fire for few keys, so most scores are 0; which of those `topk` takes hangs on how many there are."""
+
+    def build():
+        model = AutoModelForCausalLM.from_config(decoders.shrunk(DeepseekV32Config, {"index_n_heads": 2}))
+        decoders.enliven(model, 0)
+        return model.eval()
+
+    prompts = random_prompts((5, 61, 40), vocab=decoders.VOCABULARY)
+    want = reference_greedy(build(), prompts, COUNT)
+    with engine_of(build()) as engine:
+        for rows in (64, 33, 7):  # of a forward of prompts
+            engine.backend.prefill_rows = rows
+            for way in ({"mode": "ar", "batch_size": 1}, CHAIN, TREE):
+                assert tokens_of(engine, prompts, **way) == want, (rows, way)
 
 
 def test_half_precision_at_the_level_that_holds():

@@ -4,10 +4,12 @@
                             (DeepSeek 3.2, GLM), or blocks of keys for each head of K/V (MiniMax M3)
     its keys                kept in the cache like K/V, as those of layer INDEX + layer, with no V; so they are staged,
                             stored, copied and forgotten with them
-    rows of a prompt        a sequence at a time, as transformers' prefill does
-    rows of a step          one at a time, over just the keys that it would have alone: equal scores are common (all
-                            heads at 0), and which of them are taken depends on how many keys there are
+    rows of a prompt        a sequence at a time, as transformers' prefill does; those of a part of a prompt over as
+                            many keys as the whole has, later ones hidden
+    rows of a step          one at a time, over just the keys that it would have alone
 
+So each row is scored over as many keys as in `generate`: equal scores are common (all heads at 0), and which of them
+`topk` takes depends on how many there are.
 Its `forward` runs as it is: ours hands it a cache and a mask of these rows.  Draft rows run no indexer.
 Not here: the attention over what was picked (`attention.py`).
 """
@@ -158,16 +160,21 @@ class _Keys:
 
     def __init__(self, cache: KVCache, layer: int, sequence: SequenceRows, rows: slice, own: list[Tensor] | None):
         """own: of a tree, the keys [1, 1, D] of the rows before, which grows; None: drafts do not branch."""
-        self.cache, self.layer, self.slot, self.start, self.rows, self.own = (
-            cache, layer, sequence.slot, sequence.start, rows, own,
+        self.cache, self.layer, self.slot, self.start, self.rows, self.own, self.whole = (
+            cache, layer, sequence.slot, sequence.start, rows, own, sequence.whole,
         )  # fmt: skip
         self.path = [] if own is None else _path(sequence, rows.start)
         self.layers = _Same(self)
 
     @property
-    def total(self) -> int:
-        """How many keys: the rows' own are the last."""
+    def stop(self) -> int:
+        """Behind the rows' own keys."""
         return self.start + (self.rows.stop if self.own is None else len(self.path))
+
+    @property
+    def total(self) -> int:
+        """How many keys, those behind the rows' own, which are hidden, included."""
+        return max(self.stop, self.whole or 0)
 
     def update_indexer(self, key: Tensor, *_: Any) -> Tensor:
         """[1, n, D] of these rows -> [1, T, D]"""
@@ -176,7 +183,8 @@ class _Keys:
     def update_index(self, key: Tensor) -> Tensor:
         """[1, 1, n, D] of these rows -> [1, 1, T, D]"""
         if self.own is None:
-            return self.cache.append(self.layer, self.slot, self.start + self.rows.start, key, key[..., :0])[0]
+            first = self.start + self.rows.start
+            return self.cache.append(self.layer, self.slot, first, key, key[..., :0], self.total)[0]
         self.own.append(key[0])
         before = self.cache.read(self.layer, [self.slot], self.start)[0] if self.start else key[:, :, :0]
         return torch.cat([before, *(self.own[row][None] for row in self.path)], 2)
@@ -201,7 +209,7 @@ def _path(sequence: SequenceRows, row: int) -> list[int]:
 
 
 def _of_rows(given: dict[str, Any], rows: slice, held: _Keys) -> dict[str, Any]:
-    """An indexer's arguments for some rows of one sequence, which stand at the end of the keys they are scored by."""
+    """An indexer's arguments for some rows of one sequence."""
     some = dict(given, past_key_values=held)
     for name in ("hidden_states", "q_resid"):
         if name in given:
@@ -209,7 +217,7 @@ def _of_rows(given: dict[str, Any], rows: slice, held: _Keys) -> dict[str, Any]:
     if "position_embeddings" in given:
         some["position_embeddings"] = tuple(t[:, rows] for t in given["position_embeddings"])
     keys = torch.arange(held.total, device=some["hidden_states"].device)
-    places = keys[held.total - (rows.stop - rows.start) :]
+    places = keys[held.stop - (rows.stop - rows.start) : held.stop]
     if "position_ids" in given:
         some["position_ids"] = places[None]
     if "attention_mask" in given:
@@ -218,14 +226,15 @@ def _of_rows(given: dict[str, Any], rows: slice, held: _Keys) -> dict[str, Any]:
 
 
 def _as_mask(indexer: nn.Module, index: Tensor, positions: int) -> Tensor:
-    """bool [1, G, n, positions] of keys [1, n, k] that were picked, or of blocks [1, G, n, k], -1 for none."""
-    if index.ndim == 3:
-        found = torch.zeros(1, index.shape[1], positions, dtype=torch.bool, device=index.device)
-        return found.scatter_(2, index.long(), True)[:, None]
-    size: int = indexer.block_size  # type: ignore[assignment]
+    """bool [1, G, n, positions] of keys [1, n, k] that were picked, or of blocks [1, G, n, k], -1 for none.
+
+    Rows that see few keys name hidden ones too, which may lie beyond the positions.
+    """
+    index = (index[:, None] if index.ndim == 3 else index).long()
+    size = int(getattr(indexer, "block_size", 1))
     blocks = -(-positions // size)
     picked = torch.zeros(*index.shape[:3], blocks + 1, dtype=torch.bool, device=index.device)
-    picked.scatter_(3, torch.where(index < 0, blocks, index), True)
+    picked.scatter_(3, torch.where(index < 0, blocks, index.clamp(max=blocks)), True)
     return picked[..., :blocks].repeat_interleave(size, 3)[..., :positions]
 
 

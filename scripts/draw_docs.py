@@ -135,9 +135,9 @@ def help_parts(text: str) -> list[str]:
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         lines = [line.rstrip() for line in paragraph.split("\n") if line.strip()]
         if lines and lines[0].strip() == "\b":
-            title, *rest = lines[1:]
+            title, rest = ([lines[1].strip()], lines[2:]) if lines[1].endswith(":") else ([], lines[1:])
             indent = min((len(line) - len(line.lstrip()) for line in rest), default=0)
-            parts += [title.strip(), "```text\n" + "\n".join(line[indent:] for line in rest) + "\n```"]
+            parts += [*title, "```text\n" + "\n".join(line[indent:] for line in rest) + "\n```"]
         elif lines:
             parts.append(" ".join(line.strip() for line in lines))
     return parts
@@ -181,7 +181,7 @@ def environment(option: click.Option, ctx: click.Context) -> str | None:
     shows = {"--help", "--version"} & {*option.opts}  # click has a name of its own for the first
     if not option.allow_from_autoenv or shows or ctx.auto_envvar_prefix is None:
         return None
-    return f"{ctx.auto_envvar_prefix}_{str(option.name).upper()}"
+    return str(option.envvar or f"{ctx.auto_envvar_prefix}_{str(option.name).upper()}")
 
 
 def recipe_page() -> str:

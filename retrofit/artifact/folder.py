@@ -310,7 +310,9 @@ def _exists(root: Path) -> None:
     if not root.is_dir():
         raise UsageError(f"{root}: no such artifact folder", "name a folder that `retrofit convert` wrote")
     if not (root / CONFIG).is_file():
-        raise ArtifactError(f"{root / CONFIG}: missing, so this is no artifact", AGAIN)
+        model = (root / "config.json").is_file() or any(root.glob("*.gguf"))
+        hint = f"this is a model: `retrofit convert {root} -o OUT` makes an artifact of it" if model else AGAIN
+        raise ArtifactError(f"{root / CONFIG}: missing, so this is no artifact", hint)
 
 
 def recorded(root: Path) -> dict[str, tuple[int, str]]:

@@ -8,7 +8,15 @@ from typing import Literal
 import click
 
 from retrofit.artifact.own import told
-from retrofit.cli.options import CONTEXT, Loading, artifact_argument, base_option, engine_options, output_options
+from retrofit.cli.options import (
+    CONTEXT,
+    Loading,
+    artifact_argument,
+    base_option,
+    engine_options,
+    found_artifact,
+    output_options,
+)
 from retrofit.cli.output import is_quiet, quieten_libraries, say
 from retrofit.cli.tables import print_table
 from retrofit.errors import UsageError
@@ -52,11 +60,10 @@ def certify(
     Example:
       retrofit certify tiny-retrofit --level full
     """
+    place = found_artifact(folder, loading.offline)
     quieten_libraries()
     from retrofit import certify as run
-    from retrofit.sharing.pulling import local_folder
 
-    place = local_folder(folder, loading.offline)
     target = _place(out, folder, place)
     certificate = run(place, level=level, base=base, progress=not is_quiet(), **loading.keywords)
     path = certificate.save(target)

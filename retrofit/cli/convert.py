@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--from",
     "start_from",
+    envvar="RETROFIT_FROM",
     metavar="ARTIFACT",
     help="Train its adapter and heads further, with its base and recipe unless others are given; or a checkpoint.",
 )

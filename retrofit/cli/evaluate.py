@@ -14,6 +14,7 @@ from retrofit.cli.options import (
     artifact_argument,
     base_option,
     engine_options,
+    found_artifact,
     output_options,
     seed_option,
 )
@@ -91,11 +92,11 @@ def evaluate(
       retrofit eval tiny-retrofit --prompts mine.jsonl --batch 1,8 --price 2.5 --fail-under speedup_batch_1=1.2
     """
     least = _bounds(fail_under)
+    artifact = found_artifact(folder, loading.offline)
     quieten_libraries()
     from retrofit.report.evaluate import evaluate as run
-    from retrofit.sharing.pulling import findings_folder, local_folder
+    from retrofit.sharing.pulling import findings_folder
 
-    artifact = local_folder(folder, loading.offline)
     out = out or str(findings_folder(folder, artifact))
     report = run(
         artifact, out=out, fail_under=least, progress=not is_quiet(), **options, **loading.keywords
@@ -143,7 +144,7 @@ def _print(data: dict[str, Any]) -> None:
 
 @click.group(context_settings=CONTEXT)
 def report() -> None:
-    """Show a report that `retrofit eval` wrote, or several side by side.
+    """Show a report of `retrofit eval`, or several side by side.
 
     \b
     Examples:
@@ -154,10 +155,11 @@ def report() -> None:
 
 @report.command("show", context_settings=CONTEXT)
 @click.argument("place", metavar="ARTIFACT|FILE")
-@click.option("--html", "as_html", is_flag=True, help="As a page for a browser, which holds its pictures.")
+@click.option("--html", "as_html", is_flag=True, envvar="RETROFIT_HTML",
+              help="As a page for a browser, which holds its pictures.")  # fmt: skip
 @output_options
 def report_show(place: str, as_html: bool, as_json: bool) -> None:
-    """Print the report of an artifact, or one from its file, as Markdown.
+    """Print the report of an artifact, or of a file, as Markdown.
 
     \b
     Examples:

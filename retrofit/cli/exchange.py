@@ -12,6 +12,7 @@ from retrofit.cli.options import (
     Loading,
     artifact_argument,
     base_option,
+    found_artifact,
     loading_options,
     output_options,
     say_other_precision,
@@ -104,7 +105,8 @@ def _outcome(pushed: Pushed, dry_run: bool) -> str:
 
 @click.command(context_settings=CONTEXT)
 @artifact_argument
-@click.option("--format", "form", type=click.Choice(FORMATS), required=True, help="What is to read it; see above.")
+@click.option("--format", "form", type=click.Choice(FORMATS), required=True, envvar="RETROFIT_FORMAT",
+              help="What is to read it; see above.")  # fmt: skip
 @click.option("-o", "--out", metavar="FOLDER", required=True, help="A new folder.")
 @base_option
 @click.option(
@@ -135,11 +137,12 @@ def export(
     Example:
       retrofit export tiny-retrofit --format transformers -o tiny-generate
     """
+    place = found_artifact(folder, loading.offline)
     quieten_libraries()
     from retrofit import export as run
 
     exported = run(
-        folder,
+        place,
         form,
         out,
         base=base,
@@ -174,7 +177,7 @@ def export(
 @loading_options
 @output_options
 def import_adapter(adapter: str, overrides: tuple[str, ...], loading: Loading, as_json: bool, **options: Any) -> None:
-    """Write ADAPTER, which another program drafts with, as an artifact.
+    """Write the ADAPTER of another program as an artifact.
 
     ADAPTER is a folder that PEFT wrote, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.  Rank, alpha and targets come
     over; what no recipe can express is refused, all of it by name.  Only adapter_config.json and

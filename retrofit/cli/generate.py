@@ -43,11 +43,12 @@ if TYPE_CHECKING:
 )
 @click.option("-n", "n", type=click.IntRange(min=1), default=1, show_default=True,
               help="Outputs of each prompt, which is read once; they differ with a --temperature.")  # fmt: skip
-@click.option("--image", "images", multiple=True, metavar="FILE",
+@click.option("--image", "images", multiple=True, metavar="FILE", envvar="RETROFIT_IMAGE",
               type=click.Path(path_type=Path),
               help="An image for the PROMPT, where the base takes images; repeatable.  The PROMPT is a user's message "
                    "then, as with --chat.")  # fmt: skip
-@click.option("--chat", "as_chat", is_flag=True, help="Each PROMPT is a user's message, for the chat template.")
+@click.option("--chat", "as_chat", is_flag=True, envvar="RETROFIT_CHAT",
+              help="Each PROMPT is a user's message, for the chat template.")  # fmt: skip
 @click.option("--prefix", metavar="TEXT", help="What stands before a gap to fill; with --suffix.")
 @click.option("--suffix", metavar="TEXT", help="What stands behind it; the gap gets up to --max-new-tokens.")
 @click.option("--revise", metavar="TEXT", help="A text whose [[marked span]] is kept or replaced by what is likelier.")

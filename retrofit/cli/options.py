@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -96,10 +97,11 @@ class Loading:
 
     def engine(self, artifact: str, base: str | None) -> Engine:
         """Load an artifact.  Raises what `Engine.load` raises."""
+        place = found_artifact(artifact, self.offline)
         quieten_libraries()
         from retrofit import Engine
 
-        engine = Engine.load(artifact, base=base, prefix_cache=self.prefix_cache, **self.keywords)
+        engine = Engine.load(place, base=base, prefix_cache=self.prefix_cache, **self.keywords)
         assert engine.base is not None
         say_other_precision(other_precision(engine.config["base"].get("quantization"), engine.base.precision))
         for setting in engine.not_honoured:
@@ -111,6 +113,19 @@ def say_other_precision(found: str | None) -> None:
     """Say what `other_precision` found, if anything."""
     if found is not None:
         say(f"note: {found}")
+
+
+def found_artifact(name: str, offline: bool) -> Path:
+    """The folder of an artifact; what is none is refused before anything slow is imported.
+
+    Raises what `local_folder` and `read_config` raise.
+    """
+    from retrofit.artifact.folder import read_config
+    from retrofit.sharing.pulling import local_folder
+
+    place = local_folder(name, offline)
+    read_config(place)
+    return place
 
 
 def say_differences(engine: Engine, template: dict[str, Any] | None) -> None:
@@ -238,7 +253,7 @@ def generation_options(function: Any) -> Any:
         click.option("--stop", multiple=True,
                      help="Text to stop before, special tokens included; may be given several times."),
         click.option("--stop-token-id", "stop_token_ids", type=click.IntRange(min=0), multiple=True, metavar="ID",
-                     help="Token to stop before; may be given several times."),
+                     envvar="RETROFIT_STOP_TOKEN_ID", help="Token to stop before; may be given several times."),
         click.option("--ignore-eos", is_flag=True, help="Go on after EOS."),
         click.option("--logprobs", type=click.IntRange(min=0), metavar="K",
                      help="With --json: log-probabilities of each token and the K likeliest, before processing."),

@@ -7,7 +7,14 @@ import shlex
 
 import click
 
-from retrofit.cli.options import CONTEXT, artifact_argument, base_option, output_options, say_other_precision
+from retrofit.cli.options import (
+    CONTEXT,
+    artifact_argument,
+    base_option,
+    found_artifact,
+    output_options,
+    say_other_precision,
+)
 from retrofit.cli.output import emit_json, quieten_libraries, say
 
 ENGINES = ["vllm", "sglang"]
@@ -19,7 +26,8 @@ ENGINES = ["vllm", "sglang"]
 @click.option("--engine", type=click.Choice(ENGINES), required=True, help="The serving engine; see above.")
 @base_option
 @click.option("--offline", is_flag=True, help="Use no network, only what is on this machine.")
-@click.option("--print", "only_print", is_flag=True, help="Print the command, start nothing; with --json as a list.")
+@click.option("--print", "only_print", is_flag=True, envvar="RETROFIT_PRINT",
+              help="Print the command, start nothing; with --json as a list.")  # fmt: skip
 @output_options
 def serve(
     folder: str, options: tuple[str, ...], engine: str, base: str | None, offline: bool, only_print: bool, as_json: bool
@@ -38,6 +46,7 @@ def serve(
       retrofit serve qwen-retrofit --engine vllm --port 8000 --dtype bfloat16
       retrofit serve qwen-uno --engine sglang --uno-lora-path qwen-sglang
     """
+    place = found_artifact(folder, offline)
     quieten_libraries()
     from retrofit.serving.starting import words
 

@@ -24,7 +24,7 @@ from retrofit.artifact.beside import beside
 from retrofit.artifact.files import check_room, disk, replace_file
 from retrofit.errors import ArtifactError, ResourceError, UsageError
 from retrofit.locating import is_offline
-from retrofit.named_bases import shipped_artifact
+from retrofit.named_bases import EMBEDDED, shipped_artifact
 from retrofit.sharing.faults import UnreachableError
 from retrofit.sharing.fetching import download
 from retrofit.sharing.names import Repository, is_shared, on_hub
@@ -69,8 +69,12 @@ def local_folder(name: str | Path, offline: bool = False) -> Path:
 
     What it holds is not checked, as whoever reads it does.  Raises what `pull` raises.
     """
+    if not str(name):  # as a path it would be the working folder
+        raise UsageError("the name of the artifact is empty", "name a folder that `retrofit convert` wrote")
     if (shipped := shipped_artifact(name)) is not None:
         return shipped
+    if name == EMBEDDED and not Path(name).exists():
+        raise UsageError(f"{name} is a base and no artifact", f"`retrofit convert -o {name}-retrofit` makes one of it")
     artifact.restore(Path(name))
     found = on_hub(name)
     return Path(name) if found is None else _kept(found, offline, whole=False)

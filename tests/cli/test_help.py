@@ -32,7 +32,14 @@ def test_every_help_has_an_example(path):
     text = done(*path, "--help")
     assert "Example" in text
     assert "retrofit" in text.split("Example", 1)[1]
-    assert "..." not in text.split("Commands:", 1)[-1] or not isinstance(COMMANDS[path], click.Group)
+
+
+def test_a_terminal_of_80_columns_cuts_no_line_about_a_command():
+    for path, command in COMMANDS.items():
+        if isinstance(command, click.Group):
+            context = click.Context(command, info_name=" ".join(("retrofit", *path)), terminal_width=78)  # and a margin
+            text = command.get_help(context)
+            assert "..." not in text.split("Commands:", 1)[1], text
 
 
 @pytest.mark.parametrize("path", [("generate",), ("chat",)], ids=" ".join)

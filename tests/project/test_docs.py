@@ -80,11 +80,21 @@ def test_the_cli_page_has_every_command_and_option():
     walk(main, "retrofit")
 
 
+def test_what_help_does_not_wrap_stands_in_one_block():
+    """Lines in columns, whether a title goes before them or not."""
+    page = (DOCS / "cli.md").read_text()
+    for path, first, last in (("export", "peft  ", "transformers  "), ("doctor", "bucket  ", "off  ")):
+        blocks = fenced(page.split(f"\n## retrofit {path}\n")[1].split("\n## ")[0], "text")
+        assert any(re.search(f"^{first}.*^{last}", block, re.MULTILINE | re.DOTALL) for block in blocks), path
+
+
 def test_environment_variables_set_their_options(monkeypatch):
     rows = re.findall(r"^\| `(--[\w-]+)`.* \| `(RETROFIT_\w+)` \|", (DOCS / "cli.md").read_text(), re.MULTILINE)
     assert {("--device", "RETROFIT_DEVICE"), ("--max-new-tokens", "RETROFIT_MAX_NEW_TOKENS")} <= set(rows)
     generate = main.commands["generate"]
-    for option, variable in (pair for pair in rows if pair[0] in ("--device", "--batch-size", "--seed", "--json")):
+    assert [row for row in rows if row[1] != f"RETROFIT_{row[0].lstrip('-').upper().replace('-', '_')}"] == []
+    asked = ("--device", "--batch-size", "--seed", "--json", "--chat", "--image", "--stop-token-id")
+    for option, variable in (pair for pair in rows if pair[0] in asked):
         name = next(o.name for o in generate.params if option in o.opts)
         monkeypatch.setenv(variable, "1")
         context = generate.make_context("generate", ["folder"], parent=click.Context(main), ignore_unknown_options=True)

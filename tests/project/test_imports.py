@@ -161,17 +161,29 @@ def test_light_modules_import_no_torch():
     assert heavy_after({module: f"import {module}" for module in modules}) == {}
 
 
-def test_help_imports_no_torch():
-    def invoked(arguments):
-        return (
-            "from click.testing import CliRunner\n"
-            "from retrofit.cli.main import main\n"
-            f"result = CliRunner().invoke(main, {[*arguments, '--help']!r})\n"
-            "assert result.exit_code == 0, result.output"
-        )
+def invoked(arguments: list[str], code: int) -> str:
+    """A step of `heavy_after`: a command that ends with this exit code."""
+    return (
+        "from click.testing import CliRunner\n"
+        "from retrofit.cli.main import main\n"
+        f"result = CliRunner().invoke(main, {arguments!r})\n"
+        f"assert result.exit_code == {code}, result.output"
+    )
 
+
+def test_help_imports_no_torch():
     commands = ([], ["convert"], ["generate"], ["certify"], ["eval"], ["data"], ["data", "preview"])
-    assert heavy_after({" ".join(["retrofit", *words]): invoked(words) for words in commands}) == {}
+    steps = {" ".join(["retrofit", *words]): invoked([*words, "--help"], 0) for words in commands}
+    assert heavy_after(steps) == {}
+
+
+def test_an_artifact_that_is_not_there_is_refused_at_once():
+    """torch is imported by what loads a model, seconds later."""
+    more = {"export": ["--format", "peft", "-o", "out"], "serve": ["--engine", "vllm"]}
+    commands = ("generate", "chat", "certify", "eval", "export", "serve", "inspect")
+    for name in ("nowhere", "", "tiny"):
+        steps = {command: invoked([command, name, *more.get(command, [])], 2) for command in commands}
+        assert heavy_after(steps) == {}, name
 
 
 def test_what_a_module_loads_is_seen():

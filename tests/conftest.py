@@ -9,6 +9,7 @@ look for are here:
     model, texts                  a base and text files, to convert
     flat, converted_artifact      a base and what the real `convert` wrote for it, to certify
     somewhere                     a working folder and an environment of the test's own (every test in cli/ has it)
+    self_test_once                loading a model of the same sizes again takes the level that the first load found
     restless_auto                 `auto` changes its plan at every step
     poisoned_memory               what was never written is NaN
 """
@@ -50,6 +51,19 @@ def no_gpu_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what the user of this machine keeps."""
     monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def self_test_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test at load runs once a process for models of the same sizes: most of the time that a tiny one takes.
+
+    For tests of what is loaded.  Those of the self-test itself, and of what it finds at load, do without.
+    """
+    from found_levels import settle_once
+
+    from retrofit.runtime import loading
+
+    monkeypatch.setattr(loading, "settle", settle_once)
 
 
 @pytest.fixture

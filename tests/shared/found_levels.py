@@ -1,4 +1,4 @@
-"""The level of exactness that a load of a model of the same sizes has found: what the self-test says again and again."""
+"""The level of exactness that a load of a model of the same sizes has found: what the self-test would say once more."""
 
 import json
 from collections.abc import Hashable

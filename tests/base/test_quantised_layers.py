@@ -1,7 +1,5 @@
 """Linear layers that hold few bits, with weights that no package is needed for: products, gradients, exactness."""
 
-import copy
-
 import pytest
 import torch
 from tiny_models import build
@@ -125,25 +123,45 @@ class OutlierColumns(nn.Linear):
         return out.view(*x.shape[:-1], -1)
 
 
-def test_rows_that_depend_on_their_neighbours_are_found() -> None:
-    """Products like LLM.int8()'s keep no level; ours of the same bits keep one."""
-    model = build("llama").to(torch.bfloat16)
-    alike = copy.deepcopy(model)
-    for layer in linear_layers(alike).values():
-        layer.__class__ = OutlierColumns
-    held, _ = both(torch.bfloat16)
-    found = {}
-    for name, tried in (("outliers", alike), ("held", held)):
-        attached, backend = untrained(tried, DraftLayout(block=4))
-        found[name] = settle(backend, "auto", 4)
-        if name == "outliers":
-            for level in ("bucket", "invariant"):
-                with pytest.raises(GateError, match="depend on the rows beside it"):
-                    settle(backend, level, 4)
-        backend.close()
-        attached.detach()
-    assert found["outliers"].level == "off" and "differs" in found["outliers"].why
-    assert found["held"].level != "off"
+class LibrarysInt8(QuantisedLinear):
+    """What bitsandbytes itself makes of the same bits: LLM.int8(), rows rounded too but in columns of outliers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        import bitsandbytes
+
+        state = bitsandbytes.MatmulLtState()
+        state.threshold, state.has_fp16_weights, state.is_training = 6.0, False, False
+        held = self.held if isinstance(self.held, EightBits) else rounded(self.held.dense(torch.float32))
+        state.CB, state.SCB = held.numbers, held.largest
+        out: Tensor = bitsandbytes.matmul(x, self.weight, state=state, bias=self.bias)
+        return out
+
+
+@pytest.mark.parametrize("whose", ["ours", "by hand", "bitsandbytes"])
+def test_rows_that_depend_on_their_neighbours_are_found(whose: str) -> None:
+    """LLM.int8()'s products keep no level; ours of the same bits keep one."""
+    if whose == "by hand":
+        tried = build("llama").to(torch.bfloat16)
+        for layer in linear_layers(tried).values():
+            layer.__class__ = OutlierColumns
+    else:
+        tried, _ = both(torch.bfloat16)
+    if whose == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+        for layer in quantised_layers(tried).values():
+            layer.__class__ = LibrarysInt8
+    attached, backend = untrained(tried, DraftLayout(block=4))
+    found = settle(backend, "auto", 4)
+    if whose == "ours":
+        assert found.level != "off"
+    else:
+        assert found.level == "off" and "differs" in found.why
+        for level in ("bucket", "invariant"):
+            with pytest.raises(GateError, match="depend on the rows beside it") as caught:
+                settle(backend, level, 4)
+            assert f"exact='{level}'" not in str(caught.value.hint)
+    backend.close()
+    attached.detach()
 
 
 def test_other_quantised_modules_are_refused() -> None:

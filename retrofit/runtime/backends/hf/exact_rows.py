@@ -43,7 +43,9 @@ ALONE = 3
 TURNS = 20
 """How often each level is timed."""
 SEED = 0
-HINT = "use exact='bucket' or exact='auto'; exact='off' decodes without the guarantee"
+HINT = "use {}; exact='off' decodes without the guarantee"
+OTHERS = {"invariant": "exact='bucket' or exact='auto'", "bucket": "exact='auto'"}
+"""What may hold where a level does not."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def settle(backend: HFBackend, wanted: str, drafts: int, rows: int | None = None
             return Settled(level, f"{len(checks)} checks of {name} rows are equal bit for bit {counts}", checks)
     backend.hold("off", None)
     if wanted != "auto":
-        require_equal(failed, HINT)
+        require_equal(failed, HINT.format(OTHERS[wanted]))
     first = failed[0]
     return Settled("off", f"no level holds here: {first.what} {first.shape} differs ({first.rows})", failed)
 

@@ -20,6 +20,7 @@ from benchmarks.drafts import tables as drafts
 from benchmarks.exact import FAMILIES
 from benchmarks.gpu.bars import BARS as GPU_BARS
 from benchmarks.gpu.bars import TITLES as GPU_TITLES
+from benchmarks.quantised import tables as quantised
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/index.md", "docs/numbers.md", "docs/serving.md"))
@@ -62,6 +63,10 @@ TITLES = {
     diffusion.INFILLING: "Gaps filled, embedded base",
     "carried": "Going on: an adapter carried over to a fine-tuned base, embedded base",
     "parts": "Going on: two runs for one, embedded base",
+    quantised.USED: "SmolLM2-135M in few bits a weight: converted, decoded from",
+    quantised.WEIGHED: "SmolLM2-135M in few bits a weight: memory",
+    quantised.CERTIFIED: "SmolLM2-135M in few bits a weight: certified",
+    quantised.DRAFTS: "SmolLM2-135M in few bits a weight: tau of a chain, MT-bench, T = 0.8",
     "dense": "Training step, 256 blocks of 16 on 2,048 tokens",
     "tiny": "Training step, embedded base",
     "49k": "Training step, 64 blocks of 8 on 1,024 tokens",
@@ -119,7 +124,8 @@ def blocks(page: str, results: Path) -> dict[str, str]:
         real = {"smollm2": real_model(found)} if REAL in found.files else {}
         designs = {"drafts": against_designs(found)} if DRAFTS in found.files else {}
         sweep = {"diffusion": diffusion.markdown(found.files["diffusion"])} if "diffusion" in found.files else {}
-        return {"numbers": block(results), **real, **designs, **sweep}
+        bits = {"quantised": few_bits(found)} if FEW_BITS in found.files else {}
+        return {"numbers": block(results), **real, **designs, **sweep, **bits}
     if page == "serving.md":
         return {"vllm": served(found)} if SERVED in found.files else {}
     short = {"run": caption(found), "quickstart": quickstart(found)}
@@ -276,6 +282,16 @@ def against_designs(found: Results) -> str:
     said = f"{same}, {equal['prompts']} prompts, {equal['new_tokens']} new tokens; measured by {source(whole)}"
     titled = "Cells are greedy / T = 0.8 / T = 1; mean (least to most) over seeds."
     return "\n\n".join([titled, markdown(drafts.forwards(runs)), markdown(drafts.acceptance(runs)), said])
+
+
+FEW_BITS = "quantised"
+
+
+def few_bits(found: Results) -> str:
+    """A line for each way of holding a real model's weights, and where that was measured."""
+    sections = found.files[FEW_BITS]
+    whence = [f"{title.partition(', ')[2]}: {source(one)}" for title, one in sections.items()]
+    return "\n\n".join([markdown(quantised.rows(sections)), *whence])
 
 
 def markdown(rows: list[list[str]]) -> str:

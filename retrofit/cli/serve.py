@@ -46,7 +46,7 @@ def serve(
       retrofit serve qwen-retrofit --engine vllm --port 8000 --dtype bfloat16
       retrofit serve qwen-uno --engine sglang --uno-lora-path qwen-sglang
     """
-    place = found_artifact(folder, offline)
+    found_artifact(folder, offline)
     quieten_libraries()
     from retrofit.serving.starting import words
 

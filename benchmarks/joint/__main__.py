@@ -28,7 +28,7 @@ from retrofit.runtime.engine import Engine
 
 RESULTS = ROOT / "results" / "joint.json"
 WORK = ROOT / "out" / "joint"
-ALONG = {"profile": "joint", "joint.weights": "full", "joint.lr": 1e-3}
+ALONG = {"profile": "joint", "joint.weights": "full", "joint.lr": 1e-3, "objective.diffusion_share": 0.1}
 ANCHORED = {"joint.anchor": "both", "joint.kl_weight": 3.0}
 ARMS: dict[str, dict[str, Any]] = {
     "frozen": {},

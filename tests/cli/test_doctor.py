@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -60,11 +58,13 @@ def test_doctor_says_that_a_level_does_not_hold(base, monkeypatch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_doctor_ends_with_what_is_missing(monkeypatch, options, code, message):
+def test_doctor_ends_with_what_is_missing(base, monkeypatch, options, code, message):
+    """Of the base that ships with retrofit, and of a smaller one, which is tested sooner."""
     if "cuda" in options and torch.cuda.is_available():
         pytest.skip("there is one")
     monkeypatch.setattr(exact, "self_test", None)
-    result = run("doctor", *options, TRITON_INTERPRET="0")
+    smaller = ["--base", base] if options == ["--exact", "off"] else []
+    result = run("doctor", *options, *smaller, TRITON_INTERPRET="0")
     assert result.exit_code == code, result.output
     assert ["torch", torch.__version__] in [line.split()[:2] for line in result.stdout.splitlines()]
     assert message in (result.stderr if code else result.stdout)
@@ -131,12 +131,3 @@ def test_doctor_names_what_our_kernels_cannot_run(tmp_path):
     assert "model type 'phi3' is not one of" in done("doctor", *options, TRITON_INTERPRET="1")
     result = run("doctor", *options, "--backend", "fused", "-q", TRITON_INTERPRET="1")
     assert (result.exit_code, "phi3" in result.stderr) == (1, True)
-
-
-def test_doctor_help_needs_no_torch():
-    code = (
-        "import sys; from click.testing import CliRunner; from retrofit.cli.main import main\n"
-        "assert 'bit for' in CliRunner().invoke(main, ['doctor', '--help']).output\n"
-        "assert not {'torch', 'transformers', 'triton'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

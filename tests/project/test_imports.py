@@ -172,7 +172,7 @@ def invoked(arguments: list[str], code: int) -> str:
 
 
 def test_help_imports_no_torch():
-    commands = ([], ["convert"], ["generate"], ["certify"], ["eval"], ["data"], ["data", "preview"])
+    commands = ([], ["convert"], ["generate"], ["certify"], ["doctor"], ["eval"], ["data"], ["data", "preview"])
     steps = {" ".join(["retrofit", *words]): invoked([*words, "--help"], 0) for words in commands}
     assert heavy_after(steps) == {}
 

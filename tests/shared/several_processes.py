@@ -11,10 +11,9 @@ import pytest
 import torch
 from accelerate import PartialState
 from recurrent_models import any_tiny
-from tiny_conversion import RECIPE, run, tokenizer
+from tiny_conversion import RECIPE, briefly, run, tokenizer
 
 from retrofit.artifact import folder as artifact
-from retrofit.recipes.convert import convert
 
 FORK = multiprocessing.get_context("fork")
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -110,7 +109,7 @@ def run_folder(out: Path, model: Path, texts: Path, **options: Any) -> artifact.
     """As `tiny_conversion.run`, of a model in a folder."""
     recipe = {key.replace("__", "."): options.pop(key) for key in list(options) if "__" in key or key == "profile"}
     overrides = {**RECIPE, "data.source": str(texts), **recipe}
-    return convert(str(model), "tiny", out, overrides, quiet=True, offline=True, **options)
+    return briefly(str(model), "tiny", out, overrides, quiet=True, offline=True, **options)
 
 
 def rank() -> int:

@@ -27,14 +27,14 @@ from retrofit.runtime.engine import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 
-TEN = {"train__steps": 10, "train__batch_size": 4, "train__save_every": 0, "data__max_length": 48}
+SIX = {"train__steps": 6, "train__batch_size": 4, "train__save_every": 0, "data__max_length": 48}
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, texts: Path, model: Path) -> Path:
-    """What one process makes of TEN."""
+    """What one process makes of SIX."""
     out = tmp_path_factory.mktemp("one") / "out"
-    run_folder(out, model, texts, **TEN)
+    run_folder(out, model, texts, **SIX)
     return out
 
 
@@ -86,7 +86,7 @@ def test_several_processes_have_the_losses_of_one(
 
 
 def test_two_processes_convert_a_hybrid_as_one_does(tmp_path: Path, texts: Path) -> None:
-    model, few = saved_model(tmp_path / "model", "qwen3_5"), {**TEN, "train__steps": 4}
+    model, few = saved_model(tmp_path / "model", "qwen3_5"), {**SIX, "train__steps": 4}
     run_folder(tmp_path / "one", model, texts, **few)
     values(together(converts, tmp_path / "out", model, texts, few))
     assert losses_differ(tmp_path / "out", tmp_path / "one") < 1e-5
@@ -115,7 +115,7 @@ def convert_and_look(out: Path, model: Path, texts: Path) -> tuple[int, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "gradients", looking)
         patch.setattr(conversion, "shard", emptied)
-        run_folder(out, model, texts, **TEN)
+        run_folder(out, model, texts, **SIX)
     assert len(set(held)) == 1
     return held[0]
 
@@ -123,7 +123,7 @@ def convert_and_look(out: Path, model: Path, texts: Path) -> tuple[int, int]:
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma3", "deepseek_v3"])
 def test_other_architectures_are_split_too(tmp_path: Path, texts: Path, name: str) -> None:
     """Routed experts; tied embeddings and windows; latent attention."""
-    options = {**TEN, "train__steps": 2, "train__batch_size": 2, "adapter__targets": ["q"]}
+    options = {**SIX, "train__steps": 2, "train__batch_size": 2, "adapter__targets": ["q"]}
     model = saved_model(tmp_path / "model", name)
     run_folder(tmp_path / "one", model, texts, **options)
     options["train__checkpointing"] = True
@@ -132,7 +132,7 @@ def test_other_architectures_are_split_too(tmp_path: Path, texts: Path, name: st
 
 
 def test_uneven_batches_and_accumulation(tmp_path: Path, texts: Path, model: Path) -> None:
-    options = {**TEN, "train__batch_size": 3, "train__accumulation": 2, "train__steps": 4}
+    options = {**SIX, "train__batch_size": 3, "train__accumulation": 2, "train__steps": 4}
     run_folder(tmp_path / "one", model, texts, **options)
     values(together(converts, tmp_path / "out", model, texts, options))
     same_results(tmp_path / "out", tmp_path / "one")

@@ -24,6 +24,8 @@ from retrofit.recipes.overrides import apply
 from retrofit.recipes.sections import Joint, Section
 
 FOLDER = Path(__file__).parent / "named"
+MOST = 10**9
+"""Of steps, documents and tokens: what is more was not meant, and would never end."""
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -140,7 +142,7 @@ class Data(Section):
     responses: Literal["keep", "regenerate"] = "keep"
     """Train on the responses as they are, or let the base write them anew first: such text drafts better, and prompts
     alone will do.  They are kept in RETROFIT_CACHE, by default ~/.cache/retrofit."""
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1, le=MOST)
     """Most tokens of each regenerated response; null: as many as the row's own text had, 512 for a prompt alone."""
     ask: Literal["chat", "text"] = "chat"
     """A `prompt` alone is what a user says, put through the chat template where there is one; or the beginning of a
@@ -148,7 +150,7 @@ class Data(Section):
     template: dict[str, Any] = Field({})
     """Arguments of the chat template, such as `data.template.enable_thinking=false`; of a list of values each document
     has one."""
-    prompts: int = Field(1000, ge=1)
+    prompts: int = Field(1000, ge=1, le=MOST)
     """Prompts that `prompts:reasoning-gym` makes."""
     tasks: tuple[str, ...] = Field((), strict=False)
     """Its tasks by name, in equal shares; none named are 50 that are quickly made."""
@@ -161,7 +163,7 @@ class Data(Section):
     lengths: tuple[int, ...] = Field((), strict=False)
     """Lengths that windows have instead, mixed: `[512, 2048, 8192]` draws one for each, so that short and long contexts
     are learned alike; a length named twice comes twice as often.  Documents have to be as long.  Unit: tokens."""
-    held_out: int = Field(64, ge=0)
+    held_out: int = Field(64, ge=0, le=MOST)
     """Documents kept out of training, to measure on; `stdlib` brings its own list.  Unit: documents."""
 
     @model_validator(mode="after")
@@ -215,25 +217,25 @@ class Data(Section):
 class Train(Section):
     """The training run."""
 
-    steps: int = Field(4000, ge=1)
+    steps: int = Field(4000, ge=1, le=MOST)
     """Optimizer steps."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, le=1 << 16)
     """Sequences per forward, of all processes together."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(1, ge=1, le=1 << 16)
     """Forwards per optimizer step."""
-    anchors: int = Field(64, ge=1)
+    anchors: int = Field(64, ge=1, le=1 << 16)
     """Draft blocks per sequence."""
     curriculum: tuple[int, ...] = Field((), strict=False)
     """Rising lengths that blocks have before `draft.block`, each for an equal share of the steps, and in such numbers
     that the draft rows stay as many.  Unit: tokens."""
     lr: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
-    warmup: int = Field(100, ge=0)
+    warmup: int = Field(100, ge=0, le=MOST)
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How the learning rate falls after the warm-up; with `wsd` in the last steps only, and with it or `constant`
     train.steps may be raised when a conversion goes on."""
-    decay: int | None = Field(None, ge=1)
+    decay: int | None = Field(None, ge=1, le=MOST)
     """Steps at the end over which it falls with `wsd`; null is a fifth of train.steps."""
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm; larger ones are scaled down."""
@@ -244,15 +246,15 @@ class Train(Section):
     third more time."""
     seed: int = Field(0, ge=0, le=(1 << 32) - 1)
     """Keys initial weights, order of documents, anchors, masks and noise."""
-    save_every: int = Field(250, ge=0)
+    save_every: int = Field(250, ge=0, le=MOST)
     """Steps between checkpoints, of which the newest two are kept; 0 saves on Ctrl-C and SIGTERM only."""
-    probe_every: int = Field(0, ge=0)
+    probe_every: int = Field(0, ge=0, le=MOST)
     """Steps between probes, which decode held-out prompts and record tau and TPF; 0 never probes."""
     probe_prompts: int = Field(8, ge=1, le=256)
     """Held-out documents whose beginnings are decoded from, if there are so many."""
     probe_tokens: int = Field(64, ge=1, le=1 << 16)
     """New tokens of each.  Unit: tokens."""
-    patience: int = Field(0, ge=0)
+    patience: int = Field(0, ge=0, le=MOST)
     """Probes in a row without a better TPF after which training stops; 0 never stops early."""
     publish: Literal["last", "best"] = "last"
     """Which weights the artifact holds: the last step's, or those of the probed step with the best TPF."""

@@ -138,10 +138,15 @@ def test_unknown_keys_like_no_other_list_what_there_is():
         ("train.lr=.nan", "train.lr: nan is out of range; must be a number > 0 and <= 1"),
         ("train.lr=fast", "train.lr: must be a number > 0 and <= 1, not `fast`"),
         ("train.lr={peak: 1}", "train.lr: must be a number > 0 and <= 1, not a mapping"),
-        ("train.steps=0", "train.steps: 0 is out of range; must be a whole number >= 1"),
-        ("train.steps=2.5", "train.steps: must be a whole number >= 1, not 2.5"),
-        ("train.steps=true", "train.steps: must be a whole number >= 1, not true"),
-        ("train.steps=", "train.steps: must be a whole number >= 1, not empty"),
+        ("train.steps=0", "train.steps: 0 is out of range; must be a whole number >= 1 and <= 1000000000"),
+        (
+            f"train.steps={'9' * 24}",
+            f"train.steps: {'9' * 24} is out of range; must be a whole number >= 1 and <= 1000000000",
+        ),
+        ("train.steps=2.5", "train.steps: must be a whole number >= 1 and <= 1000000000, not 2.5"),
+        ("train.steps=true", "train.steps: must be a whole number >= 1 and <= 1000000000, not true"),
+        ("train.steps=", "train.steps: must be a whole number >= 1 and <= 1000000000, not empty"),
+        ("train.batch_size=65537", "train.batch_size: 65537 is out of range; must be a whole number >= 1 and <= 65536"),
         ("draft.block=0", "draft.block: 0 is out of range; must be a whole number >= 1 and <= 128"),
         (
             "draft.attention=casual",
@@ -304,3 +309,11 @@ def test_recipes_that_are_not_there(tmp_path):
     assert "is a folder" in problem(name=str(tmp_path))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
     assert "cannot be read" in problem(name=str(tmp_path / "binary.yaml"))
+
+
+def test_every_whole_number_has_an_end():
+    """One too many digits is said at once, not when the run does not end."""
+    numbers = [key for key, field in FIELDS.items() if field.annotation in (int, int | None)]
+    assert {"train.steps", "train.decay", "data.held_out", "draft.block"} <= set(numbers)
+    for key in numbers:
+        assert "out of range" in problem(f"{key}={'9' * 24}"), key

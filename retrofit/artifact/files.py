@@ -158,6 +158,17 @@ def check_parent(out: Path) -> None:
         raise ResourceError(f"{out.parent}: not writable", "choose another place with -o")
 
 
+def check_file(path: Path) -> None:
+    """Raises ResourceError where a file cannot be written, for whoever has minutes of work to do before it is."""
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        why = "is a file" if not folder.is_dir() else "" if os.access(folder, os.W_OK) else "is not writable"
+    except OSError as error:
+        folder, why = path, str(error.strerror)
+    if why:
+        raise ResourceError(f"{path}: cannot be written: {folder} {why}", "choose another place with -o")
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -63,8 +63,11 @@ def certify(
     place = found_artifact(folder, loading.offline)
     quieten_libraries()
     from retrofit import certify as run
+    from retrofit.artifact.files import check_file
+    from retrofit.eval.certify import CERTIFICATE
 
     target = _place(out, folder, place)
+    check_file(target / CERTIFICATE if target.is_dir() else target)
     certificate = run(place, level=level, base=base, progress=not is_quiet(), **loading.keywords)
     path = certificate.save(target)
     if as_json:

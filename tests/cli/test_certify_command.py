@@ -1,6 +1,7 @@
 """`retrofit certify`: what it writes and prints, and how it ends."""
 
 import json
+import os
 
 import pytest
 from artifact_folders import contents
@@ -69,3 +70,13 @@ def test_the_certificate_goes_where_it_is_told(own, made, tmp_path):
     assert not (own / NAME).exists()
     assert "is another artifact" in refused(run("certify", own, "-o", made), 2)
     assert f"wrote {own / NAME}" in run("certify", own, "-o", own).stderr
+
+
+def test_a_certificate_that_cannot_be_written_is_refused_before_the_checks_run(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrofit, "certify", lambda *_, **__: pytest.fail("checks ran"), raising=False)
+    (tmp_path / "notes.txt").write_text("a file")
+    message = refused(run("certify", own, "-o", tmp_path / "notes.txt" / "c.json"), 4)
+    assert f"{tmp_path / 'notes.txt'} is a file" in message
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and may(path, mode))  # also for root
+    assert f"{own} is not writable" in refused(run("certify", own), 4)

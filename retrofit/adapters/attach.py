@@ -216,14 +216,24 @@ def _attached(
 
 
 def _with_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """What PEFT makes of the model; it takes no LoRA on the output projections of some recurrent layers."""
+    """What PEFT makes of the model.
+
+    It takes no LoRA on the output projections of some recurrent layers; and in families with routed experts it takes
+    the names of an MLP for theirs, also where a model has none.
+    """
     try:
-        return get_peft_model(model, config)
+        made = get_peft_model(model, config)
     except ValueError as error:
         said = " ".join(str(error).split())
         raise UnsupportedModelError(
             f"PEFT puts no LoRA on {type(model).__name__}: {said[:160]}", "choose other adapter.targets"
         ) from error
+    if config.target_parameters:
+        raise UnsupportedModelError(
+            f"PEFT takes projections of the MLP of {type(model).__name__} for routed experts",
+            "choose other adapter.targets: [q, k, v, o]",
+        )
+    return made
 
 
 def count(tensors: Iterable[Tensor]) -> int:

@@ -12,6 +12,7 @@ from decoding import randomise
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from tiny_models import build
 from torch import nn
+from transformers import AutoModelForCausalLM, DeepseekV32Config
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks import decoders
@@ -20,7 +21,7 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.roles import ROLES, resolve_targets
 from retrofit.adapters.rows import Block, SequenceRows
 from retrofit.artifact import folder as artifacts
-from retrofit.errors import ArtifactError, UsageError
+from retrofit.errors import ArtifactError, UnsupportedModelError, UsageError
 from retrofit.hub import live_fingerprint
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.engine import Engine
@@ -102,6 +103,17 @@ def plain_peft(model: Any, attached: Attached) -> PeftModel:
     assert not report.unexpected_keys
     assert not [key for key in report.missing_keys if "lora" in key]
     return plain
+
+
+def test_an_mlp_that_peft_takes_for_routed_experts() -> None:
+    """In a family that has them, of which this model has none: refused before it is trained, and left as it was."""
+    model = AutoModelForCausalLM.from_config(decoders.shrunk(DeepseekV32Config, {"first_k_dense_replace": 2}))
+    before = {n: type(m) for n, m in model.named_modules()}
+    adapter = {"rank": 4, "alpha": 4.0, "markov_rank": 0, "confidence": False}
+    with pytest.raises(UnsupportedModelError, match="PEFT takes projections of the MLP of DeepseekV32ForCausalLM"):
+        attach(model, DraftLayout(), targets=ROLES, **adapter)
+    assert {n: type(m) for n, m in model.named_modules()} == before
+    attach(model, DraftLayout(), targets=("q", "o"), **adapter)
 
 
 def test_an_artifact_that_names_its_modules_by_ending_still_loads(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def deepseek_v32(base: PreTrainedConfig) -> PreTrainedConfig:
         qk_rope_head_dim=16,
         v_head_dim=32,
         index_topk=16,
-        index_n_heads=16,
+        index_n_heads=4,
         index_head_dim=32,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
     )

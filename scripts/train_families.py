@@ -2,11 +2,10 @@
 
     python scripts/train_families.py --out FOLDER    writes models and artifacts there, and results/families-cpu.json
 
-A Llama, a Qwen3.5 (a recurrent layer, then one that attends), a gpt-oss (sinks, a window, routed experts) and a
-DeepSeek 3.2 (indexers pick the keys; dense for the first three quarters of the steps), of one width and depth, from
-nothing: all weights by AdamW in float32, the same batches of the embedded base's text, as many steps.  Each is
-converted by the embedded base's recipe, with as many steps as that gets here, and all decode the same prompts.  What
-stands in FOLDER already is taken as it is.
+A Llama, a Qwen3.5 (a recurrent layer, then one that attends) and a gpt-oss (sinks, a window, routed experts), of one
+width and depth, from nothing: all weights by AdamW in float32, the same batches of the embedded base's text, as many
+steps.  Each is converted by the embedded base's recipe, with as many steps as that gets here, and all decode
+the same prompts.  What stands in FOLDER already is taken as it is.
 """
 
 from __future__ import annotations
@@ -22,12 +21,10 @@ from typing import Any
 import click
 import torch
 from train_base import TINY, evaluate, optimise, sequences, token_stream
-from train_indexers import dense_at_first
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DeepseekV32Config,
     GenerationConfig,
     GptOssConfig,
     LlamaConfig,
@@ -52,8 +49,6 @@ JUDGED = 0.8
 WITHIN = 0.1
 """How far below the plain model's TPF a family's may be."""
 EXPERTS = 4
-DENSE = 0.75
-"""Share of the steps in which rows of a model with indexers see all, and indexers learn."""
 LR = 3e-3
 
 
@@ -104,26 +99,8 @@ def gpt_oss(base: PreTrainedConfig) -> PreTrainedConfig:
     )
 
 
-def deepseek_v32(base: PreTrainedConfig) -> PreTrainedConfig:
-    """A row sees 16 keys of up to 256; no experts."""
-    shape = sizes(base)
-    return DeepseekV32Config(
-        **shape | {"num_key_value_heads": shape["num_attention_heads"]},
-        first_k_dense_replace=shape["num_hidden_layers"],
-        q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        index_topk=16,
-        index_n_heads=4,
-        index_head_dim=32,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )
-
-
 FAMILIES: Mapping[str, Callable[[PreTrainedConfig], PreTrainedConfig]] = {
-    PLAIN: llama, "qwen3_5": qwen3_5, "gpt_oss": gpt_oss, "deepseek_v32": deepseek_v32,
+    PLAIN: llama, "qwen3_5": qwen3_5, "gpt_oss": gpt_oss,
 }  # fmt: skip
 
 
@@ -137,14 +114,11 @@ def train(config: PreTrainedConfig, out: Path, steps: int, seed: int = 0) -> flo
     """Train a model from nothing and save it in float32; returns the processor's seconds."""
     started = time.process_time()
     torch.manual_seed(seed)
-    indexed = hasattr(config, "index_topk")
-    attention = "eager" if indexed else None  # which gives the weights that indexers learn
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     adam = torch.optim.AdamW(
         [{"params": list(model.parameters()), "peak": LR}], lr=LR, betas=(0.9, 0.95), weight_decay=0.0
     )
     batches = sequences(text(), random.Random(seed))
-    batches = dense_at_first(model, batches, int(DENSE * steps)) if indexed else batches
     optimise(model, [adam], batches, steps, f"training {config.model_type}")
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(out)

@@ -1,7 +1,7 @@
 """Is the embedded base as fast as it was?  This checkout and another one decode in turns; exits 3 if it is slower.
 
-    git worktree add /somewhere COMMIT
-    python -m benchmarks.cpu.against --against /somewhere
+    git clone . ../before && git -C ../before checkout COMMIT
+    python -m benchmarks.cpu.against --against ../before
 
 Both run with all defaults in float32 on one thread, each in a process of its own, with one adapter that has learned
 nothing: so `self_spec`, a fused chain, shows what its forwards cost.  Writes no file.

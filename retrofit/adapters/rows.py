@@ -392,9 +392,8 @@ def base_positions(seq: SequenceRows) -> list[int]:
 
 def _ancestors(seq: SequenceRows) -> np.ndarray:
     """[T, T] whether base row t sees base row r: itself and what it follows."""
-    n = len(seq.tokens)
-    parents = range(-1, n - 1) if seq.parents is None else seq.parents
-    seen = np.eye(n, dtype=bool)
+    parents = range(-1, len(seq.tokens) - 1) if seq.parents is None else seq.parents
+    seen = np.eye(len(seq.tokens), dtype=bool)
     for t, parent in enumerate(parents):
         if parent >= 0:
             seen[t] |= seen[parent]

@@ -146,8 +146,7 @@ def row_attention(
     context = rows_now() if retrofit_rows is None else retrofit_rows  # not every model hands keyword arguments on
     if context is None:
         raise NoRowPlan("attention implementation 'retrofit' needs a row plan; it is set for one forward at a time")
-    choice = next((kwargs.pop(name) for name in INDICES if isinstance(kwargs.get(name), Picked)), None)
-    picked, seen = (None, None) if choice is None else (choice.mask, choice.draft)
+    picked = next((kwargs.pop(name).mask for name in INDICES if isinstance(kwargs.get(name), Picked)), None)
     refuse_call(module, None if attention_mask is NO_MASK else attention_mask, kwargs)
     cache, layer = context.cache, layer_of(module)
     plan = context.plan_at(layer)
@@ -156,7 +155,7 @@ def row_attention(
     how = (window, scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     if plan.base is not None and picked is None and (plan.alone or (context.form is not None and plan.prompts)):
         return _alone(context, plan, layer, query, key, value, how)[None], None
-    if plan.base is None and not plan.tree and seen is None and any(t.requires_grad for t in (query, key, value)):
+    if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
         group = plan.draft
         assert group is not None
         scores = len(group.slots) * query.shape[1] * group.width * (group.keys + group.width)
@@ -184,7 +183,7 @@ def row_attention(
             (_rectangle(plan.draft, key, first_draft, stop), _rectangle(plan.draft, value, first_draft, stop)),
         ]
         rows = _rectangle(plan.draft, query, first_draft, stop)
-        out.append(_flat(plan.draft, _draft_group(context, plan, layer, rows, own, how, seen)))
+        out.append(_flat(plan.draft, _draft_group(context, plan, layer, rows, own, how)))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
@@ -313,19 +312,11 @@ def _draft_group(
     query: Tensor,
     own: list[tuple[Tensor, Tensor]],
     how: How,
-    seen: Tensor | None = None,
 ) -> Tensor:
     """Draft rows [S, Hq, T, D]; own: K and V of a tree's base rows, where drafts branch, and of these rows."""
     group, (window, scale, softcap, sinks) = plan.draft, how
     assert group is not None
     cached = context.cache.read(layer, group.slots, group.keys)
-    if seen is not None:
-        k, v = _joined([cached, *own])
-        mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, float("-inf"))
-        given = plan.draft_mask(window, query.dtype)
-        mask = mask if given is None else mask + given
-        mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], 1) if mask.shape[1] > 1 else mask
-        return attend(query, k, v, mask, False, scale, softcap, sinks)
     if parts.fits(query, own[-1][1], softcap) and not any(t.requires_grad for t in (query, *own[-1])):
         return parts.draft_attention(plan, query, cached, _joined(own), window, scale, sinks)
     k, v = _joined([cached, *own])

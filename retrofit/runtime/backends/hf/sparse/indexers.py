@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,10 +33,6 @@ from retrofit.runtime.backends.hf.instead import instead, unbound
 
 INDEX = 1 << 20
 """Added to a layer's number: where the cache keeps its indexer's keys."""
-PICKS = 1 << 21
-"""Added to a layer's number: where the cache keeps what its rows picked."""
-DRAFTS_SEE = "all"
-"""`all`, or what their `anchor` picked."""
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 """What layers with an indexer are handed as their mask, which they cut a part out of; nobody reads it."""
 TAKEN = {"hidden_states", "q_resid", "position_embeddings", "attention_mask", "position_ids", "past_key_values"}
@@ -53,8 +48,6 @@ class Picked:
     """
 
     mask: Tensor | None
-    draft: Tensor | None = None
-    """bool [S, G, T, keys (+ R) + T] what draft rows see by the choice of their anchor; None: all."""
 
 
 class Masks(dict[str, Tensor]):
@@ -126,71 +119,25 @@ def _pick(
     indexer: nn.Module, plan: RowPlan, cache: KVCache, forward: Callable[..., Tensor], given: dict[str, Any]
 ) -> Picked:
     group = plan.base
-    number: int = indexer.layer_idx  # type: ignore[assignment]
     if group is None:
-        return Picked(None, _for_drafts(indexer, plan, cache, number, []))
-    layer = INDEX + number
+        return Picked(None)
+    layer: int = INDEX + indexer.layer_idx  # type: ignore[operator, assignment]
     longest = _longest(plan)
     found: list[list[Tensor]] = []
     own: list[Tensor] = []
-    chosen: list[Tensor] = []
     for sequence, first in _sequences(plan):
         picked: list[Tensor] = []
         keys: list[Tensor] = []
-        picks: list[Tensor] = []
         for rows in _at_once(plan, sequence):
             held = _Keys(cache, layer, sequence, rows, keys if plan.tree else None)
             index = forward(**_of_rows(given, slice(first + rows.start, first + rows.stop), held))
             picked.append(_as_mask(indexer, index, longest))
-            if DRAFTS_SEE == "anchor":
-                picks.append(_filled_up(indexer, index))
-                if not plan.tree:
-                    place = sequence.start + rows.start
-                    cache.append(PICKS + number, sequence.slot, place, picks[-1], picks[-1][..., :0])
         found.append(picked)
-        if picks:
-            chosen.append(torch.cat(picks, 2))
         own += keys
     if plan.tree:
         staged = torch.cat(own)
         cache.stage(layer, staged, staged[..., :0])
-        if chosen:
-            rows_NGk = torch.cat([c[0].transpose(0, 1) for c in chosen])
-            cache.stage(PICKS + number, rows_NGk, rows_NGk[..., :0])
-    mask = torch.cat([_padded(torch.cat(one, 2), group.width) for one in found])
-    return Picked(mask, _for_drafts(indexer, plan, cache, number, chosen))
-
-
-def _filled_up(indexer: nn.Module, index: Tensor) -> Tensor:
-    """int32 [1, G, n, k] with -1 up to the most that a row picks."""
-    index = (index[:, None] if index.ndim == 3 else index).to(torch.int32)
-    most = getattr(indexer, "index_topk", None) or indexer.topk_blocks
-    return F.pad(index, (0, int(most) - index.shape[3]), value=-1)  # type: ignore[arg-type]
-
-
-def _for_drafts(indexer: nn.Module, plan: RowPlan, cache: KVCache, number: int, chosen: list[Tensor]) -> Tensor | None:
-    """`Picked.draft`; chosen: of a tree, what the base rows of each sequence picked, [1, G, n, k]."""
-    group = plan.draft
-    if group is None or DRAFTS_SEE == "all":
-        return None
-    if plan.tree:
-        assert plan.base is not None
-        parts = []
-        with_rows = [s for s in plan.sequences if s.blocks or s.tokens]
-        for sequence, picks in zip(with_rows, chosen, strict=True):
-            anchors = torch.tensor([b.anchor for b in sequence.blocks for _ in b.inputs], dtype=torch.long)
-            parts.append(F.pad(picks[:, :, anchors], (0, 0, 0, group.width - len(anchors)), value=-1))
-        mask = _as_mask(indexer, torch.cat(parts), _longest(plan))
-        at = torch.from_numpy(np.maximum(plan.base.query, 0))
-        rows = mask.gather(3, at[:, None, None].expand(*mask.shape[:3], -1))
-        mask = torch.cat([mask[..., : group.keys], rows], 3)
-        mask[..., 0] |= torch.from_numpy(group.query < 0)[:, None]  # padding has to be finite
-    else:
-        anchor = torch.from_numpy(np.maximum(group.limit - 1, 0))
-        picks = cache.read(PICKS + number, group.slots, group.keys)[0]
-        at = anchor[:, None, :, None].expand(-1, picks.shape[1], -1, picks.shape[3])
-        mask = _as_mask(indexer, picks.gather(2, at), group.keys)
-    return F.pad(mask, (0, group.width), value=True)
+    return Picked(torch.cat([_padded(torch.cat(one, 2), group.width) for one in found]))
 
 
 def _sequences(plan: RowPlan) -> Iterator[tuple[SequenceRows, int]]:

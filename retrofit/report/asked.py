@@ -86,8 +86,10 @@ def check(
         raise UsageError(f"suite {suite!r} does not exist{did_you_mean(str(suite), list(SUITES))}", _are(SUITES))
     size, said = SUITES[suite], {}
     if modes is not None:
+        if not modes:
+            raise UsageError("--modes is empty", _are(MODES))
         wrong = next((mode for mode in modes if mode not in MODES), None)
-        if wrong is not None or not modes:
+        if wrong is not None:
             raise UsageError(f"mode {wrong!r} does not exist{did_you_mean(str(wrong), list(MODES))}", _are(MODES))
         said["--modes"] = ",".join(modes)
     if batch is not None:

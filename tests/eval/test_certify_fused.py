@@ -201,7 +201,7 @@ def test_a_planted_fault_is_caught(folder, monkeypatch, name, plant, rule):
     engine = engine_of(folder)
     with monkeypatch.context() as patch:
         plant(patch)
-        (found,) = audited(engine, {name}, 5, 12).values()
+        (found,) = audited(engine, {name}, 5, 8).values()
     assert any(problem.endswith(rule) for problem in found.problems), found.problems
 
 

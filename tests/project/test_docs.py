@@ -47,9 +47,9 @@ def by_hand(path: Path) -> str:
     return re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("path", draw_docs.drawn(), ids=name_of)
-def test_drawn_pages_are_what_their_sources_say(path):
-    assert path.read_text(encoding="utf-8") == draw_docs.drawn()[path], draw_docs.HINT
+@pytest.mark.parametrize(("path", "drawn"), draw_docs.drawn().items(), ids=lambda value: getattr(value, "name", ""))
+def test_drawn_pages_are_what_their_sources_say(path, drawn):
+    assert path.read_text(encoding="utf-8") == drawn, draw_docs.HINT
 
 
 def test_a_source_that_changes_changes_its_page(monkeypatch):

@@ -194,7 +194,7 @@ def test_fail_under_is_a_gate_of_the_verdict(own, monkeypatch):
     ("options", "message"),
     [
         ({"modes": ["fast"]}, "mode 'fast' does not exist"),
-        ({"modes": []}, "mode None does not exist"),
+        ({"modes": []}, "--modes is empty"),
         ({"batch": [0]}, "--batch is 0; it must be whole numbers from 1"),
         ({"context": []}, "--context is empty"),
         ({"limit": 0}, "--limit is 0"),

@@ -126,9 +126,13 @@ def places(group: Group, rows: list[Row], order: list[int]) -> Iterator[tuple[in
     assert len(taken) == len(set(rows))
 
 
-@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("case", CASES)
-def test_base_visibility(case: int, window: Window | None) -> None:
+def test_base_visibility(case: int) -> None:
+    for window in WINDOWS:
+        base_visibility(case, window)
+
+
+def base_visibility(case: int, window: Window | None) -> None:
     sequences = random_sequences(random.Random(case))
     plan = RowPlan(sequences)
     rows = defined_rows(sequences)[: plan.num_base]
@@ -149,9 +153,13 @@ def test_base_visibility(case: int, window: Window | None) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("case", CASES)
-def test_draft_visibility(case: int, window: Window | None, causal: bool) -> None:
+def test_draft_visibility(case: int, causal: bool) -> None:
+    for window in WINDOWS:
+        draft_visibility(case, window, causal)
+
+
+def draft_visibility(case: int, window: Window | None, causal: bool) -> None:
     sequences = random_sequences(random.Random(case))
     plan = RowPlan(sequences, causal_blocks=causal)
     rows = defined_rows(sequences)[plan.num_base :]
@@ -201,10 +209,14 @@ def path_to(seq: SequenceRows, row: int) -> list[int]:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("case", CASES[::3])
-def test_tree_visibility(case: int, window: Window | None, causal: bool) -> None:
+def test_tree_visibility(case: int, causal: bool) -> None:
     """A row sees the cache below the sequence's start, its own ancestors, and (draft rows) its own block."""
+    for window in WINDOWS:
+        tree_visibility(case, window, causal)
+
+
+def tree_visibility(case: int, window: Window | None, causal: bool) -> None:
     sequences = random_tree(random.Random(case))
     plan = RowPlan(sequences, causal_blocks=causal)
     positions = plan.positions[0].tolist()

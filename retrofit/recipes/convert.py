@@ -26,6 +26,7 @@ from retrofit.errors import GateError, TrainingError, UsageError
 from retrofit.hub import Base, resolved_device
 from retrofit.progress import progress as shown
 from retrofit.recipes import origin as origins
+from retrofit.recipes.beginning import looked
 from retrofit.recipes.naming import resolved_name
 from retrofit.recipes.origin import Origin
 from retrofit.recipes.own_model import own_model
@@ -43,7 +44,7 @@ from retrofit.recipes.training.clean.pairs import TOKENS, begin_with_pairs
 from retrofit.recipes.training.interrupts import Interrupts
 from retrofit.recipes.training.joint.drift import with_drift
 from retrofit.recipes.training.joint.trainer import JointTrainer
-from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance, in_line
+from retrofit.recipes.training.measure import MEASURED, HeldOut, calibrate_confidence, held_out_acceptance
 from retrofit.recipes.training.order import Order
 from retrofit.recipes.training.prepare import attached_to, open_base, resolve
 from retrofit.recipes.training.probe import line as probed
@@ -315,12 +316,10 @@ def _look(job: _Job, session: Session, held_out: list[Document]) -> None:
     """Say, and let the next step record, how what the conversion begins with drafts before it is trained further."""
     if not _begins(job, session):
         return
-    train = job.plan.train
-    found = held_out_acceptance(job.backend, job.attached, held_out[:MEASURED], train.anchors, train.seed)
+    session.before = looked(
+        job.origin, job.plan, job.base, job.attached, job.backend, held_out[:MEASURED], session.order, _say(job.quiet)
+    )
     job.wait_for_all("looked")
-    session.before = found.figures()
-    told = "not measured, there is no held-out text" if session.before is None else in_line(session.before)
-    _say(job.quiet)(f"before the first step: {told}")
 
 
 def _train(job: _Job, session: Session, tracker: tracking.Tracker, interrupts: Interrupts) -> None:

@@ -255,8 +255,7 @@ def _text(value: Any) -> str:
 def differences(origin: Origin, plan: Recipe, base: Base) -> list[str]:
     """What is otherwise here than where it was trained, and may be: the base, and the layout of drafts."""
     told = []
-    trained_on = origin.original if plan.profile == "joint" else origin.fingerprint
-    if (field := same_base(trained_on, base.fingerprint)) is not None:
+    if (field := is_another_base(origin, plan, base)) is not None:
         told.append(f"it was trained on {origin.base}, from which {base.name} differs in its {field}")
     trained = origin.precision
     if trained != base.precision:
@@ -265,6 +264,11 @@ def differences(origin: Origin, plan: Recipe, base: Base) -> list[str]:
     wanted = plan.draft.model_dump(mode="json")
     other = other_keys(wanted, origin.draft)
     return [*told, *(f"draft.{key} was {origin.draft.get(key)}, now {wanted[key]}" for key in other)]
+
+
+def is_another_base(origin: Origin, plan: Recipe, base: Base) -> str | None:
+    """In what a base differs from the one that was trained on, None where it does not."""
+    return same_base(origin.original if plan.profile == "joint" else origin.fingerprint, base.fingerprint)
 
 
 def begin(attached: Attached, origin: Origin, plan: Recipe, base: Base) -> None:

@@ -159,7 +159,8 @@ def mean(seeds: dict[str, dict[str, float]], what: str) -> float:
 
 def bars_of_carried(seeds: dict[str, dict[str, float]], share: float) -> list[Bar]:
     ratios = [one["carried"] / one["fresh"] for one in seeds.values()]
-    figure = f"{mean(seeds, 'carried') / mean(seeds, 'fresh'):.1%} ({min(ratios):.1%} to {max(ratios):.1%})"
+    spread = f"{min(ratios):.1%} to {max(ratios):.1%}" if len(ratios) > 1 else "one seed"
+    figure = f"{mean(seeds, 'carried') / mean(seeds, 'fresh'):.1%} ({spread})"
     met = min(ratios) >= LEAST_TAU and share <= MOST_STEPS
     what = f"tau of an adapter carried over, in {share:.0%} of a fresh conversion's steps, against that one's"
     return [Bar(what, f">= {LEAST_TAU:.0%} in <= {MOST_STEPS:.0%}", figure, met)]
@@ -170,7 +171,8 @@ def bars_of_parts(seeds: dict[str, dict[str, float]]) -> list[Bar]:
     one = [found["one run"] for found in seeds.values()]
     noise, apart = max(one) - min(one), mean(seeds, "two runs") - mean(seeds, "one run")
     met = None if len(one) < 2 else abs(apart) <= noise
-    figure = f"{mean(seeds, 'two runs'):.3f} and {mean(seeds, 'one run'):.3f}; seeds of one run are {noise:.3f} apart"
+    spread = f"seeds of one run are {noise:.3f} apart" if len(one) > 1 else "one seed"
+    figure = f"{mean(seeds, 'two runs'):.3f} and {mean(seeds, 'one run'):.3f}; {spread}"
     return [Bar("tau of two runs, the second --from the first, and of one as long", "within noise", figure, met)]
 
 

@@ -22,7 +22,8 @@ def test_noise_is_how_far_apart_seeds_are() -> None:
     (bar,) = bars_of_parts(apart((1.5, 1.52), (1.6, 1.6)))
     assert bar.met and bar.figure == "1.560 and 1.550; seeds of one run are 0.100 apart"
     assert not bars_of_parts(apart((1.5, 1.7), (1.6, 1.8)))[0].met
-    assert bars_of_parts(apart((1.5, 1.5)))[0].met is None
+    (alone,) = bars_of_parts(apart((1.5, 1.5)))
+    assert alone.met is None and alone.figure == "1.500 and 1.500; one seed"
 
 
 def test_a_short_run_has_a_short_warm_up() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from commands import refused
 from commands import run as command
 from safetensors.torch import load_file
-from several_processes import run_folder, together, values
+from several_processes import run_folder, saved_model, together, values
 from tiny_conversion import curve, interrupted, learned, run, tokenizer
 from tiny_models import SIZES, build
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from retrofit.artifact import folder as artifact
 from retrofit.artifact.files import sha256
 from retrofit.errors import ArtifactError, UsageError
+from retrofit.recipes import beginning
 from retrofit.recipes import convert as conversion
 from retrofit.recipes.convert import convert
 from retrofit.recipes.origin import read
@@ -130,6 +132,32 @@ def test_another_base_of_the_same_shapes_and_another_block(
     assert "differs in its norms" in told and "draft.block was 4, now 3" in told
     assert made.config["base"]["fingerprint"] != artifact.read_config(first)["base"]["fingerprint"]
     assert made.heads["confidence_temperature"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("better", [0, 1], ids=["kept", "anew"])
+def test_on_another_base_the_markov_head_that_drafts_better_is_begun_with(
+    tmp_path: Path, model: Path, first: Path, monkeypatch: pytest.MonkeyPatch, better: int
+) -> None:
+    """All else is the artifact's; on its own base nothing else is tried."""
+    taus = iter([*((1.2, 1.3) if better else (1.3, 1.2)), 1.0])
+    right, found = beginning.held_out_acceptance, []
+
+    def measured(*arguments: Any) -> Any:
+        found.append({**right(*arguments).figures(), "tau": next(taus)})
+        return SimpleNamespace(figures=lambda: found[-1])
+
+    monkeypatch.setattr(beginning, "held_out_acceptance", measured)
+    other = saved_model(tmp_path / "other")
+    build("llama", seed=7).save_pretrained(other)
+    seen = untrained(monkeypatch)
+    made = on(tmp_path / "out", first, str(other))
+    (began,), kept = seen, weights(first)
+    named = {name.removeprefix("heads.").replace(".default.weight", ".weight"): t for name, t in began.items()}
+    changed = {name for name, tensor in named.items() if not torch.equal(tensor, kept[name])}
+    assert changed == ({"markov_w1", "markov_w2"} if better else set())
+    assert made.config["training"]["before"]["tau"] == 1.3
+    on(tmp_path / "home", first)
+    assert next(taus, None) is None and len(found) == 3
 
 
 def test_a_base_of_other_shapes_is_refused_both_ways(tmp_path: Path, first: Path) -> None:

@@ -1,11 +1,10 @@
 """What a recipe may say, and the only place where its defaults stand.
 
 A recipe is one YAML file of sections and keys.  Unknown keys, wrong types and values out of range are refused
-together, in one `UsageError` that names each key by its dotted path.  A loaded `Recipe` is frozen.  The text
-under each field is its help.
-Not here: the section of the profile `joint` (`sections.py`), YAML itself (`yaml_text.py`), overrides
-(`overrides.py`), the wording of errors (`problems.py`), reading data, loading models, judging whether a recipe fits a
-model.
+together, in one `UsageError` that names each key by its dotted path.  A loaded `Recipe` is frozen.  The text under each
+field is its help.
+Not here: the profile `joint` (`sections.py`), YAML itself (`yaml_text.py`), overrides (`overrides.py`), the wording of
+errors (`problems.py`), reading data, loading models, judging whether a recipe fits a model.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from retrofit.recipes.overrides import apply
 from retrofit.recipes.sections import Joint, Section
 
 FOLDER = Path(__file__).parent / "named"
-MOST = 10**9
-"""Of steps, documents and tokens: what is more was not meant, and would never end."""
+MOST = 10**9  # of steps, documents and tokens: what is more was not meant, and would never end
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 

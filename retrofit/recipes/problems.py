@@ -27,6 +27,7 @@ WORDS = {
     str: "text",
     str | None: "text or null",
     int | None: "a whole number or null",
+    float | None: "a number or null",
     tuple[int, ...]: "a list of whole numbers",
     tuple[str, ...]: "a list of texts",
     dict[str, Any]: "names and values",

@@ -20,10 +20,9 @@ from retrofit.errors import UsageError
 from retrofit.recipes import problems as faults
 from retrofit.recipes import yaml_text
 from retrofit.recipes.overrides import apply
-from retrofit.recipes.sections import Joint, Section
+from retrofit.recipes.sections import MOST, Joint, Section
 
 FOLDER = Path(__file__).parent / "named"
-MOST = 10**9  # of steps, documents and tokens: what is more was not meant, and would never end
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 

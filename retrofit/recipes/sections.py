@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from retrofit.artifact.schema import MOST_ALPHA, MOST_RANKS
 
+MOST = 10**9
+"""Of steps, documents and tokens: what is more was not meant, and would never end."""
+
 
 class Section(BaseModel):
     """A frozen group of keys that knows no others, and reads `true` or `"3"` as neither number."""

@@ -317,3 +317,15 @@ def test_every_whole_number_has_an_end():
     assert {"train.steps", "train.decay", "data.held_out", "draft.block"} <= set(numbers)
     for key in numbers:
         assert "out of range" in problem(f"{key}={'9' * 24}"), key
+
+
+@pytest.mark.parametrize("value", ["-1", "{a: 1}", "[[]]", "word", "", ".inf"])
+def test_every_key_takes_a_value_or_says_what_it_takes(value):
+    refused = {}
+    for key in FIELDS:
+        try:
+            load_recipe("tiny", [f"{key}={value}"])
+        except UsageError as error:  # any other is a bug
+            refused[key] = str(error)
+    assert len(refused) > len(FIELDS) / 2
+    assert [key for key, message in refused.items() if key not in message] == []

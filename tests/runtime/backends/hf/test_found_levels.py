@@ -1,4 +1,4 @@
-"""What tests load the second time is what the self-test would have found: `shared/found_levels.py`."""
+"""What tests load the second time is what the self-test would have found: `shared/bases/found_levels.py`."""
 
 from pathlib import Path
 from typing import Any

@@ -2,7 +2,7 @@
 
     used        each kind converted for 20 steps and decoded from: it works, or is refused by name
     weighed     what its weights take, and a process that loads and runs them
-    certified   nf4 and int8 by `retrofit certify` as it is, the others with fewer texts
+    certified   by `retrofit certify`, of fewer texts than it takes unless --whole names the kind
     drafts      tau of the adapter that ships, and of short trainings on plain weights and on quantised ones
 
 SmolLM2-135M-Instruct in bfloat16, on the CPU, one thread, offline; wants the packages of the extras smollm2,
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -35,8 +35,6 @@ from retrofit.quantised.methods import KINDS
 
 WORK = ROOT / "out" / "quantised"
 RESULTS = ROOT / "results" / "quantised.json"
-WHOLE = ("nf4", "int8")
-"""Certified as users do."""
 
 NAMED = {title.partition(", ")[2]: title for title in STAGES}
 
@@ -69,24 +67,36 @@ def each(bar_of: Callable[[str, Figures], Bar], found: Figures) -> list[Bar]:
     return [bar_of(name, one) for name, one in found.items()]
 
 
-def measured(stages: Sequence[str], kinds: Sequence[str], setting: Setting, work: Path, command: str) -> list[Bar]:
-    tried = {one.name: one for one in subjects(work) if one.name in kinds}
-    plain = work / "plain"
+class Asked(NamedTuple):
+    """What of it is to be measured, and how."""
+
+    kinds: Sequence[str]
+    certified_in: str
+    whole: Sequence[str]
+    drafts: Setting
+    work: Path
+
+
+def measured(stages: Sequence[str], asked: Asked, command: str) -> list[Bar]:
+    work = asked.work
+    tried = {one.name: one for one in subjects(work) if one.name in asked.kinds}
 
     def use(name: str) -> Figures:
         return commands.used(tried[name], work / f"{name}-retrofit")
 
     def weigh(name: str) -> Figures:
-        return commands.weighed(plain, name)
+        return commands.weighed(work / "plain", name)
 
     def certify(name: str) -> Figures:
-        return commands.certified(work / f"{name}-retrofit", name in WHOLE)
+        return commands.certified(work / f"{name}-retrofit", asked.certified_in, name in asked.whole)
 
     def draft(title: str) -> Figures:
-        return drafting.drafted(next(cell for cell in CELLS if cell.title == title), setting, work)
+        return drafting.drafted(next(cell for cell in CELLS if cell.title == title), asked.drafts, work)
 
     weights = ["plain", *(kind for kind in tried if kind in KINDS)]
-    cells = [cell.title for cell in CELLS if {cell.trained, cell.on} <= {*kinds, drafting.SHIPPED, drafting.PLAIN}]
+    cells = [
+        cell.title for cell in CELLS if {cell.trained, cell.on} <= {*asked.kinds, drafting.SHIPPED, drafting.PLAIN}
+    ]
     known: dict[str, tuple[Sequence[str], Callable[[str], Figures], Callable[[Figures], list[Bar]]]] = {
         USED: (list(tried), use, partial(each, commands.bar_of_use)),
         WEIGHED: (weights, weigh, commands.bars_of_weight),
@@ -99,36 +109,39 @@ def measured(stages: Sequence[str], kinds: Sequence[str], setting: Setting, work
     return bars
 
 
-def job_of(job: str, folder: Path, kind: str) -> Figures:
-    """What a process of its own is started for."""
-    return commands.certify_with_fewer(folder) if job == "certify" else commands.weigh(folder, kind)
-
-
 @click.command(help=__doc__)
 @click.option("--stages", type=click.Choice(list(NAMED)), multiple=True, help="Some of them.  [default: all]")
 @click.option("--kinds", multiple=True, help="What holds the bits.  [default: all]")
+@click.option("--whole", multiple=True, help="Kinds that are certified by as many texts as the command takes.")
+@click.option("--certified-in", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Of the short trainings.")
 @click.option("--asked", type=click.IntRange(1), default=64, show_default=True, help="Prompts that their bases answer.")
 @click.option("--prompts", type=click.IntRange(1), default=24, show_default=True, help="Of MT-bench.")
 @click.option("--new-tokens", type=click.IntRange(1), default=48, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many.")
 @click.option("--work", type=click.Path(path_type=Path), default=WORK, help="For artifacts.  [default: out/quantised]")
-@click.option("--job", hidden=True, type=click.Choice(["certify", "weigh"]))
-@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--weigh", hidden=True, type=click.Path(path_type=Path))
 def main(
-    stages: tuple[str, ...], kinds: tuple[str, ...], work: Path, job: str | None, folder: Path | None, **sizes: int
+    stages: tuple[str, ...],
+    kinds: tuple[str, ...],
+    whole: tuple[str, ...],
+    certified_in: str,
+    work: Path,
+    weigh: Path | None,
+    **sizes: int,
 ) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    if job is not None:
-        assert folder is not None
-        print(json.dumps(job_of(job, folder, next(iter(kinds), ""))))
+    if weigh is not None:
+        print(json.dumps(commands.weigh(weigh, kinds[0])))
         return
-    command = " ".join(["python -m benchmarks.quantised", *(f"--{k.replace('_', '-')} {v}" for k, v in sizes.items())])
-    asked = [title for name, title in NAMED.items() if not stages or name in stages]
+    given = [f"--certified-in {certified_in}", *(f"--whole {kind}" for kind in whole)]
+    given += [f"--{key.replace('_', '-')} {value}" for key, value in sizes.items()]
+    command = " ".join(["python -m benchmarks.quantised", *given])
+    asked = Asked(kinds or (*KINDS, COMPRESSED), certified_in, whole, Setting(**sizes), work)
     try:
-        bars = measured(asked, kinds or (*KINDS, COMPRESSED), Setting(**sizes), work, command)
+        bars = measured([title for name, title in NAMED.items() if not stages or name in stages], asked, command)
     except RetrofitError as error:
         say(f"error: {error}" + (f"\n{error.hint}" if error.hint else ""))
         sys.exit(error.exit_code)

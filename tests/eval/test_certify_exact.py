@@ -6,6 +6,7 @@
 import shutil
 from typing import Any
 
+import found_levels
 import pytest
 from certifying import command, small
 from tiny_models import build
@@ -66,6 +67,7 @@ def forgets_the_first_token(patch):
 def test_attention_at_a_level_is_held_against_the_base(folder, plant, monkeypatch):
     small(monkeypatch)
     if plant is not None:
+        monkeypatch.setattr(found_levels, "FOUND", {})  # what holds with a fault is found with it
         plant(monkeypatch)
     result, checks = command(folder, "--dtype", "bfloat16", "--exact", "bucket")
     assert checks["bitwise"]["status"] == "passed", checks["bitwise"]

@@ -189,4 +189,5 @@ def test_a_base_whose_artifact_ships_with_retrofit_names_that(tmp_path: Path, mo
     assert local_folder("smollm2-135m") == shipped
     monkeypatch.chdir(tmp_path)  # a folder of that name is ./NAME
     assert local_folder("./smollm2-135m") == Path("./smollm2-135m")
-    assert local_folder("tiny") == Path("tiny")
+    with pytest.raises(UsageError, match="tiny is a base and no artifact"):
+        local_folder("tiny")

@@ -29,6 +29,7 @@ from benchmarks.vllm.subjects import SUBJECTS, Subject
 from retrofit.machine import installed
 from retrofit.named_bases import EMBEDDED
 from retrofit.serving.starting import words
+from retrofit.sharing.pulling import local_folder
 
 RESULTS = ROOT / "results" / "vllm-cpu.json"
 DTYPES = ("float32", "bfloat16")
@@ -94,7 +95,9 @@ def without_server(subject: Subject) -> Part:
     options = ["--served-model-name", NAME, "--dtype", "float32", *SIZES, *INSIDE]
     commands = [
         plain(subject.base, "float32"),
-        words(subject.artifact, "vllm", options, base=None, offline=True)[0],
+        words(local_folder(subject.artifact, offline=True), subject.artifact, "vllm", options, base=None, offline=True)[
+            0
+        ],
     ]
     own, drafted = (offline.answers(command, subject.prompts, subject.tokens) for command in commands)
     return identical(parity.equal({"offline": drafted}, {"offline": own}))

@@ -46,11 +46,11 @@ def serve(
       retrofit serve qwen-retrofit --engine vllm --port 8000 --dtype bfloat16
       retrofit serve qwen-uno --engine sglang --uno-lora-path qwen-sglang
     """
-    found_artifact(folder, offline)
+    place = found_artifact(folder, offline)
     quieten_libraries()
     from retrofit.serving.starting import words
 
-    found, other_precision = words(folder, engine, options, base=base, offline=offline)
+    found, other_precision = words(place, folder, engine, options, base=base, offline=offline)
     say_other_precision(other_precision)
     if only_print or engine == "sglang":
         if as_json:

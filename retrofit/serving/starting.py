@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from retrofit.artifact import folder as artifacts
 from retrofit.artifact.engines import refuse_unfit
@@ -15,20 +16,19 @@ from retrofit.serving import sglang
 from retrofit.serving.unpacking import unpacked
 from retrofit.serving.vllm import command as vllm
 from retrofit.serving.vllm.versions import check, installed
-from retrofit.sharing.pulling import local_folder
 
 
 def words(
-    name: str, engine: str, options: Sequence[str], *, base: str | None, offline: bool
+    kept: Path, name: str, engine: str, options: Sequence[str], *, base: str | None, offline: bool
 ) -> tuple[list[str], str | None]:
     """The command that serves an artifact, as a list of words, and what is to be said of the base's precision.
 
-    name: its folder, or OWNER/NAME on the Hub.  engine: vllm or sglang.  options: of the engine.  base: in place of the
-    one the artifact names.
+    kept: the artifact's folder.  name: what it is called.  engine: vllm or sglang.  options: of the engine.  base: in
+    place of the one the artifact names.
     Raises UsageError or UnsupportedModelError for an artifact or an option that the engine cannot draft with,
     ResourceError where vLLM is not here or another one is, and what `Engine.load` raises of artifact and base.
     """
-    artifact = artifacts.read(local_folder(name, offline))
+    artifact = artifacts.read(kept)
     refuse_unfit(name, artifact.config, engine)
     named, block = artifact.config["base"], artifact.config["draft"]["block"]
     place = base or artifacts.base_of(artifact.folder, artifact.config)

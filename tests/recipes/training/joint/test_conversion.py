@@ -226,7 +226,7 @@ def test_vllm_serves_its_own_model_by_the_artifacts_name(
 ) -> None:
     _, folder = straight
     monkeypatch.setattr("retrofit.serving.starting.installed", lambda: "0.32.0")
-    words, _ = starting.words(str(folder), "vllm", ["--port", "1"], base=None, offline=True)
+    words, _ = starting.words(folder, str(folder), "vllm", ["--port", "1"], base=None, offline=True)
     assert words[words.index("serve") + 1] == str(folder / "model")
     assert words[words.index("--served-model-name") + 1] == "out"
 

@@ -28,8 +28,9 @@ from retrofit.recipes.training import objective
 from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.step import Trainer
 from retrofit.runtime.backends.hf import attention, block_attention
-from retrofit.runtime.backends.hf.attention import _training_rows, attend
+from retrofit.runtime.backends.hf.attention import _training_rows
 from retrofit.runtime.backends.hf.cache import KVCache
+from retrofit.runtime.backends.hf.dense_attention import attend
 from retrofit.runtime.engine import Engine
 
 TILES = (1, 300, 1 << 20)

@@ -2,8 +2,9 @@
 
 Registered with transformers under the name `retrofit`; the plan arrives as the keyword argument `retrofit_rows`.
 
-    base rows      write K/V, read base K/V: one call; in pieces where a mask or scores of all rows would be too large
-    draft rows     read base K/V and their own block: one call; while training see `block_attention.py`, unless few
+    base rows      write K/V, read base K/V: one call for sequences that have about as many keys; in pieces where a mask
+                   or scores of all rows would be too large
+    draft rows     read base K/V and their own block: likewise; while training see `block_attention.py`, unless few
 
 Not here: what a row sees (`adapters/rows.py`).
 """
@@ -16,19 +17,20 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from retrofit.adapters.one_call import one_call
 from retrofit.adapters.rows import RowPlan
-from retrofit.adapters.visibility import Chunk, Group, Window, hiding
+from retrofit.adapters.sections import Section, sections
+from retrofit.adapters.visibility import Chunk, Group, Window
 from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.hf import exact_attention, parts
 from retrofit.runtime.backends.hf.answers import rows_now
 from retrofit.runtime.backends.hf.block_attention import Call, block_attention, tiles_of
 from retrofit.runtime.backends.hf.cache import KVCache
-from retrofit.runtime.backends.hf.exact_attention import Form, weights_of
+from retrofit.runtime.backends.hf.dense_attention import attend, base_rows
+from retrofit.runtime.backends.hf.exact_attention import Form
 from retrofit.runtime.backends.hf.recurrent.forest import Forest, forest_of
 from retrofit.runtime.backends.hf.refused import refuse_call
 from retrofit.runtime.backends.hf.sparse.attention import picked_attention
@@ -40,16 +42,16 @@ How = tuple[Window | None, float, float | None, Tensor | None]
 ATTENTION = "retrofit"
 NUMBERED = "retrofit_layer"
 """Attribute of attention modules whose layer was told by their names."""
-LARGE_MASK = 1 << 22
-"""Rows times keys of one sequence from which base rows are masked in pieces."""
-LARGE_SCORES = 1 << 24
-"""Heads times rows times keys of one sequence from which scores, where they are made, are made in pieces."""
+STEP = 256
+"""Keys in multiples of which lengths are told apart where no form says how many."""
+CALL = 4
+"""What a call costs on a CPU beside its keys, in steps of keys of one sequence."""
+ANY = 1 << 40
+"""So much that sequences are cut apart only where their slots are no neighbours."""
 INDICES = ("indices", "block_indices")
 """Arguments in which attention modules hand on what their indexer picked."""
 FEW_SCORES = {"cpu": 1 << 21, "cuda": 0}
 """Up to so many scores draft rows attend by one dense call while training too: many small steps would take longer."""
-PIECE = 1 << 22
-"""Elements of a piece's mask, or of its scores, over all sequences."""
 
 
 @dataclass
@@ -86,42 +88,6 @@ class ForwardContext:
 
 class NoRowPlan(RuntimeError):
     """The attention function was called by something other than a forward of ours."""
-
-
-def attend(
-    query_SHTD: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """softmax(scaling * q k^T [soft-capped] + mask) v for grouped queries; with sinks [Hq], over them too.
-
-    query [S, Hq, T, D], key [S, Hkv, L, D], value [S, Hkv, L, Dv], mask additive [S, 1, T, L] -> [S, Hq, T, Dv].
-    """
-    groups = query_SHTD.shape[1] // key.shape[1]
-    plain = softcap is None and sinks is None
-    if plain and value.shape[-1] < key.shape[-1]:
-        # MLA: the fast kernels want equal widths; zero columns of V only add zero columns to the output.
-        padded = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
-        return attend(query_SHTD, key, padded, mask, causal, scaling, None)[..., : value.shape[-1]]
-    if plain:
-        return F.scaled_dot_product_attention(
-            query_SHTD, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1
-        )
-    S, H, T, D = query_SHTD.shape
-    scores = query_SHTD.reshape(S, H // groups, groups * T, D) @ key.transpose(2, 3) * scaling
-    scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)).view(S, H, T, -1)
-    if causal:
-        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), float("-inf"))
-    if mask is not None:
-        scores = scores + mask
-    weights = weights_of(scores.float(), None if sinks is None else sinks[:, None, None]).to(query_SHTD.dtype)
-    out = weights.view(S, H // groups, groups * T, -1) @ value
-    return out.view(S, H, T, -1)
 
 
 @one_call
@@ -262,7 +228,7 @@ def _sequence(
     form, slot, (query, key, value) = context.form, group.slots[0], own
     if form is None:
         k, v = context.cache.append(layer, slot, start, key, value)
-        return _base_rows(plan, query, k, v, *how)
+        return base_rows(plan, query, k, v, *how)
     columns = form.columns(start + group.width, context.cache.columns(layer), query.dtype)
     k, v = context.cache.append(layer, slot, start, key, value, columns)
     return _exact_rows(group, query, k, v, how, form)
@@ -277,11 +243,40 @@ def _base_group(
     how: How,
 ) -> Tensor:
     """Base rows [S, Hq, T, D]; tree: K and V of these rows themselves, where drafts branch."""
+    assert plan.base is not None
+    return _by_section(
+        _sections(plan, plan.base, context, query),
+        lambda of, part: _base_section(context, part, layer, query[of], [(k[of], v[of]) for k, v in tree], how),
+    )
+
+
+def _sections(plan: RowPlan, group: Group, context: ForwardContext, query: Tensor) -> list[Section]:
+    form, on_cpu = context.form, query.device.type == "cpu"
+    if form is None and not on_cpu:
+        return [Section(slice(0, len(group.slots)), plan)]
+    # A GPU takes less time for one call over more keys; with a form, slots that are neighbours are read where they are.
+    return sections(plan, group, STEP if form is None else form.piece, CALL if on_cpu else ANY)
+
+
+def _by_section(parts: list[Section], made: Callable[[slice, RowPlan], Tensor]) -> Tensor:
+    """[S, Hq, T, D]"""
+    outs = [made(*one) for one in parts]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _base_section(
+    context: ForwardContext,
+    plan: RowPlan,
+    layer: int,
+    query: Tensor,
+    tree: list[tuple[Tensor, Tensor]],
+    how: How,
+) -> Tensor:
     group, form, cache = plan.base, context.form, context.cache
     assert group is not None
     if form is None:
         k, v = _joined([cache.read(layer, group.slots, group.keys), *tree])
-        return _base_rows(plan, query, k, v, *how)
+        return base_rows(plan, query, k, v, *how)
     there = cache.columns(layer)
     if tree:
         cached = cache.read(layer, group.slots, form.columns(plan.paths.stop, there, query.dtype))
@@ -289,12 +284,8 @@ def _base_group(
         if form.kernel and parts.fits(query, tree[0][1], softcap):
             return parts.tree_attention(group, plan.paths, query, cached, tree[0], window, scale, sinks, form)
         return exact_attention.tree_attention(group, plan.paths, query, cached, tree[0], *how, form)
-    outs = []
-    for first, stop in group.runs:  # slots that are neighbours are read where they are
-        some = group if stop - first == len(group.slots) else group.some(first, stop)
-        k, v = cache.read(layer, some.slots, form.columns(some.keys, there, query.dtype))
-        outs.append(_exact_rows(some, query[first:stop], k, v, how, form))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    k, v = cache.read(layer, group.slots, form.columns(group.keys, there, query.dtype))
+    return _exact_rows(group, query, k, v, how, form)
 
 
 def _exact_rows(group: Group, query: Tensor, key: Tensor, value: Tensor, how: How, form: Form) -> Tensor:
@@ -314,6 +305,21 @@ def _draft_group(
     how: How,
 ) -> Tensor:
     """Draft rows [S, Hq, T, D]; own: K and V of a tree's base rows, where drafts branch, and of these rows."""
+    assert plan.draft is not None
+    return _by_section(
+        _sections(plan, plan.draft, context, query),
+        lambda of, part: _draft_section(context, part, layer, query[of], [(k[of], v[of]) for k, v in own], how),
+    )
+
+
+def _draft_section(
+    context: ForwardContext,
+    plan: RowPlan,
+    layer: int,
+    query: Tensor,
+    own: list[tuple[Tensor, Tensor]],
+    how: How,
+) -> Tensor:
     group, (window, scale, softcap, sinks) = plan.draft, how
     assert group is not None
     cached = context.cache.read(layer, group.slots, group.keys)
@@ -321,42 +327,6 @@ def _draft_group(
         return parts.draft_attention(plan, query, cached, _joined(own), window, scale, sinks)
     k, v = _joined([cached, *own])
     return attend(query, k, v, plan.draft_mask(window, query.dtype), False, scale, softcap, sinks)
-
-
-def _base_rows(
-    plan: RowPlan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: Window | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Base rows [S, Hq, T, D] over the base keys [S, Hk, L, .]."""
-    group = plan.base
-    assert group is not None
-    S, H, T = query.shape[:3]
-    window = hiding(window, group.last)
-    masked = window is not None or not (group.plain_causal or T == 1)
-    made = softcap is not None or sinks is not None  # scores of all rows and keys
-    scores = H * T * group.keys if made else 0
-    if plan.tree or not (scores > LARGE_SCORES or (masked and T * group.keys > LARGE_MASK)):
-        mask, causal = plan.base_mask(window, query.dtype)
-        return attend(query, key, value, mask, causal, scale, softcap, sinks)
-    room = max(1, PIECE // (S * (H if made else 1)))
-    rows = max(1, room // group.keys)
-    if window is not None:  # a piece reads rows + window keys
-        size = window.size if isinstance(window, Chunk) else window
-        rows = max(rows, int((size**2 + 4 * room) ** 0.5 - size) // 2)
-    out = query.new_empty(S, H, T, value.shape[-1])
-    for first in range(0, T, rows):
-        piece = slice(first, min(first + rows, T))
-        low, high, seen = plan.base_part(window, piece.start, piece.stop)
-        mask = torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-        k, v = (t[:, :, low:high] for t in (key, value))
-        out[:, :, piece] = attend(query[:, :, piece], k, v, mask[:, None], False, scale, softcap, sinks)
-    return out
 
 
 def _training_rows(

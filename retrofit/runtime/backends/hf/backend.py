@@ -45,11 +45,11 @@ from retrofit.runtime.backends.hf.linear.experts import separate_experts
 from retrofit.runtime.backends.hf.linear.packing import install
 from retrofit.runtime.backends.hf.linear.products import Cut, Product, packed_weights
 from retrofit.runtime.backends.hf.load_check import check_model
+from retrofit.runtime.backends.hf.positions.rotation import lock_rotation
+from retrofit.runtime.backends.hf.positions.row_positions import asked_of_cache, instead_of_cache
 from retrofit.runtime.backends.hf.recorded.steps import Recorded, through_trunk
 from retrofit.runtime.backends.hf.recurrent import mixers
 from retrofit.runtime.backends.hf.refused import chunks_of, refuse_unsupported
-from retrofit.runtime.backends.hf.rotation import lock_rotation
-from retrofit.runtime.backends.hf.row_positions import asked_of_cache, instead_of_cache
 from retrofit.runtime.backends.hf.sparse import indexers
 from retrofit.runtime.backends.interface import EXACT_PREFILL_ROWS, PREFILL_ROWS, Output, Stepper, eos_set
 from retrofit.runtime.backends.turns import Turns

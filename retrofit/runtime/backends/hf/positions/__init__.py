@@ -1,0 +1,1 @@
+"""Models that do not simply take the positions they are given."""

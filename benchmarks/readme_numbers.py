@@ -51,7 +51,12 @@ TITLES = {
     **{
         f"{what}, {kind}": f"SmolLM2-135M, {title}, {kind}"
         for kind in ("bfloat16", "float32")
-        for what, title in (("acceptance", "tokens per forward"), ("lossless", "lossless"), ("speed", "speed"))
+        for what, title in (
+            ("acceptance", "tokens per forward"),
+            ("contexts", "tokens per forward by length of context"),
+            ("lossless", "lossless"),
+            ("speed", "speed"),
+        )
     },
     **{
         f"vLLM, {name}, {kind}": f"Drafts in vLLM, {name}, {kind}"

@@ -1,6 +1,7 @@
 """What a converted real model does on prompts of others, which it was not trained on.  `python -m benchmarks.smollm2`
 
     acceptance   tokens per forward by strategy, rows and temperature
+    contexts     the same by length of context, behind beginnings of files that were held out of training
     lossless     whether every text is the original's: in float32 `generate`'s, in bfloat16 own `ar`'s
     speed        seconds per token by way of decoding, transformers' own beside, all in turn
 
@@ -24,13 +25,15 @@ from transformers.utils import logging
 
 from benchmarks.common import ROOT, Bar, number, say, section, table, write
 from benchmarks.cpu.figures import interleaved
-from retrofit.eval.acceptance import compare, measure, reference_tokens
+from retrofit.eval.acceptance import compare, measure, reference_tokens, summary
 from retrofit.eval.clocked import by_engine, by_transformers, seconds_per_token
 from retrofit.eval.latency import Timeline
 from retrofit.eval.speed import REFERENCE, WAYS, ratio_of
 from retrofit.hub import load_base
+from retrofit.recipes.text.library import held_out_prompts
 from retrofit.report.sections.speed import LOOKUP_TOKENS, REFERENCE_LOOKUP
 from retrofit.runtime.engine import Engine
+from retrofit.runtime.results import Result
 from retrofit.runtime.rules.tree import ROWS, largest_tree
 from retrofit.tasks import packaged
 from retrofit.tasks.items import spread
@@ -42,7 +45,9 @@ FEW_ROWS = 32
 LOOKUP = "prompt_lookup"
 HYBRID = f"hybrid, {ROWS} rows"
 IN_TURN = "hybrid in turn"
-NEW_TOKENS = {"acceptance": 64, "lossless": 64, "speed": 32}
+NEW_TOKENS = {"acceptance": 64, "contexts": 96, "lossless": 64, "speed": 32}
+CONTEXTS = (256, 1024, 3072, 7168)
+"""Tokens before the first new one; the model reads 8,192."""
 CHAIN = {"strategy": "fused", "tree": 0}
 TIMED: dict[str, dict[str, Any]] = {
     **{way: WAYS[way] for way in ("ar", "auto", LOOKUP)},
@@ -119,6 +124,32 @@ def acceptance(engine: Engine, count: int) -> tuple[list[Bar], dict[str, Any]]:
                 Bar(f"{title}: {HYBRID}", f"> {alone:.2f}, the best of one source", f"{tpf[HYBRID]:.2f}",
                     tpf[HYBRID] > alone),
             ]  # fmt: skip
+    print(table(rows))
+    return bars, figures
+
+
+def by_context(engine: Engine, count: int) -> tuple[list[Bar], dict[str, Any]]:
+    """The kept prefix of a text serves every way to decode behind it."""
+    ways = {way: strategies(engine)[way] for way in (LOOKUP, "chain", f"tree, {ROWS} rows", HYBRID)}
+    figures: dict[str, Any] = {}
+    rows, bars = [["tokens per forward", *ways]], []
+    for context in CONTEXTS:
+        prompts = held_out_prompts(engine.tokenizer, count, context)
+        for temperature in (0.8, 0.0):
+            found: dict[str, list[Result]] = {way: [] for way in ways}
+            for prompt in prompts:
+                for way, how in ways.items():
+                    found[way] += engine.generate(
+                        [prompt], **how, temperature=temperature, max_new_tokens=NEW_TOKENS["contexts"], seed=1,
+                        original_settings=False,
+                    )  # fmt: skip
+            title = f"{context} tokens of context, T = {temperature:g}"
+            figures[title] = {"prompts": count, **{way: summary(results) for way, results in found.items()}}
+            tpf = {way: figures[title][way]["tpf"] for way in ways}
+            rows.append([title, *(number(value) for value in tpf.values())])
+            bars.append(Bar(f"{title}: chain; {HYBRID}; {LOOKUP}", "stated", "; ".join(
+                number(tpf[way]) for way in ("chain", HYBRID, LOOKUP)), None))  # fmt: skip
+            say("  ".join(rows[-1]))
     print(table(rows))
     return bars, figures
 
@@ -209,10 +240,10 @@ def _eos(engine: Engine) -> list[int]:
 
 @click.command(help=__doc__)
 @click.option("--artifact", type=click.Path(exists=True, path_type=Path), default=ARTIFACT, show_default="the example")
-@click.option("--sections", default="acceptance,lossless,speed", show_default=True, help="Which, with commas.")
+@click.option("--sections", default="acceptance,contexts,lossless,speed", show_default=True, help="Which, with commas.")
 @click.option("--dtype", type=click.Choice(DTYPES), multiple=True, default=DTYPES, show_default=True)
 @click.option("--prompts", type=click.IntRange(1), default=40, show_default=True, help="Of each benchmark.")
-@click.option("--timed", type=click.IntRange(1), default=8, show_default=True, help="Prompts of speed and lossless.")
+@click.option("--timed", type=click.IntRange(1), default=8, show_default=True, help="Prompts of the other sections.")
 @click.option("--repeats", type=click.IntRange(1), default=2, show_default=True, help="Turns of speed.")
 def main(artifact: Path, sections: str, dtype: tuple[str, ...], prompts: int, timed: int, repeats: int) -> None:
     logging.set_verbosity_error()
@@ -231,6 +262,8 @@ def main(artifact: Path, sections: str, dtype: tuple[str, ...], prompts: int, ti
         with Engine.load(artifact, "cpu", kind) as engine:
             if "acceptance" in asked and kind == (DRAFTED if DRAFTED in dtype else dtype[0]):
                 run(f"acceptance, {kind}", partial(acceptance, engine, prompts))
+            if "contexts" in asked and kind == dtype[0]:
+                run(f"contexts, {kind}", partial(by_context, engine, timed))
             assert engine.base is not None
             original = load_base(engine.base.name, dtype=kind).model.eval()
             if "lossless" in asked:

@@ -7,6 +7,7 @@ timed are the tokens after it, some a turn.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ TURNS = 5
 WARM = 2 + AFTER + PROOFS
 """Tokens before the first turn: from then on steps are taken as decoding takes them for long."""
 REQUESTS = 32
+LONG = 2000
 REQUEST_TOKENS = 32
 BATCH_BAR = 1.5
 REFERENCE = "transformers"
@@ -91,28 +93,33 @@ def steps_of_original(model: PreTrainedModel, prompt: list[int]) -> Callable[[],
 
 
 def batch(task: Task) -> tuple[list[Bar], dict[str, Any]]:
-    """Many requests of unequal length at once, prompts included."""
+    """Many requests at once, prompts included: of unequal length, and the same with a long one among them."""
     bars, figures = [], {}
-    lengths = [20 + 37 * i % 101 for i in range(REQUESTS)]
-    tokens = REQUEST_TOKENS // 2 if task.quick else REQUEST_TOKENS
+    short = [20 + 37 * i % 101 for i in range(REQUESTS)]
+    mixes = {"": short, f", one of {LONG} tokens": [LONG, *short[1:]]}
     for dtype in task.dtypes:
-        say(f"{dtype}, {REQUESTS} requests")
-        prompts = [random_tokens(n, task.vocab, seed=i) for i, n in enumerate(lengths)]
-        engines, original = task.engines(dtype), task.original(dtype)
-
-        def ours(engine: Engine, some: list[list[int]] = prompts, tokens: int = tokens) -> float:
-            call = lambda: engine.generate(some, "ar", max_new_tokens=tokens, batch_size=REQUESTS, **PLAIN)  # noqa: E731
-            return 1000 * seconds(call) / (len(some) * tokens)
-
-        def theirs(some: list[list[int]] = prompts, tokens: int = tokens, model: Any = original) -> float:
-            call = lambda: reference_tokens(model, some, max_new_tokens=tokens, batch_size=REQUESTS)  # noqa: E731
-            return 1000 * seconds(call) / (len(some) * tokens)
-
-        ways: dict[str, Callable[[], float]] = {
-            name: lambda engine=engine: ours(engine) for name, engine in engines.items()
-        }
-        found = interleaved({**ways, REFERENCE: theirs}, 2 if task.quick else 3)
-        bars.append(bar_of(f"ar, {REQUESTS} requests, {dtype}", BATCH_BAR, found, "ms a token"))
-        rates = {name: round(1000 / ms, 1) for name, ms in medians(found).items()}
-        figures[dtype] = {"ms_per_token": found, "tokens_per_second": rates}
+        for mixed, lengths in list(mixes.items())[: 1 if task.quick else None]:
+            say(f"{dtype}, {REQUESTS} requests{mixed}")
+            found = decoded_together(task, dtype, lengths, REQUEST_TOKENS // 2 if task.quick else REQUEST_TOKENS)
+            bars.append(bar_of(f"ar, {REQUESTS} requests{mixed}, {dtype}", BATCH_BAR, found, "ms a token"))
+            rates = {name: round(1000 / ms, 1) for name, ms in medians(found).items()}
+            figures[f"{dtype}{mixed}"] = {"ms_per_token": found, "tokens_per_second": rates}
     return bars, figures
+
+
+def decoded_together(task: Task, dtype: str, lengths: list[int], tokens: int) -> list[Turn]:
+    """Milliseconds a token of requests whose prompts are so long, by way; so many new tokens each."""
+    prompts = [random_tokens(n, task.vocab, seed=i) for i, n in enumerate(lengths)]
+    engines, original = task.engines(dtype), task.original(dtype)
+
+    def per_token(call: Callable[[], Any]) -> float:
+        return 1000 * seconds(call) / (len(prompts) * tokens)
+
+    def ours(engine: Engine) -> float:
+        return per_token(lambda: engine.generate(prompts, "ar", max_new_tokens=tokens, batch_size=REQUESTS, **PLAIN))
+
+    def theirs() -> float:
+        return per_token(lambda: reference_tokens(original, prompts, max_new_tokens=tokens, batch_size=REQUESTS))
+
+    ways: dict[str, Callable[[], float]] = {name: partial(ours, engine) for name, engine in engines.items()}
+    return interleaved({**ways, REFERENCE: theirs}, 2 if task.quick else 3)

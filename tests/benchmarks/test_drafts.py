@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.drafts import __main__ as drafts
-from benchmarks.drafts import figures, tables
+from benchmarks.drafts import figures, presets, tables
 from benchmarks.drafts.setting import OWN, RATE, Setting, folder_name, plan_of
 from retrofit.recipes.schema import load_recipe, recipe_names
 
@@ -192,3 +192,20 @@ def test_a_missed_bar_and_a_recipe_that_is_not_there(tmp_path, monkeypatch):
     _, result = called(tmp_path, "--recipes", "baselines/unno")
     assert result.exit_code == 2 and "baselines/unno` does not exist; did you mean `baselines/uno`?" in result.output
     assert called(tmp_path, "--rates", "1,x")[1].exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "rows", "lookup", "met"),
+    [
+        ((2.6, 2.2, 3.95), 96, 3.1, [True, True, True]),
+        ((2.59, 2.19, 3.85), 96, 3.1, [False, False, False]),
+        ((2.7, 2.3, 4.0), 97, 3.1, [False, False, False]),
+    ],
+)
+def test_bars_of_the_preset_best(hybrid: tuple[float, float, float], rows: int, lookup: float, met: list[bool]) -> None:
+    titles = ("T = 0.8", "T = 1", "T = 0")
+    found = {
+        title: {"hybrid": {"tpf": tpf, "most_rows": rows}, "prompt_lookup": {"tpf": lookup}}
+        for title, tpf in zip(titles, hybrid, strict=True)
+    }
+    assert [bar.met for bar in presets.bars_of(found)] == met

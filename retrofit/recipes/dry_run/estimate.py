@@ -29,7 +29,7 @@ from retrofit.quantised.loading import rehearse
 from retrofit.recipes.dry_run.rehearsal import BASE, Rehearsal, rehearsal
 from retrofit.recipes.schema import Recipe
 from retrofit.recipes.text.documents import Document
-from retrofit.recipes.text.regenerate import BATCH
+from retrofit.recipes.text.regenerate import most_kept
 from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.clean.pairs import TOKENS, fill, mean_hidden, vocabulary
 from retrofit.recipes.training.joint.trainer import JointTrainer, trainer_for
@@ -311,9 +311,10 @@ def _with_phases(stage: Rehearsal, trainer: Trainer, run: Callable[..., Tensor])
 
 def _write_responses(plan: Recipe, backend: HFBackend) -> None:
     """The K/V of all requests that run together, at their longest, and a decoding forward of theirs."""
-    rows = [SequenceRows(slot=slot, start=0, tokens=(0,)) for slot in range(BATCH)]
+    requests, tokens = most_kept(plan.data.max_length)
+    rows = [SequenceRows(slot=slot, start=0, tokens=(0,)) for slot in range(requests)]
     with torch.no_grad():
-        backend.forward(backend.row_plan(rows), backend.new_cache(BATCH, plan.data.max_length))
+        backend.forward(backend.row_plan(rows), backend.new_cache(requests, tokens))
 
 
 def windows_of(plan: Recipe, vocab: int, step: int) -> list[Document]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,9 @@ from retrofit.runtime.backends.hf.linear.packing import packed_meanwhile
 from retrofit.runtime.engine import Engine
 
 BATCH = 64
-"""Requests that run together; where one ends, the next takes its place."""
+"""Requests that run together, at most; where one ends, the next takes its place."""
+ROOM = 1 << 17
+"""Tokens that there is room for in all requests that run together, each as long as the longest may get."""
 CHUNK = 256
 """Documents that are asked for at once."""
 FORMAT = 1
@@ -48,6 +50,11 @@ class _Job(NamedTuple):
     prompt: tuple[int, ...]
     limit: int
     seed: int
+
+    @property
+    def length(self) -> int:
+        """Most tokens in all."""
+        return len(self.prompt) + self.limit
 
     @property
     def key(self) -> str:
@@ -134,22 +141,39 @@ def _generated(
     """Responses as they are finished."""
     if not numbers:
         return
-    events = engine.stream(
-        [list(jobs[n].prompt) for n in numbers],
-        mode="ar",
-        temperature=temperature,
-        max_new_tokens=[jobs[n].limit for n in numbers],
-        seed=[jobs[n].seed for n in numbers],
-        batch_size=BATCH,
-        original_settings=False,  # the drafter learns the model's own distribution
-        with_text=False,
-    )
     bar = progress("regenerating", "response", known + len(numbers), done=known, quiet=quiet)
     with packed_meanwhile(engine.backend), bar as shown:
-        for event in events:
-            if event.result is not None:
-                yield numbers[event.index], event.result.tokens
-                shown.advance()
+        for group in _alike(numbers, jobs):
+            events = engine.stream(
+                [list(jobs[n].prompt) for n in group],
+                mode="ar",
+                temperature=temperature,
+                max_new_tokens=[jobs[n].limit for n in group],
+                seed=[jobs[n].seed for n in group],
+                batch_size=together(max(jobs[n].length for n in group)),
+                original_settings=False,  # the drafter learns the model's own distribution
+                with_text=False,
+            )
+            for event in events:
+                if event.result is not None:
+                    yield group[event.index], event.result.tokens
+                    shown.advance()
+
+
+def together(length: int) -> int:
+    """How many requests run together that may get so long, in tokens."""
+    return max(1, min(BATCH, ROOM >> (length - 1).bit_length()))
+
+
+def most_kept(longest: int) -> tuple[int, int]:
+    """(requests, tokens of each) for which most room is made, where none gets longer."""
+    return max([(together(n), n) for n in {longest, min(longest, ROOM // BATCH)}], key=lambda kept: kept[0] * kept[1])
+
+
+def _alike(numbers: Sequence[int], jobs: Sequence[_Job]) -> list[list[int]]:
+    """Jobs of which as many run together, in their order: first those that get longest."""
+    counts = sorted({together(jobs[n].length) for n in numbers})
+    return [[n for n in numbers if together(jobs[n].length) == count] for count in counts]
 
 
 class ResponseCache:

@@ -325,3 +325,20 @@ def test_what_documents_share_is_read_once() -> None:
     keeps.prefixes = None
     assert list(regenerate(documents, keeps, temperature=0.8, seed=5, max_length=60)) == got
     keeps.close()
+
+
+@pytest.mark.parametrize(
+    ("length", "requests"), [(1, 64), (2048, 64), (2049, 32), (4096, 32), (8192, 16), (131072, 1), (10**6, 1)]
+)
+def test_the_longer_requests_get_the_fewer_run_together(length: int, requests: int) -> None:
+    assert module.together(length) == requests
+    kept, tokens = module.most_kept(length)
+    most = max(module.together(n) * n for n in {*range(1, min(length, 5000) + 1), length})
+    assert kept == module.together(tokens) and kept * tokens == most
+
+
+def test_responses_are_the_same_in_groups_of_like_length(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, calls = written(engine), counted(engine, monkeypatch)
+    monkeypatch.setattr(module, "ROOM", 64)  # 28 tokens: 2 at once, 9 tokens: 4
+    assert written(engine) == expected
+    assert sorted(calls) == [1, 5]

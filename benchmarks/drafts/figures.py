@@ -78,7 +78,7 @@ def by_seed(runs: Sequence[Run], values: Sequence[float]) -> dict[int, float]:
 
 
 def compared(
-    runs: Runs, temperature: str, way: str | None, hybrid: tuple[bool, bool] = (False, False)
+    runs: Runs, temperature: str, way: str | None, hybrid: tuple[bool, bool] = (False, False), own: str = OWN
 ) -> tuple[str, list[float]] | None:
     """(published design with the highest mean, own TPF to its, seed by seed); way None: best against best.
 
@@ -89,17 +89,17 @@ def compared(
     def figures(spec: str) -> list[float]:
         if way is not None:
             return of_way(runs[spec], temperature, way)
-        return of_best(runs[spec], temperature, hybrid[spec != OWN])
+        return of_best(runs[spec], temperature, hybrid[spec != own])
 
     published = {spec: values for spec in runs if spec.startswith(PUBLISHED) and (values := figures(spec))}
-    if not published or not runs.get(OWN) or not (own := figures(OWN)):
+    if not published or not runs.get(own) or not (mine := figures(own)):
         return None
     rival = max(published, key=lambda spec: (mean(published[spec]), spec))
-    found = ratios(by_seed(runs[OWN], own), by_seed(runs[rival], published[rival]))
+    found = ratios(by_seed(runs[own], mine), by_seed(runs[rival], published[rival]))
     return (rival, found) if found else None
 
 
-def bars(runs: Runs) -> list[Bar]:
+def bars(runs: Runs, own: str = OWN) -> list[Bar]:
     """Own recipe against the best published one, at every temperature."""
     found = []
     for temperature, (whole, chain) in BARS.items():
@@ -109,7 +109,7 @@ def bars(runs: Runs) -> list[Bar]:
             (None, (False, False), whole, f"best way of each without hybrid, within {MOST_ROWS} rows"),
             (CHAIN, (False, False), chain, f"{CHAIN}, equal rows"),
         ):
-            got = compared(runs, temperature, way, hybrid)
+            got = compared(runs, temperature, way, hybrid, own)
             if got is None:
                 continue
             rival, values = got

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.common import PROMPT_TOKENS, say
 from benchmarks.drafts.figures import HYBRID, TEMPERATURES
 from benchmarks.drafts.setting import OWN, Setting, folder_name, plan_of
+from benchmarks.smollm2 import prompts_of
 from retrofit.artifact import folder as artifact
 from retrofit.eval.acceptance import measure
 from retrofit.eval.certify import certify
@@ -75,8 +76,8 @@ def run(spec: str, setting: Setting, seed: int, rates: Sequence[float], work: Pa
         "rates": {f"{one:g}": about["held_out_tau"] for one, (_, about) in tried.items()},
         **training,
     }
-    with Engine.load(folder, "cpu", "float32", offline=True) as engine:
-        found |= decoded(engine, setting, seed, with_lookup=spec == OWN and seed == 0)
+    with Engine.load(folder, "cpu", "float32" if setting.own == OWN else "auto", offline=True) as engine:
+        found |= decoded(engine, setting, seed, with_lookup=spec == setting.own and seed == 0)
     if certified:
         begin = time.perf_counter()
         certificate = certify(folder, "quick", device="cpu", offline=True, progress=False)
@@ -87,8 +88,15 @@ def run(spec: str, setting: Setting, seed: int, rates: Sequence[float], work: Pa
 
 
 def decoded(engine: Engine, setting: Setting, seed: int, with_lookup: bool) -> dict[str, Any]:
-    """Figures of every way at every temperature, one request at a time; prompt lookup too, which needs no adapter."""
-    prompts = held_out_prompts(engine.tokenizer, setting.prompts, PROMPT_TOKENS)
+    """Figures of every way at every temperature, one request at a time; prompt lookup too, which needs no adapter.
+
+    Of the embedded base behind beginnings of held-out files, of others behind MT-bench's first questions.
+    """
+    embedded = setting.own == OWN
+    if embedded:
+        prompts = held_out_prompts(engine.tokenizer, setting.prompts, PROMPT_TOKENS)
+    else:
+        prompts = prompts_of(engine, "mt-bench", setting.prompts)
     anchored = engine.layout.anchored
     ways = {way: options for way, options in WAYS.items() if anchored or options["strategy"] not in ANCHORED}
     asked = {**ways, **({"lookup": {"strategy": "prompt_lookup"}} if with_lookup else {})}
@@ -100,7 +108,7 @@ def decoded(engine: Engine, setting: Setting, seed: int, with_lookup: bool) -> d
             say(f"  decoding, T = {at}, {way}")
             figures = measure(
                 engine, prompts, **options, temperature=temperature, max_new_tokens=setting.new_tokens,
-                batch_size=1, seed=seed,
+                batch_size=1, seed=seed, ignore_eos=embedded,
             )  # fmt: skip
             measured[way] = {key: figures[key] for key in KEPT}
         if "lookup" in measured:

@@ -1,12 +1,12 @@
 """What is the same for every recipe that is compared, and what a recipe keeps of its own.
 
 A recipe is named by itself or with keys changed, `tiny adapter.targets=[o]`.  Of it are adapter, layout of the block
-and objective; base, data and schedule are those of `OWN`.  Blocks are as long as it takes to propose the drafts asked
-for, and as many as the draft rows allow.
+and objective; base, data and schedule are those of the own recipe, by default `OWN`.  Blocks are as long as it takes to
+propose the drafts asked for, and as many as the draft rows allow.
 
-The learning rate of `OWN`, with keys changed or not, is what its file says.  Of others it is RATE over their alpha /
-rank, so that the first steps change the weights as much, times a factor.  Of several factors each recipe but `OWN`
-takes what its held-out text says is best.
+The learning rate of the own one, with keys changed or not, is what its file says.  Of others it is RATE over their
+alpha / rank, so that the first steps change the weights as much, times a factor.  Of several factors each recipe but
+the own one takes what its held-out text says is best.
 Not here: running anything (`runs.py`).
 """
 
@@ -39,15 +39,20 @@ class Setting:
     prompts: int
     new_tokens: int
     rates: tuple[float, ...]
+    own: str = OWN
+    """Recipe of retrofit's own that the others are held against, and whose base, data and schedule all have."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "rates": list(self.rates)}
+        """What it was before there was more than one own recipe, where it is that one."""
+        found = {**asdict(self), "rates": list(self.rates)}
+        return found if self.own != OWN else {key: value for key, value in found.items() if key != "own"}
 
 
 def plan_of(spec: str, setting: Setting, seed: int, rate: float = 1.0) -> Recipe:
     """The recipe that is trained.  Raises UsageError, as `load_recipe` does."""
     name, *changes = spec.split()
-    named, own = load_recipe(name, changes), load_recipe(OWN)
+    own_name, *own_changes = setting.own.split()
+    named, own = load_recipe(name, changes), load_recipe(own_name, own_changes)
     changed = {change.partition("=")[0] for change in changes}
     block = setting.drafts + (named.draft.shift == 0)  # whose first row drafts nothing
     block = named.draft.block if "draft.block" in changed else block
@@ -59,7 +64,7 @@ def plan_of(spec: str, setting: Setting, seed: int, rate: float = 1.0) -> Recipe
         "train.warmup": min(own.train.warmup, setting.steps),
         "train.anchors": max(1, setting.rows // block),
         "train.curriculum": [length for length in named.train.curriculum if least <= length < block],
-        "train.lr": min(1.0, (own.train.lr if name == OWN else RATE / scale(named)) * rate),
+        "train.lr": min(1.0, (own.train.lr if name == own_name else RATE / scale(named)) * rate),
         "train.seed": seed,
     }
     kept = {key: value for key, value in by_key(named).items() if key in changed}

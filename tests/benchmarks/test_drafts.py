@@ -1,6 +1,7 @@
 """Recipes compared on equal terms: what is equal, ratios and means worked out by hand, runs that are not run again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -209,3 +210,16 @@ def test_bars_of_the_preset_best(hybrid: tuple[float, float, float], rows: int, 
         for title, tpf in zip(titles, hybrid, strict=True)
     }
     assert [bar.met for bar in presets.bars_of(found)] == met
+
+
+def test_another_own_recipe_brings_base_data_and_schedule() -> None:
+    own = "smollm2-135m train.batch_size=2"
+    setting = replace(SETTING, own=own)
+    mine, other = plan_of(own, setting, 0), plan_of("baselines/dspark", setting, 0)
+    for plan in (mine, other):
+        assert (plan.base.model, plan.data.responses, plan.train.batch_size) == ("smollm2-135m", "regenerate", 2)
+    assert mine.train.lr == load_recipe("smollm2-135m").train.lr and other.train.lr == RATE / 2
+    assert setting.to_dict()["own"] == own and "own" not in SETTING.to_dict()
+    runs = {own: [made(own, 0, 1.5)], "baselines/a": [made("baselines/a", 0, 1.0)]}
+    assert figures.compared(runs, "0.8", "two_forward", own=own) == ("baselines/a", [1.5])
+    assert figures.compared(runs, "0.8", "two_forward") is None

@@ -4,18 +4,22 @@
     keys        300  200  5000  150  900  800
     sections    [0    1] [ 2 ] [ 3 ] [ 4    5]      each a rectangle of as many keys as its longest sequence has
 
-A section is a view of the cache: its slots are neighbours.  What a row attends to is the same in every section.
+What a row attends to is the same in every section.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from retrofit.adapters.rows import RowPlan
 from retrofit.adapters.visibility import Group
+
+CALL = 4
+"""What a section costs on a CPU beside its keys, in steps of keys of one sequence."""
 
 
 class Section(NamedTuple):
@@ -25,34 +29,55 @@ class Section(NamedTuple):
     plan: RowPlan
 
 
-def sections(plan: RowPlan, group: Group, step: int, call: int) -> list[Section]:
-    """Of `plan.base` or `plan.draft`, the group.
+def sections(plan: RowPlan, group: Group, step: int, spanning: bool) -> list[Section]:
+    """Of `plan.base` or `plan.draft`, the group, so that they take the least time on a CPU.
 
-    step: keys are read in multiples of so many.  call: what a section costs beside its keys, in steps of one sequence.
+    step: keys are read in multiples of so many.  spanning: whether a section may span slots that are none of the
+    group's; else it is a view of the cache.
     """
-    key = ("sections", step, call)
+    key = ("sections", step, spanning)
     if key not in group.masks:
-        found = cuts(group.slots, -(-group.limit.max(1) // step), call)
-        group.masks[key] = [] if len(found) == 1 else [Section(slice(*one), _part(plan, group, *one)) for one in found]
-    return group.masks[key] or [Section(slice(0, len(group.slots)), plan)]
+        # A tree's draft rows attend to the sequence's committed keys, which a sequence without a block has, too.
+        limit = plan.base.limit if plan.tree and plan.base is not None else group.limit
+        group.masks[key] = cuts(None if spanning else group.slots, (-(-limit.max(1) // step)).tolist())
+    return cut(plan, group, group.masks[key])
 
 
-def cuts(slots: list[int], steps: np.ndarray, call: int) -> list[tuple[int, int]]:
-    """(first, stop) of each section, so that all of them take the least time; steps: of keys that a sequence reads."""
-    count, neighbours = len(slots), np.diff(slots) == 1
+def cut(plan: RowPlan, group: Group, where: Sequence[tuple[int, int]]) -> list[Section]:
+    """Of `plan.base` or `plan.draft`, the group, cut as (first, stop) of each section say."""
+    if len(where) == 1:
+        return [Section(slice(0, len(group.slots)), plan)]
+    key = ("cut", tuple(where))
+    if key not in group.masks:
+        group.masks[key] = [Section(slice(*one), _part(plan, group, *one)) for one in where]
+    found: list[Section] = group.masks[key]
+    return found
+
+
+def cuts(slots: Sequence[int] | None, steps: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, stop) of each section, so that all of them take the least time; steps: of keys that a sequence reads.
+
+    slots: a section's have to be neighbours; None: they need not.
+    """
+    count = len(steps)
+    neighbours = [True] * (count - 1) if slots is None else (np.diff(slots) == 1).tolist()
     # Sequences of one length that are neighbours are never cut apart.
-    bounds = [0, *(np.flatnonzero(~neighbours | (np.diff(steps) != 0)) + 1).tolist(), count]
-    best, before = [0.0], [0]
+    differ = [n for n in range(1, count) if steps[n] != steps[n - 1] or not neighbours[n - 1]]
+    bounds = [0, *differ, count]
+    best, before = [0], [0]
     for end in range(1, len(bounds)):
-        stop, longest, cheapest, chosen = bounds[end], 0, float("inf"), 0
+        stop, longest = bounds[end], 0
+        cheapest, chosen = -1, 0
         for begin in reversed(range(end)):
             first = bounds[begin]
             if begin < end - 1 and not neighbours[bounds[begin + 1] - 1]:
                 break
-            longest = max(longest, int(steps[first]))
-            cost = best[begin] + call + (stop - first) * longest
-            if cost < cheapest:
-                cheapest, chosen = cost, begin
+            longest = max(longest, steps[first])
+            own = CALL + (stop - first) * longest
+            if 0 <= cheapest < own:  # further back it only grows
+                break
+            if cheapest < 0 or best[begin] + own < cheapest:
+                cheapest, chosen = best[begin] + own, begin
         best.append(cheapest)
         before.append(chosen)
     found, end = [], len(bounds) - 1

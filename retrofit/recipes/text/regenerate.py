@@ -167,7 +167,8 @@ def together(length: int) -> int:
 
 def most_kept(longest: int) -> tuple[int, int]:
     """(requests, tokens of each) for which most room is made, where none gets longer."""
-    return max([(together(n), n) for n in {longest, min(longest, ROOM // BATCH)}], key=lambda kept: kept[0] * kept[1])
+    found = [(together(n), n) for n in {longest, min(longest, ROOM // BATCH)}]
+    return max(found, key=lambda kept: (kept[0] * kept[1], kept[0]))
 
 
 def _alike(numbers: Sequence[int], jobs: Sequence[_Job]) -> list[list[int]]:

@@ -14,13 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import MASK, Block, RowPlan, SequenceRows
-from retrofit.adapters.sections import Section, cuts, sections
+from retrofit.adapters.sections import CALL, Section, cuts, sections
 from retrofit.errors import GateError
-from retrofit.runtime.backends.hf.attention import ANY
 from retrofit.runtime.backends.hf.exact_attention import KERNEL
 from retrofit.runtime.engine import Engine
 
-STEP, CALL = 16, 4
+STEP = 16
 LENGTHS = (30, 20, 700, 15, 90, 80, 300, 310)
 
 
@@ -30,16 +29,14 @@ LENGTHS = (30, 20, 700, 15, 90, 80, 300, 310)
         ([0, 1, 2, 3, 4, 5], [2, 1, 20, 1, 4, 4], [(0, 2), (2, 3), (3, 6)]),  # 8 + 24 + 16: [3] apart costs 8 + 9
         ([0, 1, 2], [3, 3, 3], [(0, 3)]),
         ([0, 1, 3, 4], [1, 1, 1, 1], [(0, 2), (2, 4)]),  # a slot between them is not read
+        (None, [1, 1, 1, 1], [(0, 4)]),
+        (None, [1, 30, 1], [(0, 1), (1, 2), (2, 3)]),
         ([1, 0], [1, 1], [(0, 1), (1, 2)]),
         ([7], [40], [(0, 1)]),
     ],
 )
-def test_cuts(slots: list[int], steps: list[int], expected: list[tuple[int, int]]) -> None:
-    assert cuts(slots, np.asarray(steps), CALL) == expected
-
-
-def test_where_calls_cost_more_than_all_keys_only_gaps_between_slots_cut() -> None:
-    assert cuts([0, 1, 2, 5, 6, 9], np.asarray([1, 900, 1, 7, 1, 1]), ANY) == [(0, 3), (3, 5), (5, 6)]
+def test_cuts(slots: list[int] | None, steps: list[int], expected: list[tuple[int, int]]) -> None:
+    assert cuts(slots, steps) == expected
 
 
 def ways_to_cut(count: int) -> Iterator[list[tuple[int, int]]]:
@@ -62,15 +59,16 @@ def test_no_way_to_cut_takes_less_time() -> None:
             for way in ways_to_cut(len(slots))
             if all(slots[stop - 1] - slots[first] == stop - 1 - first for first, stop in way)
         ]
-        assert cuts(slots, np.asarray(steps), CALL) in allowed
-        assert cost(cuts(slots, np.asarray(steps), CALL)) == min(map(cost, allowed))
+        assert cuts(slots, steps) in allowed
+        assert cost(cuts(slots, steps)) == min(map(cost, allowed))
 
 
-def forward(kind: str, lengths: tuple[int, ...] = LENGTHS) -> list[SequenceRows]:
+def forward(kind: str, lengths: tuple[int, ...] = LENGTHS, without: int = 1) -> list[SequenceRows]:
+    """A row of every third sequence, from `without` on, and of the others drafts too."""
     parents = [-1, 0, 0] if kind == "tree" else None
     rows = []
     for slot, start in enumerate(lengths):
-        few = slot % 3 == 1
+        few = slot % 3 == without
         tokens = [5] if kind == "ar" or few else [5, 6, 7]
         anchor = 0 if kind == "tree" else -1
         blocks = [] if kind == "ar" or few else [Block(start + 1, [MASK] * 3, anchor=anchor)]
@@ -86,7 +84,7 @@ def test_rows_see_the_same_in_a_section(kind: str, which: str, window: int | Non
     group = getattr(plan, which)
     if group is None:
         pytest.skip("no draft rows")
-    found: list[Section] = sections(plan, group, STEP, CALL)
+    found: list[Section] = sections(plan, group, STEP, spanning=False)
     assert len(found) > 1
     assert [n for part, _ in found for n in range(len(group.slots))[part]] == list(range(len(group.slots)))
 
@@ -121,9 +119,10 @@ class KeysRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "off"])
+@pytest.mark.parametrize("without", [1, 2], ids=["long one drafts", "long one does not"])
 @pytest.mark.parametrize("kind", ["ar", "chain", "tree"])
 @torch.inference_mode()
-def test_a_short_text_does_not_read_as_much_as_a_long_one_beside_it(kind: str, exact: bool) -> None:
+def test_a_short_text_does_not_read_as_much_as_a_long_one_beside_it(kind: str, without: int, exact: bool) -> None:
     model = build("llama")
     model.config.max_position_embeddings = 8192
     engine = randomise(Engine.from_model(model, layout=DraftLayout(block=4), exact="off"))
@@ -132,7 +131,7 @@ def test_a_short_text_does_not_read_as_much_as_a_long_one_beside_it(kind: str, e
     lengths = (20, 40, 6000, 30, 10, 25, 50, 35)
     cache = engine.backend.new_cache(len(lengths), max(lengths) + 64)
     read = []
-    for rows in (forward(kind, lengths), forward(kind, lengths[2:3])):
+    for rows in (forward(kind, lengths, without), forward(kind, lengths[2:3], 1)):
         for row in rows:
             engine.backend.forward(engine.backend.row_plan([SequenceRows(row.slot, 0, [1])]), cache)
         with KeysRead() as counted:

@@ -11,7 +11,6 @@ Not here: what a row sees (`adapters/rows.py`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +22,7 @@ from transformers import AttentionInterface
 
 from retrofit.adapters.one_call import one_call
 from retrofit.adapters.rows import RowPlan
-from retrofit.adapters.sections import Section, sections
+from retrofit.adapters.sections import Section, cut, sections
 from retrofit.adapters.visibility import Chunk, Group, Window
 from retrofit.errors import UnsupportedModelError
 from retrofit.runtime.backends.hf import exact_attention, parts
@@ -45,10 +44,6 @@ NUMBERED = "retrofit_layer"
 """Attribute of attention modules whose layer was told by their names."""
 STEP = 256
 """Keys in multiples of which lengths are told apart where no form says how many."""
-CALL = 4
-"""What a call costs on a CPU beside its keys, in steps of keys of one sequence."""
-ANY = 1 << 40
-"""So much that sequences are cut apart only where their slots are no neighbours."""
 INDICES = ("indices", "block_indices")
 """Arguments in which attention modules hand on what their indexer picked."""
 FEW_SCORES = {"cpu": 1 << 21, "cuda": 0}
@@ -120,8 +115,7 @@ def row_attention(
     window = context.chunks.get(layer) if sliding_window is None else sliding_window
     context.calls.append((layer, window))
     how = (window, scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
-    apart = plan.prompts and (context.form is not None or query.device.type == "cpu")
-    if plan.base is not None and picked is None and (plan.alone or apart):
+    if plan.base is not None and picked is None and (plan.alone or (context.form is not None and plan.prompts)):
         return _alone(context, plan, layer, query, key, value, how)[None], None
     if plan.base is None and not plan.tree and any(t.requires_grad for t in (query, key, value)):
         group = plan.draft
@@ -213,7 +207,7 @@ def _alone(
         rows = slice(n, n + group.width)
         n = rows.stop
         own = (query, key, value) if plan.num_rows == group.width else [t[:, :, rows] for t in (query, key, value)]
-        outs.append(_sequence(context, _lone(plan, group), layer, sequence.start, own, how)[0].transpose(0, 1))
+        outs.append(_sequence(context, plan, group, layer, sequence.start, own, how)[0].transpose(0, 1))
     filler = plan.num_rows - n
     if filler:
         sizes = ("filler", filler, *outs[0].shape[1:], outs[0].dtype)
@@ -223,22 +217,11 @@ def _alone(
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _lone(plan: RowPlan, group: Group) -> RowPlan:
-    """The plan as if the group's sequence were all."""
-    if group is plan.base:
-        return plan
-    lone = copy.copy(plan)
-    lone.base = group
-    return lone
-
-
 def _sequence(
-    context: ForwardContext, plan: RowPlan, layer: int, start: int, own: Sequence[Tensor], how: How
+    context: ForwardContext, plan: RowPlan, group: Group, layer: int, start: int, own: Sequence[Tensor], how: How
 ) -> Tensor:
     """One sequence's rows, a rectangle as they come: [1, H, T, D] each of query, key and value -> [1, Hq, T, Dv]."""
-    group, form, (query, key, value) = plan.base, context.form, own
-    assert group is not None
-    slot = group.slots[0]
+    form, slot, (query, key, value) = context.form, group.slots[0], own
     if form is None:
         k, v = context.cache.append(layer, slot, start, key, value)
         return base_rows(plan, query, k, v, *how)
@@ -264,11 +247,12 @@ def _base_group(
 
 
 def _sections(plan: RowPlan, group: Group, context: ForwardContext, query: Tensor) -> list[Section]:
-    form, on_cpu = context.form, query.device.type == "cpu"
-    if form is None and not on_cpu:
-        return [Section(slice(0, len(group.slots)), plan)]
-    # A GPU takes less time for one call over more keys; with a form, slots that are neighbours are read where they are.
-    return sections(plan, group, STEP if form is None else form.piece, CALL if on_cpu else ANY)
+    form = context.form
+    if query.device.type == "cpu":
+        return sections(plan, group, STEP if form is None else form.piece, spanning=form is None)
+    # A GPU is taken to need less time for one call over more keys.
+    apart = form is not None and group is plan.base and not plan.tree
+    return cut(plan, group, group.runs if apart else [(0, len(group.slots))])
 
 
 def _by_section(parts: list[Section], made: Callable[[slice, RowPlan], Tensor]) -> Tensor:

@@ -10,8 +10,8 @@ K rows a block, B requests:
     fused, h       (1 + S_k + (1 - m_h))      / (T_h + D + (1 - m_h) (T(B (1 + K)) + D))
     fused tree     (1 + r S)                  / (T(B (1 + n) (1 + K)) + D)
     prompt lookup  what it would have emitted in these texts / T(its rows)
-    hybrid         what it has emitted a step here, at first what the better of its sources would / T(its rows), in one
-                   forward or in two, whose mean counts
+    hybrid         what it has emitted a step here, at first what tree and prompt lookup would together / T(its rows),
+                   in one forward or in two, whose mean counts
 
 where m_h is the chance that the accept length was among the h prepared; if not, the next step only drafts.  A tree of n
 nodes has S = the sum of their survivals as measured at conversion, and r, how much of that came true here so far.
@@ -147,9 +147,13 @@ class CostModel:
         return (1 + S + missed) / (step + missed * draft_only)
 
     def _emitted_by_hybrid(self, cycle: Cycle, looked: Looked | None) -> float:
-        """Tokens of a step; what its sources promise counts for PRIOR_WEIGHT steps."""
+        """Tokens of a step; what its sources promise counts for PRIOR_WEIGHT steps.
+
+        The tree's drafts come once a cycle, the text's in every forward.  Both add up: what the text knows is seldom
+        what the drafter is sure of (LOG.md).
+        """
         drafts = self.branched[0] / self.branched[1] * cycle[0].worth / BEYOND_TEXT
-        promised = 1 + max(drafts, 0.0 if looked is None else looked.emitted - 1) / len(cycle)
+        promised = 1 + drafts / len(cycle) + (0.0 if looked is None else looked.emitted - 1)
         tokens, steps = self.grafted.get(cycle, (0.0, 0.0))
         return (PRIOR_WEIGHT * promised + tokens) / (PRIOR_WEIGHT + steps)
 

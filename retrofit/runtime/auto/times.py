@@ -21,6 +21,8 @@ LAST = 9
 """Steps of a kind that its figure is the median of."""
 PER_ROW, DRAFTING = 0.03, 0.4
 """The shape: what a row more, and drafting, cost of a step of one row; medians of models and machines measured here."""
+STALE = 256
+"""Steps after which a kind is forgotten that was run fewer than LAST times: the machine may have been slow then."""
 SHORT = 256
 """Contexts up to here are one."""
 
@@ -43,11 +45,27 @@ class StepTimes:
     seen: dict[Kind, deque[float]] = field(default_factory=dict)
     curves: dict[tuple[bool, int], list[tuple[int, float]]] = field(default_factory=dict)
     """What has been made of it since the last step."""
+    taken: int = 0
+    """Steps so far."""
+    newest: dict[Kind, int] = field(default_factory=dict)
+    """The last step of each kind."""
 
     def observe(self, rows: int, drafts: bool, seconds: float, context: int = 0) -> None:
         kind = drafts, rows, doublings(context)
         self.seen.setdefault(kind, deque(maxlen=LAST)).append(seconds)
+        self.taken, self.newest[kind] = self.taken + 1, self.taken
+        if self.taken % STALE == 0:
+            self._forget_few()
         self.curves.clear()
+
+    def _forget_few(self) -> None:
+        """Not of the fewest rows without drafts: everything is held against `ar`."""
+        fewest = min(self.rows(False), default=0)
+        self.seen = {
+            kind: some
+            for kind, some in self.seen.items()
+            if len(some) == LAST or self.taken - self.newest[kind] <= STALE or kind[:2] == (False, fewest)
+        }
 
     def forget_drafting(self) -> None:
         self.seen = {kind: some for kind, some in self.seen.items() if not kind[0]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from retrofit.runtime.auto.times import LAST, StepTimes, doublings, shape
+from retrofit.runtime.auto.times import LAST, STALE, StepTimes, doublings, shape
 
 
 def known(*steps: tuple[int, bool, float, int]) -> StepTimes:
@@ -58,3 +58,17 @@ def test_contexts_are_told_apart_by_doublings() -> None:
     assert times.seconds(9, True, 2000) == pytest.approx(30)
     assert times.seconds(9, True, 100) == pytest.approx(20)
     assert times.typical(9, True, 2000) is None and times.rows(True) == [9]
+
+
+def test_what_was_run_a_few_times_long_ago_is_forgotten_but_for_plain_decoding() -> None:
+    times = StepTimes()
+    for rows, drafts, count in ((1, False, 3), (8, True, LAST - 1), (5, True, LAST)):
+        for _ in range(count):
+            times.observe(rows, drafts, 10.0)
+    for _ in range(STALE):
+        times.observe(3, False, 1.0)
+    assert times.steps(8, True) == LAST - 1, "not yet"
+    for _ in range(STALE):
+        times.observe(3, False, 1.0)
+    assert times.steps(8, True) == 0
+    assert (times.steps(1, False), times.steps(5, True)) == (3, LAST)

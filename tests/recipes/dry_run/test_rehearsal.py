@@ -16,6 +16,7 @@ from retrofit.hub import Base
 from retrofit.recipes.dry_run import estimate
 from retrofit.recipes.dry_run.rehearsal import Holdings, rehearsal
 from retrofit.recipes.schema import load_recipe
+from retrofit.recipes.text.regenerate import most_kept
 from retrofit.recipes.training.clean.pairs import begin_with_pairs
 from retrofit.recipes.training.joint.trainer import trainer_for
 from retrofit.recipes.training.prepare import attached_to
@@ -209,8 +210,10 @@ def test_weights_stored_in_another_type_are_there_twice_while_loading(bare_heap)
 
 def test_regenerated_responses_count_their_cache(bare_heap):
     plan, config = small("data.responses=regenerate"), CONFIGS["llama"]()
+    requests, tokens = most_kept(plan.data.max_length)
+    assert tokens <= 256 and requests == 64
     writing = estimate.estimate(plan, config).phases[estimate.WRITING]
-    rows = estimate.BATCH * 256  # the cache grows in steps of so many positions
+    rows = requests * 256  # the cache grows in steps of so many positions
     assert writing.holds[estimate.CLEAN] >= rows * config.num_hidden_layers * 2 * 2 * 8 * 4
 
 

@@ -27,7 +27,7 @@ from retrofit.recipes.text.documents import Document
 from retrofit.recipes.training import objective
 from retrofit.recipes.training.clean.forward import clean_forward
 from retrofit.recipes.training.step import Trainer
-from retrofit.runtime.backends.hf import attention, block_attention
+from retrofit.runtime.backends.hf import attention, block_attention, dense_attention
 from retrofit.runtime.backends.hf.attention import _training_rows
 from retrofit.runtime.backends.hf.cache import KVCache
 from retrofit.runtime.backends.hf.dense_attention import attend
@@ -278,8 +278,8 @@ def test_base_rows_in_pieces_equal_one_call(name: str, piece: int, monkeypatch: 
             whole = engine.backend.run_trunk(engine.backend.row_plan(rows), KVCache(3, 40))
             with monkeypatch.context() as patch:
                 for limit in ("LARGE_MASK", "LARGE_SCORES"):
-                    patch.setattr(attention, limit, 0)
-                patch.setattr(attention, "PIECE", piece)
+                    patch.setattr(dense_attention, limit, 0)
+                patch.setattr(dense_attention, "PIECE", piece)
                 parts = engine.backend.run_trunk(engine.backend.row_plan(rows), KVCache(3, 40))
                 cache = KVCache(3, 40)
                 later = [SequenceRows(r.slot, len(r.tokens) // 2, r.tokens[len(r.tokens) // 2 :]) for r in rows]
@@ -319,7 +319,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_grows_faster_than_the_document(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anchors fixed, documents of 1,000 and 2,000 tokens.  Thresholds are lowered so that tiny models are large."""
     for limit, value in (("LARGE_MASK", 1 << 14), ("LARGE_SCORES", 1 << 14), ("PIECE", 1 << 17)):
-        monkeypatch.setattr(attention, limit, value)
+        monkeypatch.setattr(dense_attention, limit, value)
     monkeypatch.setitem(attention.FEW_SCORES, "cpu", 1 << 14)
     monkeypatch.setitem(block_attention.TILE_SCORES, "cpu", 1 << 14)
     engine = engine_of(name, DraftLayout(4), max_position_embeddings=4096)

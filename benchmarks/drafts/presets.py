@@ -15,6 +15,7 @@ import click
 import torch
 
 from benchmarks.common import ROOT, Bar, conversion_seconds, load, number, say, section, table, write
+from benchmarks.drafts.figures import MOST_ROWS
 from benchmarks.drafts.setting import OWN
 from retrofit.eval.acceptance import measure
 from retrofit.recipes.budget.presets import SCALES, Preset, changes_of
@@ -23,7 +24,6 @@ from retrofit.recipes.schema import load_recipe
 
 RESULTS = ROOT / "results" / "presets.json"
 WAYS = ("fused", "hybrid", "prompt_lookup")
-MOST_ROWS = 96
 LEAST = {0.8: 2.6, 1.0: 2.2}
 """Tokens per forward that `hybrid` has to reach with the preset `best`, by temperature."""
 GREEDY_LEAD = 0.8

@@ -104,19 +104,18 @@ class Group:
         if key not in self.masks:
             width = int((self.query[number] >= 0).sum())
             one = slice(number, number + 1), slice(width)
-            query, limit = self.query[one], self.limit[one]
+            limit = self.limit[one]
             self.masks[key] = replace(
                 self,
                 slots=[self.slots[number]],
                 width=width,
                 gather=None,
                 scatter=None,
-                query=query,
+                query=self.query[one],
                 limit=limit,
                 block=self.block[one],
                 keys=int(limit.max()),
-                plain_causal=bool(query[0, 0] == 0 and (limit == query + 1).all()),
-                last=int(query.max()),
+                last=int(self.query[one].max()),
                 masks={},
             )
         found: Group = self.masks[key]

@@ -14,6 +14,8 @@ from retrofit.artifact import engines
 from retrofit.errors import ResourceError, UnsupportedModelError, UsageError
 from retrofit.named_bases import embedded_folder
 from retrofit.serving.vllm import plugin, versions
+from retrofit.sharing import pulling
+from retrofit.sharing.pulling import local_folder
 
 pytestmark = pytest.mark.usefixtures("somewhere")
 
@@ -41,10 +43,13 @@ def test_the_command_names_base_artifact_and_drafter(made, base):
 
 
 @pytest.mark.usefixtures("known_vllm")
-def test_another_precision_of_the_base_is_said(made, tmp_path):
+def test_another_precision_of_the_base_is_said_and_the_artifact_read_once(made, tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr(pulling, "local_folder", lambda *named: reads.append(named) or local_folder(*named))
     for folder, told in ((trained_on("nf4", tmp_path / "few-bits", made), True), (made, False)):
         result = serve(folder)
         assert ("trained on nf4, running on plain weights" in result.stderr) is told and result.exit_code == 0
+    assert len(reads) == 2
 
 
 @pytest.mark.usefixtures("known_vllm")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -141,16 +141,19 @@ def _generated(
     """Responses as they are finished."""
     if not numbers:
         return
+    alike: dict[int, list[int]] = {}
+    for number in numbers:
+        alike.setdefault(together(jobs[number].length), []).append(number)
     bar = progress("regenerating", "response", known + len(numbers), done=known, quiet=quiet)
     with packed_meanwhile(engine.backend), bar as shown:
-        for group in _alike(numbers, jobs):
+        for requests, group in sorted(alike.items()):  # those first that get longest
             events = engine.stream(
                 [list(jobs[n].prompt) for n in group],
                 mode="ar",
                 temperature=temperature,
                 max_new_tokens=[jobs[n].limit for n in group],
                 seed=[jobs[n].seed for n in group],
-                batch_size=together(max(jobs[n].length for n in group)),
+                batch_size=requests,
                 original_settings=False,  # the drafter learns the model's own distribution
                 with_text=False,
             )
@@ -169,12 +172,6 @@ def most_kept(longest: int) -> tuple[int, int]:
     """(requests, tokens of each) for which most room is made, where none gets longer."""
     found = [(together(n), n) for n in {longest, min(longest, ROOM // BATCH)}]
     return max(found, key=lambda kept: (kept[0] * kept[1], kept[0]))
-
-
-def _alike(numbers: Sequence[int], jobs: Sequence[_Job]) -> list[list[int]]:
-    """Jobs of which as many run together, in their order: first those that get longest."""
-    counts = sorted({together(jobs[n].length) for n in numbers})
-    return [[n for n in numbers if together(jobs[n].length) == count] for count in counts]
 
 
 class ResponseCache:

@@ -39,6 +39,8 @@ from retrofit.runtime.backends.sizes import size_for
 
 How = tuple[Window | None, float, float | None, Tensor | None]
 """Window, scale, soft-cap, and attention sinks [Hq]: a score of each head that stands for no key."""
+Pairs = list[tuple[Tensor, Tensor]]
+"""K and V, one pair behind the other."""
 ATTENTION = "retrofit"
 NUMBERED = "retrofit_layer"
 """Attribute of attention modules whose layer was told by their names."""
@@ -125,16 +127,16 @@ def row_attention(
             return _training_rows(plan, cache.layers[layer], query, key, value, *how), None
     n, first_draft = plan.num_base, plan.first_draft
     out: list[Tensor] = []
-    tree: list[tuple[Tensor, Tensor]] = []
+    tree: Pairs = []
     if plan.base is not None:
         _keep(cache, plan, plan.base, layer, key[:, :, :n], value[:, :, :n])
         if plan.tree:
             tree = [(_rectangle(plan.base, key, 0, n), _rectangle(plan.base, value, 0, n))]
         rows = _rectangle(plan.base, query, 0, n)
         if picked is None:
-            made = _base_group(context, plan, layer, rows, tree, how)
+            made = _in_sections(_base_section, context, plan, plan.base, layer, rows, tree, how)
         else:
-            made = picked_attention(attend, context, plan, layer, rows, tree, how, picked)
+            made = picked_attention(context, plan, layer, rows, tree, how, picked)
         out.append(_flat(plan.base, made))
     if first_draft > n:
         out.append(value.new_zeros(first_draft - n, query.shape[1], value.shape[-1]))
@@ -145,7 +147,8 @@ def row_attention(
             (_rectangle(plan.draft, key, first_draft, stop), _rectangle(plan.draft, value, first_draft, stop)),
         ]
         rows = _rectangle(plan.draft, query, first_draft, stop)
-        out.append(_flat(plan.draft, _draft_group(context, plan, layer, rows, own, how)))
+        made = _in_sections(_draft_section, context, plan, plan.draft, layer, rows, own, how)
+        out.append(_flat(plan.draft, made))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
@@ -230,20 +233,22 @@ def _sequence(
     return _exact_rows(group, query, k, v, how, form)
 
 
-def _base_group(
+def _in_sections(
+    attended: Callable[[ForwardContext, RowPlan, int, Tensor, Pairs, How], Tensor],
     context: ForwardContext,
     plan: RowPlan,
+    group: Group,
     layer: int,
     query: Tensor,
-    tree: list[tuple[Tensor, Tensor]],
+    own: Pairs,
     how: How,
 ) -> Tensor:
-    """Base rows [S, Hq, T, D]; tree: K and V of these rows themselves, where drafts branch."""
-    assert plan.base is not None
-    return _by_section(
-        _sections(plan, plan.base, context, query),
-        lambda of, part: _base_section(context, part, layer, query[of], [(k[of], v[of]) for k, v in tree], how),
-    )
+    """[S, Hq, T, D] of `plan.base` or `plan.draft`, the group: what `attended` makes of each section's query and own."""
+    outs = [
+        attended(context, part, layer, query[of], [(k[of], v[of]) for k, v in own], how)
+        for of, part in _sections(plan, group, context, query)
+    ]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _sections(plan: RowPlan, group: Group, context: ForwardContext, query: Tensor) -> list[Section]:
@@ -255,20 +260,8 @@ def _sections(plan: RowPlan, group: Group, context: ForwardContext, query: Tenso
     return cut(plan, group, group.runs if apart else [(0, len(group.slots))])
 
 
-def _by_section(parts: list[Section], made: Callable[[slice, RowPlan], Tensor]) -> Tensor:
-    """[S, Hq, T, D]"""
-    outs = [made(*one) for one in parts]
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def _base_section(
-    context: ForwardContext,
-    plan: RowPlan,
-    layer: int,
-    query: Tensor,
-    tree: list[tuple[Tensor, Tensor]],
-    how: How,
-) -> Tensor:
+def _base_section(context: ForwardContext, plan: RowPlan, layer: int, query: Tensor, tree: Pairs, how: How) -> Tensor:
+    """Base rows [S, Hq, T, D]; tree: K and V of these rows themselves, where drafts branch."""
     group, form, cache = plan.base, context.form, context.cache
     assert group is not None
     if form is None:
@@ -293,30 +286,8 @@ def _exact_rows(group: Group, query: Tensor, key: Tensor, value: Tensor, how: Ho
     return exact_attention.base_attention(group, query, key, value, *how, form)
 
 
-def _draft_group(
-    context: ForwardContext,
-    plan: RowPlan,
-    layer: int,
-    query: Tensor,
-    own: list[tuple[Tensor, Tensor]],
-    how: How,
-) -> Tensor:
+def _draft_section(context: ForwardContext, plan: RowPlan, layer: int, query: Tensor, own: Pairs, how: How) -> Tensor:
     """Draft rows [S, Hq, T, D]; own: K and V of a tree's base rows, where drafts branch, and of these rows."""
-    assert plan.draft is not None
-    return _by_section(
-        _sections(plan, plan.draft, context, query),
-        lambda of, part: _draft_section(context, part, layer, query[of], [(k[of], v[of]) for k, v in own], how),
-    )
-
-
-def _draft_section(
-    context: ForwardContext,
-    plan: RowPlan,
-    layer: int,
-    query: Tensor,
-    own: list[tuple[Tensor, Tensor]],
-    how: How,
-) -> Tensor:
     group, (window, scale, softcap, sinks) = plan.draft, how
     assert group is not None
     cached = context.cache.read(layer, group.slots, group.keys)
@@ -349,7 +320,7 @@ def _training_rows(
     return out.transpose(0, 1)[None]
 
 
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(parts: Pairs) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         return parts[0]
     return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2)

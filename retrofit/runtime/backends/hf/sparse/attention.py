@@ -14,13 +14,10 @@ from torch import Tensor
 from retrofit.adapters.rows import RowPlan
 from retrofit.adapters.visibility import Window, base_visibility, path_visibility
 from retrofit.runtime.backends.hf import exact_attention
-
-PIECE = 1 << 22
-"""Elements of a piece's mask over all sequences."""
+from retrofit.runtime.backends.hf.dense_attention import PIECE, attend
 
 
 def picked_attention(
-    attend: Any,
     context: Any,
     plan: RowPlan,
     layer: int,
@@ -29,9 +26,9 @@ def picked_attention(
     how: tuple[Window | None, float, float | None, Tensor | None],
     picked: Tensor,
 ) -> Tensor:
-    """Base rows [S, Hq, T, D] -> [S, Hq, T, Dv].  picked: `Picked.mask`; tree: K and V of the rows, where they branch.
+    """Base rows [S, Hq, T, D] -> [S, Hq, T, Dv].
 
-    attend: how a call attends where no bits are promised.
+    picked: `Picked.mask`; tree: K and V of the rows, where they branch.
     """
     group, form, cache = plan.base, context.form, context.cache
     assert group is not None
@@ -39,7 +36,7 @@ def picked_attention(
         k, v = cache.read(layer, group.slots, group.keys)
         if tree:
             k, v = (torch.cat([old, new], 2) for old, new in zip((k, v), tree[0], strict=True))
-        return _dense(attend, plan, query, k, v, how, picked)
+        return _dense(plan, query, k, v, how, picked)
     there = cache.columns(layer)
     if tree:
         cached = cache.read(layer, group.slots, form.columns(plan.paths.stop, there, query.dtype))
@@ -54,7 +51,6 @@ def picked_attention(
 
 
 def _dense(
-    attend: Any,
     plan: RowPlan,
     query: Tensor,
     key: Tensor,

@@ -142,12 +142,8 @@ def row_attention(
         out.append(value.new_zeros(first_draft - n, query.shape[1], value.shape[-1]))
     if plan.draft is not None:
         stop = plan.num_rows
-        own = [
-            *tree,
-            (_rectangle(plan.draft, key, first_draft, stop), _rectangle(plan.draft, value, first_draft, stop)),
-        ]
-        rows = _rectangle(plan.draft, query, first_draft, stop)
-        made = _in_sections(_draft_section, context, plan, plan.draft, layer, rows, own, how)
+        rows, k, v = (_rectangle(plan.draft, t, first_draft, stop) for t in (query, key, value))
+        made = _in_sections(_draft_section, context, plan, plan.draft, layer, rows, [*tree, (k, v)], how)
         out.append(_flat(plan.draft, made))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
@@ -243,7 +239,7 @@ def _in_sections(
     own: Pairs,
     how: How,
 ) -> Tensor:
-    """[S, Hq, T, D] of `plan.base` or `plan.draft`, the group: what `attended` makes of each section's query and own."""
+    """[S, Hq, T, D] of `plan.base` or `plan.draft`, the group: what `attended` makes of each section's rows."""
     outs = [
         attended(context, part, layer, query[of], [(k[of], v[of]) for k, v in own], how)
         for of, part in _sections(plan, group, context, query)

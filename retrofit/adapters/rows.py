@@ -76,6 +76,11 @@ class SequenceRows:
     whole: int | None = None
     """Prefill: how many tokens the prompt has of which these are a part; None: it ends with them."""
 
+    @property
+    def follows(self) -> Sequence[int]:
+        """Which base row of this forward each one follows, -1: the committed prefix."""
+        return range(-1, len(self.tokens) - 1) if self.parents is None else self.parents
+
 
 class FlatRows:
     """The rows of one forward in their order, filler aside: what both backends lay out.
@@ -392,9 +397,8 @@ def base_positions(seq: SequenceRows) -> list[int]:
 
 def _ancestors(seq: SequenceRows) -> np.ndarray:
     """[T, T] whether base row t sees base row r: itself and what it follows."""
-    parents = range(-1, len(seq.tokens) - 1) if seq.parents is None else seq.parents
     seen = np.eye(len(seq.tokens), dtype=bool)
-    for t, parent in enumerate(parents):
+    for t, parent in enumerate(seq.follows):
         if parent >= 0:
             seen[t] |= seen[parent]
     return seen

@@ -145,21 +145,8 @@ def check_room(path: Path, size: int) -> None:
         raise ResourceError(f"{path}: the disk is full: {size:,} bytes are needed, {free:,} are free", MAKE_ROOM)
 
 
-def check_parent(out: Path) -> None:
-    """Raises ResourceError where an artifact's folder cannot be made."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out.parent, os.W_OK)
-    except OSError as error:
-        raise ResourceError(
-            f"{out.parent}: cannot be made ({error.strerror})", "choose another place with -o"
-        ) from error
-    if not writable:
-        raise ResourceError(f"{out.parent}: not writable", "choose another place with -o")
-
-
 def check_file(path: Path) -> None:
-    """Raises ResourceError where a file cannot be written, for whoever has minutes of work to do before it is."""
+    """Raises ResourceError where a file or folder cannot be made, for whoever has work to do before it is."""
     try:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         why = "is a file" if not folder.is_dir() else "" if os.access(folder, os.W_OK) else "is not writable"

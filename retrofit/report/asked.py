@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,14 +121,17 @@ def check(
 
 
 def _tasks(names: Sequence[str]) -> Sequence[str]:
-    """Raises UsageError for none, and for one that the harness, where it is installed, does not know either."""
+    """Raises UsageError for none, and for one that is neither ours nor, where it is installed, the harness's."""
     known = [*CATEGORIES, *packaged.TASKS]
     if not names:
         raise UsageError("--tasks is empty; it must be names of tasks", f"such as {','.join(known)}")
     others = [name for name in names if name not in known]
-    with suppress(ResourceError):  # without the harness the section says what it lacks
-        if others:
+    if others:
+        try:
             harness.check(others)
+        except ResourceError as error:
+            unknown = f"no task of ours is called {others[0]}{did_you_mean(others[0], known)}"
+            raise UsageError(f"{unknown}; {error}", error.hint) from error
     return names
 
 

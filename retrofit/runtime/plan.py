@@ -174,6 +174,8 @@ def cut(plan: StepPlan, layout: DraftLayout, rows: int | None) -> StepPlan:
     """A plan cut to `rows` rows of a request (None: any number): blocks go first, then drafts; `ar` always fits."""
     if rows is None or not (plan.verify or plan.hang):
         return plan
+    if plan.rows is not None:  # of `hybrid`, which shares them out itself
+        return replace(plan, rows=min(plan.rows, rows))
     base = 1 if layout.anchored or not plan.hang else 0
     verify, hang = plan.verify, plan.hang
     if hang and base + layout.block <= rows:
@@ -233,15 +235,14 @@ def planned(
     return StepPlan(verify, useful(request, rows, layout, limits), plan.draft, plan.tree)
 
 
-def shared(plan: StepPlan, request: Request, layout: DraftLayout, limits: Limits, room: int | None) -> StepPlan:
-    """What a request does next of `hybrid`.  room: rows that it may have; None: any number."""
+def shared(plan: StepPlan, request: Request, layout: DraftLayout, limits: Limits) -> StepPlan:
+    """What a request does next of `hybrid`: which nodes of its tree it verifies, and where it hangs blocks."""
     assert plan.rows is not None
-    rows = plan.rows if room is None else min(plan.rows, room)
     tree = request.tree or SEED_ALONE
     if plan.hang:
-        nodes, hang = shared_rows(tree, rows, layout.block, plan.worth)
+        nodes, hang = shared_rows(tree, plan.rows, layout.block, plan.worth)
     else:
-        nodes, hang = min(tree.nodes, rows - 1), ()
+        nodes, hang = min(tree.nodes, plan.rows - 1), ()
     return replace(plan, verify=nodes, hang=useful(request, hang, layout, limits))
 
 

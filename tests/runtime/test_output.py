@@ -15,7 +15,6 @@ from retrofit.adapters.layout import DraftLayout
 from retrofit.adapters.rows import SequenceRows
 from retrofit.runtime.engine import Engine, Result
 from retrofit.runtime.request import Request
-from retrofit.runtime.rules.tree import parents_of
 from retrofit.runtime.text import Detokenizer, Text
 
 TINY = Path(retrofit.__file__).parent / "recipes" / "tiny"
@@ -238,7 +237,7 @@ def test_every_forward_is_counted_and_nothing_committed_runs_again(
                 text = [*r.prompt, *r.tokens]
                 # The seed and the drafts that agree with the text become the committed prefix.
                 row: int | None = -1
-                follows = list(zip(parents_of(rows_of_step), rows_of_step.tokens, strict=True))
+                follows = list(zip(rows_of_step.follows, rows_of_step.tokens, strict=True))
                 while row is not None and committed < len(text):
                     row = next((j for j, found in enumerate(follows) if found == (row, text[committed])), None)
                     committed += row is not None

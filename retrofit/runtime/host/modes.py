@@ -35,7 +35,7 @@ from retrofit.runtime.request import Request
 from retrofit.runtime.rules.accept import accepted_length
 from retrofit.runtime.rules.processors import Constrain, Guard, constrained
 from retrofit.runtime.rules.sampling import Processing, path_counts, path_seen, process_logits
-from retrofit.runtime.rules.tree import DraftTree, accepted_path, depths, parents_of, paths_of
+from retrofit.runtime.rules.tree import DraftTree, accepted_path, depths, paths_of
 from retrofit.runtime.run import Run
 
 
@@ -149,7 +149,7 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
     row_plan = run.backend.row_plan(rows)
     out = run.backend.forward(row_plan, run.cache)
     owners = [r for r, row in zip(requests, rows, strict=True) for _ in row.tokens]
-    steps = [step for row in rows for step in _depths(row)]
+    steps = [step for row in rows for step in depths(row.follows)]
     drafted = [path for row in rows for path in _row_paths(row)] if run.ruled else None
     on_paths = Paths(_path_seen(requests, rows), drafted, _path_counts(requests, rows))
     if all(p.kind == "ar" for p in plans):
@@ -179,7 +179,7 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
             r.committed += len(path)
             if p.verify:
                 r.stats.accepted.append(min(len(path) - 1, taken))
-                r.stats.verified.append(max(_depths(row)))
+                r.stats.verified.append(max(depths(row.follows)))
         end = path[-1] if target else 0
         assert isinstance(p.hang, tuple)
         for anchor, block in zip(p.hang, row.blocks, strict=True):
@@ -198,14 +198,9 @@ def speculative_step(run: Run, requests: Sequence[Request], plans: Sequence[Step
         _draft(run, [hangs[n] for n in group], plans[0].tree)
 
 
-def _depths(row: SequenceRows) -> list[int]:
-    """How many tokens after the seed each base row stands."""
-    return list(range(len(row.tokens))) if row.parents is None else depths(row.parents)
-
-
 def _row_paths(row: SequenceRows) -> list[list[int]]:
     """Drafts on the way from the seed to each base row, its own included."""
-    return [[row.tokens[j] for j in path[1:]] for path in paths_of(parents_of(row))]
+    return [[row.tokens[j] for j in path[1:]] for path in paths_of(row.follows)]
 
 
 def _path_seen(requests: Sequence[Request], rows: Sequence[SequenceRows]) -> Tensor | None:
@@ -243,7 +238,7 @@ def _paths(rows: Sequence[SequenceRows], targets: Sequence[list[int]]) -> list[l
     if all(row.parents is None for row in rows):
         kept = _accepted([list(row.tokens[1:]) for row in rows], list(targets))
         return [list(range(n + 1)) if target else [] for n, target in zip(kept, targets, strict=True)]
-    return [accepted_path(row.tokens, parents_of(row), target) for row, target in zip(rows, targets, strict=True)]
+    return [accepted_path(row.tokens, row.follows, target) for row, target in zip(rows, targets, strict=True)]
 
 
 def _store(run: Run, requests: Sequence[Request], rows: Sequence[SequenceRows], paths: list[list[int]]) -> None:

@@ -106,9 +106,9 @@ class HostSteps:
         if run.strategy == "ar":
             return list(AR) * len(running)
         if cycle[-1].rows is not None:
-            plans = [cycle[0] if r.came_true is None else cycle[-1] for r in running]
-            graft(run, running, [n if room is None else min(n, room) for n in (num_rows(p, run.layout) for p in plans)])
-            return [shared(p, r, run.layout, run.limits, room) for p, r in zip(plans, running, strict=True)]
+            plans = [cut(cycle[0] if r.came_true is None else cycle[-1], run.layout, room) for r in running]
+            graft(run, running, [num_rows(plan, run.layout) for plan in plans])
+            return [shared(plan, r, run.layout, run.limits) for plan, r in zip(plans, running, strict=True)]
         if cycle == lookup(run.layout):
             for request in running:
                 request.drop_drafts()

@@ -23,7 +23,6 @@ from functools import cached_property
 from typing import Any
 
 from retrofit.adapters.layout import DraftLayout
-from retrofit.adapters.rows import SequenceRows
 
 ROWS = 96
 """Rows of one request and forward that a draft tree is grown to: about what a GPU computes at the price of one."""
@@ -94,11 +93,6 @@ def depths(parents: Sequence[int]) -> list[int]:
     for parent in parents:
         found.append(0 if parent < 0 else found[parent] + 1)
     return found
-
-
-def parents_of(row: SequenceRows) -> Sequence[int]:
-    """Which row of its forward each base row follows, -1: the committed prefix."""
-    return range(-1, len(row.tokens) - 1) if row.parents is None else row.parents
 
 
 def paths_of(parents: Sequence[int]) -> list[list[int]]:

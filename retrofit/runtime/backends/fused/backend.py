@@ -41,7 +41,7 @@ from retrofit.runtime.kernels.rows import PAGE, Rows, cut_tiles, tile_rows
 from retrofit.runtime.kernels.sampling import choose
 from retrofit.runtime.kernels.swiglu import swiglu
 from retrofit.runtime.rules.sampling import Processing
-from retrofit.runtime.rules.tree import parents_of, paths_of
+from retrofit.runtime.rules.tree import paths_of
 from retrofit.runtime.settings import Settings, read_settings
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class FusedGQA:
             span = slice(row, row + len(s.tokens))
             starts[span], places[span] = s.start, cache.places(s.slot, range(s.start, s.start + len(s.tokens)))
             if plan.tree:
-                for j, path in enumerate(paths_of(parents_of(s))):
+                for j, path in enumerate(paths_of(s.follows)):
                     paths[row + j, : len(path)] = path
             row = span.stop
         for s, block in blocks:
@@ -279,7 +279,7 @@ class FusedGQA:
             own = slice(row - num_base, span.stop - num_base)
             limits[span], starts[span], low[own], high[own] = block.start, s.start, own.start, own.stop
             if plan.tree and s.tokens:
-                path = paths_of(parents_of(s))[block.anchor]
+                path = paths_of(s.follows)[block.anchor]
                 paths[span, : len(path)] = path
             row = span.stop
         counts_draft = [sum(len(b.inputs) for b in s.blocks) for s in plan.sequences if s.blocks]

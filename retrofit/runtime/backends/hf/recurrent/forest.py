@@ -81,8 +81,7 @@ def forest_of(plan: RowPlan) -> Forest:
     row, firsts = 0, []
     for s, sequence in enumerate(plan.sequences):
         firsts.append(row)
-        follows = range(-1, len(sequence.tokens) - 1) if sequence.parents is None else sequence.parents
-        for parent in follows:
+        for parent in sequence.follows:
             add(row, -1 - s if parent < 0 else firsts[s] + parent)
             row += 1
     row = plan.first_draft

@@ -20,6 +20,7 @@ from benchmarks.drafts import tables as drafts
 from benchmarks.exact import FAMILIES
 from benchmarks.gpu.bars import BARS as GPU_BARS
 from benchmarks.gpu.bars import TITLES as GPU_TITLES
+from benchmarks.joint import tables as joint
 from benchmarks.quantised import tables as quantised
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +132,8 @@ def blocks(page: str, results: Path) -> dict[str, str]:
         designs = {"drafts": against_designs(found)} if DRAFTS in found.files else {}
         sweep = {"diffusion": diffusion.markdown(found.files["diffusion"])} if "diffusion" in found.files else {}
         bits = {"quantised": few_bits(found)} if FEW_BITS in found.files else {}
-        return {"numbers": block(results), **real, **designs, **sweep, **bits}
+        along = {"joint": trained_along(found)} if ALONG in found.files else {}
+        return {"numbers": block(results), **real, **designs, **sweep, **bits, **along}
     if page == "serving.md":
         return {"vllm": served(found)} if SERVED in found.files else {}
     short = {"run": caption(found), "quickstart": quickstart(found)}
@@ -209,12 +211,32 @@ def figures(found: Results) -> str:
            found.figure(bars, "speed", f"seconds per token, auto / ar, {where}")]
           for where in ("T = 0.8, batch 1", "T = 0.8, batch 8", "greedy, batch 1", "greedy, batch 8")),
         ["conversion", found.figure(bars, "conversion", "conversion of the embedded base")],
+        *of_real_model(found),
         ["anything on a GPU", on_gpu(found)],
     ]  # fmt: skip
     return "\n".join(["| | measured |", "| --- | --- |", *(f"| {what} | {figure} |" for what, figure in rows)])
 
 
 REAL = "smollm2"
+KIND = "bfloat16"
+BUDGET = "hybrid, 96 rows"
+
+
+def of_real_model(found: Results) -> list[list[str]]:
+    """What README says of it: speed at batch 1, and tokens per forward, greedy and at T = 0.8."""
+    rows = []
+    for against, title in (("ar", "`ar`"), ("transformers", "transformers' `generate`")):
+        bars = [
+            f"{KIND}, batch 1, T = {at}: auto against {'own ar' if against == 'ar' else against}" for at in ("0", "0.8")
+        ]
+        rates = " and ".join(found.figure(REAL, f"speed, {KIND}", bar) for bar in bars)
+        rows.append([f"SmolLM2-135M, bf16: tokens/s of `auto` against {title}, greedy and T = 0.8, batch 1", rates])
+    drafted = found.figures(REAL, f"acceptance, {KIND}")
+    tpf = " and ".join(f"{drafted[f'mt-bench, T = {at}'][BUDGET]['tpf']:.2f}" for at in ("0", "0.8"))
+    rows.append(["SmolLM2-135M, MT-bench: tokens per forward of `hybrid` within 96 rows, greedy and T = 0.8", tpf])
+    return rows
+
+
 WAYS = {
     "transformers": "transformers' `generate`",
     "transformers_prompt_lookup": "the same with its prompt lookup",
@@ -319,6 +341,17 @@ def few_bits(found: Results) -> str:
     sections = found.files[FEW_BITS]
     whence = [f"{title.partition(', ')[2]}: {source(one)}" for title, one in sections.items()]
     return "\n\n".join([markdown(quantised.rows(sections)), *whence])
+
+
+ALONG = "joint"
+
+
+def trained_along(found: Results) -> str:
+    """The profile `joint` beside `frozen`: what it gains in drafts, and what it costs in likeness and time."""
+    sections = found.files[ALONG]
+    by_command = {one["command"]: source(one) for one in sections.values()}
+    said = ["Mean (least to most) over seeds.", markdown(joint.rows(sections)), joint.verdict(sections)]
+    return "\n\n".join([*said, *by_command.values()])
 
 
 def markdown(rows: list[list[str]]) -> str:

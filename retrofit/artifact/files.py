@@ -29,6 +29,7 @@ CHUNK = 1 << 20
 AT_ONCE = 1 << 24
 """Bytes that are hashed while the same bytes are being written."""
 DIRECT = getattr(os, "O_DIRECT", 0)
+ELSEWHERE = "choose another place with -o"
 MAKE_ROOM = "make room or choose another place, then run it again"
 
 
@@ -145,15 +146,24 @@ def check_room(path: Path, size: int) -> None:
         raise ResourceError(f"{path}: the disk is full: {size:,} bytes are needed, {free:,} are free", MAKE_ROOM)
 
 
-def check_file(path: Path) -> None:
-    """Raises ResourceError where a file or folder cannot be made, for whoever has work to do before it is."""
+def check_parent(out: Path) -> None:
+    """Make the folder that an artifact is to stand in.  Raises ResourceError where that cannot be."""
     try:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        why = "is a file" if not folder.is_dir() else "" if os.access(folder, os.W_OK) else "is not writable"
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{out.parent}: cannot be made ({error.strerror})", ELSEWHERE) from error
+    check_file(out)
+
+
+def check_file(path: Path) -> None:
+    """Raises ResourceError where nothing can be written, for whoever has minutes of work to do before it is."""
+    try:
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        why = "is no folder" if not folder.is_dir() else "" if os.access(folder, os.W_OK) else "is not writable"
     except OSError as error:
         folder, why = path, str(error.strerror)
     if why:
-        raise ResourceError(f"{path}: cannot be written: {folder} {why}", "choose another place with -o")
+        raise ResourceError(f"{path}: cannot be written: {folder} {why}", ELSEWHERE)
 
 
 def sha256(path: Path) -> str:

@@ -34,7 +34,7 @@ class Listed(click.ParamType):
         if isinstance(value, list):
             return value
         try:
-            return [self.kind(part) for part in str(value).split(",") if part.strip()]
+            return [self.kind(part.strip()) for part in str(value).split(",") if part.strip()]
         except ValueError:
             self.fail(f"{value!r} is no list of whole numbers, such as 1,4,16", param, ctx)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from retrofit.adapters.attach import Attached
 from retrofit.artifact import folder as artifact
-from retrofit.artifact.files import check_file
+from retrofit.artifact.files import check_parent
 from retrofit.artifact.own import told
 from retrofit.errors import ArtifactError, UsageError
 from retrofit.hub import Base, resolved_device
@@ -62,7 +62,7 @@ def average(
     out = Path(out).resolve() if Path(out).name in ("", "..") else Path(out)
     shares = _shares(sources, weights)
     artifact.check_writable(out, overwrite)
-    check_file(out)
+    check_parent(out)
     origins = [read(source, offline) for source in sources]
     for other in origins[1:]:
         _refuse_another(origins[0], other)

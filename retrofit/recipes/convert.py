@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
-from retrofit.artifact.files import check_file
+from retrofit.artifact.files import check_parent
 from retrofit.artifact.own import told
 from retrofit.errors import GateError, TrainingError, UsageError
 from retrofit.hub import Base, resolved_device
@@ -142,7 +142,7 @@ def _checked(
     check_processes(plan, isinstance(model, PreTrainedModel), processes)
     out = out.resolve() if out.name in ("", "..") else out
     artifact.check_writable(out, overwrite, artifact.INSTEAD.format(out))
-    check_file(out)
+    check_parent(out)
     tracking.check_installed(track)
     if plan.data.responses == "regenerate" and (processes is None or processes.is_main):
         check_cache()

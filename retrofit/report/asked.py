@@ -130,8 +130,8 @@ def _tasks(names: Sequence[str]) -> Sequence[str]:
         try:
             harness.check(others)
         except ResourceError as error:
-            unknown = f"no task of ours is called {others[0]}{did_you_mean(others[0], known)}"
-            raise UsageError(f"{unknown}; {error}", error.hint) from error
+            close = next((meant for name in others if (meant := did_you_mean(name, known))), "")
+            raise UsageError(f"not built in: {', '.join(others)}{close}; {error}", error.hint) from error
     return names
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from retrofit.artifact import files
-from retrofit.artifact.files import write_file
+from retrofit.artifact.files import check_file, check_parent, write_file
 from retrofit.artifact.tensors import TYPES, pieces
+from retrofit.errors import ResourceError
 from retrofit.recipes.training.checkpoint import Checkpoints
 
 
@@ -82,3 +83,22 @@ def test_a_checkpoint_is_written_without_a_second_copy(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < size / 4
+
+
+@pytest.mark.parametrize("place", ["dangling/new", "dangling/a/b/new", "loop/new", "notes.txt/new"])
+def test_a_place_where_nothing_can_be_made_is_refused_at_once(place: str, tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "notes.txt").write_text("mine")
+    for check in (check_parent, check_file):
+        with pytest.raises(ResourceError, match=r"cannot be (made|written)") as refused:
+            check(tmp_path / place)
+        assert refused.value.hint == "choose another place with -o"
+    assert {path.name for path in tmp_path.iterdir()} == {"dangling", "loop", "notes.txt"}
+
+
+def test_folders_on_the_way_to_an_artifact_are_made_and_those_of_a_file_are_not(tmp_path: Path) -> None:
+    check_file(tmp_path / "a" / "b" / "c.json")
+    assert not (tmp_path / "a").exists()
+    check_parent(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b").is_dir() and not (tmp_path / "a" / "b" / "c").exists()

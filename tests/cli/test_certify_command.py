@@ -76,7 +76,7 @@ def test_a_certificate_that_cannot_be_written_is_refused_before_the_checks_run(o
     monkeypatch.setattr(retrofit, "certify", lambda *_, **__: pytest.fail("checks ran"), raising=False)
     (tmp_path / "notes.txt").write_text("a file")
     message = refused(run("certify", own, "-o", tmp_path / "notes.txt" / "c.json"), 4)
-    assert f"{tmp_path / 'notes.txt'} is a file" in message
+    assert f"{tmp_path / 'notes.txt'} is no folder" in message
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and may(path, mode))  # also for root
     assert f"{own} is not writable" in refused(run("certify", own), 4)

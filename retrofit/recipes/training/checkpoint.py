@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from retrofit.artifact import folder as artifact
-from retrofit.artifact.files import check_room, disk, json_bytes, sha256, sync_folder, write_file
+from retrofit.artifact.files import ELSEWHERE, check_room, disk, json_bytes, sha256, sync_folder, write_file
 from retrofit.artifact.tensors import pieces
 from retrofit.errors import ResourceError, UsageError
 
@@ -228,6 +228,9 @@ def _lock(folder: Path, out: Path) -> FileLock:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"{folder}: cannot write there: {error.strerror}", ELSEWHERE) from error
+        try:
             _acquire(lock)
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
             return lock
@@ -238,9 +241,8 @@ def _lock(folder: Path, out: Path) -> FileLock:
             problem = f"another conversion is writing it ({_owner(path) or 'a process just started'})"
             raise UsageError(f"{out}: {problem}", hint) from None
         except OSError as error:
-            hint = "choose another place with -o"
             what = f"{path}: cannot be locked" if path.exists() else f"{folder}: cannot write there"
-            raise ResourceError(f"{what}: {error.strerror}", hint) from error
+            raise ResourceError(f"{what}: {error.strerror}", ELSEWHERE) from error
 
 
 def _acquire(lock: FileLock) -> None:

@@ -16,7 +16,6 @@ from transformers import GenerationConfig
 
 from retrofit.errors import DataError, ResourceError, UsageError
 from retrofit.eval.differences import NEAR_ULP, class_differences, ulp
-from retrofit.recipes.problems import did_you_mean
 from retrofit.report.setting import Data, Earlier, Setting, Skipped
 from retrofit.tasks import harness, packaged, suite
 from retrofit.tasks.answering import EngineAnswers, OriginalAnswers
@@ -141,9 +140,8 @@ def _by_harness(setting: Setting, base: PreTrainedModel, names: Sequence[str], s
         models = {ORIGINAL: harness.original_model(base, setting.engine.tokenizer, longest), **own}
         found = harness.run(models, names, ORIGINAL, setting.suite.quality_items, setting.allow_code)
     except (ResourceError, UsageError) as error:
-        known = [*CATEGORIES, *packaged.TASKS]
         why = f"{error}; {error.hint}" if error.hint else str(error)
-        skipped += [{"what": name, "why": f"no task of ours{did_you_mean(name, known)}; {why}"} for name in names]
+        skipped += [{"what": name, "why": why} for name in names]
         return []
     skipped += found["skipped"]
     return _flat(found["categories"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import readme_blocks as parts
 from benchmarks import readme_numbers as numbers
 from benchmarks.gpu.bars import BARS, TITLES
 
@@ -45,12 +46,12 @@ def test_every_section_that_has_figures_has_a_table():
         for section in json.loads(path.read_text())["sections"].values():
             rows = [f"| {bar['what'].strip()} | {bar['bar']} | {bar['figure']} |" for bar in section["bars"]]
             assert [row for row in rows if row not in text] == []
-            assert not section["bars"] or numbers.source(section) in text
+            assert not section["bars"] or parts.source(section) in text
 
 
 def test_the_readme_has_figures_of_the_results():
     text = (numbers.ROOT / "README.md").read_text(encoding="utf-8")
-    found = numbers.Results(numbers.RESULTS)
+    found = parts.Results(numbers.RESULTS)
     for figure in (
         found.figure("bars-cpu", "tpf", "TPF, fused, T = 0.8"),
         found.figure("bars-cpu", "speed", "seconds per token, auto / ar, T = 0.8, batch 1"),
@@ -60,7 +61,7 @@ def test_the_readme_has_figures_of_the_results():
 
 
 def test_a_figure_that_was_not_measured_is_an_error(tmp_path):
-    found = numbers.Results(results(tmp_path))
+    found = parts.Results(results(tmp_path))
     assert found.figure("bars-cpu", "tpf", "looping outputs") == "12%"
     with pytest.raises(ValueError, match="no figure 'TPF, fused, T = 2'"):
         found.figure("bars-cpu", "tpf", "TPF, fused, T = 2")
@@ -70,9 +71,9 @@ def test_a_figure_that_was_not_measured_is_an_error(tmp_path):
 
 def test_what_was_printed_is_shortened_in_the_middle_only():
     lines = [f"line {i}" for i in range(20)]
-    assert numbers.shortened(lines[:10]) == lines[:10]
-    assert numbers.shortened(lines) == ["line 0", "line 1", "...", *lines[-4:]]
-    assert numbers.shortened(["a" * 200]) == ["a" * 115 + "..."]
+    assert parts.shortened(lines[:10]) == lines[:10]
+    assert parts.shortened(lines) == ["line 0", "line 1", "...", *lines[-4:]]
+    assert parts.shortened(["a" * 200]) == ["a" * 115 + "..."]
 
 
 def test_only_the_block_is_replaced(tmp_path):
@@ -126,7 +127,7 @@ def test_missing_markers_are_refused(tmp_path, text):
 
 def test_the_real_models_tables_have_each_figure_in_its_place(tmp_path):
     def rates(first: float) -> dict[str, dict[str, float]]:
-        return {"tokens_per_s": {way: first + n for n, way in enumerate(numbers.WAYS)}}
+        return {"tokens_per_s": {way: first + n for n, way in enumerate(parts.WAYS)}}
 
     speed = {
         kind: {
@@ -137,13 +138,13 @@ def test_the_real_models_tables_have_each_figure_in_its_place(tmp_path):
     }
     tpf = {
         f"{name}, T = {at}": {"prompts": 8, "chain": {"tpf": value + n}}
-        for n, name in enumerate(numbers.BENCHMARKS)
+        for n, name in enumerate(parts.BENCHMARKS)
         for at, value in (("0", 1.25), ("0.8", 1.5), ("1", 1.75))
     }
     sections = {f"speed, {kind}": section for kind, section in speed.items()}
     sections["acceptance, float32"] = {**SECTION, "figures": tpf}
     (tmp_path / "smollm2.json").write_text(json.dumps({"sections": sections}))
-    drawn = numbers.real_model(numbers.Results(tmp_path)).splitlines()
+    drawn = parts.real_model(parts.Results(tmp_path)).splitlines()
     assert "| transformers' `generate` | 100.0 | 110.0 | 200.0 | 210.0 |" in drawn
     assert "| `ar` | 102.0 | 112.0 | 202.0 | 212.0 |" in drawn
     assert "| chain | 1.25 / 1.50 / 1.75 | 2.25 / 2.50 / 2.75 | 3.25 / 3.50 / 3.75 |" in drawn

@@ -19,6 +19,7 @@ from mkdocs.config import load_config
 
 import retrofit
 from benchmarks import readme_numbers as numbers
+from benchmarks.readme_blocks import Results
 from benchmarks.readme_numbers import ROOT
 from retrofit import errors
 from retrofit.cli.main import main
@@ -228,7 +229,7 @@ def test_no_measured_figure_is_typed(page):
 
 
 def test_the_picture_has_a_box_for_every_token():
-    run = numbers.Results(numbers.RESULTS).figures("run-cpu", "forwards")
+    run = Results(numbers.RESULTS).figures("run-cpu", "forwards")
     root = ElementTree.fromstring((DOCS / "run.svg").read_text(encoding="utf-8"))
     fills = [element.get("fill") for element in root if element.tag.endswith("rect")]
     legend = 1
@@ -245,7 +246,7 @@ def test_the_readme_is_short():
 
 def test_the_quickstart_prints_what_the_base_says():
     """The recorded text is what `ar` decodes today: of the base alone, as no artifact changes it."""
-    quickstart = numbers.Results(numbers.RESULTS).figures("run-cpu", "quickstart")
+    quickstart = Results(numbers.RESULTS).figures("run-cpu", "quickstart")
     _, fused, ar, default, _ = [command["lines"][:-1] for command in quickstart["printed"]]
     assert fused == ar == default and any(ar)
     from retrofit.hub import load_base
@@ -256,7 +257,7 @@ def test_the_quickstart_prints_what_the_base_says():
         [result] = engine.generate([quickstart["prompt"]], "ar", **options)
         [run] = engine.generate([quickstart["prompt"]], "ar", **{**options, "max_new_tokens": 48})
     assert result.text.split("\n") == ar
-    drawn = numbers.Results(numbers.RESULTS).figures("run-cpu", "forwards")["forwards"]
+    drawn = Results(numbers.RESULTS).figures("run-cpu", "forwards")["forwards"]
     assert "".join(piece for pieces in drawn for piece in pieces) == run.text
 
 

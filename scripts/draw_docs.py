@@ -4,7 +4,7 @@
     docs/recipe-keys.md        every key of a recipe, as recipes/schema.py has them
     docs/artifact-format.md    the keys of retrofit.json, between its markers
     docs/numbers.md, docs/index.md, README.md
-                               the figures of results/ (benchmarks/readme_numbers.py)
+                               the figures of results/ (benchmarks/readme_numbers/)
     docs/run.svg               the recorded run of results/run-cpu.json (scripts/draw_run.py)
     docs/report.svg            the report in results/report/, where there is one and matplotlib is installed
 
@@ -24,8 +24,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import readme_numbers as numbers
-from benchmarks.readme_numbers import ROOT
+from benchmarks.readme_numbers import __main__ as numbers
+from benchmarks.readme_numbers.__main__ import ROOT
 from retrofit.artifact.schema import OPTIONAL, SCHEMA
 from retrofit.cli.main import main as retrofit
 from retrofit.recipes import schema

@@ -167,15 +167,13 @@ class RowPlan:
     def _one_row(self, seq: SequenceRows) -> None:
         """What `__init__` would make of a single base row, without the detours: the step of plain decoding."""
         p, rows = seq.start, self.least_rows
-        self.num_rows = self.first_draft = rows
-        self.num_base = 1
+        self.num_rows, self.first_draft, self.num_base = rows, rows, 1
         self.max_position = p
         self.ids = torch.tensor([seq.tokens[0]] * rows, device=self.device)
         self.positions = torch.tensor([[p] * rows], device=self.device)
         self.base_slots = torch.tensor([seq.slot], device=self.device)
         self.base_positions = self.positions[0, :1]
-        self.logit_rows = self.masked = None
-        self.draft = None
+        self.logit_rows = self.masked = self.draft = None
         one = np.ones((1, 1), dtype=np.int64)
         self.base = Group([seq.slot], 1, None, None, one * p, one * (p + 1), one * 0, keys=p + 1, last=p)
 
@@ -387,10 +385,8 @@ def is_prefill(sequences: Sequence[SequenceRows]) -> bool:
 
 
 def base_positions(seq: SequenceRows) -> list[int]:
-    if seq.parents is None:
-        return list(range(seq.start, seq.start + len(seq.tokens)))
     positions: list[int] = []
-    for parent in seq.parents:
+    for parent in seq.follows:
         positions.append(seq.start if parent < 0 else positions[parent] + 1)
     return positions
 

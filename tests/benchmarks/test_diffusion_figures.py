@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks import readme_numbers
 from benchmarks.diffusion import __main__ as diffusion
 from benchmarks.diffusion import tables
+from benchmarks.readme_numbers import __main__ as readme_numbers
 from retrofit.runtime.host.infilling import Candidate, Filled
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import readme_numbers
 from benchmarks.quantised import __main__ as quantised
 from benchmarks.quantised import commands, drafting, tables
+from benchmarks.readme_numbers import __main__ as readme_numbers
 
 ABOUT = {
     "command": "c",

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme_blocks as parts
-from benchmarks import readme_numbers as numbers
 from benchmarks.gpu.bars import BARS, TITLES
+from benchmarks.readme_numbers import __main__ as numbers
+from benchmarks.readme_numbers import blocks as parts
 
 SECTION = {
     "command": "python -m benchmarks.bars",

@@ -18,9 +18,9 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 import retrofit
-from benchmarks import readme_numbers as numbers
-from benchmarks.readme_blocks import Results
-from benchmarks.readme_numbers import ROOT
+from benchmarks.readme_numbers import __main__ as numbers
+from benchmarks.readme_numbers.__main__ import ROOT
+from benchmarks.readme_numbers.blocks import Results
 from retrofit import errors
 from retrofit.cli.main import main
 from retrofit.recipes.schema import FIELDS

@@ -163,7 +163,7 @@ def test_kernels_know_nothing_of_ours():
     assert [other for early in (True, False) for other in arrows(early)["runtime/kernels"]] == []
 
 
-def test_rules_know_torch_and_the_rows_of_a_sequence_only():
+def test_rules_know_torch_and_the_layout_of_a_block_only():
     """What decides tokens is a function of tensors: no model, no request, no step."""
     assert arrows()["runtime/rules"] == {"adapters"} and arrows(early=False)["runtime/rules"] == set()
     trees = [tree_of(path) for path in sorted((PACKAGE / "runtime" / "rules").glob("*.py"))]
@@ -172,7 +172,7 @@ def test_rules_know_torch_and_the_rows_of_a_sequence_only():
     modules |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     others = {name for name in modules if name.split(".")[0] not in (*sys.stdlib_module_names, "torch")}
     others = {name for name in others if not name.startswith("retrofit.runtime.rules.")}
-    assert others == {"retrofit.adapters.layout", "retrofit.adapters.rows"}
+    assert others == {"retrofit.adapters.layout"}
 
 
 def test_the_arrows_are_read():

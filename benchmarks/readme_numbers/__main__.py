@@ -21,7 +21,7 @@ from benchmarks.exact import FAMILIES
 from benchmarks.gpu.bars import BARS as GPU_BARS
 from benchmarks.gpu.bars import TITLES as GPU_TITLES
 from benchmarks.quantised import tables as quantised
-from benchmarks.readme_blocks import (
+from benchmarks.readme_numbers.blocks import (
     ALONG,
     DRAFTS,
     FEW_BITS,
@@ -40,7 +40,7 @@ from benchmarks.readme_blocks import (
     trained_along,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/index.md", "docs/numbers.md", "docs/serving.md"))
 RESULTS = ROOT / "results"
 TITLES = {

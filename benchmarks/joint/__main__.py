@@ -8,6 +8,7 @@ answers chats.  What is finished is written at once and not run again; what was 
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from typing import Any
@@ -58,15 +59,16 @@ def run(recipe: str, name: str, seed: int, setting: dict[str, int]) -> dict[str,
     of, *changes = recipe.split()
     plan = load_recipe(of, changes)
     overrides = {
-        **{change.partition("=")[0]: by_key(plan)[change.partition("=")[0]] for change in changes},
         **{f"train.{key}": setting[key] for key in ("steps", "batch_size", "anchors")},
         **{"data.max_length": setting["length"], "train.seed": seed},
         **ARMS[name],
+        **{key: by_key(plan)[key] for key in (change.partition("=")[0] for change in changes)},
     }
     if name == LONGER:
         overrides["train.steps"] *= 2
     size = "x".join(str(setting[key]) for key in ("steps", "batch_size", "anchors", "length"))
-    folder = WORK / f"{title_of(of, name, seed).replace(': ', '-').replace(' ', '-').replace(',', '')}-{size}"
+    keys = f"-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}" if changes else ""
+    folder = WORK / f"{title_of(of, name, seed).replace(': ', '-').replace(' ', '-').replace(',', '')}-{size}{keys}"
     if not (folder / artifact.CONFIG).is_file():
         say(f"training {title_of(of, name, seed)}")
         convert(recipe=of, out=folder, overrides=overrides, offline=True, quiet=True)
@@ -143,8 +145,8 @@ def main(recipe: str, seeds: int, arms: tuple[str, ...], **setting: int) -> None
         for seed in range(seeds):
             for name in arms or ARMS:
                 title = title_of(base, name, seed)
-                known = sections_of(RESULTS).get(title)
-                if known is not None and known["figures"]["setting"] == setting:
+                known = sections_of(RESULTS).get(title, {}).get("figures", {})
+                if (known.get("base"), known.get("setting")) == (recipe, setting):
                     continue
                 begin = time.perf_counter()
                 found = run(recipe, name, seed, setting)

@@ -23,7 +23,7 @@ import click
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from benchmarks.common import ROOT, Bar, number, say, section, table, write
+from benchmarks.common import PROMPT_TOKENS, ROOT, Bar, number, say, section, table, write
 from benchmarks.cpu.figures import interleaved
 from retrofit.eval.acceptance import compare, measure, reference_tokens, summary
 from retrofit.eval.clocked import by_engine, by_transformers, seconds_per_token
@@ -82,6 +82,13 @@ def prompts_of(engine: Engine, name: str, count: int) -> list[list[int]]:
         engine.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         for chat in chats(name, count)
     ]
+
+
+def held_out(engine: Engine, count: int) -> list[list[int]]:
+    """Prompts that it was not trained on: MT-bench's first questions where it answers chats, else begun files."""
+    if getattr(engine.tokenizer, "chat_template", None):
+        return prompts_of(engine, "mt-bench", count)
+    return held_out_prompts(engine.tokenizer, count, PROMPT_TOKENS)
 
 
 def strategies(engine: Engine) -> dict[str, dict[str, Any]]:

@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PROMPT_TOKENS, say
+from benchmarks.common import say
 from benchmarks.drafts.figures import HYBRID, TEMPERATURES
 from benchmarks.drafts.setting import OWN, Setting, folder_name, plan_of
-from benchmarks.smollm2 import prompts_of
+from benchmarks.smollm2 import held_out
 from retrofit.artifact import folder as artifact
 from retrofit.eval.acceptance import measure
 from retrofit.eval.certify import certify
 from retrofit.recipes.convert import convert
-from retrofit.recipes.text.library import held_out_prompts
 from retrofit.recipes.training.checkpoint import folder_of
 from retrofit.recipes.training.step import expected_tau
 from retrofit.runtime.engine import Engine
@@ -90,13 +89,9 @@ def run(spec: str, setting: Setting, seed: int, rates: Sequence[float], work: Pa
 def decoded(engine: Engine, setting: Setting, seed: int, with_lookup: bool) -> dict[str, Any]:
     """Figures of every way at every temperature, one request at a time; prompt lookup too, which needs no adapter.
 
-    Of the embedded base behind beginnings of held-out files, of others behind MT-bench's first questions.
+    Texts of the embedded base, which end nowhere, are as long as asked.
     """
-    embedded = setting.own == OWN
-    if embedded:
-        prompts = held_out_prompts(engine.tokenizer, setting.prompts, PROMPT_TOKENS)
-    else:
-        prompts = prompts_of(engine, "mt-bench", setting.prompts)
+    prompts = held_out(engine, setting.prompts)
     anchored = engine.layout.anchored
     ways = {way: options for way, options in WAYS.items() if anchored or options["strategy"] not in ANCHORED}
     asked = {**ways, **({"lookup": {"strategy": "prompt_lookup"}} if with_lookup else {})}
@@ -108,7 +103,7 @@ def decoded(engine: Engine, setting: Setting, seed: int, with_lookup: bool) -> d
             say(f"  decoding, T = {at}, {way}")
             figures = measure(
                 engine, prompts, **options, temperature=temperature, max_new_tokens=setting.new_tokens,
-                batch_size=1, seed=seed, ignore_eos=embedded,
+                batch_size=1, seed=seed, ignore_eos=setting.own == OWN,
             )  # fmt: skip
             measured[way] = {key: figures[key] for key in KEPT}
         if "lookup" in measured:

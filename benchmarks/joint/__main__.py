@@ -17,16 +17,15 @@ import click
 import torch
 from transformers.utils import logging
 
-from benchmarks.common import PROMPT_TOKENS, ROOT, say, section, table, write
+from benchmarks.common import ROOT, say, section, table, write
 from benchmarks.drafts.__main__ import sections_of
 from benchmarks.joint.tables import FROZEN, rows, verdict
-from benchmarks.smollm2 import prompts_of
+from benchmarks.smollm2 import held_out
 from retrofit.artifact import folder as artifact
 from retrofit.errors import RetrofitError
 from retrofit.eval.acceptance import measure
 from retrofit.recipes.convert import convert
 from retrofit.recipes.schema import by_key, load_recipe
-from retrofit.recipes.text.library import held_out_prompts
 from retrofit.recipes.training.step import expected_tau
 from retrofit.runtime.engine import Engine
 
@@ -88,11 +87,7 @@ def run(recipe: str, name: str, seed: int, setting: dict[str, int]) -> dict[str,
 
 
 def decoded(engine: Engine, setting: dict[str, int], seed: int) -> dict[str, Any]:
-    tokenizer = engine.tokenizer
-    if getattr(tokenizer, "chat_template", None):
-        prompts = prompts_of(engine, "mt-bench", setting["prompts"])
-    else:
-        prompts = held_out_prompts(tokenizer, setting["prompts"], PROMPT_TOKENS)
+    prompts = held_out(engine, setting["prompts"])
     tpf: dict[str, dict[str, float]] = {}
     for temperature in TEMPERATURES:
         tpf[f"{temperature:g}"] = {}

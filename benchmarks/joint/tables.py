@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from benchmarks.drafts.figures import ratios, shown
+
 HEAD = [
     "",
     "seeds",
@@ -43,8 +45,8 @@ def verdict(sections: Mapping[str, Any]) -> str:
     """Which arms reach the aim."""
     runs, reached = _runs(sections), []
     for arm, of in runs.items():
-        ratios, drifts = _ratios(arm, of, runs), [f["drift"]["kl"] for f in of.values() if f["drift"]]
-        if ratios and drifts and mean(ratios) >= AIM_TPF and mean(drifts) <= AIM_KL:
+        to_frozen, drifts = _to_frozen(arm, of, runs), [f["drift"]["kl"] for f in of.values() if f["drift"]]
+        if to_frozen and drifts and mean(to_frozen) >= AIM_TPF and mean(drifts) <= AIM_KL:
             reached.append(arm)
     aim = f"{AIM_TPF} times frozen's tokens per forward, best plan, T = 0.8, at {AIM_KL} nats of KL per token at most"
     return f"The aim, {aim}: {'met by ' + ', '.join(reached) if reached else 'missed by all'}."
@@ -59,38 +61,36 @@ def _runs(sections: Mapping[str, Any]) -> dict[str, dict[int, Figures]]:
     return runs
 
 
-def _ratios(arm: str, of: Mapping[int, Figures], runs: Mapping[str, Mapping[int, Figures]]) -> list[float]:
+def _to_frozen(arm: str, of: Mapping[int, Figures], runs: Mapping[str, Mapping[int, Figures]]) -> list[float]:
     """Of each seed, to the frozen arm of the same base and seed."""
     base, separator, _ = arm.rpartition(": ")
     frozen = runs.get(f"{base}{separator}{FROZEN}", {})
-    return [best_plan(f) / best_plan(frozen[seed]) for seed, f in of.items() if seed in frozen]
+    return ratios(_best_plans(of), _best_plans(frozen))
 
 
 def _line(arm: str, of: Mapping[int, Figures], runs: Mapping[str, Mapping[int, Figures]]) -> list[str]:
     taken = [[f["tpf"][t][way] for f in of.values()] for way in WAYS for t in TEMPERATURES]
-    ratios = _ratios(arm, of, runs)
-    drifts = [f["drift"] or {"kl": 0.0, "agreement": 1.0} for f in of.values()]
+    to_frozen = _to_frozen(arm, of, runs)
+    drifts = [f["drift"] for f in of.values() if f["drift"]] or [{"kl": 0.0, "agreement": 1.0}]
     passes = [f["diffusion"][THRESHOLD] for f in of.values()]
     return [
         arm,
         str(len(of)),
-        *map(spread, taken),
-        spread(ratios, 3) if ratios else "-",
-        spread([f["held_out_tau"] for f in of.values()]),
+        *map(_cell, taken),
+        _cell(to_frozen, 3) if to_frozen else "-",
+        _cell([f["held_out_tau"] for f in of.values()]),
         f"{mean(p['tpf'] for p in passes):.2f} at {mean(p['agreement'] for p in passes):.1%}",
-        spread([drift["kl"] for drift in drifts], 4),
+        _cell([drift["kl"] for drift in drifts], 4),
         f"{mean(drift['agreement'] for drift in drifts):.1%}",
         f"{mean(f['seconds'] for f in of.values()):.0f}",
     ]
 
 
-def best_plan(found: Figures) -> float:
-    """Tokens per forward of the best plan at T = 0.8."""
-    tpf: float = found["tpf"]["0.8"]["best plan"]
-    return tpf
+def _best_plans(of: Mapping[int, Figures]) -> dict[int, float]:
+    """Seed -> tokens per forward of the best plan at T = 0.8."""
+    return {seed: f["tpf"]["0.8"]["best plan"] for seed, f in of.items()}
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean (least to most)."""
-    least, most = (f"{bound:.{digits}f}" for bound in (min(values), max(values)))
-    return f"{mean(values):.{digits}f}" + (f" ({least} to {most})" if least != most else "")
+def _cell(values: Sequence[float], places: int = 2) -> str:
+    """The mean, and the range where there is one."""
+    return shown(values if min(values) < max(values) else values[:1], places)

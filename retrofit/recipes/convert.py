@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retrofit.adapters.attach import Attached, count
 from retrofit.artifact import folder as artifact
-from retrofit.artifact.files import check_parent
+from retrofit.artifact.files import ELSEWHERE, check_parent
 from retrofit.artifact.own import told
 from retrofit.errors import GateError, TrainingError, UsageError
 from retrofit.hub import Base, resolved_device
@@ -138,7 +138,7 @@ def _checked(
     if origin is not None:
         origins.check_recipe(origin, plan)
         if origin.folder.resolve().parent == folder_of(out.resolve()):
-            raise UsageError(f"{origin.folder} is a checkpoint of {out} itself", "choose another place with -o")
+            raise UsageError(f"{origin.folder} is a checkpoint of {out} itself", ELSEWHERE)
     check_processes(plan, isinstance(model, PreTrainedModel), processes)
     out = out.resolve() if out.name in ("", "..") else out
     artifact.check_writable(out, overwrite, artifact.INSTEAD.format(out))

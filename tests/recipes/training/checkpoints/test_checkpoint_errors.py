@@ -258,3 +258,19 @@ def test_what_killed_processes_left_is_swept_up(tmp_path: Path) -> None:
     with checkpoints(tmp_path / "out"):
         pass
     assert not (tmp_path / ".out.0123abcd.old").exists(), "what it replaced is not needed any more"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_not_tried_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def nowhere(folder: Path, *_: Any, **__: Any) -> None:
+        tried.append(folder)
+        if len(tried) > 3:
+            pytest.fail("it tries for ever")
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
+
+    tried: list[Path] = []
+    monkeypatch.setattr(Path, "mkdir", nowhere)
+    with pytest.raises(ResourceError, match=r"out\.checkpoints: cannot write there"), checkpoints(tmp_path / "out"):
+        pass
+    assert tried == [folder_of(tmp_path / "out")]
